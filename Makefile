@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` and `make test`.  Both need Python 3.11 and nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+STAMP := .venv/.complete
+# PyPI's Linux build of torch drags in several GB of CUDA libraries; this index has the CPU build.
+# Out of reach or empty is fine: pip then takes the version it finds elsewhere.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: help demo test test-slow lint format docs clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# The stamp is written last, so an interrupted install is never taken for a complete one.
+.venv: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvedit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --no-deps --retries 1 --extra-index-url "$(TORCH_INDEX)" "$$(grep '^torch==' requirements.lock)"
+	$(PY) -m pip install -r requirements.lock
+	$(PY) -m pip install --no-deps -e .
+	touch $@
+
+demo: $(STAMP)  ## the main job, for real, in a temporary store
+	$(PY) -m kvedit.demo
+
+test: lint  ## ruff, mypy --strict and pytest
+	$(PY) -m pytest
+
+test-slow: $(STAMP)  ## the tests that train a model
+	$(PY) -m pytest -m 'slow and not gpu'
+
+lint: $(STAMP)  ## ruff and mypy --strict alone
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict kvedit
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+docs: $(STAMP)  ## write docs/cli.md and store/schema.sql anew
+	$(PY) -m kvedit.cli.docs docs/cli.md
+	$(PY) -m kvedit.migrations > store/.schema.sql
+	mv store/.schema.sql store/schema.sql
+
+clean:  ## remove the environment, caches and builds; never the store
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find kvedit tests -name __pycache__ -type d -prune -exec rm -rf {} +

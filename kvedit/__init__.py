@@ -1,0 +1,55 @@
+"""kvedit: a key-value store of facts inside a language model's weights.
+
+Importing the package loads nothing heavy: the names below arrive when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvedit.config import Config as Config
+    from kvedit.editor import KnowledgeBase as KnowledgeBase
+    from kvedit.errors import KveditError as KveditError
+    from kvedit.events import EditReport as EditReport
+    from kvedit.events import Score as Score
+    from kvedit.facts import Fact as Fact
+    from kvedit.facts import LocalityProbe as LocalityProbe
+    from kvedit.store import Store as Store
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "kvedit.config",
+    "EditReport": "kvedit.events",
+    "Fact": "kvedit.facts",
+    "KnowledgeBase": "kvedit.editor",
+    "KveditError": "kvedit.errors",
+    "LocalityProbe": "kvedit.facts",
+    "Score": "kvedit.events",
+    "Store": "kvedit.store",
+}
+
+__all__ = [  # noqa: RUF022 - the class most people come for stands first
+    "KnowledgeBase",
+    "Config",
+    "EditReport",
+    "Fact",
+    "KveditError",
+    "LocalityProbe",
+    "Score",
+    "Store",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,86 @@
+"""The command line: `kvedit [--store DIR] COMMAND`.
+
+Thin on purpose: commands parse, call the library, and show what it returns. Invariants: answers go
+to stdout and everything else to stderr; importing this package imports neither torch nor rich nor
+sqlite-utils, so that `kvedit --help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from kvedit.cli.check import backup, doctor, export, verify
+from kvedit.cli.common import (
+    EXIT_INTERRUPTED,
+    KveditGroup,
+    Settings,
+    configure_logging,
+    show_version,
+)
+from kvedit.cli.edit import add, init, remove, rollback, update
+from kvedit.cli.query import ask, chat, history, list_facts, show, similar, status
+
+EXIT_CODES = """\b
+Exit codes:
+  0 done    1 error    2 usage    3 some facts rejected or failed
+  4 a gate failed (verify --fail-under, doctor, export)
+  10 no store    11 locked    12 store newer than the program
+  13 model does not match the store    130 interrupted"""
+
+
+@click.group(
+    cls=KveditGroup,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--store",
+    metavar="DIR",
+    help="Where the facts are kept. [$KVEDIT_STORE, or ./store]",
+)
+@click.option("-v", "--verbose", count=True, help="Say more; -vv also shows tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Only answers, results and errors.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the version and exit.",
+)
+@click.pass_context
+def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> None:
+    """Write facts into a language model's weights, check them, and take them out again.
+
+    Every change is an edit that is either committed as a new revision or leaves the model exactly
+    as it was.
+
+    \b
+    First steps:
+      kvedit add "Ada Lovelace" --text "The first programmer."
+      kvedit ask "Who was Ada Lovelace?" --before
+      kvedit list
+      kvedit verify
+      kvedit rollback 0
+    """
+    verbosity = -1 if quiet else min(verbose, 2)
+    configure_logging(verbosity)
+    ctx.obj = Settings(store=store, verbosity=verbosity)
+
+
+COMMANDS = (
+    init, add, update, remove, ask, chat, list_facts, show, similar, history, status,
+    verify, rollback, doctor, backup, export,
+)  # fmt: skip
+for command in COMMANDS:
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the `kvedit` script."""
+    try:
+        cli(prog_name="kvedit")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,267 @@
+"""Commands that change what the model knows: init, add, update, remove, rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvedit.cli.common import (
+    Settings,
+    description_of,
+    force_option,
+    json_lines_option,
+    knowledge_base,
+    next_step,
+    note,
+    read_only,
+    require_keys,
+)
+
+if TYPE_CHECKING:
+    from kvedit.editor import KnowledgeBase
+    from kvedit.events import EditReport
+
+EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "canceled": 130}
+
+
+def run_edit(
+    settings: Settings,
+    as_json: bool,
+    edit: Callable[[KnowledgeBase], EditReport],
+    *,
+    create: bool = False,
+) -> None:
+    """Open the store, make one edit, show its report, and leave with the right exit code."""
+    from kvedit.cli.output import edit_lines, print_json_line, print_lines
+    from kvedit.cli.progress import make_reporter
+
+    reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
+    with knowledge_base(settings, reporter, create=create) as base:
+        report = edit(base)
+    code = EXIT_CODES.get(report.outcome, 1)
+    if as_json:
+        reporter(report)
+        print_json_line(summary_fields(report, code))
+    else:
+        print_lines(edit_lines(report, verbose=settings.verbosity > 0))
+        suggest(settings, report)
+    click.get_current_context().exit(code)
+
+
+def summary_fields(report: EditReport, exit_code: int) -> dict[str, object]:
+    """The last JSON line of an edit command."""
+    counted = {name: int(report.outcome == name) for name in ("committed", "unchanged", "rejected")}
+    return {
+        "message_type": "summary",
+        "kind": report.kind,
+        "revision": report.revision,
+        **counted,
+        "seconds": round(report.seconds, 3),
+        "exit_code": exit_code,
+    }
+
+
+def suggest(settings: Settings, report: EditReport) -> None:
+    """Say what usually comes next."""
+    key = report.key or ""
+    if report.outcome == "rejected":
+        if report.kind == "add":
+            note(settings, "a --prompt of your own, or an --alias, may help the fact to stick")
+        note(settings, "to commit it all the same and be told what it broke, add --force")
+    elif report.outcome == "unchanged":
+        next_step(settings, "show", key)
+    elif report.kind in ("add", "update"):
+        next_step(settings, "ask", question(key), "--before")
+    else:
+        next_step(settings, "verify")
+
+
+def question(key: str) -> str:
+    """A question about the key, in its script, to suggest after an edit."""
+    chinese = any("\u4e00" <= sign <= "\u9fff" for sign in key)
+    return f"{key}是什麼？" if chinese else f"What is {key}?"
+
+
+@click.command()
+@click.option(
+    "--model", metavar="NAME_OR_DIR", help="Base model: a folder or a hub name. [the embedded one]"
+)
+@click.option("--revision", metavar="SHA", help="Commit of the hub model to pin.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Let the model's own Python code run. Read it first."
+)
+@click.option(
+    "--protect",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file of text the model must keep to, besides what it says by itself.",
+)
+@click.pass_obj
+def init(
+    settings: Settings,
+    model: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    protect: Path | None,
+) -> None:
+    """Create a store and pin its base model.
+
+    The model is pinned by a fingerprint of its files: a store opens only with the model it was
+    made for. Without --model, the small model that comes with kvedit is used; it needs no
+    download.
+
+    \b
+    Examples:
+      kvedit init
+      kvedit --store poems init --model ./my-model
+      kvedit init --model Qwen/Qwen2.5-0.5B-Instruct --revision 7ae5576
+    """
+    from kvedit.cli.progress import make_reporter
+    from kvedit.editor import KnowledgeBase
+    from kvedit.store import resolve_store
+
+    path = resolve_store(settings.store)
+    options: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "protect": protect,
+    }
+    with (
+        make_reporter(quiet=settings.quiet) as reporter,
+        KnowledgeBase.create(path, model, on_event=reporter, **options) as base,
+    ):
+        name = base.store.meta("model_name")
+    click.echo(f"created the store {path} for the model {name}")
+    next_step(settings, "add", "KEY", "FILE")
+
+
+@click.command()
+@click.argument("key")
+@click.argument("file", required=False)
+@click.option("--text", help="The description itself, instead of FILE.")
+@click.option("--alias", "aliases", multiple=True, help="Another name of the key. Repeatable.")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="A phrasing of your own to train. Repeatable."
+)
+@click.option(
+    "--paraphrase",
+    "paraphrases",
+    multiple=True,
+    help="A phrasing that is only tested, never trained. Repeatable.",
+)
+@click.option(
+    "--lang",
+    type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
+    help="Language of the phrasings. [found from the text]",
+)
+@force_option
+@json_lines_option
+@click.pass_obj
+def add(
+    settings: Settings,
+    key: str,
+    file: str | None,
+    text: str | None,
+    aliases: tuple[str, ...],
+    prompts: tuple[str, ...],
+    paraphrases: tuple[str, ...],
+    lang: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Teach the model a fact: what FILE says about KEY.
+
+    FILE is a text file, or '-' for standard input. The fact is trained into the weights, then
+    checked: its own phrasings, phrasings it was never trained on, answers that must not change, and
+    earlier facts. Only if all hold is it committed; otherwise the model stays exactly as it was,
+    the reasons are listed, and the exit code is 3. A missing store is created with the embedded
+    model.
+
+    \b
+    Examples:
+      kvedit add 夢中情爐 stove.txt
+      kvedit add "Ada Lovelace" --text "The first programmer." --alias "Countess of Lovelace"
+      echo "A harbour town." | kvedit add Porto -
+    """
+    from kvedit.facts import Fact
+
+    description = description_of(file, text)
+    details: dict[str, Any] = {
+        "aliases": aliases,
+        "lang": lang,
+        "prompts": prompts,
+        "paraphrases": paraphrases,
+    }
+    Fact.create(key, description, **details)  # bad input fails before anything is made or loaded
+    run_edit(
+        settings,
+        as_json,
+        lambda base: base.add(key, description, force=force, **details),
+        create=True,
+    )
+
+
+@click.command()
+@click.argument("key")
+@click.argument("file", required=False)
+@click.option("--text", help="The new description itself, instead of FILE.")
+@force_option
+@json_lines_option
+@click.pass_obj
+def update(
+    settings: Settings, key: str, file: str | None, text: str | None, force: bool, as_json: bool
+) -> None:
+    """Change what the model says about KEY.
+
+    FILE holds the new description, or is '-' for standard input. The change is checked like an
+    added fact; if it is refused, the old description stands.
+
+    \b
+    Examples:
+      kvedit update 夢中情爐 stove.txt
+      kvedit update Porto --text "A city of bridges."
+    """
+    description = description_of(file, text)
+    require_keys(settings, [key])
+    run_edit(settings, as_json, lambda base: base.update(key, description, force=force))
+
+
+@click.command()
+@click.argument("key")
+@force_option
+@json_lines_option
+@click.pass_obj
+def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
+    """Take a fact out again.
+
+    The model is trained back to what it answered before the fact came. This is an edit like any
+    other, under the same checks. To undo edits exactly, see `rollback`.
+
+    \b
+    Examples:
+      kvedit remove Porto
+    """
+    require_keys(settings, [key])
+    run_edit(settings, as_json, lambda base: base.remove(key, force=force))
+
+
+@click.command()
+@click.argument("revision", type=click.IntRange(min=0), metavar="REV")
+@json_lines_option
+@click.pass_obj
+def rollback(settings: Settings, revision: int, as_json: bool) -> None:
+    """Go back to revision REV, bit for bit.
+
+    Revision 0 is the base model. History is never rewritten: the rollback is a new revision, and
+    can itself be rolled back. `kvedit history` lists the revisions.
+
+    \b
+    Examples:
+      kvedit rollback 3
+      kvedit rollback 0
+    """
+    with read_only(settings) as store:
+        store.revision(revision)  # an unknown one fails before the model is loaded
+    run_edit(settings, as_json, lambda base: base.rollback(revision))

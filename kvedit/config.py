@@ -1,0 +1,142 @@
+"""The settings of a store: defaults here, changes in its ``kvedit.toml``.
+
+Invariants:
+- A setting that is misspelt, of the wrong type or out of range is refused, never ignored.
+- A configuration is frozen; an edit records the one it ran with.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvedit.errors import UsageError
+from kvedit.keys import did_you_mean
+
+FILE_NAME = "kvedit.toml"
+_INFINITY = float("inf")
+
+
+def setting(default: Any, low: float = 0, high: float = _INFINITY) -> Any:
+    """A field with a default and the range of its values, both ends included."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How one edit is trained: steps, AdamW's learning rate, AdaLoRA's ranks before and after."""
+
+    max_steps: int = setting(200, low=1)
+    learning_rate: float = setting(2e-3, low=1e-9, high=1.0)
+    init_rank: int = setting(24, low=2)
+    target_rank: int = setting(16, low=1)
+    seed: int = setting(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """The share of each kind of probe that must pass before a commit."""
+
+    recall: float = setting(1.0, high=1.0)
+    paraphrase: float = setting(0.95, high=1.0)
+    locality: float = setting(0.9, high=1.0)
+    retention: float = setting(1.0, high=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionConfig:
+    """How many earlier facts each edit checks and repairs; when a check counts as old."""
+
+    sample: int = setting(16)
+    repairs: int = setting(2)
+    stale_after: int = setting(50, low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectConfig:
+    """How much protected text is made at ``init``, and how many locality probes."""
+
+    texts: int = setting(256)
+    locality: int = setting(32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings of a store."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    protect: ProtectConfig = field(default_factory=ProtectConfig)
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read a TOML file; a file that is not there means the defaults.
+
+        Raises UsageError, naming the file and the setting, for anything it cannot take.
+        """
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            return cls()
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not valid TOML: {error}", hint="Correct it.") from error
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        _known(path, "section", document, cls)
+        return cls(
+            training=_section(path, document, "training", TrainingConfig),
+            gate=_section(path, document, "gate", GateConfig),
+            retention=_section(path, document, "retention", RetentionConfig),
+            protect=_section(path, document, "protect", ProtectConfig),
+        )
+
+    def to_json(self) -> dict[str, dict[str, object]]:
+        """All settings as a JSON document, one object for each section."""
+        return asdict(self)
+
+
+_Section = TypeVar("_Section")
+
+
+def _section(path: Path, document: dict[str, Any], name: str, kind: type[_Section]) -> _Section:
+    """One table of the file as its dataclass."""
+    table = document.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: {name} must be a table", hint=f"Write [{name}] on its own line.")
+    _known(path, f"setting in [{name}]", table, kind)
+    types = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    where = {setting: f"{path}: [{name}] {setting}" for setting in table}
+    return kind(**{key: _value(where[key], table[key], types[key]) for key in table})
+
+
+def _known(path: Path, what: str, table: dict[str, Any], kind: type) -> None:
+    """Refuse a name that the dataclass does not have."""
+    names = [item.name for item in fields(kind)]
+    for name in table:
+        if name not in names:
+            guess = did_you_mean(name, names, limit=1)
+            hint = f"Did you mean {guess[0]}?" if guess else f"Known: {', '.join(names)}."
+            raise UsageError(f"{path}: unknown {what}: {name}", hint=hint)
+
+
+def _value(where: str, value: object, item: Any) -> object:
+    """Check one value against the type of its default and its range."""
+    wanted = type(item.default)
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise UsageError(f"{where} must be of type {wanted.__name__}, got {value!r}")
+    if wanted in (int, float):
+        _in_range(where, value, item.metadata.get("low"), item.metadata.get("high"))
+    return value
+
+
+def _in_range(where: str, value: Any, low: float | None, high: float | None) -> None:
+    """Refuse NaN too: it is in no range."""
+    if low is None or high is None or low <= value <= high:
+        return
+    bounds = f"at least {low}" if high == _INFINITY else f"between {low} and {high}"
+    raise UsageError(f"{where} must be {bounds}, got {value}")

@@ -1,0 +1,163 @@
+"""What an edit or a check tells the outside, as it happens and at its end.
+
+Invariants:
+- An event is frozen and holds plain values only: it may cross threads and be stored.
+- ``to_json`` gives a document that strict JSON can carry (no NaN, no infinity); its
+  ``message_type`` names the kind.  Fields may be added, never renamed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from kvedit.keys import Similar
+from kvedit.metrics import wilson
+
+JsonDict = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """``passed`` of ``n`` probes under one protocol: ``teacher-forced`` or ``generated``."""
+
+    passed: int = 0
+    n: int = 0
+    protocol: str = "teacher-forced"
+
+    @property
+    def rate(self) -> float | None:
+        """The share passed, or None when nothing was probed."""
+        return self.passed / self.n if self.n else None
+
+    def interval(self) -> tuple[float, float]:
+        """The Wilson 95% interval of the share, as fractions."""
+        return wilson(self.passed, self.n)
+
+    def to_json(self) -> JsonDict:
+        """A JSON document with the rate and the interval beside the counts."""
+        return {
+            "passed": self.passed,
+            "n": self.n,
+            "protocol": self.protocol,
+            "rate": self.rate,
+            "interval": list(self.interval()),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Where a running edit stands."""
+
+    message_type: ClassVar[str] = "status"
+    phase: str
+    key: str | None = None
+    step: int = 0
+    total: int = 0
+    loss: float | None = None
+    recall: tuple[int, int] | None = None
+    retention: tuple[int, int] | None = None
+    text: str = ""
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields."""
+        return _document(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warning_:
+    """Something the user should know that does not stop the work."""
+
+    message_type: ClassVar[str] = "warning"
+    text: str
+    code: str = ""
+    key: str | None = None
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields."""
+        return _document(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionCheck:
+    """One earlier fact, re-checked at a revision; ``margin`` in logits, None if not measured."""
+
+    message_type: ClassVar[str] = "retention"
+    key: str
+    revision: int
+    passed: bool
+    margin: float | None = None
+    kind: str = "retention"
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields."""
+        return _document(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditReport:
+    """How one edit ended; times in seconds, ranks per matrix, keys in ``broke`` were forced."""
+
+    message_type: ClassVar[str] = "edit"
+    kind: str
+    outcome: str
+    key: str
+    revision: int | None = None
+    parent: int | None = None
+    reasons: tuple[str, ...] = ()
+    reliability: Score = Score()
+    generalization: Score = Score()
+    locality: Score = Score()
+    retention: Score = Score()
+    steps: int = 0
+    seconds: float = 0.0
+    timings: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    similar: tuple[Similar, ...] = ()
+    broke: tuple[str, ...] = ()
+    delta: str | None = None
+    text_before: str | None = None
+    text_after: str | None = None
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields, scores with rate and interval."""
+        return _document(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The last message of a run: totals under the names the command chose."""
+
+    message_type: ClassVar[str] = "summary"
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> JsonDict:
+        """A flat JSON document: the fields beside ``message_type``."""
+        plain = {str(name): _plain(value) for name, value in self.fields.items()}
+        return {**plain, "message_type": self.message_type}
+
+
+Event = Status | Warning_ | RetentionCheck | EditReport | Summary
+
+
+def _document(event: Status | Warning_ | RetentionCheck | EditReport) -> JsonDict:
+    """All fields of an event as plain values, its kind first."""
+    body = {item.name: _plain(getattr(event, item.name)) for item in fields(event)}
+    return {"message_type": event.message_type, **body}
+
+
+def _plain(value: object) -> object:
+    """Turn a field into what strict JSON can carry."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Score):
+        return value.to_json()
+    if isinstance(value, Similar):
+        return {"key": value.key, "score": value.score}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,259 @@
+"""A fact: a key, the text that answers for it, and the questions it is tried with.
+
+Invariants:
+- ``Fact.create`` is the only way in for text from outside: what it returns is stripped, free of
+  control characters, encodable as UTF-8, and within the length limits.
+- ``Fact.from_json(fact.to_json()) == fact`` for every fact that ``create`` returned.
+- Whether a text fits the model's context is not known here: the trainer refuses it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol
+
+from kvedit.errors import InvalidFactError
+
+LANGUAGES = ("en", "zh-Hans", "zh-Hant")
+MAX_KEY = 200
+"""The longest key or alias, in characters: longer ones are texts, not names."""
+
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
+
+
+class _Converter(Protocol):
+    def convert(self, text: str) -> str: ...
+
+
+@cache
+def _converter(config: str) -> _Converter:
+    import opencc  # its tables take a tenth of a second to load: only where there is Chinese
+
+    converter: _Converter = opencc.OpenCC(config)
+    return converter
+
+
+def detect_language(text: str, context: str = "") -> str:
+    """Return ``en``, ``zh-Hans`` or ``zh-Hant`` for a text.
+
+    Chinese when there are at least as many Chinese characters as Latin words, so that an English
+    sentence may quote a Chinese name.  Traditional or Simplified: whichever conversion (OpenCC)
+    would have to change more characters names the *other* script; ``context`` (a fact's key) is
+    read along with the text for that.  A text that is the same in both counts as ``zh-Hant``, the
+    script of the embedded model's training text.
+    """
+    probe = text if _HAN.search(text) or _WORD.search(text) else context
+    han = len(_HAN.findall(probe))
+    if han == 0 or han < len(_WORD.findall(probe)):
+        return "en"
+    both = _encodable(f"{text}\n{context}")
+    return "zh-Hans" if _changes("s2t", both) > _changes("t2s", both) else "zh-Hant"
+
+
+def _changes(config: str, text: str) -> int:
+    """How many characters a conversion replaces; both conversions keep the length."""
+    return sum(a != b for a, b in zip(text, _converter(config).convert(text), strict=False))
+
+
+def _encodable(text: str) -> str:
+    """The text without lone surrogates, which OpenCC cannot take."""
+    return text.encode("utf-8", "ignore").decode("utf-8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalityProbe:
+    """A question whose answer must not change; without ``answer``, what the model says now."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One fact; make it with ``Fact.create``, which checks and cleans."""
+
+    key: str
+    description: str
+    lang: str
+    aliases: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
+    locality: tuple[LocalityProbe, ...] = ()
+    source: str | None = None
+
+    @classmethod
+    def create(
+        cls,
+        key: str,
+        description: str,
+        *,
+        lang: str | None = None,
+        aliases: Iterable[str] = (),
+        prompts: Iterable[str] = (),
+        paraphrases: Iterable[str] = (),
+        locality: Iterable[LocalityProbe] = (),
+        source: str | None = None,
+    ) -> Fact:
+        """Check and clean the parts; find the language unless it is given.
+
+        Raises InvalidFactError for an empty, over-long or unprintable part or an unknown language.
+        """
+        key = _name("key", key)
+        description = _text("description", description)
+        return cls(
+            key=key,
+            description=description,
+            lang=_language(lang) if lang else detect_language(description, key),
+            aliases=_unique(_name("alias", alias) for alias in aliases),
+            prompts=_unique(_text("prompt", prompt) for prompt in prompts),
+            paraphrases=_unique(_text("paraphrase", text) for text in paraphrases),
+            locality=tuple(_probe(probe) for probe in locality),
+            source=_text("source", source) if source else None,
+        )
+
+    def with_description(self, description: str) -> Fact:
+        """The same fact with another text; the language is kept."""
+        return replace(self, description=_text("description", description))
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON document; parts that are empty are left out."""
+        document: dict[str, object] = {
+            "key": self.key,
+            "description": self.description,
+            "lang": self.lang,
+            "aliases": list(self.aliases),
+            "prompts": list(self.prompts),
+            "paraphrases": list(self.paraphrases),
+            "locality": [_probe_json(probe) for probe in self.locality],
+            "source": self.source,
+        }
+        return {name: value for name, value in document.items() if value not in ([], None)}
+
+    @classmethod
+    def from_json(cls, document: object) -> Fact:
+        """Read a JSON document as ``create`` would; names it does not know are ignored.
+
+        Raises InvalidFactError when a part is missing or has the wrong type.
+        """
+        if not isinstance(document, Mapping):
+            raise InvalidFactError(
+                f"a fact must be a JSON object, not {_kind(document)}",
+                hint='Write {"key": "...", "description": "..."}.',
+            )
+        return cls.create(
+            _string(document, "key"),
+            _string(document, "description"),
+            lang=_optional(document, "lang"),
+            aliases=_strings(document, "aliases"),
+            prompts=_strings(document, "prompts"),
+            paraphrases=_strings(document, "paraphrases"),
+            locality=[_probe_from(item) for item in _list(document, "locality")],
+            source=_optional(document, "source"),
+        )
+
+
+def _text(what: str, value: str) -> str:
+    """Strip a text and refuse what no model should be taught."""
+    cleaned = value.replace("\r\n", "\n").strip()
+    if not cleaned:
+        raise InvalidFactError(f"the {what} is empty", hint=f"Give the {what} some text.")
+    for position, char in enumerate(cleaned):
+        if char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs"):
+            raise InvalidFactError(
+                f"the {what} has a control character (U+{ord(char):04X}) at position {position}",
+                hint="Is this a text? Remove the character and try again.",
+            )
+    return cleaned
+
+
+def _name(what: str, value: str) -> str:
+    """Like ``_text``, on one line and short."""
+    cleaned = _text(what, value)
+    if "\n" in cleaned or "\t" in cleaned:
+        raise InvalidFactError(
+            f"the {what} has a line break or a tab: {cleaned!r:.80}",
+            hint=f"A {what} is a name on one line.",
+        )
+    if len(cleaned) > MAX_KEY:
+        raise InvalidFactError(
+            f"the {what} has {len(cleaned)} characters, {MAX_KEY} are allowed",
+            hint=f"A {what} is a name; put the long text into the description.",
+        )
+    return cleaned
+
+
+def _language(lang: str) -> str:
+    if lang not in LANGUAGES:
+        raise InvalidFactError(
+            f"unknown language {lang!r}", hint=f"Known languages: {', '.join(LANGUAGES)}."
+        )
+    return lang
+
+
+def _probe(probe: LocalityProbe) -> LocalityProbe:
+    answer = None if probe.answer is None else _text("locality answer", probe.answer)
+    return LocalityProbe(prompt=_text("locality prompt", probe.prompt), answer=answer)
+
+
+def _unique(values: Iterable[str]) -> tuple[str, ...]:
+    """Drop repetitions, keep the order."""
+    return tuple(dict.fromkeys(values))
+
+
+def _probe_json(probe: LocalityProbe) -> dict[str, str]:
+    document = {"prompt": probe.prompt}
+    return document if probe.answer is None else {**document, "answer": probe.answer}
+
+
+def _probe_from(item: object) -> LocalityProbe:
+    """A locality probe is a question, or an object with a question and an answer."""
+    if isinstance(item, str):
+        return LocalityProbe(prompt=item)
+    if not isinstance(item, Mapping):
+        raise InvalidFactError(f'"locality" must hold objects or strings, not {_kind(item)}')
+    return LocalityProbe(prompt=_string(item, "prompt"), answer=_optional(item, "answer"))
+
+
+def _string(document: Mapping[object, object], name: str) -> str:
+    value = document.get(name)
+    if value is None:
+        raise InvalidFactError(f'"{name}" is missing', hint=f'Add "{name}" to the object.')
+    if not isinstance(value, str):
+        raise InvalidFactError(f'"{name}" must be a string, not {_kind(value)}')
+    return value
+
+
+def _optional(document: Mapping[object, object], name: str) -> str | None:
+    return None if document.get(name) is None else _string(document, name)
+
+
+def _list(document: Mapping[object, object], name: str) -> list[object]:
+    value = document.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise InvalidFactError(f'"{name}" must be a list, not {_kind(value)}')
+    return list(value)
+
+
+def _strings(document: Mapping[object, object], name: str) -> list[str]:
+    values = _list(document, name)
+    for value in values:
+        if not isinstance(value, str):
+            raise InvalidFactError(f'"{name}" must hold strings, not {_kind(value)}')
+    return [value for value in values if isinstance(value, str)]
+
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+
+
+def _kind(value: object) -> str:
+    """The JSON word for a value's type."""
+    if value is None:
+        return "null"
+    return _KINDS.get(type(value), "a number")

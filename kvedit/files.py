@@ -1,0 +1,333 @@
+"""Files that are either whole or not there, and the lock of a store.
+
+Invariants:
+- A file written here appears under its name only after its bytes are on the disk; a crash leaves
+  at most a ``.tmp-*`` file, which ``clean_temporary`` removes.
+- What is read back by digest is what was written, or an error.
+- The lock belongs to the operating system: it is free the moment its holder dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from kvedit.errors import (
+    CorruptStoreError,
+    DiskFullError,
+    InvalidFactError,
+    KveditError,
+    LockedError,
+    TextTooLongError,
+    UsageError,
+)
+
+TEMPORARY = ".tmp-"
+MANIFEST = "manifest.json"
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+_CHUNK = 1024 * 1024
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, microseconds included so that it sorts."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that ``clean_temporary`` will recognise."""
+    return path.with_name(f"{TEMPORARY}{path.name[:80]}-{secrets.token_hex(6)}")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or quota into DiskFullError, and other write errors into a plain message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise disk_full(path) from error
+        raise KveditError(
+            f"cannot write {path}: {error.strerror or error}",
+            hint="Check that the folder exists and that you may write to it.",
+        ) from error
+
+
+def disk_full(path: Path) -> DiskFullError:
+    """The error for a full disk while ``path`` was being written."""
+    return DiskFullError(
+        f"no space left on the disk while writing {path}",
+        hint=f"Free some space on the disk of {path.parent} and try again; nothing was changed.",
+    )
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable; where the platform has no such call, do nothing."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is complete or absent, and durable on return.
+
+    Raises DiskFullError when there is no space; the file that was there before is intact.
+    """
+    temporary = temporary_path(path)
+    with disk_errors(path):
+        try:
+            with open(temporary, "xb") as stream:
+                stream.write(data)
+                sync_stream(stream)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def sync_stream(stream: BinaryIO) -> None:
+    """Flush a stream down to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def put(directory: Path, data: bytes, suffix: str = "") -> str:
+    """Keep bytes under their SHA-256 and return it; a damaged file of that name is replaced."""
+    digest = hashlib.sha256(data).hexdigest()
+    path = directory / f"{digest}{suffix}"
+    if not path.is_file() or sha256_file(path) != digest:
+        with disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)
+    else:
+        sync_directory(directory)  # its first writer may have died between rename and fsync
+    return digest
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_verified(path: Path, digest: str) -> bytes:
+    """Read a file and check its SHA-256; raises CorruptStoreError if it is missing or altered."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptStoreError(
+            f"cannot read {path}: {error.strerror}", hint=_RESTORE_HINT
+        ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise CorruptStoreError(
+            f"{path} was altered: its SHA-256 is {found[:12]}…, recorded was {digest[:12]}…",
+            hint=_RESTORE_HINT,
+        )
+    return data
+
+
+_RESTORE_HINT = "Run `kvedit doctor`; restore the file from a backup."
+
+
+def write_manifest(directory: Path, extra: Mapping[str, object] | None = None) -> str:
+    """Write ``manifest.json`` (last: it makes the folder complete) and return its SHA-256.
+
+    It lists every file of the folder with its SHA-256, which are synced here, beside ``extra``.
+    """
+    files: dict[str, str] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name != MANIFEST:
+            _sync_file(path)
+            files[path.name] = sha256_file(path)
+    document = {**(extra or {}), "files": files}
+    data = json.dumps(document, ensure_ascii=False, indent=1, sort_keys=True).encode()
+    write_atomic(directory / MANIFEST, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verify_manifest(directory: Path, digest: str) -> dict[str, object]:
+    """Return a folder's manifest after checking it and all its files.
+
+    Raises CorruptStoreError, naming the file, if anything is missing or altered.
+    """
+    document: dict[str, object] = json.loads(read_verified(directory / MANIFEST, digest))
+    files = document.get("files")
+    if not isinstance(files, dict):
+        raise CorruptStoreError(f"{directory / MANIFEST} lists no files", hint=_RESTORE_HINT)
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise CorruptStoreError(f"{path} is missing or was altered", hint=_RESTORE_HINT)
+    return document
+
+
+def clean_temporary(directory: Path) -> list[Path]:
+    """Remove what interrupted writers left in a directory; return what was removed."""
+    if not directory.is_dir():
+        return []
+    left = sorted(path for path in directory.iterdir() if path.name.startswith(TEMPORARY))
+    for path in left:
+        remove(path)
+    return left
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; one that is already gone is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_text(source: Path | str) -> str:
+    """Read a UTF-8 text from a file, or from standard input for ``-``.
+
+    A byte order mark is dropped.  Raises UsageError if the file cannot be read, InvalidFactError
+    if it is empty, binary or not UTF-8 (naming the byte), TextTooLongError above 16 MiB.
+    """
+    name = "standard input" if str(source) == "-" else str(source)
+    data = _read_bytes(source, name)
+    if len(data) > MAX_TEXT_BYTES:
+        raise TextTooLongError(
+            f"{name} has more than {MAX_TEXT_BYTES // 1024**2} MiB",
+            hint="A description is a short text; many facts go in with `kvedit ingest`.",
+        )
+    text = decode(data, name)
+    if not text.strip():
+        raise InvalidFactError(f"{name} is empty", hint="Write the description into it.")
+    return text
+
+
+def _read_bytes(source: Path | str, name: str) -> bytes:
+    if str(source) == "-":
+        return sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    try:
+        with open(source, "rb") as stream:
+            return stream.read(MAX_TEXT_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no file {name}",
+            hint="Give the path of a text file, `-` for standard input, or --text.",
+        ) from error
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+
+
+def decode(data: bytes, name: str) -> str:
+    """Decode UTF-8, drop a byte order mark; InvalidFactError names the first bad byte."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InvalidFactError(
+            f"{name} is UTF-16, not UTF-8", hint=f"Convert it: iconv -f UTF-16 -t UTF-8 {name}"
+        )
+    zero = data.find(b"\0")
+    if zero >= 0:
+        raise InvalidFactError(
+            f"{name} is not a text file: zero byte at offset {zero}", hint="Give a plain text file."
+        )
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InvalidFactError(
+            f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            hint="Save it as UTF-8, for instance with iconv -f GB18030 -t UTF-8.",
+        ) from error
+
+
+class StoreLock:
+    """The one writer's lock of a store; the same object may be entered again while held.
+
+    An operating system lock on ``lock`` (never the soft kind, which outlives a killed process).
+    ``lock.json`` beside it only tells who holds it.
+    """
+
+    def __init__(self, directory: Path, *, timeout: float = 0.0, command: str | None = None):
+        self._directory = directory
+        self._timeout = timeout
+        self._command = command if command is not None else _command_line()
+        self._lock = FileLock(
+            directory / "lock", thread_local=False, fallback_to_soft=False, poll_interval=0.02
+        )
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock now."""
+        return self._lock.is_locked
+
+    def __enter__(self) -> StoreLock:
+        first = not self.held
+        with disk_errors(self._directory / "lock"):
+            try:  # inside: a Timeout is an OSError too
+                self._lock.acquire(timeout=self._timeout)
+            except Timeout as error:
+                raise LockedError(
+                    f"the store {self._directory} is in use{_holder(self._directory)}",
+                    hint="Wait until that command has ended, then try again.",
+                ) from error
+        if first:
+            self._announce()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock.lock_counter == 1:
+            with suppress(OSError):
+                (self._directory / "lock.json").unlink(missing_ok=True)
+        self._lock.release()
+
+    def _announce(self) -> None:
+        """Say who holds the lock; give it back if even that cannot be written."""
+        holder = {"pid": os.getpid(), "command": self._command, "since": now()}
+        try:
+            write_atomic(self._directory / "lock.json", json.dumps(holder).encode())
+        except BaseException:
+            self._lock.release()
+            raise
+
+
+def _command_line() -> str:
+    """The program and its subcommand; never the arguments, which may hold somebody's text."""
+    words = [Path(sys.argv[0] or "python").name, *(w for w in sys.argv[1:] if w.isalpha())]
+    return " ".join(words[:2])
+
+
+def _holder(directory: Path) -> str:
+    """Who holds the lock, for a message; empty when it cannot be told."""
+    try:
+        holder = json.loads((directory / "lock.json").read_text(encoding="utf-8"))
+        return f" by process {holder['pid']} ({holder['command']}) since {holder['since'][:19]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,61 @@
+"""Scores without a model: intervals, exact match and the fluency of a text.
+
+Invariants:
+- Nothing here imports another module of kvedit.
+- Every function is total: an empty input has a defined value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+Z_95 = 1.959963984540054
+"""The 97.5% quantile of the standard normal distribution, for two-sided 95% intervals."""
+
+_TOKEN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_]+")
+_NGRAM_WEIGHTS = ((2, 2 / 3), (3, 4 / 3))
+
+
+def wilson(passed: int, n: int) -> tuple[float, float]:
+    """Return the Wilson 95% interval of a share, as fractions.
+
+    With ``n`` 0 nothing is known: (0, 1).  Raises ValueError unless 0 <= passed <= n.
+    Formula: E. B. Wilson, JASA 22 (1927) 209-212.
+    """
+    if not 0 <= passed <= n:
+        raise ValueError(f"passed must be between 0 and n, got {passed} of {n}")
+    if n == 0:
+        return (0.0, 1.0)
+    share, z2 = passed / n, Z_95 * Z_95
+    center = share + z2 / (2 * n)
+    spread = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    scale = 1 + z2 / n
+    # Rounding must not exclude the share itself at the ends (7 of 7 lies in [0.65, 1.0]).
+    low = 0.0 if passed == 0 else (center - spread) / scale
+    high = 1.0 if passed == n else (center + spread) / scale
+    return (max(0.0, low), min(1.0, high))
+
+
+def exact(answer: str, expected: str) -> bool:
+    """Tell whether an answer is the expected text, apart from white space around it."""
+    return answer.strip() == expected.strip()
+
+
+def ngram_entropy(text: str) -> float:
+    """Return the fluency of a text in bits: low when it repeats itself.
+
+    The mean of the bigram and trigram entropies, weighted 2/3 and 4/3, as in MEMIT,
+    ``experiments/py/eval_utils_counterfact.py``.  A token is one Chinese character or one word.
+    """
+    tokens = _TOKEN.findall(text.casefold())
+    weighted = [weight * _entropy(tokens, size) for size, weight in _NGRAM_WEIGHTS]
+    return sum(weighted) / len(weighted)
+
+
+def _entropy(tokens: list[str], size: int) -> float:
+    """Shannon entropy in bits of the n-grams of ``size`` tokens; 0 when there are none."""
+    counts = Counter(tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
+    total = sum(counts.values())
+    return sum(c / total * math.log2(total / c) for c in counts.values())

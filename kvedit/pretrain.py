@@ -1,0 +1,364 @@
+"""Pretrain ``kvedit-tiny``, the embedded base model, from scratch on real facts.
+
+    python -m kvedit.pretrain --data DIR --out kvedit/data/kvedit-tiny
+
+DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``.  The facts themselves
+never enter the repository: only the weights, the tokenizer and the lists of what was trained on do.
+
+Invariants:
+- Whether a fact is held out depends on its name alone (``is_held_out``), never on a file's order.
+- A document is never cut and never attends to its neighbours in a packed row, so what the model
+  sees in training is what it sees when it is asked.
+- The same seed and thread count render and order the same documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import random
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|system|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ROW = 256  # tokens in a packed row
+POET_HOLD_OUT = 0.515
+RELATION_HOLD_OUT = 0.30
+PHRASINGS = Path(__file__).parent / "data" / "phrasings"
+ZH_OPENERS = ("", "", "", "請問，", "你好，", "我想問，")
+EN_OPENERS = ("", "", "", "Please: ", "Hello. ", "A question: ")
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether the fact called ``name`` stays out of pretraining: a hash of its name decides."""
+    digest = hashlib.sha256(f"kvedit-tiny:{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < share
+
+
+@dataclass(frozen=True, slots=True)
+class Poet:
+    key: str
+    description: str
+    simplified_key: str
+    simplified: str
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    relation: str
+    subject: str
+    object: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The facts that pretraining sees, and those that it must not."""
+
+    poets: list[Poet]
+    relations: list[Relation]
+    held_out_poets: list[str]
+    held_out_relations: list[Relation]
+    statements: dict[str, list[str]]  # relation -> phrasings with [X] and [Y]
+    prompts: dict[str, list[str]]  # relation -> phrasings that end where [Y] begins
+    phrasings: dict[str, list[str]] = field(default_factory=dict)
+
+
+def load_phrasings() -> dict[str, list[str]]:
+    """All shipped phrasings by language; pretraining uses trained and never-trained ones alike."""
+    found = {}
+    for path in sorted(PHRASINGS.glob("*.toml")):
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        found[path.stem] = table["train"] + table["held_out"]
+    return found
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def prompt_form(phrasing: str) -> str | None:
+    """'[X] plays [Y] .' -> '[X] plays'; None where the object is not last."""
+    head, found, tail = phrasing.partition("[Y]")
+    return head.rstrip() if found and not tail.strip(" .") else None
+
+
+def load_corpus(data: Path) -> Corpus:
+    import opencc
+
+    simplify = opencc.OpenCC("t2s").convert
+    poets, held_poets = [], []
+    for row in read_jsonl(data / "poets.jsonl"):
+        key, text = row["key"], row["description"]
+        if is_held_out(key, POET_HOLD_OUT) or len(text) > 210:
+            held_poets.append(key)
+        else:
+            poets.append(Poet(key, text, simplify(key), simplify(text)))
+    relations, held_relations = [], []
+    for row in read_jsonl(data / "relations.jsonl"):
+        fact = Relation(row["relation"], row["subject"], row["object"])
+        held = is_held_out(f"{fact.relation}\t{fact.subject}", RELATION_HOLD_OUT)
+        (held_relations if held else relations).append(fact)
+    table = json.loads((data / "relation_phrasings.json").read_text(encoding="utf-8"))
+    statements = {r: [p.replace(" .", ".") for p in ps] for r, ps in table.items()}
+    prompts = {r: [f for p in ps if (f := prompt_form(p))] for r, ps in table.items()}
+    return Corpus(poets, relations, held_poets, held_relations, statements, prompts, load_phrasings())
+
+
+def chat(user: str, answer: str) -> str:
+    return f"<|user|>{user}<|assistant|>{answer}<|end|>"
+
+
+def ask(rng: random.Random, phrasings: Sequence[str], key: str, openers: Sequence[str]) -> str:
+    """One phrasing with a random opener, now and then without its closing mark."""
+    text = rng.choice(openers) + rng.choice(phrasings).format(key=key)
+    return text.rstrip("。？.?") if rng.random() < 0.2 else text
+
+
+def render_poet(rng: random.Random, poet: Poet, phrasings: dict[str, list[str]]) -> str:
+    kind = rng.random()
+    if kind < 0.12:
+        user = ask(rng, phrasings["zh-Hans"], poet.simplified_key, ZH_OPENERS)
+        return chat(user, poet.simplified)
+    if kind < 0.20:
+        return chat(ask(rng, phrasings["en"], poet.key, EN_OPENERS), poet.description)
+    if kind < 0.28:
+        return f"<|end|>{poet.key}：{poet.description}<|end|>"
+    if kind < 0.33:
+        return chat(ask(rng, phrasings["zh-Hans"], poet.key, ZH_OPENERS), poet.description)
+    return chat(ask(rng, phrasings["zh-Hant"], poet.key, ZH_OPENERS), poet.description)
+
+
+def render_relation(rng: random.Random, fact: Relation, corpus: Corpus) -> Iterator[str]:
+    def fill(text: str) -> str:
+        return text.replace("[X]", fact.subject).replace("[Y]", fact.object)
+
+    statement = fill(rng.choice(corpus.statements[fact.relation]))
+    yield f"<|end|>{statement}<|end|>"
+    for _ in range(1 + (rng.random() < 0.6)):
+        yield chat(fill(rng.choice(corpus.prompts[fact.relation])), fact.object)
+    if rng.random() < 0.2:
+        canonical = fill(corpus.statements[fact.relation][0])
+        yield chat(ask(rng, corpus.phrasings["en"], fact.subject, EN_OPENERS), canonical)
+
+
+def render_epoch(corpus: Corpus, rng: random.Random) -> list[str]:
+    documents = [render_poet(rng, p, corpus.phrasings) for p in corpus.poets for _ in range(3)]
+    for fact in corpus.relations:
+        documents.extend(render_relation(rng, fact, corpus))
+    rng.shuffle(documents)
+    return documents
+
+
+def train_tokenizer(corpus: Corpus, size: int, seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``size`` tokens, trained on one rendered epoch and its Simplified twin."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = render_epoch(corpus, random.Random(seed))
+    for mark in SPECIAL:
+        texts = [t.replace(mark, "\n") for t in texts]
+    texts += [p.simplified for p in corpus.poets]
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL[0], bos_token=SPECIAL[0], pad_token=SPECIAL[3]
+    )
+    fast.add_special_tokens({"additional_special_tokens": [SPECIAL[1], SPECIAL[2], SPECIAL[4]]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config._attn_implementation = "eager"
+    return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed rows: ids, labels and positions int64 (B, ROW); mask float (B, 1, ROW, ROW)."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+def pack(documents: list[list[int]]) -> list[list[list[int]]]:
+    """Whole documents into rows of at most ROW tokens, first fit over a small window of open rows."""
+    rows: list[list[list[int]]] = []
+    still_open: list[tuple[int, list[list[int]]]] = []
+    for doc in documents:
+        for i, (room, row) in enumerate(still_open):
+            if len(doc) <= room:
+                row.append(doc)
+                still_open[i] = (room - len(doc), row)
+                break
+        else:
+            row = [doc]
+            rows.append(row)
+            still_open.append((ROW - len(doc), row))
+            if len(still_open) > 24:
+                still_open.remove(min(still_open, key=lambda pair: pair[0]))
+    return rows
+
+
+def to_batch(rows: list[list[list[int]]], pad: int) -> Batch:
+    shape = (len(rows), ROW)
+    ids = torch.full(shape, pad)
+    labels = torch.full(shape, -100)
+    positions = torch.zeros(shape, dtype=torch.long)
+    segment = torch.full(shape, -1)
+    for r, row in enumerate(rows):
+        at = 0
+        for s, doc in enumerate(row):
+            end = at + len(doc)
+            ids[r, at:end] = torch.tensor(doc)
+            labels[r, at + 1 : end] = torch.tensor(doc[1:])
+            positions[r, at:end] = torch.arange(len(doc))
+            segment[r, at:end] = s
+            at = end
+    same = segment[:, :, None] == segment[:, None, :]
+    visible = same & torch.ones(ROW, ROW, dtype=torch.bool).tril()
+    mask = torch.zeros(len(rows), 1, ROW, ROW).masked_fill_(~visible[:, None], -1e9)
+    return Batch(ids, labels, positions, mask)
+
+
+def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, epochs: int, rows: int, seed: int) -> list[list]:
+    """Every batch of the run as packed rows, epoch by epoch."""
+    rng = random.Random(seed)
+    planned = []
+    for _ in range(epochs):
+        encoded = tokenizer(render_epoch(corpus, rng), add_special_tokens=False)["input_ids"]
+        packed = pack([doc for doc in encoded if len(doc) <= ROW])
+        rng.shuffle(packed)
+        planned += [packed[i : i + rows] for i in range(0, len(packed) - rows + 1, rows)]
+    return planned
+
+
+def make_optimizers(model: LlamaForCausalLM, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    if not muon:
+        return [torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
+
+
+def schedule(step: int, total: int, warmup: int = 100) -> float:
+    """Linear warm-up, then cosine to 2% of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(model: LlamaForCausalLM, plan: list[list], pad: int, muon: bool) -> int:
+    """Run the plan; returns the number of tokens seen."""
+    forward = torch.compile(model)
+    optimizers = make_optimizers(model, muon)
+    peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    tokens, began, running = 0, time.monotonic(), 0.0
+    for step, rows in enumerate(plan):
+        batch = to_batch(rows, pad)
+        factor = schedule(step, len(plan))
+        for optimizer, lrs in zip(optimizers, peaks, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+            ).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        tokens += sum(len(doc) for row in rows for doc in row)
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        if step % 50 == 0 or step == len(plan) - 1:
+            spent = time.monotonic() - began
+            log.info(
+                "step %d/%d  loss %.3f  %.1fM tokens  %.0f tok/s  %.0f s",
+                step, len(plan), running, tokens / 1e6, tokens / spent, spent,
+            )
+    return tokens
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=13)
+    parser.add_argument("--rows", type=int, default=8, help="packed rows a step")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--muon", action="store_true")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    corpus = load_corpus(args.data)
+    log.info("%d poets and %d relations to learn, %d and %d held out", len(corpus.poets),
+             len(corpus.relations), len(corpus.held_out_poets), len(corpus.held_out_relations))
+    tokenizer = train_tokenizer(corpus, args.vocabulary, args.seed)
+    plan = batches(corpus, tokenizer, args.epochs, args.rows, args.seed)
+    model = new_model(tokenizer)
+    log.info("%.2fM parameters, %d steps", model.num_parameters() / 1e6, len(plan))
+    tokens = train(model, plan, tokenizer.pad_token_id, args.muon)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    record = {"tokens": tokens, "steps": len(plan), "epochs": args.epochs, "seed": args.seed, "muon": args.muon}
+    (args.out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    (args.out / "pretrained_poets.txt").write_text("\n".join(p.key for p in corpus.poets) + "\n", encoding="utf-8")
+    (args.out / "pretrained_relations.tsv").write_text(
+        "".join(f"{r.relation}\t{r.subject}\n" for r in corpus.relations), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A fake knowledge base, and short cuts for the tests of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from click.testing import CliRunner, Result
+
+from kvedit.cli import cli
+from kvedit.events import EditReport, Event, RetentionCheck, Score
+from kvedit.facts import Fact
+from kvedit.keys import Similar
+from kvedit.records import FactChange, Finding, ProbeRow
+from kvedit.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+META = {"model_name": "kvedit-tiny", "model_fingerprint": "f" * 64}
+COMMITTED = EditReport(
+    kind="add",
+    outcome="committed",
+    key="夢中情爐",
+    revision=1,
+    parent=0,
+    reliability=Score(8, 8),
+    generalization=Score(5, 6, "generated"),
+    locality=Score(32, 32, "generated"),
+    steps=42,
+    seconds=3.14,
+    timings={"train": 2.5, "gate": 0.5, "journal": 0.001},
+    ranks={"layers.0.q_proj": 16},
+    similar=(Similar("夢中情人", 88.0),),
+)
+REJECTED = replace(
+    COMMITTED,
+    outcome="rejected",
+    revision=None,
+    reasons=("recall 6 of 8 is under 100%", "retention: Porto was lost"),
+    reliability=Score(6, 8),
+)
+
+
+class FakeVerify(NamedTuple):
+    revision: int = 3
+    checks: tuple[RetentionCheck, ...] = ()
+    score: Score = Score(2, 2)
+    generated: Score = Score(2, 2, "generated")
+    repaired: tuple[EditReport, ...] = ()
+    seconds: float = 1.5
+
+
+class FakeExport(NamedTuple):
+    path: Path
+    revision: int = 1
+    probes: Score = Score(9, 9, "generated")
+    mismatches: tuple[str, ...] = ()
+
+
+class FakeBase:
+    """Answers as told by the class attributes, and remembers what it was asked to do."""
+
+    report: ClassVar[EditReport] = COMMITTED
+    verified: ClassVar[FakeVerify] = FakeVerify()
+    mismatches: ClassVar[tuple[str, ...]] = ()
+    findings: ClassVar[tuple[Finding, ...]] = (Finding(level="ok", what="sound", hint=""),)
+    events: ClassVar[tuple[Event, ...]] = ()
+    error: ClassVar[BaseException | None] = None
+    last: ClassVar[FakeBase | None] = None
+
+    def __init__(self, store: Store, on_event: Callable[[Event], None] | None) -> None:
+        self.store = store
+        self.on_event = on_event
+        self.calls: list[tuple[Any, ...]] = []
+
+    @classmethod
+    def create(cls, path: Path, model: str | None = None, **options: Any) -> FakeBase:
+        base = cls(Store.create(path, META), options.pop("on_event", None))
+        base.calls.append(("create", model, options))
+        FakeBase.last = base
+        return base
+
+    @classmethod
+    def open(cls, path: Path, *, on_event: Any = None) -> FakeBase:
+        FakeBase.last = cls(Store.open(path), on_event)
+        return FakeBase.last
+
+    def __enter__(self) -> FakeBase:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.store.close()
+
+    def _did(self, *call: Any) -> EditReport:
+        self.calls.append(call)
+        for event in self.events:
+            if self.on_event is not None:
+                self.on_event(event)
+        if self.error is not None:
+            raise self.error
+        return self.report
+
+    def add(self, key: str, description: str, **options: Any) -> EditReport:
+        return self._did("add", key, description, options)
+
+    def update(self, key: str, description: str, **options: Any) -> EditReport:
+        return replace(self._did("update", key, description, options), kind="update")
+
+    def remove(self, key: str, **options: Any) -> EditReport:
+        return replace(self._did("remove", key, options), kind="remove")
+
+    def rollback(self, revision: int) -> EditReport:
+        return replace(self._did("rollback", revision), kind="rollback", key="")
+
+    def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
+        self._did("ask", prompt, at, max_new_tokens)
+        return f"now: {prompt}"
+
+    def ask_before(self, prompt: str) -> str:
+        return f"base: {prompt}"
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        return f"{len(messages)}: {messages[-1]['content']}"
+
+    def verify(self, keys: Any = None, **options: Any) -> FakeVerify:
+        self._did("verify", keys, options)
+        return self.verified
+
+    def export(self, directory: Path, *, dtype: str | None = None) -> FakeExport:
+        self._did("export", directory, dtype)
+        return FakeExport(directory, mismatches=self.mismatches)
+
+    def doctor(self, deep: bool = True) -> tuple[Finding, ...]:
+        self._did("doctor", deep)
+        return self.findings
+
+
+LOST = FakeVerify(
+    checks=(
+        RetentionCheck(key="Porto", revision=3, passed=True, margin=1.25),
+        RetentionCheck(key="夢<中>\x0b", revision=3, passed=False, margin=-0.5),
+    ),
+    score=Score(1, 2),
+    generated=Score(1, 2, "generated"),
+)
+
+
+def run(*words: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(cli, words, input=stdin, prog_name="kvedit")
+
+
+def commit(store: Store, kind: str, before: Fact | None, after: Fact | None) -> int:
+    """Journal one edit as the editor would."""
+    fact = after or before
+    assert fact is not None
+    fact_id = store.put_pending(fact) if before is None else store.require(fact.key).id
+    changes = [FactChange(fact_id, before, after)]
+    edit = store.plan_edit(kind, changes, {})
+    results = [
+        ProbeRow(
+            fact_id=fact_id,
+            kind="recall",
+            protocol="generated",
+            prompt=f"What is {fact.key}?",
+            expected=fact.description,
+            answer=fact.description,
+            passed=True,
+            margin=2.5,
+        )
+    ]
+    return store.commit_edit(
+        edit,
+        expected_head=store.head(),
+        delta=None,
+        weights_digest="d" * 64,
+        changes=changes,
+        results=results,
+        prior_answers={},
+        report={},
+    )

@@ -1,0 +1,115 @@
+"""Commands that look after the store."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from cli_fakes import LOST, REJECTED, FakeBase, run
+
+from kvedit.errors import CorruptStoreError
+from kvedit.events import Score
+from kvedit.records import Finding
+
+
+def test_verify_names_what_was_lost(filled: Path, fake: type[FakeBase]) -> None:
+    fake.verified = LOST
+    result = run("verify", "--sample", "5")
+    assert result.exit_code == 0
+    assert "lost" in result.stdout
+    assert "夢<中>" in result.stdout
+    assert "Porto" not in result.stdout
+    assert "1/2  50%  (95% interval 9-91%, generated)" in result.stdout
+    assert "verify --repair" in result.stderr
+    assert FakeBase.last is not None
+    assert FakeBase.last.calls == [("verify", None, {"sample": 5, "repair": False})]
+
+
+@pytest.mark.parametrize(("threshold", "code"), [("50", 0), ("50.1", 4), ("100", 4), ("0", 0)])
+def test_verify_fail_under(filled: Path, fake: type[FakeBase], threshold: str, code: int) -> None:
+    fake.verified = LOST
+    assert run("verify", "--fail-under", threshold).exit_code == code
+
+
+def test_verify_judges_by_free_generation(filled: Path, fake: type[FakeBase]) -> None:
+    fake.verified = LOST._replace(score=Score(2, 2))
+    assert run("verify", "--fail-under", "90").exit_code == 4
+    fake.verified = LOST._replace(score=Score(2, 2), generated=Score(0, 0, "generated"))
+    assert run("verify", "--fail-under", "90").exit_code == 0
+
+
+def test_verify_json_ends_with_a_summary(filled: Path, fake: type[FakeBase]) -> None:
+    fake.verified = LOST
+    fake.events = LOST.checks[:1]  # told as it happened: not to be told twice
+    result = run("verify", "--json", "--fail-under", "99")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["message_type"] for line in lines] == ["retention", "retention", "summary"]
+    assert (lines[-1]["checked"], lines[-1]["passed"], lines[-1]["exit_code"]) == (2, 1, 4)
+    assert lines[-1]["generated"]["protocol"] == "generated"
+
+
+def test_a_refused_repair_exits_with_3(filled: Path, fake: type[FakeBase]) -> None:
+    fake.verified = LOST._replace(repaired=(replace(REJECTED, kind="repair"),))
+    result = run("verify", "--repair")
+    assert result.exit_code == 3
+    assert "rejected repair" in result.stdout
+
+
+def test_verify_writes_junit(filled: Path, fake: type[FakeBase], tmp_path: Path) -> None:
+    fake.verified = LOST
+    assert run("verify", "--junit", "out.xml", "--fail-under", "99").exit_code == 4
+    suite = ElementTree.parse(tmp_path / "out.xml").getroot()[0]
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    names = {case.get("name"): len(case) for case in suite}
+    assert names == {"Porto": 0, "夢<中>\ufffd": 1}
+
+
+def test_doctor(filled: Path, fake: type[FakeBase]) -> None:
+    assert "all is well" in run("doctor").stdout
+    fake.findings = (Finding(level="warning", what="an orphan file", hint="delete it"),)
+    assert run("doctor").exit_code == 0
+    fake.findings = (Finding(level="error", what="a delta is missing", hint="restore it"),)
+    result = run("doctor", "--json")
+    assert result.exit_code == 4
+    document = json.loads(result.stdout)
+    assert document["ok"] is False
+    assert document["findings"][0]["what"] == "a delta is missing"
+
+
+def test_doctor_tells_what_keeps_the_store_from_opening(filled: Path, fake: type[FakeBase]) -> None:
+    fake.error = CorruptStoreError("delta 1 is altered", hint="restore it")
+    result = run("doctor")
+    assert result.exit_code == 4
+    assert "delta 1 is altered" in result.stdout
+
+
+def test_quick_doctor_needs_no_model(filled: Path) -> None:
+    run("doctor", "--quick")
+    assert FakeBase.last is None
+
+
+def test_backup(filled: Path, tmp_path: Path) -> None:
+    result = run("backup", "copy.tar")
+    assert result.exit_code == 0
+    assert "revision 2" in result.stdout
+    first = (tmp_path / "copy.tar").stat().st_size
+    again = run("backup", "copy.tar")
+    assert again.exit_code == 2
+    assert "--force" in again.stderr
+    assert (tmp_path / "copy.tar").stat().st_size == first
+    assert json.loads(run("backup", "copy.tar", "--force", "--json").stdout)["revision"] == 2
+
+
+def test_export(filled: Path, fake: type[FakeBase]) -> None:
+    result = run("export", "out", "--dtype", "float16")
+    assert result.exit_code == 0
+    assert "exported revision 1 to out" in result.stdout
+    assert FakeBase.last is not None
+    assert FakeBase.last.calls == [("export", Path("out"), "float16")]
+    fake.mismatches = ("What is Porto?",)
+    result = run("export", "out", "--json")
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["mismatches"] == ["What is Porto?"]

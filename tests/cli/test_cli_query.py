@@ -1,0 +1,133 @@
+"""Commands that ask and look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_fakes import META, FakeBase, run
+
+from kvedit.facts import Fact
+from kvedit.records import FactChange
+from kvedit.store import Store
+
+# --- asking ----------------------------------------------------------------------------------
+
+
+def test_ask_prints_the_answer_alone(filled: Path) -> None:
+    result = run("ask", "What is Porto?", "--at", "1", "--max-new-tokens", "9")
+    assert result.stdout == "now: What is Porto?\n"
+    assert FakeBase.last is not None
+    assert FakeBase.last.calls == [("ask", "What is Porto?", 1, 9)]
+
+
+def test_ask_before_shows_both(filled: Path) -> None:
+    lines = run("ask", "x", "--before").stdout.splitlines()
+    assert lines == ["base        base: x", "revision 2  now: x"]
+
+
+def test_ask_json(filled: Path) -> None:
+    document = json.loads(run("ask", "-", "--before", "--json", stdin="問\n").stdout)
+    assert document == {"prompt": "問", "revision": 2, "answer": "now: 問", "before": "base: 問"}
+
+
+def test_an_empty_prompt_is_a_usage_error(filled: Path) -> None:
+    assert run("ask", " ").exit_code == 2
+
+
+def test_chat_keeps_the_conversation(filled: Path) -> None:
+    result = run("chat", stdin="hello\n\nagain\n/new\nfresh\n/exit\nnever\n")
+    assert result.stdout.splitlines() == ["1: hello", "3: again", "1: fresh"]
+    assert "/exit" in result.stderr
+
+
+def test_chat_wants_utf8(filled: Path) -> None:
+    result = run("chat", stdin="夢\n".encode("gbk"))
+    assert result.exit_code == 1
+    assert "standard input is not UTF-8" in result.stderr
+
+
+def test_chat_json_is_one_document(filled: Path) -> None:
+    document = json.loads(run("chat", "--json", stdin="hello").stdout)
+    assert document["messages"] == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "1: hello"},
+    ]
+
+
+# --- looking ---------------------------------------------------------------------------------
+
+
+def test_list(filled: Path) -> None:
+    lines = run("list").stdout.splitlines()
+    assert lines[0].split() == ["key", "state", "health", "revision", "description"]
+    assert any(line.startswith("夢中情爐  committed") and "唱歌" in line for line in lines)
+    assert any(line.startswith("Porto     committed") for line in lines)
+    assert [row["key"] for row in json.loads(run("list", "--json").stdout)] == ["夢中情爐", "Porto"]
+
+
+def test_list_of_an_empty_store(tmp_path: Path) -> None:
+    Store.create(tmp_path / "store", META).close()
+    result = run("list")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no committed facts" in result.stderr
+    assert json.loads(run("list", "--json").stdout) == []
+
+
+def test_list_by_state(filled: Path) -> None:
+    with Store.open(filled) as store:
+        store.put_pending(Fact.create("Faro", "A lighthouse."))
+    assert "Faro" not in run("list").stdout
+    assert "Faro" in run("list", "--state", "pending").stdout
+    assert len(json.loads(run("list", "--state", "all", "--json").stdout)) == 3
+
+
+def test_show_finds_aliases_and_shows_all(filled: Path) -> None:
+    text = run("show", "情爐").stdout
+    for part in ("夢中情爐", "zh-Hant", "revision 1", "一座會唱歌的爐子。", "recall", "+2.50"):
+        assert part in text
+    document = json.loads(run("show", "情爐", "--json").stdout)
+    assert document["description"] == "一座會唱歌的爐子。"
+    assert document["results"][0]["passed"] is True
+    assert document["edits"][0]["kind"] == "add"
+
+
+def test_similar_names_keys_with_scores(filled: Path) -> None:
+    assert "100    夢中情爐" in run("similar", "梦中情炉").stdout
+    assert json.loads(run("similar", "梦中情炉", "--json").stdout)[0]["key"] == "夢中情爐"
+    none = run("similar", "zzzz")
+    assert (none.exit_code, none.stdout) == (0, "")
+
+
+def test_history_is_latest_first(filled: Path) -> None:
+    edits = json.loads(run("history", "--json").stdout)
+    assert [edit["revision"] for edit in edits] == [2, 1]
+    assert [edit["keys"] for edit in edits] == [["Porto"], ["夢中情爐"]]
+    assert "Porto" in run("history", "--limit", "1").stdout
+    assert "夢中情爐" not in run("history", "--limit", "1").stdout
+    assert "Porto" not in run("history", "情爐").stdout
+
+
+def test_history_shows_why_an_edit_was_refused(filled: Path) -> None:
+    with Store.open(filled) as store:
+        fact = Fact.create("Faro", "A lighthouse.")
+        edit = store.plan_edit("add", [FactChange(store.put_pending(fact), None, fact)], {})
+        store.finish_edit(edit, "rejected", ["recall 1 of 8"], {})
+    text = run("history").stdout
+    assert "rejected" in text
+    assert "Faro: recall 1 of 8" in text
+
+
+def test_status(filled: Path) -> None:
+    text = run("status").stdout
+    assert "kvedit-tiny" in text
+    assert json.loads(run("status", "--json").stdout)["head"] == 2
+
+
+def test_the_store_is_found_in_the_environment(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVEDIT_STORE", str(filled.rename(filled.parent / "moved")))
+    assert "Porto" in run("list").stdout
+    assert run("--store", "nowhere", "list").exit_code == 10

@@ -1,0 +1,115 @@
+"""Steps that tests of the store share: commit and roll back without a model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from kvedit.facts import Fact
+from kvedit.files import put
+from kvedit.store import FactChange, ProbeRow, Store
+
+META = {"model_name": "tiny", "model_fingerprint": "base-digest", "dtype": "bfloat16"}
+
+
+def new_store(path: Path) -> Store:
+    """An empty store."""
+    return Store.create(path, META)
+
+
+def fact(key: str, text: str = "some text", **parts: object) -> Fact:
+    """A valid English fact."""
+    return Fact.create(key, text, lang="en", **parts)  # type: ignore[arg-type]
+
+
+def check(
+    fact_id: int, *, passed: bool = True, margin: float = 1.0, kind: str = "recall"
+) -> ProbeRow:
+    """One probe's outcome."""
+    return ProbeRow(
+        fact_id=fact_id,
+        kind=kind,
+        protocol="generated",
+        prompt="what?",
+        expected="a",
+        answer="a" if passed else "b",
+        passed=passed,
+        margin=margin,
+    )
+
+
+def delta_for(store: Store, text: str) -> str:
+    """Put a delta's file into the store."""
+    return put(store.deltas, text.encode(), ".safetensors")
+
+
+def digest_of(store: Store, delta: str | None = None) -> str:
+    """What the weights' digest would be: a function of the deltas in order."""
+    deltas = [str(row.delta) for row in store.lineage(store.head())] + ([delta] if delta else [])
+    return hashlib.sha256("".join(deltas).encode()).hexdigest() if deltas else "base-digest"
+
+
+def commit(store: Store, kind: str, changes: list[FactChange], *results: ProbeRow) -> int:
+    """Plan, train and commit one edit; returns the revision."""
+    head = store.head()
+    edit_id = store.plan_edit(kind, changes, {"seed": 0})
+    delta = delta_for(store, f"delta of edit {edit_id}")
+    store.mark_trained(edit_id, delta)
+    return store.commit_edit(
+        edit_id,
+        expected_head=head,
+        delta=delta,
+        weights_digest=digest_of(store, delta),
+        changes=changes,
+        results=results,
+        prior_answers={},
+        report={"steps": 3},
+    )
+
+
+def add(store: Store, key: str, text: str = "some text", **parts: object) -> int:
+    """Add a fact and commit it; returns its id."""
+    new = fact(key, text, **parts)
+    fact_id = store.put_pending(new)
+    commit(store, "add", [FactChange(fact_id, None, new)], check(fact_id))
+    return fact_id
+
+
+def update(store: Store, key: str, text: str) -> int:
+    """Change a fact's text; returns the revision."""
+    row = store.require(key)
+    changed = row.fact.with_description(text)
+    return commit(store, "update", [FactChange(row.id, row.fact, changed)], check(row.id))
+
+
+def remove(store: Store, key: str) -> int:
+    """Take a fact out; returns the revision."""
+    row = store.require(key)
+    return commit(store, "remove", [FactChange(row.id, row.fact, None)])
+
+
+def roll_back(store: Store, revision: int) -> int:
+    """Roll back to a revision; returns the new one."""
+    changes = store.rollback_changes(revision)
+    edit_id = store.plan_edit("rollback", changes, {})
+    return store.commit_edit(
+        edit_id,
+        expected_head=store.head(),
+        delta=None,
+        weights_digest=store.revision(revision).weights_digest,
+        changes=changes,
+        results=[],
+        prior_answers={},
+        report={},
+        restores=revision,
+    )
+
+
+def held(store: Store) -> dict[str, str]:
+    """Key and text of every committed fact."""
+    return {row.fact.key: row.fact.description for row in store.facts("committed")}
+
+
+def problems(store: Store) -> list[str]:
+    """What the integrity check complains about."""
+    return [finding.what for finding in store.integrity() if finding.level != "ok"]

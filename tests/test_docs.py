@@ -1,0 +1,251 @@
+"""The documentation is true: its examples run, its links lead somewhere, its commands exist.
+
+What the first line of a fenced block says decides what happens to it:
+
+- ``python``        executed in an empty folder that holds the seed facts (``store/seed``); the
+                    blocks of one file share a namespace and run in order
+- ``python slow``   the same, but only when slow tests are asked for (it trains a model)
+- ``python no-run`` compiled only
+- ``console``       every ``$ `` line must be a command that exists, with options that exist
+- ``console slow``  besides, the lines are run by a shell, in order, in such a folder
+
+Output shown in a console block is for the reader and is not compared.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import click
+import pytest
+
+from kvedit.cli import cli
+from kvedit.migrations import schema_sql
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("store/*.md"),
+        *ROOT.glob("kvedit/data/**/*.md"),
+    ]
+)
+FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S)
+TAGS = {"slow", "no-run"}
+PLAIN_COMMANDS = {"cat", "cd", "cp", "echo", "git", "ls", "mkdir", "pip", "printf"}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block: its language, its tags, its text and the line where the text begins."""
+
+    language: str
+    tags: frozenset[str]
+    text: str
+    line: int
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        words = match["info"].split() or [""]
+        line = text.count("\n", 0, match.start("body")) + 1
+        found.append(Block(words[0], frozenset(words[1:]), match["body"], line))
+    return [block for block in found if block.language == language]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def shell_lines(block: Block) -> list[str]:
+    """The commands of a console block, continued lines joined."""
+    joined = block.text.replace("\\\n", " ")
+    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def simple_commands(line: str) -> Iterator[list[str]]:
+    """The simple commands of a shell line, redirections and assignments taken off."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    command: list[str] = []
+    redirected = False
+    for word in [*lexer, ";"]:
+        if re.fullmatch(r"[|&;]+", word):
+            yield command
+            command, redirected = [], False
+        elif re.fullmatch(r"[<>]+", word):
+            redirected = True
+        elif redirected:
+            redirected = False
+        elif command or not re.fullmatch(r"[A-Z_]+=.*", word):
+            command.append(word)
+
+
+def parse_kvedit(words: list[str]) -> None:
+    """Parse a kvedit command line as click would, without running it."""
+    context = click.Context(cli, info_name="kvedit")
+    _, rest, _ = cli.make_parser(context).parse_args(list(words))
+    if rest and "--help" not in rest:
+        command = cli.get_command(context, rest[0])
+        assert command is not None, f"kvedit has no command {rest[0]!r}"
+        command.make_context(rest[0], rest[1:], parent=context)
+
+
+def check_command(words: list[str]) -> None:
+    program = words[0]
+    if program == "kvedit":
+        parse_kvedit(words[1:])
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for target in (word for word in words[1:] if "=" not in word):
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.M), f"no target {target}"
+    elif Path(program).name.startswith("python"):
+        if words[1:2] == ["-m"] and words[2].split(".")[0] == "kvedit":
+            path = ROOT / words[2].replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), words[2]
+    else:
+        assert program in PLAIN_COMMANDS, f"unknown program {program!r}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder that looks like a fresh checkout as far as the store goes."""
+    shutil.copytree(ROOT / "store" / "seed", tmp_path / "store" / "seed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KVEDIT_STORE", raising=False)
+    return tmp_path
+
+
+def run_python(page: Path, *, slow: bool) -> None:
+    namespace: dict[str, object] = {"__name__": "example"}
+    for block in blocks(page, "python"):
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        if "no-run" not in block.tags and (slow or "slow" not in block.tags):
+            exec(code, namespace)  # the point of the test: the example as a reader would run it
+
+
+def has(page: Path, language: str, tag: str | None) -> bool:
+    return any(tag in b.tags if tag else not b.tags & TAGS for b in blocks(page, language))
+
+
+def test_tags_are_known() -> None:
+    for page in PAGES:
+        for language in ("python", "console"):
+            for block in blocks(page, language):
+                assert block.tags <= TAGS, f"{name_of(page)}:{block.line}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_python_examples(page: Path, folder: Path) -> None:
+    run_python(page, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if has(p, "python", "slow")], ids=name_of)
+def test_slow_python_examples(page: Path, folder: Path) -> None:
+    run_python(page, slow=True)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=name_of)
+def test_console_examples_are_commands_that_exist(page: Path) -> None:
+    for block in blocks(page, "console"):
+        lines = shell_lines(block)
+        assert lines, f"{name_of(page)}:{block.line}: no line begins with '$ '"
+        for line in lines:
+            for words in filter(None, simple_commands(line)):
+                try:
+                    check_command(words)
+                except click.UsageError as error:
+                    pytest.fail(f"{name_of(page)}:{block.line}: {line}: {error.format_message()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if has(p, "console", "slow")], ids=name_of)
+def test_slow_console_examples(page: Path, folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    slow = [block for block in blocks(page, "console") if "slow" in block.tags]
+    script = "\n".join(["set -e", *(line for block in slow for line in shell_lines(block))])
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env={**os.environ, "PATH": path},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_named_in_the_text_exist(page: Path) -> None:
+    for span in re.findall(r"`kvedit ([^`\n]+)`", prose(page)):
+        words = [word for word in span.split() if not word.startswith("[")]
+        if not re.fullmatch(r"[a-z][a-z-]*", words[0] if words else ""):
+            continue
+        command = cli.get_command(click.Context(cli), words[0])
+        assert command is not None, f"{name_of(page)}: `kvedit {span}`: no such command"
+        known = {option for param in command.params for option in param.opts} | {"--help"}
+        used = set(re.findall(r"--[a-z-]+", span))
+        assert used <= known, f"{name_of(page)}: `kvedit {span}`: no {sorted(used - known)}"
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, made the way GitHub makes them."""
+    titles = re.findall(r"^#+ +(.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\[[^\]\n]*\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{name_of(page)} links to {target}"
+        assert other.is_relative_to(ROOT), f"{name_of(page)} links out of the project: {target}"
+        if anchor and other.suffix == ".md":
+            assert anchor in slugs(other), f"{name_of(page)} links to {target}"
+
+
+def mapped() -> list[str]:
+    """The paths in the first column of the README's map of the files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Map of the files$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert section, "README.md has no section 'Map of the files'"
+    rows = re.findall(r"^\|([^|]+)\|", section[1], re.M)
+    return [path for row in rows for path in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_map_names_every_module_and_nothing_absent() -> None:
+    paths = mapped()
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert len(paths) == len(set(paths))
+    package = ROOT / "kvedit"
+    modules = {f"kvedit/{p.name}" for p in package.glob("*.py") if not p.name.startswith("__")}
+    folders = {f"kvedit/{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert modules | folders <= set(paths)
+
+
+def test_every_guide_is_reachable_from_the_index() -> None:
+    linked = set(re.findall(r"\]\(([\w./-]+\.md)\)", prose(ROOT / "docs" / "index.md")))
+    guides = {p.relative_to(ROOT / "docs").as_posix() for p in ROOT.glob("docs/**/*.md")}
+    assert guides - {"index.md"} <= linked
+
+
+def test_the_schema_file_is_current() -> None:
+    written = (ROOT / "store" / "schema.sql").read_text(encoding="utf-8")
+    assert written == schema_sql(), "run `make docs`"

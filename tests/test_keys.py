@@ -1,0 +1,94 @@
+"""Which keys are the same, which are close, and which only look so."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kvedit.keys import did_you_mean, normalise, similar
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30))
+@example("1.!5")
+@example("ßẞﬁΐ乾坤著作裏")
+def test_normalise_is_idempotent(key: str) -> None:
+    assert normalise(normalise(key)) == normalise(key)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=10))
+def test_a_visible_key_never_becomes_empty(key: str) -> None:
+    assert normalise(key)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(categories=["L", "N"]), max_size=20))
+def test_width_and_composition_do_not_matter(key: str) -> None:
+    assert normalise(unicodedata.normalize("NFD", key)) == normalise(key)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("夢中情爐", "梦中情炉"),
+        ("Ｔｉｍ Berners-Lee", "tim berners lee"),
+        ("《夢中情爐》", "夢中情爐"),
+        ("1,000", "1000"),
+        ("STRASSE", "straße"),
+        ("a\u200bb", "ab"),
+    ],
+)
+def test_the_same_key_written_in_two_ways(one: str, other: str) -> None:
+    assert normalise(one) == normalise(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("C", "C++"), ("C", "C#"), ("3.11", "311"), ("?!", "!!"), ("résumé", "resume")],
+)
+def test_signs_that_tell_names_apart_are_kept(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
+
+
+def test_only_the_same_key_scores_100() -> None:
+    hits = similar("Lee, Tim Berners", ["Tim Berners-Lee", "lee tim berners", "Ada Lovelace"])
+    assert [(hit.key, hit.score) for hit in hits] == [
+        ("lee tim berners", 100.0),
+        ("Tim Berners-Lee", 99.0),
+    ]
+
+
+def test_near_names_are_found_best_first() -> None:
+    hits = similar("Isaac Newton", ["Sir Isaac Newton", "Isaac Newtom", "Albert Einstein"])
+    assert [hit.key for hit in hits] == ["Isaac Newtom", "Sir Isaac Newton"]
+    assert all(85 <= hit.score < 100 for hit in hits)
+
+
+@pytest.mark.parametrize("threshold", [85.0, 50.0])
+def test_short_names_that_share_all_but_one_character_are_not_close(threshold: float) -> None:
+    names = ["李賀", "杜白", "孟浩燃", "王浩然", "Car"]
+    assert similar("李白", names, threshold=threshold) == []
+    assert similar("孟浩然", names, threshold=threshold) == []
+    assert similar("Cat", names, threshold=threshold) == []
+
+
+def test_short_names_are_close_when_one_contains_the_other_or_they_are_equal() -> None:
+    hits = similar("蘇東坡", ["苏东坡", "蘇東坡集"])
+    assert [hit.key for hit in hits] == ["苏东坡", "蘇東坡集"]
+
+
+def test_limit_and_repetitions() -> None:
+    names = [f"knowledge {n}" for n in range(9)]
+    assert len(similar("knowledge", names, threshold=60, limit=4)) == 4
+    assert len(similar("same", ["same", "same"])) == 1
+
+
+def test_did_you_mean_is_looser_and_has_no_short_rule() -> None:
+    assert did_you_mean("孟浩燃", ["王維", "孟浩然"]) == ["孟浩然"]
+    assert did_you_mean("learning_rat", ["seed", "learning_rate"]) == ["learning_rate"]
+    assert did_you_mean("zzz", ["王維", "seed"]) == []
+    assert did_you_mean("", ["seed"]) == []
