@@ -260,7 +260,7 @@ class Journal(StoreBase):
     def _move_head(self, expected: int) -> int:
         """Compare and swap the head; the first statement, so it also takes the write lock."""
         sql = "UPDATE meta SET value = (SELECT max(id) + 1 FROM revisions)"
-        sql += " WHERE name = 'head' AND ? IS NOT NULL"
+        sql += " WHERE name = 'head' AND value = ?"
         if self._execute(sql, [str(expected)]).rowcount != 1:
             raise LockedError(
                 f"the store changed meanwhile: its head is {self.head()}, not {expected}",

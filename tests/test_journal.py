@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from store_steps import (
     add,
     check,
-    commit,
     delta_for,
     digest_of,
     fact,
@@ -164,7 +163,7 @@ def test_a_rejected_update_or_remove_leaves_the_fact_as_it_was(store: Store) -> 
 
 def test_ending_one_edit_spares_the_delta_of_another(store: Store) -> None:
     first, _ = plan(store, "a")
-    second, changes = plan(store, "b")
+    second, _ = plan(store, "b")
     store.mark_trained(first, delta_for(store, "first"))
     kept = delta_for(store, "second")  # on the disk, but not marked yet
     store.finish_edit(first, "rejected", [], {})

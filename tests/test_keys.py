@@ -14,6 +14,7 @@ from kvedit.keys import did_you_mean, normalise, similar
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=30))
 @example("1.!5")
+@example("薴")  # one conversion gives 苧, a second 苎
 @example("ßẞﬁΐ乾坤著作裏")
 def test_normalise_is_idempotent(key: str) -> None:
     assert normalise(normalise(key)) == normalise(key)

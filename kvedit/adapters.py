@@ -1,0 +1,166 @@
+"""The one seam to PEFT: an AdaLoRA adapter that is wrapped once and reset for every edit.
+
+The adapter's change of a matrix is ``B diag(E) A``.  Here A and B are not free parameters: what is
+trained are ``A'`` and ``B'`` in the coordinates of ``curvature``, with ``A = A' R`` and
+``B = L B'``, so that ``price`` (the predicted harm to protected text) is the squared Frobenius norm
+of ``B' diag(E) A'``.  PEFT's modules do the forward pass and its allocator prunes the ranks.
+
+Invariants:
+- While no edit is being trained the adapter is off and the model computes its own weights alone.
+- ``factors`` is what the forward pass computed, ranks that the allocator masked left out.
+- The allocator's last mask is always run: ``begin_pruning`` sets its schedule from the step at
+  which the fact was learned, so that an early stop never merges ranks that were to go.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvedit.curvature import Roots, times
+from kvedit.deltas import Factors
+
+NAME = "edit"
+_NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One wrapped matrix: PEFT's module, and the trained coordinates A' (r, in) and B' (out, r)."""
+
+    module: Any
+    a: Tensor
+    b: Tensor
+    roots: Roots
+
+    @property
+    def e(self) -> Tensor:
+        """(r, 1): PEFT's own singular values."""
+        values: Tensor = self.module.lora_E[NAME]
+        return values
+
+    @property
+    def scale(self) -> float:
+        return float(self.module.scaling[NAME] / (self.module.ranknum[NAME] + 1e-5))
+
+
+class Adapter:
+    """AdaLoRA over the named matrices of a model."""
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], *, init_rank: int, target_rank: int
+    ) -> None:
+        """Wrap the modules in place; ``init_rank`` must be larger than ``target_rank``."""
+        from peft import AdaLoraConfig
+        from peft.tuners.adalora import AdaLoraModel
+
+        self.rank = init_rank
+        self._config = AdaLoraConfig(
+            init_r=init_rank,
+            target_r=target_rank,
+            lora_alpha=init_rank,
+            lora_dropout=0.0,
+            orth_reg_weight=0.0,
+            target_modules=list(names),
+            tinit=0,
+            tfinal=0,
+            deltaT=1,
+            total_step=_NEVER,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
+            self._tuner: Any = AdaLoraModel(model, self._config, NAME)
+        self._slots = {name: _slot(model.get_submodule(name)) for name in names}
+        self.turn(on=False)
+
+    def turn(self, *, on: bool) -> None:
+        """Let the forward pass use the adapter, or not."""
+        if on:
+            self._tuner.enable_adapter_layers()
+        else:
+            self._tuner.disable_adapter_layers()
+
+    def reset(self, roots: Mapping[str, Roots], gradients: Mapping[str, Tensor]) -> None:
+        """Start an edit: A' and B' span where the fact's own gradient is steepest, E is zero.
+
+        ``gradients`` (out, in) for each matrix are those of the new fact's loss; the leading
+        singular vectors of ``L gradient R`` are the start, so that E has a gradient from the first
+        step on (with A and B at random it would have to find its direction first).
+        """
+        for name, slot in self._slots.items():
+            slot.roots = roots[name]
+            steep = times(times(gradients[name].T, slot.roots.left).T, slot.roots.right)
+            u, _, v = torch.svd_lowrank(steep, q=self.rank, niter=2)
+            slot.a = v.T.contiguous().requires_grad_()
+            slot.b = u.contiguous().requires_grad_()
+            with torch.no_grad():
+                slot.e.zero_()
+        self._config.tinit, self._config.tfinal = _NEVER - 2, 0
+        self._config.total_step = _NEVER
+        self._config.rank_pattern = None
+        self._tuner.rankallocator.reset_ipt()
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What is trained: the singular values, and the coordinates A' and B'."""
+        slots = self._slots.values()
+        return [slot.e for slot in slots], [p for slot in slots for p in (slot.a, slot.b)]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Carry A' and B' over into PEFT's A and B, before a forward pass."""
+        for slot in self._slots.values():
+            slot.module.lora_A[NAME].copy_(times(slot.a, slot.roots.right))
+            slot.module.lora_B[NAME].copy_(times(slot.b.T, slot.roots.left).T)
+
+    @torch.no_grad()
+    def read_gradients(self) -> None:
+        """Carry the gradients of PEFT's A and B over to A' and B', after a backward pass."""
+        for slot in self._slots.values():
+            a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
+            ours = times(a.grad, slot.roots.right), times(b.grad.T, slot.roots.left).T
+            for parameter, gradient in zip((slot.a, slot.b), ours, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        # PEFT's own gradients stay until ``allocate`` has read them.
+
+    def price(self) -> Tensor:
+        """Predicted harm to protected text: the sum over matrices of |B' diag(E) A'|^2, a scalar."""
+        total = torch.zeros(())
+        for slot in self._slots.values():
+            inner = (slot.b.T @ slot.b) * slot.e * slot.e.T
+            total = total.to(inner.device) + (inner * (slot.a @ slot.a.T)).sum()
+        return total
+
+    def begin_pruning(self, step: int, *, steps: int) -> None:
+        """From this step on shrink the ranks to their budget over ``steps`` steps."""
+        self._config.tinit, self._config.tfinal = step, 1
+        self._config.total_step = step + steps + 1
+
+    def allocate(self, step: int) -> None:
+        """Let PEFT's allocator see the step's gradients and mask; then forget them."""
+        self._tuner.update_and_allocate(step)
+        for slot in self._slots.values():
+            for values in (slot.module.lora_A, slot.module.lora_B, slot.module.lora_E):
+                values[NAME].grad = None
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, Factors]:
+        """The change of each matrix, on the CPU in fp32; matrices that got no rank are left out."""
+        self.write()
+        found = {}
+        for name, slot in self._slots.items():
+            kept = slot.e[:, 0] != 0
+            if bool(kept.any()):
+                a = (slot.module.lora_A[NAME] * slot.e * slot.scale)[kept]
+                b = slot.module.lora_B[NAME][:, kept]
+                found[name] = Factors(b.float().cpu().clone(), a.float().cpu().clone())
+        return found
+
+
+def _slot(module: Any) -> _Slot:
+    empty = torch.empty(0)
+    return _Slot(module, empty, empty, Roots(empty, empty))

@@ -1,0 +1,220 @@
+"""How far the model's answers on text that must stay move when a matrix moves.
+
+For one matrix W with inputs x and output gradients g, the Kronecker-factored Fisher information
+(K-FAC, Martens and Grosse 2015, arXiv:1503.05671) says that a change D of W moves the output
+distribution, in nats a token, by about half of ``trace(G D C D^T)``, with ``C = E[x x^T]`` and
+``G = E[g g^T]`` over protected text and answers drawn from the model itself.  With the roots
+``L = (G + eps)^-1/2`` and ``R = (C + eps)^-1/2`` and ``D = L D' R`` that price is ``|D'|^2``: in
+these coordinates every direction costs the same, so an adapter trained there moves where the
+protected text does not look.  (The same price as a penalty between tasks: Ritter et al. 2018,
+arXiv:1805.07810.)
+
+Invariants:
+- Moments are sums over tokens in fp32; adding two of them is measuring both texts.
+- Measuring changes nothing in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvedit.probes import answer_logits, by_length
+from kvedit.prompts import Example
+
+DENSE_LIMIT = 2048
+"""Wider sides keep the diagonal alone: eigenvectors of larger matrices cost more than they save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of one matrix: ``inputs`` (in, in) and ``gradients`` (out, out), as sums.
+
+    A side wider than ``DENSE_LIMIT`` has its diagonal alone, (in,) or (out,).
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """Moments of each touched matrix, summed over ``tokens`` tokens."""
+
+    moments: Mapping[str, Moments]
+    tokens: int
+
+    def plus(self, other: Curvature, weight: float) -> Curvature:
+        """Add another text's moments, each of its tokens counted ``weight`` times.
+
+        The token count stays: what was protected before is not protected less for it.
+        """
+        added = {
+            name: Moments(
+                own.inputs + weight * other.moments[name].inputs,
+                own.gradients + weight * other.moments[name].gradients,
+            )
+            for name, own in self.moments.items()
+        }
+        return Curvature(added, self.tokens)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As flat tensors, to be kept in a file."""
+        flat = {"tokens": torch.tensor(self.tokens)}
+        for name, own in self.moments.items():
+            flat[f"{name}.inputs"], flat[f"{name}.gradients"] = own.inputs, own.gradients
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: Mapping[str, Tensor]) -> Curvature:
+        """The inverse of ``to_tensors``."""
+        names = [name.removesuffix(".inputs") for name in flat if name.endswith(".inputs")]
+        moments = {n: Moments(flat[f"{n}.inputs"], flat[f"{n}.gradients"]) for n in names}
+        return cls(moments, int(flat["tokens"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """One matrix's coordinates: ``left`` = (G + eps)^-1/2, ``right`` = (C + eps)^-1/2, fp32.
+
+    A vector stands for a diagonal matrix.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+def roots(curvature: Curvature, *, input_damping: float, gradient_damping: float) -> dict[str, Roots]:
+    """The coordinates of each matrix; damping as a share of the mean eigenvalue."""
+    inputs: dict[int, Tensor] = {}  # q, k and v (gate and up) read the same inputs
+    found = {}
+    for name, own in curvature.moments.items():
+        right = next((r for i, r in inputs.items() if i == id(own.inputs)), None)
+        if right is None:
+            right = inverse_root(own.inputs / curvature.tokens, input_damping)
+            inputs[id(own.inputs)] = right
+        left = inverse_root(own.gradients / curvature.tokens, gradient_damping)
+        found[name] = Roots(left, right)
+    return found
+
+
+def inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """``(M + damping * mean eigenvalue)^-1/2`` of a symmetric matrix, or of a diagonal (a vector)."""
+    if moment.ndim == 1:
+        mean = moment.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return (moment + damping * mean).rsqrt()
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp_min(0)
+    mean = values.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((vectors * (values + damping * mean).rsqrt()) @ vectors.T).float()
+
+
+def times(matrix: Tensor, root: Tensor) -> Tensor:
+    """``matrix @ root``, the root a matrix or a diagonal."""
+    return matrix * root if root.ndim == 1 else matrix @ root
+
+
+class _Recorder:
+    """Keeps what goes into the named modules, and the gradients of what comes out."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self._handles = [
+            model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names
+        ]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            self.inputs[name] = args[0].detach()
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            output.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+            return output
+
+        return record
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def gradients(
+    model: nn.Module, names: Sequence[str], examples: Sequence[Example]
+) -> dict[str, Tensor]:
+    """The gradient of the mean answer loss with respect to each matrix, (out, in), fp32."""
+    recorder = _Recorder(model, names)
+    try:
+        answers = answer_logits(model, examples)
+        functional.cross_entropy(answers.logits, answers.targets).backward()  # type: ignore[no-untyped-call]
+        return {
+            name: recorder.gradients[name].flatten(0, -2).float().T
+            @ recorder.inputs[name].flatten(0, -2).float()
+            for name in names
+        }
+    finally:
+        recorder.close()
+
+
+def measure(
+    model: nn.Module, names: Sequence[str], examples: Sequence[Example], *, seed: int = 0
+) -> Curvature:
+    """Moments over the tokens of texts, the gradients for answers drawn from the model (Fisher)."""
+    total: dict[str, Moments] = {}
+    tokens = 0
+    generator = torch.Generator().manual_seed(seed)
+    recorder = _Recorder(model, names)
+    try:
+        for batch in by_length(examples):
+            part = [examples[i] for i in batch]
+            tokens += _backward(model, part, generator)
+            inside = _inside(part)
+            for name, own in _batch_moments(recorder, names, inside).items():
+                before = total.get(name)
+                total[name] = own if before is None else _sum(before, own)
+    finally:
+        recorder.close()
+    return Curvature(total, max(1, tokens))
+
+
+def _backward(model: nn.Module, part: Sequence[Example], generator: torch.Generator) -> int:
+    """Push the gradient of log p(drawn answer) through the model; returns the tokens seen."""
+    answers = answer_logits(model, part)
+    weights = torch.softmax(answers.logits.detach().float().cpu(), -1)
+    drawn = torch.multinomial(weights, 1, generator=generator)[:, 0].to(answers.logits.device)
+    functional.cross_entropy(answers.logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    return sum(len(example.ids) for example in part)
+
+
+def _inside(part: Sequence[Example]) -> Tensor:
+    """(rows, width), bool: which positions are no padding."""
+    lengths = torch.tensor([len(example.ids) for example in part])
+    return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+
+def _batch_moments(
+    recorder: _Recorder, names: Sequence[str], inside: Tensor
+) -> dict[str, Moments]:
+    shared: dict[int, Tensor] = {}
+    found = {}
+    for name in names:
+        x = recorder.inputs[name]
+        if x.data_ptr() not in shared:
+            shared[x.data_ptr()] = _second_moment(x[inside.to(x.device)])
+        g = recorder.gradients[name]
+        found[name] = Moments(shared[x.data_ptr()], _second_moment(g[inside.to(g.device)]))
+    return found
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    rows = rows.float()
+    return rows.square().sum(0) if rows.shape[1] > DENSE_LIMIT else rows.T @ rows
+
+
+def _sum(a: Moments, b: Moments) -> Moments:
+    return Moments(a.inputs + b.inputs, a.gradients + b.gradients)

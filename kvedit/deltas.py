@@ -1,0 +1,153 @@
+"""What an edit adds to the weights, and the full-precision copy it is added to.
+
+Invariants:
+- The master copy is fp32 and the only thing deltas are added to; the served weights are cast from
+  it, once, so that thousands of small deltas are not lost to bf16 rounding.
+- Adding the same deltas in the same order gives the same bits: sums are formed in fp64 and rounded
+  once for each delta.
+- A delta's bytes depend on its factors alone, so its SHA-256 names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from kvedit.errors import CorruptStoreError, ModelMismatchError
+from kvedit.files import sync_directory, verify_manifest, write_atomic, write_manifest
+from kvedit.models import weights_digest
+
+_MASTER_FILE = "master.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One matrix's change: ``b`` (out, rank) @ ``a`` (rank, in), fp32; scale and E folded in."""
+
+    b: Tensor
+    a: Tensor
+
+    @property
+    def rank(self) -> int:
+        """How many rank-one terms it has."""
+        return self.a.shape[0]
+
+
+Delta = Mapping[str, Factors]
+
+
+def to_bytes(delta: Delta) -> bytes:
+    """A delta as safetensors."""
+    tensors = {}
+    for name, factors in delta.items():
+        tensors[f"{name}.a"] = factors.a.contiguous()
+        tensors[f"{name}.b"] = factors.b.contiguous()
+    return save_tensors(tensors)
+
+
+def from_bytes(data: bytes) -> dict[str, Factors]:
+    """The inverse of ``to_bytes``; raises CorruptStoreError."""
+    try:
+        tensors = load_tensors(data)
+        names = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
+        return {name: Factors(tensors[f"{name}.b"], tensors[f"{name}.a"]) for name in names}
+    except (SafetensorError, KeyError) as error:
+        raise CorruptStoreError(
+            f"a delta cannot be read: {error}", hint="Run kvedit doctor, or restore a backup."
+        ) from error
+
+
+class Master:
+    """The touched matrices of a model in fp32, and the model's own copy cast from them."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._weights = {name: _weight(model, name) for name in names}
+        self._base = {n: w.detach().to("cpu", torch.float32) for n, w in self._weights.items()}
+        self._master = dict(self._base)
+
+    @property
+    def names(self) -> list[str]:
+        """The touched matrices, in order."""
+        return list(self._weights)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The state to come back to with ``restore``; cheap, since no tensor is changed in place."""
+        return dict(self._master)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put a snapshot back, to the bit."""
+        self._master = dict(state)
+        self._serve(self._master)
+
+    def reset(self) -> None:
+        """Back to the base model."""
+        self.restore(self._base)
+
+    def add(self, delta: Delta) -> None:
+        """Add a delta and cast the matrices it touches to the served dtype.
+
+        Raises ModelMismatchError when it was made for other matrices.
+        """
+        for name, factors in delta.items():
+            old = self._master.get(name)
+            if old is None or old.shape != (factors.b.shape[0], factors.a.shape[1]):
+                raise ModelMismatchError(
+                    f"a delta for {name} does not fit this model",
+                    hint="Open the store with the model that it was made for.",
+                )
+            change = factors.b.double() @ factors.a.double()
+            self._master[name] = (old.double() + change).float()
+        self._serve(delta)
+
+    def _serve(self, names: Iterable[str]) -> None:
+        for name in names:
+            weight = self._weights[name]
+            with torch.no_grad():
+                weight.copy_(self._master[name].to(weight.dtype))
+
+    def digest(self) -> str:
+        """SHA-256 of the touched matrices as served."""
+        return weights_digest(iter(self._weights.items()))
+
+    def norms(self) -> dict[str, float]:
+        """Each matrix's distance from the base, as a share of the base's Frobenius norm."""
+        return {
+            name: float((self._master[name] - base).norm() / base.norm())
+            for name, base in self._base.items()
+        }
+
+    def write_checkpoint(self, folder: Path) -> str:
+        """Write the master copy to a folder, its manifest last; returns the manifest's digest."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / _MASTER_FILE, save_tensors(self._master))
+        digest = write_manifest(folder)
+        sync_directory(folder.parent)
+        return digest
+
+    def read_checkpoint(self, folder: Path, digest: str) -> None:
+        """Load a checkpoint; raises CorruptStoreError when any part is missing or altered."""
+        verify_manifest(folder, digest)
+        try:
+            tensors = load_tensors((folder / _MASTER_FILE).read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise CorruptStoreError(f"the checkpoint {folder} cannot be read: {error}") from error
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self._base.items()}:
+            raise CorruptStoreError(f"the checkpoint {folder} is for other matrices")
+        self._master = {name: tensors[name] for name in self._base}
+        self._serve(self._master)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """A linear layer's weight as (out, in): Conv1D keeps it the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    module = model.get_submodule(name)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if isinstance(module, Conv1D) else weight

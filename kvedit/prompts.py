@@ -1,0 +1,167 @@
+"""From a fact to the text and tokens that a model is trained on and asked.
+
+Invariants:
+- The phrasings an edit trains on and those it is only probed with never overlap.
+- An example's answer begins exactly where the model would begin to answer: training, probing and
+  generation share ``Renderer.prefix``.
+- An answer ends with the end-of-sequence token, so that recall includes knowing when to stop.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kvedit.errors import ModelError, TextTooLongError, UsageError
+from kvedit.facts import LANGUAGES, Fact
+
+SHIPPED = Path(__file__).parent / "data" / "phrasings"
+PLACE = "{key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Phrasings:
+    """The ways to ask for a key in one language, and in others (``cross``)."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    cross_train: tuple[str, ...] = ()
+    cross_held_out: tuple[str, ...] = ()
+
+
+@cache
+def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
+    """The phrasings of a language: a store's own file where it has one, the shipped ones else.
+
+    Raises UsageError for a file that is broken, empty, or asks without the key.
+    """
+    own = override / f"{language}.toml" if override else None
+    path = own if own is not None and own.is_file() else SHIPPED / f"{language}.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", hint="Correct it.") from error
+    cross = table.get("cross", {})
+    found = Phrasings(
+        *(_phrasings(path, table, name) for name in ("train", "held_out")),
+        *(_phrasings(path, cross, name) for name in ("train", "held_out")),
+    )
+    trained = {*found.train, *found.cross_train}
+    both = trained.intersection({*found.held_out, *found.cross_held_out})
+    if both:
+        raise UsageError(f"{path} both trains and holds out {sorted(both)[0]!r}")
+    if not found.train or not found.held_out:
+        raise UsageError(f"{path} needs `train` and `held_out`, each with a phrasing or more")
+    return found
+
+
+def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    values = table.get(name, [])
+    for value in values:
+        if not isinstance(value, str) or PLACE not in value:
+            raise UsageError(f"{path}: {value!r} in {name} must be a text that contains {PLACE}")
+    return tuple(values)
+
+
+def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
+    """The prompts a fact is trained on: the shipped phrasings of its names, then its own."""
+    ways = load_phrasings(fact.lang, override)
+    shipped = [_fill(way, fact.key) for way in (*ways.train, *ways.cross_train)]
+    aliases = [_fill(way, alias) for alias in fact.aliases for way in ways.train[:3]]
+    return _unique([*shipped, *aliases, *fact.prompts])
+
+
+def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
+    """Prompts for the same fact that no edit ever trains on."""
+    ways = load_phrasings(fact.lang, override)
+    shipped = [_fill(way, fact.key) for way in (*ways.held_out, *ways.cross_held_out)]
+    trained = set(training_prompts(fact, override))
+    return tuple(p for p in _unique([*shipped, *fact.paraphrases]) if p not in trained)
+
+
+def _fill(way: str, key: str) -> str:
+    return way.replace(PLACE, key)
+
+
+def _unique(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def languages() -> tuple[str, ...]:
+    """The languages that phrasings are shipped for."""
+    return LANGUAGES
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with its answer as tokens; the answer is ``ids[start:]``, its end token included."""
+
+    ids: tuple[int, ...]
+    start: int
+    prompt: str = ""
+    answer: str = ""
+
+
+class Renderer:
+    """Turns prompts and answers into tokens, in the chat form where the tokenizer has one."""
+
+    def __init__(self, tokenizer: Any, *, context: int, end: int | None = None) -> None:
+        """``context`` is the longest text in tokens; ``end`` the token that ends an answer."""
+        self._tokenizer = tokenizer
+        self.context = context
+        self.end = tokenizer.eos_token_id if end is None else end
+        if self.end is None:
+            raise ModelError(
+                "the tokenizer has no end-of-sequence token",
+                hint="Set eos_token in its tokenizer_config.json.",
+            )
+        self.chat = bool(getattr(tokenizer, "chat_template", None))
+
+    def tokens(self, text: str) -> list[int]:
+        """A piece of text as tokens, nothing added."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text, special ones left out."""
+        decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return decoded
+
+    def prefix(self, prompt: str) -> list[int]:
+        """All that stands before the answer."""
+        return self.dialogue([{"role": "user", "content": prompt}])
+
+    def dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation up to where the model is to speak."""
+        if self.chat:
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+            return self.tokens(rendered)
+        bos = self._tokenizer.bos_token_id
+        plain = "\n".join(m["content"] for m in messages) + "\n"
+        return [*([bos] if bos is not None else []), *self.tokens(plain)]
+
+    def example(self, prompt: str, answer: str) -> Example:
+        """Raises TextTooLongError, which says how long is too long."""
+        before, after = self.prefix(prompt), [*self.tokens(answer), self.end]
+        if len(before) + len(after) > self.context:
+            room = max(0, self.context - len(before) - 1)
+            raise TextTooLongError(
+                f"the text has {len(after) - 1} tokens, but after the prompt {prompt!r:.60} only"
+                f" {room} of the model's {self.context} are left",
+                hint=f"Shorten the text to about {_characters(answer, after, room)} characters.",
+            )
+        return Example((*before, *after), len(before), prompt, answer)
+
+    def examples(self, pairs: Iterable[tuple[str, str]]) -> list[Example]:
+        """One example for each prompt and answer."""
+        return [self.example(prompt, answer) for prompt, answer in pairs]
+
+
+def _characters(answer: str, tokens: Sequence[int], room: int) -> int:
+    return int(len(answer) * room / max(1, len(tokens) - 1))
