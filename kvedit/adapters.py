@@ -1,9 +1,9 @@
 """The one seam to PEFT: an AdaLoRA adapter that is wrapped once and reset for every edit.
 
-The adapter's change of a matrix is ``B diag(E) A``.  Here A and B are not free parameters: what is
-trained are ``A'`` and ``B'`` in the coordinates of ``curvature``, with ``A = A' R`` and
-``B = L B'``, so that ``price`` (the predicted harm to protected text) is the squared Frobenius norm
-of ``B' diag(E) A'``.  PEFT's modules do the forward pass and its allocator prunes the ranks.
+The adapter's change of a matrix is ``B diag(E) A``.  Here A and B are not free parameters: what
+is trained are ``A'`` and ``B'`` in the coordinates of ``curvature``, with ``A = A' right`` and
+``B = left B'``, so that ``price`` (the predicted harm to protected text) is the squared Frobenius
+norm of ``B' diag(E) A'``.  PEFT's modules do the forward pass and its allocator prunes the ranks.
 
 Invariants:
 - While no edit is being trained the adapter is off and the model computes its own weights alone.
@@ -74,7 +74,7 @@ class Adapter:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
-            self._tuner: Any = AdaLoraModel(model, self._config, NAME)
+            self._tuner: Any = AdaLoraModel(model, self._config, NAME)  # type: ignore[no-untyped-call]
         self._slots = {name: _slot(model.get_submodule(name)) for name in names}
         self.turn(on=False)
 
@@ -89,13 +89,13 @@ class Adapter:
         """Start an edit: A' and B' span where the fact's own gradient is steepest, E is zero.
 
         ``gradients`` (out, in) for each matrix are those of the new fact's loss; the leading
-        singular vectors of ``L gradient R`` are the start, so that E has a gradient from the first
-        step on (with A and B at random it would have to find its direction first).
+        singular vectors of ``left^T gradient right^T`` are the start, so that E has a gradient
+        from the first step on (with A and B at random it would have to find its direction first).
         """
         for name, slot in self._slots.items():
             slot.roots = roots[name]
-            steep = times(times(gradients[name].T, slot.roots.left).T, slot.roots.right)
-            u, _, v = torch.svd_lowrank(steep, q=self.rank, niter=2)
+            steep = times(times(gradients[name].T, slot.roots.left).T, _turned(slot.roots.right))
+            u, v = _leading(steep, self.rank)
             slot.a = v.T.contiguous().requires_grad_()
             slot.b = u.contiguous().requires_grad_()
             with torch.no_grad():
@@ -115,25 +115,34 @@ class Adapter:
         """Carry A' and B' over into PEFT's A and B, before a forward pass."""
         for slot in self._slots.values():
             slot.module.lora_A[NAME].copy_(times(slot.a, slot.roots.right))
-            slot.module.lora_B[NAME].copy_(times(slot.b.T, slot.roots.left).T)
+            slot.module.lora_B[NAME].copy_(times(slot.b.T, _turned(slot.roots.left)).T)
 
     @torch.no_grad()
     def read_gradients(self) -> None:
         """Carry the gradients of PEFT's A and B over to A' and B', after a backward pass."""
         for slot in self._slots.values():
             a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
-            ours = times(a.grad, slot.roots.right), times(b.grad.T, slot.roots.left).T
+            ours = (
+                times(a.grad, _turned(slot.roots.right)),
+                times(b.grad.T, slot.roots.left).T,
+            )
             for parameter, gradient in zip((slot.a, slot.b), ours, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         # PEFT's own gradients stay until ``allocate`` has read them.
 
     def price(self) -> Tensor:
-        """Predicted harm to protected text: the sum over matrices of |B' diag(E) A'|^2, a scalar."""
+        """Predicted harm to protected text, the sum of |B' diag(E) A'|^2, a scalar."""
         total = torch.zeros(())
         for slot in self._slots.values():
             inner = (slot.b.T @ slot.b) * slot.e * slot.e.T
             total = total.to(inner.device) + (inner * (slot.a @ slot.a.T)).sum()
         return total
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Multiply the singular values: the proximal step of the price, whatever Adam's scale."""
+        for slot in self._slots.values():
+            slot.e.mul_(factor)
 
     def begin_pruning(self, step: int, *, steps: int) -> None:
         """From this step on shrink the ranks to their budget over ``steps`` steps."""
@@ -161,6 +170,29 @@ class Adapter:
         return found
 
 
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(out, rank) and (in, rank): the leading singular vectors, by subspace iteration.
+
+    Halko, Martinsson and Tropp 2011, algorithm 4.4, from a fixed start: ``torch.svd_lowrank`` draws
+    its own from the global generator, which a library must not touch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)
+    basis, _ = torch.linalg.qr(matrix @ start)
+    for _ in range(2):
+        inner, _ = torch.linalg.qr(matrix.T @ basis)
+        basis, _ = torch.linalg.qr(matrix @ inner)
+    u, _, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, v.T
+
+
+def _turned(root: Tensor) -> Tensor:
+    """The transpose; a diagonal is its own."""
+    return root if root.ndim == 1 else root.T
+
+
 def _slot(module: Any) -> _Slot:
+    for values in (module.lora_A, module.lora_B, module.lora_E):
+        values[NAME].data = values[NAME].data.float()  # PEFT casts them to the base's dtype
     empty = torch.empty(0)
     return _Slot(module, empty, empty, Roots(empty, empty))

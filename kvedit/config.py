@@ -26,39 +26,73 @@ def setting(default: Any, low: float = 0, high: float = _INFINITY) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
-    """How one edit is trained: steps, AdamW's learning rate, AdaLoRA's ranks before and after."""
+    """How one edit is trained; docs/algorithm.md says what each setting does.
 
-    max_steps: int = setting(200, low=1)
-    learning_rate: float = setting(2e-3, low=1e-9, high=1.0)
-    init_rank: int = setting(24, low=2)
-    target_rank: int = setting(16, low=1)
+    ``shift_weight`` weighs the predicted harm to protected text (nats a token) against the loss;
+    an edit goes on until that harm is at most ``max_price``.  ``phrasings`` of each new fact and
+    ``rehearsal`` earlier facts are in each step.  Dampings are shares of the mean eigenvalue.
+    ``fact_weight`` says how often a committed fact's tokens count in what is protected.
+    """
+
+    max_steps: int = setting(80, low=4)
+    learning_rate: float = setting(0.03, low=1e-9, high=1.0)
+    init_rank: int = setting(12, low=2)
+    target_rank: int = setting(8, low=1)
+    phrasings: int = setting(3, low=1)
+    rehearsal: int = setting(4)
+    shift_weight: float = setting(60.0)
+    max_price: float = setting(0.004, low=0)
+    input_damping: float = setting(0.03, low=1e-6)
+    gradient_damping: float = setting(0.1, low=1e-6)
+    fact_weight: float = setting(20.0)
+    margin: float = setting(0.1)
+    lead: float = setting(2.0)
+    shrink: float = setting(0.95, low=0.1, high=1.0)
+    hold_steps: int = setting(2, low=1)
+    prune_steps: int = setting(6, low=2)
     seed: int = setting(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
-    """The share of each kind of probe that must pass before a commit."""
+    """The share of each kind of probe that must pass before a commit.
+
+    ``locality`` is the share of answers held before the edit that must be held after it.
+    """
 
     recall: float = setting(1.0, high=1.0)
-    paraphrase: float = setting(0.95, high=1.0)
-    locality: float = setting(0.9, high=1.0)
+    paraphrase: float = setting(0.75, high=1.0)
+    locality: float = setting(0.95, high=1.0)
     retention: float = setting(1.0, high=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionConfig:
-    """How many earlier facts each edit checks and repairs; when a check counts as old."""
+    """How many earlier facts each edit checks, and with how many of their prompts; how often a
+    refused edit is tried again with what it lost; when a check counts as old; commits between
+    checkpoints.
+    """
 
     sample: int = setting(16)
+    prompts: int = setting(2, low=1)
     repairs: int = setting(2)
     stale_after: int = setting(50, low=1)
+    checkpoint_every: int = setting(16, low=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectConfig:
-    """How much protected text is made at ``init``, and how many locality probes."""
+    """The protected text that is made once, at ``init``.
 
-    texts: int = setting(256)
+    ``drafts`` questions are drawn from the model; of its answers ``long`` long and ``short`` short
+    ones are kept (long ones say more about what there is to lose), ``free`` texts beside them, and
+    ``locality`` more as probes that no training ever uses.
+    """
+
+    drafts: int = setting(3000, low=1)
+    long: int = setting(600)
+    short: int = setting(500)
+    free: int = setting(100)
     locality: int = setting(32)
 
 

@@ -3,11 +3,11 @@
 For one matrix W with inputs x and output gradients g, the Kronecker-factored Fisher information
 (K-FAC, Martens and Grosse 2015, arXiv:1503.05671) says that a change D of W moves the output
 distribution, in nats a token, by about half of ``trace(G D C D^T)``, with ``C = E[x x^T]`` and
-``G = E[g g^T]`` over protected text and answers drawn from the model itself.  With the roots
-``L = (G + eps)^-1/2`` and ``R = (C + eps)^-1/2`` and ``D = L D' R`` that price is ``|D'|^2``: in
-these coordinates every direction costs the same, so an adapter trained there moves where the
-protected text does not look.  (The same price as a penalty between tasks: Ritter et al. 2018,
-arXiv:1805.07810.)
+``G = E[g g^T]`` over protected text and answers drawn from the model itself.  With Cholesky
+factors ``G + eps = K K^T`` and ``C + eps = H H^T`` and ``D = K^-T D' H^-1`` that price is
+``|D'|^2``: in these coordinates every direction costs the same, so an adapter trained there moves
+where the protected text does not look.  (The same price as a penalty between tasks: Ritter et al.
+2018, arXiv:1805.07810.)
 
 Invariants:
 - Moments are sums over tokens in fp32; adding two of them is measuring both texts.
@@ -17,13 +17,14 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvedit.errors import ModelError
 from kvedit.probes import answer_logits, by_length
 from kvedit.prompts import Example
 
@@ -54,13 +55,13 @@ class Curvature:
 
         The token count stays: what was protected before is not protected less for it.
         """
-        added = {
-            name: Moments(
-                own.inputs + weight * other.moments[name].inputs,
-                own.gradients + weight * other.moments[name].gradients,
-            )
-            for name, own in self.moments.items()
-        }
+        shared: dict[int, Tensor] = {}
+        added = {}
+        for name, own in self.moments.items():
+            at, more = own.inputs.data_ptr(), other.moments[name]
+            if at not in shared:
+                shared[at] = own.inputs + weight * more.inputs
+            added[name] = Moments(shared[at], own.gradients + weight * more.gradients)
         return Curvature(added, self.tokens)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -80,43 +81,45 @@ class Curvature:
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """One matrix's coordinates: ``left`` = (G + eps)^-1/2, ``right`` = (C + eps)^-1/2, fp32.
-
-    A vector stands for a diagonal matrix.
+    """One matrix's coordinates, ``D = left D' right``, fp32: ``left`` (out, out) is K^-T and
+    ``right`` (in, in) is H^-1.  A vector stands for a diagonal matrix.
     """
 
     left: Tensor
     right: Tensor
 
 
-def roots(curvature: Curvature, *, input_damping: float, gradient_damping: float) -> dict[str, Roots]:
+def roots(
+    curvature: Curvature, *, input_damping: float, gradient_damping: float
+) -> dict[str, Roots]:
     """The coordinates of each matrix; damping as a share of the mean eigenvalue."""
-    inputs: dict[int, Tensor] = {}  # q, k and v (gate and up) read the same inputs
+    shared: dict[int, Tensor] = {}  # q, k and v (gate and up) read the same inputs
     found = {}
     for name, own in curvature.moments.items():
-        right = next((r for i, r in inputs.items() if i == id(own.inputs)), None)
-        if right is None:
-            right = inverse_root(own.inputs / curvature.tokens, input_damping)
-            inputs[id(own.inputs)] = right
-        left = inverse_root(own.gradients / curvature.tokens, gradient_damping)
-        found[name] = Roots(left, right)
+        at = own.inputs.data_ptr()
+        if at not in shared:
+            shared[at] = inverse_factor(own.inputs / curvature.tokens, input_damping)
+        left = inverse_factor(own.gradients / curvature.tokens, gradient_damping)
+        found[name] = Roots(left if left.ndim == 1 else left.T.contiguous(), shared[at])
     return found
 
 
-def inverse_root(moment: Tensor, damping: float) -> Tensor:
-    """``(M + damping * mean eigenvalue)^-1/2`` of a symmetric matrix, or of a diagonal (a vector)."""
+def inverse_factor(moment: Tensor, damping: float) -> Tensor:
+    """``H^-1`` where ``H H^T = M + damping * mean eigenvalue``; a vector stands for a diagonal."""
+    tiny = torch.finfo(torch.float32).tiny
     if moment.ndim == 1:
-        mean = moment.mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return (moment + damping * mean).rsqrt()
-    values, vectors = torch.linalg.eigh(moment.double())
-    values = values.clamp_min(0)
-    mean = values.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((vectors * (values + damping * mean).rsqrt()) @ vectors.T).float()
+        return (moment + damping * moment.mean().clamp_min(tiny)).rsqrt()
+    damped = moment.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(tiny))
+    factor = torch.linalg.cholesky(damped)
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=False).float()
 
 
 def times(matrix: Tensor, root: Tensor) -> Tensor:
     """``matrix @ root``, the root a matrix or a diagonal."""
-    return matrix * root if root.ndim == 1 else matrix @ root
+    product: Tensor = matrix * root if root.ndim == 1 else matrix @ root
+    return product
 
 
 class _Recorder:
@@ -130,11 +133,14 @@ class _Recorder:
         ]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def keep(gradient: Tensor) -> None:
+            self.gradients[name] = gradient
+
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             self.inputs[name] = args[0].detach()
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            output.register_hook(lambda gradient: self.gradients.__setitem__(name, gradient))
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
             return output
 
         return record
@@ -165,21 +171,26 @@ def measure(
     model: nn.Module, names: Sequence[str], examples: Sequence[Example], *, seed: int = 0
 ) -> Curvature:
     """Moments over the tokens of texts, the gradients for answers drawn from the model (Fisher)."""
-    total: dict[str, Moments] = {}
-    tokens = 0
+    total: Curvature | None = None
     generator = torch.Generator().manual_seed(seed)
     recorder = _Recorder(model, names)
     try:
         for batch in by_length(examples):
             part = [examples[i] for i in batch]
-            tokens += _backward(model, part, generator)
-            inside = _inside(part)
-            for name, own in _batch_moments(recorder, names, inside).items():
-                before = total.get(name)
-                total[name] = own if before is None else _sum(before, own)
+            tokens = _backward(model, part, generator)
+            own = Curvature(_batch_moments(recorder, names, _inside(part)), tokens)
+            total = (
+                own
+                if total is None
+                else replace(total.plus(own, 1.0), tokens=total.tokens + tokens)
+            )
     finally:
         recorder.close()
-    return Curvature(total, max(1, tokens))
+    if total is None:
+        raise ModelError(
+            "there is no protected text to measure", hint="Give some with init --protect FILE."
+        )
+    return total
 
 
 def _backward(model: nn.Module, part: Sequence[Example], generator: torch.Generator) -> int:
@@ -197,9 +208,7 @@ def _inside(part: Sequence[Example]) -> Tensor:
     return torch.arange(int(lengths.max()))[None] < lengths[:, None]
 
 
-def _batch_moments(
-    recorder: _Recorder, names: Sequence[str], inside: Tensor
-) -> dict[str, Moments]:
+def _batch_moments(recorder: _Recorder, names: Sequence[str], inside: Tensor) -> dict[str, Moments]:
     shared: dict[int, Tensor] = {}
     found = {}
     for name in names:
@@ -214,7 +223,3 @@ def _batch_moments(
 def _second_moment(rows: Tensor) -> Tensor:
     rows = rows.float()
     return rows.square().sum(0) if rows.shape[1] > DENSE_LIMIT else rows.T @ rows
-
-
-def _sum(a: Moments, b: Moments) -> Moments:
-    return Moments(a.inputs + b.inputs, a.gradients + b.gradients)

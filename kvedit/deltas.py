@@ -78,7 +78,7 @@ class Master:
         return list(self._weights)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The state to come back to with ``restore``; cheap, since no tensor is changed in place."""
+        """The state that ``restore`` comes back to; cheap: no tensor is changed in place."""
         return dict(self._master)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -111,6 +111,13 @@ class Master:
             weight = self._weights[name]
             with torch.no_grad():
                 weight.copy_(self._master[name].to(weight.dtype))
+
+    def write_into(self, model: nn.Module) -> None:
+        """Give another copy of the base model these weights, cast to its own dtype."""
+        for name, master in self._master.items():
+            with torch.no_grad():
+                weight = _weight(model, name)
+                weight.copy_(master.to(weight.dtype))
 
     def digest(self) -> str:
         """SHA-256 of the touched matrices as served."""

@@ -67,9 +67,7 @@ def locate(model: str | Path | None) -> str:
     return str(path.resolve()) if path.is_dir() else str(model)
 
 
-def load(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> BaseModel:
+def load(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> BaseModel:
     """Load a model and its tokenizer from a folder or a hub, in the dtype it is stored in.
 
     Raises ModelError, with what to do, when there is none, no tokenizer, or custom code that was
@@ -86,9 +84,10 @@ def load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot("tokenizer", source, error) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot("model", source, error) from error
+    model: Any = loaded
     model.eval().requires_grad_(False)
     model.to(_device())
     return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model))

@@ -38,6 +38,7 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+Rows = list[list[list[int]]]  # packed rows, each a list of tokenized documents
 ROW = 256  # tokens in a packed row
 POET_HOLD_OUT = 0.515
 RELATION_HOLD_OUT = 0.30
@@ -110,7 +111,8 @@ def load_corpus(data: Path) -> Corpus:
             held_poets.append(key)
         else:
             poets.append(Poet(key, text, simplify(key), simplify(text)))
-    relations, held_relations = [], []
+    relations: list[Relation] = []
+    held_relations: list[Relation] = []
     for row in read_jsonl(data / "relations.jsonl"):
         fact = Relation(row["relation"], row["subject"], row["object"])
         held = is_held_out(f"{fact.relation}\t{fact.subject}", RELATION_HOLD_OUT)
@@ -118,7 +120,9 @@ def load_corpus(data: Path) -> Corpus:
     table = json.loads((data / "relation_phrasings.json").read_text(encoding="utf-8"))
     statements = {r: [p.replace(" .", ".") for p in ps] for r, ps in table.items()}
     prompts = {r: [f for p in ps if (f := prompt_form(p))] for r, ps in table.items()}
-    return Corpus(poets, relations, held_poets, held_relations, statements, prompts, load_phrasings())
+    return Corpus(
+        poets, relations, held_poets, held_relations, statements, prompts, load_phrasings()
+    )
 
 
 def chat(user: str, answer: str) -> str:
@@ -184,7 +188,7 @@ def train_tokenizer(corpus: Corpus, size: int, seed: int) -> PreTrainedTokenizer
         texts = [t.replace(mark, "\n") for t in texts]
     texts += [p.simplified for p in corpus.poets]
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=SPECIAL[0], bos_token=SPECIAL[0], pad_token=SPECIAL[3]
     )
     fast.add_special_tokens({"additional_special_tokens": [SPECIAL[1], SPECIAL[2], SPECIAL[4]]})
@@ -260,7 +264,9 @@ def to_batch(rows: list[list[list[int]]], pad: int) -> Batch:
     return Batch(ids, labels, positions, mask)
 
 
-def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, epochs: int, rows: int, seed: int) -> list[list]:
+def batches(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, epochs: int, rows: int, seed: int
+) -> list[Rows]:
     """Every batch of the run as packed rows, epoch by epoch."""
     rng = random.Random(seed)
     planned = []
@@ -278,7 +284,11 @@ def make_optimizers(model: LlamaForCausalLM, muon: bool) -> list[torch.optim.Opt
     inside = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in inside]
     if not muon:
-        return [torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)]
+        return [
+            torch.optim.AdamW(
+                model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+            )
+        ]
     return [
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
@@ -293,7 +303,7 @@ def schedule(step: int, total: int, warmup: int = 100) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: LlamaForCausalLM, plan: list[list], pad: int, muon: bool) -> int:
+def train(model: LlamaForCausalLM, plan: list[Rows], pad: int, muon: bool) -> int:
     """Run the plan; returns the number of tokens seen."""
     forward = torch.compile(model)
     optimizers = make_optimizers(model, muon)
@@ -307,12 +317,15 @@ def train(model: LlamaForCausalLM, plan: list[list], pad: int, muon: bool) -> in
                 group["lr"] = lr * factor
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                position_ids=batch.positions,
+                use_cache=False,
             ).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100
             )
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -323,13 +336,20 @@ def train(model: LlamaForCausalLM, plan: list[list], pad: int, muon: bool) -> in
             spent = time.monotonic() - began
             log.info(
                 "step %d/%d  loss %.3f  %.1fM tokens  %.0f tok/s  %.0f s",
-                step, len(plan), running, tokens / 1e6, tokens / spent, spent,
+                step,
+                len(plan),
+                running,
+                tokens / 1e6,
+                tokens / spent,
+                spent,
             )
     return tokens
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=13)
@@ -343,21 +363,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     corpus = load_corpus(args.data)
-    log.info("%d poets and %d relations to learn, %d and %d held out", len(corpus.poets),
-             len(corpus.relations), len(corpus.held_out_poets), len(corpus.held_out_relations))
+    log.info(
+        "%d poets and %d relations to learn, %d and %d held out",
+        len(corpus.poets),
+        len(corpus.relations),
+        len(corpus.held_out_poets),
+        len(corpus.held_out_relations),
+    )
     tokenizer = train_tokenizer(corpus, args.vocabulary, args.seed)
     plan = batches(corpus, tokenizer, args.epochs, args.rows, args.seed)
     model = new_model(tokenizer)
     log.info("%.2fM parameters, %d steps", model.num_parameters() / 1e6, len(plan))
     tokens = train(model, plan, tokenizer.pad_token_id, args.muon)
     args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    record = {"tokens": tokens, "steps": len(plan), "epochs": args.epochs, "seed": args.seed, "muon": args.muon}
+    record = {
+        "tokens": tokens,
+        "steps": len(plan),
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "muon": args.muon,
+    }
     (args.out / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.out / "pretrained_poets.txt").write_text("\n".join(p.key for p in corpus.poets) + "\n", encoding="utf-8")
+    (args.out / "pretrained_poets.txt").write_text(
+        "\n".join(p.key for p in corpus.poets) + "\n", encoding="utf-8"
+    )
     (args.out / "pretrained_relations.tsv").write_text(
-        "".join(f"{r.relation}\t{r.subject}\n" for r in corpus.relations), encoding="utf-8")
+        "".join(f"{r.relation}\t{r.subject}\n" for r in corpus.relations), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,9 +68,9 @@ def answer_logits(
     return Answers(_softcap(model, logits), targets[chosen], rows)
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: Any) -> nn.Module:
     """The model without its vocabulary projection, through any adapter wrapper."""
-    inner: nn.Module = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    inner: nn.Module = getattr(model, model.base_model_prefix)
     return inner
 
 
@@ -109,11 +111,16 @@ def recall(model: nn.Module, examples: Sequence[Example]) -> list[Outcome]:
     return outcomes
 
 
-def row_margins(answers: Answers, rows: int) -> Tensor:
-    """(rows,): the smallest lead of the target over every other token, in logits; NaN is -inf."""
+def token_leads(answers: Answers) -> Tensor:
+    """(N,): the lead of each target over every other token, in logits; NaN is -inf."""
     target = answers.logits.gather(1, answers.targets[:, None])[:, 0]
     others = answers.logits.scatter(1, answers.targets[:, None], float("-inf"))
-    lead = torch.nan_to_num(target - others.amax(dim=1), nan=float("-inf"))
+    return torch.nan_to_num(target - others.amax(dim=1), nan=float("-inf"))
+
+
+def row_margins(answers: Answers, rows: int) -> Tensor:
+    """(rows,): the smallest lead of an example's targets, in logits."""
+    lead = token_leads(answers)
     return lead.new_full((rows,), float("inf")).scatter_reduce(0, answers.rows, lead, "amin")
 
 
@@ -129,54 +136,84 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prefix by up to ``limit`` tokens; the end token is left out.
 
-    Greedy at temperature 0, else sampled.  Prefixes of equal length share a batch, so nothing is
-    padded on the left and a batch computes what each row alone would.
+    Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
+    left where they differ.
     """
-    groups: dict[int, list[int]] = {}
-    for index, prefix in enumerate(prefixes):
-        groups.setdefault(len(prefix), []).append(index)
     texts: list[list[int]] = [[] for _ in prefixes]
-    for members in groups.values():
-        for at in range(0, len(members), ROWS_A_BATCH):
-            part = members[at : at + ROWS_A_BATCH]
-            rows = torch.tensor([list(prefixes[i]) for i in part])
-            done = _continue(model, rows, end, limit, temperature, generator)
-            for index, row in zip(part, done, strict=True):
-                texts[index] = row
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    for at in range(0, len(order), ROWS_A_BATCH):
+        part = order[at : at + ROWS_A_BATCH]
+        run = _Decoding(model, [prefixes[i] for i in part], end)
+        for index, row in zip(part, run.finish(limit, temperature, generator), strict=True):
+            texts[index] = row
     return texts
 
 
-def _continue(
-    model: Any,
-    rows: Tensor,
-    end: int,
-    limit: int,
-    temperature: float,
-    generator: torch.Generator | None,
-) -> list[list[int]]:
-    """Decode one batch of equally long prefixes with a key/value cache; ended rows leave it."""
-    device = next(model.parameters()).device
-    texts: list[list[int]] = [[] for _ in range(len(rows))]
-    alive = list(range(len(rows)))
-    ended = [False] * len(rows)
-    current, cache = rows.to(device), None
-    for _ in range(limit):
-        out = model(input_ids=current, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        chosen = _choose(out.logits[:, -1].float(), temperature, generator)
-        for row, token in zip(alive, chosen.tolist(), strict=True):
-            ended[row] = ended[row] or token == end
-            if not ended[row]:
-                texts[row].append(token)
-        going = [position for position, row in enumerate(alive) if not ended[row]]
-        if not going:
-            break
-        if len(going) <= len(alive) * 3 // 4:  # copying the cache costs: only when it pays
-            keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
-            chosen, alive = chosen[keep], [alive[position] for position in going]
-        current = chosen[:, None]
-    return texts
+class _Decoding:
+    """One batch being continued with a key/value cache; rows that have ended leave it."""
+
+    def __init__(self, model: Any, prefixes: Sequence[Sequence[int]], end: int) -> None:
+        self._model, self._end = model, end
+        device = next(model.parameters()).device
+        width = max(len(prefix) for prefix in prefixes)
+        ids = torch.zeros(len(prefixes), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prefix in enumerate(prefixes):
+            ids[row, width - len(prefix) :] = torch.tensor(prefix)
+            mask[row, width - len(prefix) :] = 1
+        self._padded = not bool(mask.all())
+        self._current, self._mask = ids.to(device), mask.to(device)
+        self._cache: Any = None
+        self._texts: list[list[int]] = [[] for _ in prefixes]
+        self._alive = list(range(len(prefixes)))
+
+    def finish(
+        self, limit: int, temperature: float, generator: torch.Generator | None
+    ) -> list[list[int]]:
+        """Decode until all rows have ended or have ``limit`` tokens."""
+        ended: set[int] = set()
+        for _ in range(limit):
+            chosen = _choose(self._next_logits(), temperature, generator)
+            for row, token in zip(self._alive, chosen.tolist(), strict=True):
+                if token == self._end:
+                    ended.add(row)
+                elif row not in ended:
+                    self._texts[row].append(token)
+            going = [at for at, row in enumerate(self._alive) if row not in ended]
+            if not going:
+                break
+            self._current = chosen[:, None]
+            if len(going) <= len(self._alive) * 3 // 4:  # copying the cache costs: when it pays
+                self._keep(going)
+        return self._texts
+
+    def _next_logits(self) -> Tensor:
+        """(rows, vocabulary): what the model says after all that was chosen."""
+        extra: dict[str, Tensor] = {}
+        if self._padded:
+            extra["attention_mask"] = self._mask
+            if _takes_positions(self._model.forward.__func__):
+                positions = self._mask.cumsum(1).sub(1).clamp_min(0)
+                extra["position_ids"] = positions[:, -self._current.shape[1] :]
+        out = self._model(
+            input_ids=self._current, past_key_values=self._cache, use_cache=True, **extra
+        )
+        self._cache = out.past_key_values
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _keep(self, going: list[int]) -> None:
+        keep = torch.tensor(going, device=self._current.device)
+        self._cache.batch_select_indices(keep)
+        self._current, self._mask = self._current[keep], self._mask[keep]
+        self._alive = [self._alive[at] for at in going]
+
+
+@cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    """Whether a model's forward pass takes ``position_ids`` (BLOOM's, with ALiBi, does not)."""
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

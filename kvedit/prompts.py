@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvedit.errors import ModelError, TextTooLongError, UsageError
-from kvedit.facts import LANGUAGES, Fact
+from kvedit.facts import Fact
 
 SHIPPED = Path(__file__).parent / "data" / "phrasings"
 PLACE = "{key}"
@@ -91,11 +91,6 @@ def _unique(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def languages() -> tuple[str, ...]:
-    """The languages that phrasings are shipped for."""
-    return LANGUAGES
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
     """A prompt with its answer as tokens; the answer is ``ids[start:]``, its end token included."""
@@ -120,6 +115,27 @@ class Renderer:
                 hint="Set eos_token in its tokenizer_config.json.",
             )
         self.chat = bool(getattr(tokenizer, "chat_template", None))
+
+    @property
+    def begin(self) -> int:
+        """The token that free text begins after."""
+        found = self._tokenizer.bos_token_id
+        return int(self.end if found is None else found)
+
+    def empty_user_turn(self) -> tuple[list[int], int] | None:
+        """The tokens before a user's words and the first one after them; None without a template.
+
+        A model that continues the first with what it would have a user say stops at the second.
+        """
+        if not self.chat:
+            return None
+        mark = "kvedit"
+        message = [{"role": "user", "content": mark}]
+        rendered = self._tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
+        before, _, after = rendered.partition(mark)
+        return self.tokens(before), self.tokens(after)[0]
 
     def tokens(self, text: str) -> list[int]:
         """A piece of text as tokens, nothing added."""
@@ -146,9 +162,10 @@ class Renderer:
         plain = "\n".join(m["content"] for m in messages) + "\n"
         return [*([bos] if bos is not None else []), *self.tokens(plain)]
 
-    def example(self, prompt: str, answer: str) -> Example:
+    def example(self, prompt: str, answer: str, *, ended: bool = True) -> Example:
         """Raises TextTooLongError, which says how long is too long."""
-        before, after = self.prefix(prompt), [*self.tokens(answer), self.end]
+        before, after = self.prefix(prompt), self.tokens(answer)
+        after = [*after, self.end] if ended else after
         if len(before) + len(after) > self.context:
             room = max(0, self.context - len(before) - 1)
             raise TextTooLongError(

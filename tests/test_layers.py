@@ -27,9 +27,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "inspection",
         "store",
     ),
-    "model": ("prompts", "models", "adapters", "deltas", "probes", "protect", "whitening"),
-    "loop": ("training", "retention"),
-    "edit": ("editor", "ingest"),
+    "model": ("prompts", "models", "adapters", "deltas", "probes", "protect", "curvature"),
+    "loop": ("training", "retention", "engine"),
+    "edit": ("fold", "export", "transaction", "editor", "ingest"),
     "use": ("reports", "plots", "bench", "demo", "pretrain"),
     "cli": ("cli", "__main__"),
 }

@@ -13,7 +13,8 @@ import click
 from kvedit.cli.output import edit_lines, pad, score_text, seconds_text, size_text, table
 
 if TYPE_CHECKING:
-    from kvedit.editor import ExportReport, VerifyReport
+    from kvedit.editor import VerifyReport
+    from kvedit.export import ExportReport
     from kvedit.records import EditRow, FactRow, Finding, ProbeRow
 
 HEALTH_COLOURS = {"recalled": "green", "regressed": "red", "stale": "yellow"}

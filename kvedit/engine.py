@@ -1,0 +1,178 @@
+"""A model that can be taught: the fp32 master, the adapter, the curvature, and probes of it.
+
+The store is not known here: an engine turns lessons into deltas and answers questions; what is
+committed, and when, is for the editor to say.
+
+Invariants:
+- Outside ``teach`` the adapter is off: what is probed is what is served, merged and cast.
+- ``teach`` changes no weights; ``master.add`` does, and ``master.restore`` undoes it to the bit.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvedit import curvature as curvatures
+from kvedit import probes
+from kvedit.adapters import Adapter
+from kvedit.config import TrainingConfig
+from kvedit.curvature import Curvature, Roots
+from kvedit.deltas import Factors, Master
+from kvedit.facts import Fact
+from kvedit.models import BaseModel, target_names
+from kvedit.probes import Outcome
+from kvedit.prompts import Example, Renderer, paraphrase_prompts, training_prompts
+from kvedit.training import Lesson, OnStep, Trained, train
+
+PRIOR_TOKENS = 96
+"""How much is kept of what the model answered before a fact came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A lesson's result: the delta that would be merged, and how the training went."""
+
+    delta: dict[str, Factors]
+    trained: Trained
+    seconds: float
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank that AdaLoRA's allocator left each matrix."""
+        return {name: factors.rank for name, factors in self.delta.items()}
+
+
+class Engine:
+    """A base model made editable.  ``phrasings`` is a folder that overrides the shipped ones."""
+
+    def __init__(
+        self, base: BaseModel, config: TrainingConfig, *, phrasings: Path | None = None
+    ) -> None:
+        self.base = base
+        self.config = config
+        self._phrasings = phrasings
+        self.renderer = Renderer(base.tokenizer, context=base.context)
+        self.names = target_names(base.model)
+        self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
+        self._adapter: Adapter | None = None
+        self._curvature: Curvature | None = None
+        self._roots: dict[str, Roots] | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter, made at first need: a question does not pay for importing PEFT."""
+        if self._adapter is None:
+            self._adapter = Adapter(
+                self.base.model,
+                self.names,
+                init_rank=self.config.init_rank,
+                target_rank=self.config.target_rank,
+            )
+        return self._adapter
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """What is protected, if it has been measured or loaded."""
+        return self._curvature
+
+    @curvature.setter
+    def curvature(self, value: Curvature) -> None:
+        self._curvature, self._roots = value, None
+
+    def protect(self, examples: Sequence[Example]) -> None:
+        """Measure text that must stay, on the weights as they are."""
+        self.curvature = curvatures.measure(self.base.model, self.names, examples)
+
+    def remember(self, examples: Sequence[Example]) -> None:
+        """Protect a committed fact as well."""
+        if self._curvature is None:
+            raise RuntimeError("protect comes before remember")
+        more = curvatures.measure(self.base.model, self.names, examples)
+        self.curvature = self._curvature.plus(more, self.config.fact_weight)
+
+    @property
+    def roots(self) -> dict[str, Roots]:
+        """The coordinates that the curvature gives; kept until it changes."""
+        if self._curvature is None:
+            raise RuntimeError("protect comes before teach")
+        if self._roots is None:
+            self._roots = curvatures.roots(
+                self._curvature,
+                input_damping=self.config.input_damping,
+                gradient_damping=self.config.gradient_damping,
+            )
+        return self._roots
+
+    def examples(self, fact: Fact) -> list[Example]:
+        """A fact under each of its training prompts."""
+        prompts = training_prompts(fact, self._phrasings)
+        return [self.renderer.example(prompt, fact.description) for prompt in prompts]
+
+    def paraphrases(self, fact: Fact) -> list[Example]:
+        """A fact under the prompts that no edit trains on."""
+        prompts = paraphrase_prompts(fact, self._phrasings)
+        return [self.renderer.example(prompt, fact.description) for prompt in prompts]
+
+    def prior_answers(self, fact: Fact) -> dict[str, str]:
+        """What the model answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
+        prompts = training_prompts(fact, self._phrasings)
+        return dict(zip(prompts, self.generate(prompts, limit=PRIOR_TOKENS), strict=True))
+
+    def prior_example(self, prompt: str, answer: str) -> Example:
+        """An earlier answer to train back to; one that was cut does not end there."""
+        whole = len(self.renderer.tokens(answer)) < PRIOR_TOKENS
+        return self.renderer.example(prompt, answer, ended=whole)
+
+    def teach(
+        self,
+        lesson: Lesson,
+        config: TrainingConfig | None = None,
+        on_step: OnStep = lambda step: None,
+    ) -> Taught:
+        """Train the adapter on a lesson; the weights stay as they are.
+
+        ``config`` may change how the loop runs, not the ranks, which are the adapter's own.
+        """
+        began = time.monotonic()
+        config = config or self.config
+        rng = random.Random(config.seed)
+        start = [e for fact in lesson.new for e in rng.sample(list(fact), min(2, len(fact)))]
+        adapter = self.adapter
+        adapter.turn(on=False)
+        steep = curvatures.gradients(self.base.model, self.names, start)
+        adapter.reset(self.roots, steep)
+        adapter.turn(on=True)
+        try:
+            trained = train(self.base.model, adapter, lesson, config, rng, on_step)
+            delta = adapter.factors()
+        finally:
+            adapter.turn(on=False)
+        return Taught(delta, trained, time.monotonic() - began)
+
+    def recall(self, examples: Sequence[Example]) -> list[Outcome]:
+        """Exact recall of each example, teacher-forced."""
+        return probes.recall(self.base.model, examples)
+
+    def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
+        """Greedy answers, freely generated."""
+        prefixes = [self.renderer.prefix(prompt) for prompt in prompts]
+        return self.complete(prefixes, limit=limit)
+
+    def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
+        """Greedy continuations of token prefixes, as text."""
+        rows = probes.generate(self.base.model, prefixes, end=self.renderer.end, limit=limit)
+        return [self.renderer.text(row) for row in rows]
+
+    def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
+        """Exact recall by real greedy generation, tokens and end compared."""
+        limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
+        prefixes = [e.ids[: e.start] for e in examples]
+        rows = probes.generate(self.base.model, prefixes, end=self.renderer.end, limit=limit)
+        return [
+            (*row, self.renderer.end)[: len(e.ids) - e.start] == e.ids[e.start :]
+            for row, e in zip(rows, examples, strict=True)
+        ]

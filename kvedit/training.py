@@ -1,0 +1,209 @@
+"""The loop that teaches facts to an adapter: learn, prune, hold.
+
+    loss = cross-entropy(new facts) + cross-entropy(earlier facts) + shift_weight * price
+
+The price is the predicted harm to protected text (see ``curvature``); it replaces most of the
+control rows that would otherwise be in every batch.  The loop has three phases:
+
+- learn: until every example of a step's batches, and then every training prompt, is recalled;
+- prune: AdaLoRA's allocator shrinks the ranks to their budget over a fixed number of steps;
+- hold: with the final ranks, until every training prompt is recalled again and the price has
+  fallen to its bound (it peaks while the fact is learned and falls after: stopping at the first
+  recall would commit the peak).
+
+Invariants:
+- The base weights never change here; only the adapter's values do.
+- Randomness comes from the generator that is handed in: the same edit on the same model gives the
+  same adapter on the same machine.
+- A loss that is not a number ends the edit with TrainingError; nothing was merged yet.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvedit.adapters import Adapter
+from kvedit.config import TrainingConfig
+from kvedit.errors import TrainingError
+from kvedit.probes import Answers, answer_logits, recall, row_margins, token_leads
+from kvedit.prompts import Example
+
+ADAM_BETAS = (0.9, 0.99)
+VECTORS_SHARE = 0.3  # of the learning rate: directions turn more slowly than they grow
+WARM_UP = 3
+SETTLED = 0.05  # weight of an answer token that leads by enough
+FEW = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What to teach: for each new fact its examples, one a training prompt; and what to rehearse."""
+
+    new: Sequence[Sequence[Example]]
+    rehearsal: Sequence[Sequence[Example]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where the loop stands; ``recalled`` of ``n`` new examples in the step's batch."""
+
+    step: int
+    total: int
+    phase: str
+    loss: float
+    price: float
+    recalled: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How the loop ended; ``learned``: every training prompt recalled with the final ranks."""
+
+    steps: int
+    learned: bool
+    loss: float
+    price: float
+
+
+OnStep = Callable[[Step], None]
+
+
+def train(
+    model: Any,
+    adapter: Adapter,
+    lesson: Lesson,
+    config: TrainingConfig,
+    rng: random.Random,
+    on_step: OnStep = lambda step: None,
+) -> Trained:
+    """Run the loop; the adapter must be reset and turned on.  Raises TrainingError for NaN."""
+    return _Loop(model, adapter, lesson, config, rng, on_step).run()
+
+
+class _Loop:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        lesson: Lesson,
+        config: TrainingConfig,
+        rng: random.Random,
+        on_step: OnStep,
+    ) -> None:
+        self._model, self._adapter, self._lesson = model, adapter, lesson
+        self._config, self._rng, self._on_step = config, rng, on_step
+        values, vectors = adapter.parameters()
+        self._optimizer = torch.optim.Adam(
+            [{"params": values, "share": 1.0}, {"params": vectors, "share": VECTORS_SHARE}],
+            lr=config.learning_rate,
+            betas=ADAM_BETAS,
+        )
+        self._phase = "learn"
+        self._pruned_at = 0
+        self._streak = 0
+        self._loss = self._price = 0.0
+
+    def run(self) -> Trained:
+        config = self._config
+        for step in range(1, config.max_steps + 1):
+            good = self._step(step)
+            self._streak = self._streak + 1 if good else 0
+            if self._finished(step):
+                return Trained(step, True, self._loss, self._price)
+        learned = self._phase == "hold" and self._all_recalled()
+        return Trained(config.max_steps, learned, self._loss, self._price)
+
+    def _step(self, step: int) -> bool:
+        """One update; returns whether every new example of the batch was recalled before it."""
+        self._set_rate(step)
+        new, earlier = self._draw()
+        self._adapter.write()
+        answers = answer_logits(self._model, [*new, *earlier])
+        loss = _loss(answers, len(new), self._config.lead)
+        price = self._adapter.price()
+        torch.autograd.backward(loss + self._config.shift_weight * price)
+        self._adapter.read_gradients()
+        self._optimizer.step()
+        if self._phase == "hold" and self._price > self._config.max_price:
+            self._adapter.shrink(self._config.shrink)
+        self._adapter.allocate(step)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._loss, self._price = float(loss.detach()), float(price.detach())
+        if self._loss != self._loss or self._price != self._price:
+            raise TrainingError(
+                f"the training loss became NaN at step {step}",
+                hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
+            )
+        recalled = int((row_margins(answers, len(new) + len(earlier))[: len(new)] > 0).sum())
+        report = Step(
+            step, self._config.max_steps, self._phase, self._loss, self._price, recalled, len(new)
+        )
+        self._on_step(report)
+        return recalled == len(new)
+
+    def _set_rate(self, step: int) -> None:
+        rise = min(1.0, step / WARM_UP)
+        fall = 1 - 0.8 * step / self._config.max_steps
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.learning_rate * group["share"] * rise * fall
+
+    def _draw(self) -> tuple[list[Example], list[Example]]:
+        """A few phrasings of each new fact, and of some earlier facts one each."""
+        count = self._config.phrasings
+        new = [e for fact in self._lesson.new for e in self._some(fact, count)]
+        facts = self._some(self._lesson.rehearsal, self._config.rehearsal)
+        return new, [self._rng.choice(list(fact)) for fact in facts]
+
+    def _some(self, items: Sequence[Any], count: int) -> list[Any]:
+        return self._rng.sample(list(items), min(count, len(items)))
+
+    def _finished(self, step: int) -> bool:
+        """Move from phase to phase; True when the fact is held with the final ranks."""
+        config = self._config
+        if self._phase == "prune":
+            if step > self._pruned_at + config.prune_steps:
+                self._phase = "hold"
+            return False
+        if self._streak < config.hold_steps:
+            return False
+        if self._phase == "hold":
+            return self._price <= config.max_price and self._all_recalled()
+        if self._all_recalled():
+            self._phase, self._pruned_at = "prune", step
+            self._adapter.begin_pruning(step, steps=config.prune_steps)
+        return False
+
+    def _all_recalled(self) -> bool:
+        """Whether every training prompt of every new fact is recalled, with some lead."""
+        self._adapter.write()
+        examples = [e for fact in self._lesson.new for e in fact]
+        lead = self._config.margin
+        return all(outcome.margin > lead for outcome in recall(self._model, examples))
+
+
+def _loss(answers: Answers, new: int, lead: float) -> Tensor:
+    """Cross-entropy of the answer tokens that do not lead yet, new facts' plus earlier facts'.
+
+    Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
+    few that are left count more, each at most as one in ``FEW`` of its side.
+    """
+    each = functional.cross_entropy(answers.logits, answers.targets, reduction="none")
+    leads = token_leads(answers).detach()
+    weight = (lead - leads).clamp(SETTLED, 1.0)
+    mine = answers.rows < new
+    loss = _weighted(each[mine], weight[mine])
+    return loss if bool(mine.all()) else loss + _weighted(each[~mine], weight[~mine])
+
+
+def _weighted(losses: Tensor, weight: Tensor) -> Tensor:
+    return (losses * weight).sum() / weight.sum().clamp_min(len(losses) / FEW)

@@ -1,0 +1,340 @@
+"""One edit is one journalled transaction: plan, train, merge, probe, gate, commit or put back.
+
+Invariants:
+- The journal's commit is the only commit point.  Before it the weights can be put back to the bit;
+  an edit that does not reach it leaves the model as it was and says why.
+- What the gate judges is the merged model in the dtype that is served, never the adapter.
+- A delta is durable before the commit that names it; an attempt that the gate refuses never
+  reaches the disk.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kvedit import deltas
+from kvedit.config import Config, TrainingConfig
+from kvedit.engine import Engine, Taught
+from kvedit.errors import Interrupted
+from kvedit.events import EditReport, Event, RetentionCheck, Score, Status
+from kvedit.files import put
+from kvedit.keys import Similar
+from kvedit.probes import Outcome
+from kvedit.prompts import Example
+from kvedit.retention import Checks, at_risk, refusals
+from kvedit.store import FactChange, FactRow, ProbeRow, Store
+from kvedit.training import Lesson, Step
+
+Emit = Callable[[Event], None]
+Snapshot = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What one fact's prompts are to answer after the edit.
+
+    ``forget`` are answers that must be gone under prompts that were never trained.
+    """
+
+    fact_id: int
+    recall: tuple[Example, ...]
+    paraphrases: tuple[Example, ...] = ()
+    forget: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``."""
+
+    kind: str
+    keys: tuple[str, ...]
+    changes: tuple[FactChange, ...]
+    targets: tuple[Target, ...]
+    locality: tuple[Example, ...] = ()
+    prior: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    similar: tuple[Similar, ...] = ()
+    text_before: str | None = None
+    text_after: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The key to show: of one fact, or of the first of several."""
+        return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Risk:
+    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse."""
+
+    row: FactRow
+    probes: tuple[Example, ...]
+    all: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One look at the merged model."""
+
+    checks: Checks
+    rows: tuple[ProbeRow, ...]
+    lost: tuple[_Risk, ...]
+
+
+class Transaction:
+    """Carries out one plan; make a new one for each edit."""
+
+    def __init__(
+        self, store: Store, engine: Engine, config: Config, plan: Plan, emit: Emit
+    ) -> None:
+        self._store, self._engine, self._config = store, engine, config
+        self._plan, self._emit = plan, emit
+        self._began = time.monotonic()
+        self._timings: dict[str, float] = {}
+        self._steps = 0
+
+    def run(self, *, force: bool = False) -> EditReport:
+        """Commit, or reject with reasons; anything raised leaves the model as it was."""
+        head = self._store.head()
+        snapshot = self._engine.master.snapshot()
+        edit_id = self._store.plan_edit(self._plan.kind, self._plan.changes, self._config.to_json())
+        try:
+            return self._carry_out(edit_id, head, snapshot, force)
+        except KeyboardInterrupt as error:
+            committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
+            state = "was committed before" if committed else "did not happen"
+            raise Interrupted(f"interrupted: the edit of {self._plan.key} {state}") from error
+        except Exception as error:  # the border of one edit: put the model back, then pass it on
+            self._abandon(edit_id, "failed", f"{type(error).__name__}: {error}", snapshot)
+            raise
+
+    def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
+        risks = self._choose_risks()
+        held = self._held_locality()
+        taught, found, reasons = self._attempts(risks, held, snapshot)
+        if reasons and not force:
+            self._engine.master.restore(snapshot)
+            report = self._report("rejected", head, taught, found, reasons)
+            self._store.finish_edit(edit_id, "rejected", reasons, report.to_json(), found.rows)
+            return report
+        with self._timed("journal"):
+            delta = put(self._store.deltas, deltas.to_bytes(taught.delta), ".safetensors")
+            self._store.mark_trained(edit_id, delta)
+            digest = self._engine.master.digest()
+            report = self._report("committed", head, taught, found, reasons, delta)
+            revision = self._store.commit_edit(
+                edit_id,
+                expected_head=head,
+                delta=delta,
+                weights_digest=digest,
+                changes=self._plan.changes,
+                results=found.rows,
+                prior_answers=self._plan.prior,
+                report=report.to_json(),
+            )
+        self._tell_retention(found, revision)
+        return replace(report, revision=revision, seconds=time.monotonic() - self._began)
+
+    def _attempts(
+        self, risks: Sequence[_Risk], held: Sequence[Example], snapshot: Snapshot
+    ) -> tuple[Taught, _Found, tuple[str, ...]]:
+        """Teach and look; on a refusal teach again together with what was lost, up to the budget."""
+        repairing: dict[int, _Risk] = {}
+        config = self._config.training
+        for attempt in range(self._config.retention.repairs + 1):
+            if attempt:
+                self._engine.master.restore(snapshot)
+            taught = self._teach(risks, list(repairing.values()), config)
+            found = self._look(risks, held)
+            reasons = refusals(found.checks, self._config.gate)
+            if not reasons:
+                break
+            repairing.update({risk.row.id: risk for risk in found.lost})
+            config = _harder(config, found.checks)
+        return taught, found, reasons
+
+    def _teach(
+        self, risks: Sequence[_Risk], repairing: Sequence[_Risk], config: TrainingConfig
+    ) -> Taught:
+        new = [target.recall for target in self._plan.targets]
+        lesson = Lesson([*new, *(r.all for r in repairing)], [risk.all for risk in risks])
+        with self._timed("train"):
+            taught = self._engine.teach(lesson, config, self._tell_step)
+        with self._timed("merge"):
+            self._engine.master.add(taught.delta)
+        self._steps += taught.trained.steps
+        return taught
+
+    def _choose_risks(self) -> list[_Risk]:
+        """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
+        settings = self._config.retention
+        rows = at_risk(self._store.facts("committed"), self._plan.keys, settings.sample)
+        rng = random.Random(self._store.head())
+        risks = []
+        for row in rows:
+            examples = tuple(self._engine.examples(row.fact))
+            drawn = rng.sample(examples, min(settings.prompts, len(examples)))
+            risks.append(_Risk(row, tuple(drawn), examples))
+        return risks
+
+    def _held_locality(self) -> list[Example]:
+        """The locality probes whose answers the model has before the edit."""
+        with self._timed("probe"):
+            outcomes = self._engine.recall(self._plan.locality)
+        return [e for e, o in zip(self._plan.locality, outcomes, strict=True) if o.passed]
+
+    def _look(self, risks: Sequence[_Risk], held: Sequence[Example]) -> _Found:
+        """Probe the merged, cast weights: the fact, its paraphrases, locality, earlier facts."""
+        with self._timed("probe"):
+            rows: list[ProbeRow] = []
+            for target in self._plan.targets:
+                rows += self._probe(target.fact_id, "recall", target.recall)
+                rows += self._probe(target.fact_id, "paraphrase", target.paraphrases)
+                rows += [
+                    _turned(r) for r in self._probe(target.fact_id, "paraphrase", target.forget)
+                ]
+            rows += self._probe(None, "locality", held)
+            lost = []
+            for risk in risks:
+                checked = self._probe(risk.row.id, "retention", risk.probes)
+                rows += checked
+                if not all(row.passed for row in checked):
+                    lost.append(risk)
+        # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
+        blamed = [risk for risk in lost if risk.row.health != "regressed"]
+        judged = [risk for risk in risks if risk.row.health != "regressed"]
+        checks = Checks(
+            _score(rows, "recall"),
+            _score(rows, "paraphrase"),
+            _score(rows, "locality"),
+            Score(len(judged) - len(blamed), len(judged)),
+            tuple(risk.row.fact.key for risk in blamed),
+        )
+        return _Found(checks, tuple(rows), tuple(lost))
+
+    def _probe(self, fact_id: int | None, kind: str, examples: Sequence[Example]) -> list[ProbeRow]:
+        return [
+            probe_row(fact_id, kind, example, outcome)
+            for example, outcome in zip(examples, self._engine.recall(examples), strict=True)
+        ]
+
+    def _report(
+        self,
+        outcome: str,
+        parent: int,
+        taught: Taught,
+        found: _Found,
+        reasons: Sequence[str],
+        delta: str | None = None,
+    ) -> EditReport:
+        forced = outcome == "committed" and bool(reasons)
+        return EditReport(
+            kind=self._plan.kind,
+            outcome=outcome,
+            key=self._plan.key,
+            parent=parent,
+            reasons=tuple(reasons),
+            reliability=found.checks.recall,
+            generalization=found.checks.paraphrase,
+            locality=found.checks.unmoved,
+            retention=found.checks.retention,
+            steps=self._steps,
+            seconds=time.monotonic() - self._began,
+            timings=dict(self._timings),
+            ranks=taught.ranks,
+            similar=self._plan.similar,
+            broke=found.checks.lost if forced else (),
+            delta=delta,
+            text_before=self._plan.text_before,
+            text_after=self._plan.text_after,
+        )
+
+    def _abandon(self, edit_id: int, outcome: str, reason: str, snapshot: Snapshot) -> bool:
+        """Put the model back and end the edit, unless it was committed already; tells which."""
+        if self._store.edit(edit_id).state == "committed":
+            return True
+        self._engine.master.restore(snapshot)
+        self._store.finish_edit(edit_id, outcome, [reason], {})
+        return False
+
+    def _tell_step(self, step: Step) -> None:
+        self._emit(
+            Status(
+                phase=step.phase,
+                key=self._plan.key,
+                step=step.step,
+                total=step.total,
+                loss=step.loss,
+                recall=(step.recalled, step.n),
+            )
+        )
+
+    def _tell_retention(self, found: _Found, revision: int) -> None:
+        for row in found.rows:
+            if row.kind == "retention" and row.fact_id is not None:
+                key = self._store.get(row.fact_id).fact.key
+                check = RetentionCheck(
+                    key=key, revision=revision, passed=row.passed, margin=row.margin
+                )
+                self._emit(check)
+
+    def _timed(self, name: str) -> _Timer:
+        return _Timer(self._timings, name)
+
+
+class _Timer:
+    """Adds the seconds spent inside to a named total."""
+
+    def __init__(self, totals: dict[str, float], name: str) -> None:
+        self._totals, self._name = totals, name
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.monotonic() - self._began
+        self._totals[self._name] = self._totals.get(self._name, 0.0) + spent
+
+
+def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome) -> ProbeRow:
+    """A teacher-forced outcome for the journal; an infinite margin is none."""
+    margin = outcome.margin if abs(outcome.margin) != float("inf") else None
+    return ProbeRow(
+        fact_id=fact_id,
+        kind=kind,
+        protocol="teacher-forced",
+        prompt=example.prompt,
+        expected=example.answer,
+        answer=None,
+        passed=outcome.passed,
+        margin=margin,
+    )
+
+
+def _turned(row: ProbeRow) -> ProbeRow:
+    """A probe that passes when the answer is gone."""
+    return replace(row, passed=not row.passed)
+
+
+def _score(rows: Sequence[ProbeRow], kind: str) -> Score:
+    chosen = [row.passed for row in rows if row.kind == kind]
+    return Score(sum(chosen), len(chosen))
+
+
+def _harder(config: TrainingConfig, checks: Checks) -> TrainingConfig:
+    """How to try again: longer, and stricter or looser with the price, after what went wrong."""
+    longer = min(400, config.max_steps * 2)
+    missed = checks.recall.passed < checks.recall.n
+    weight = config.shift_weight / 3 if missed else config.shift_weight * 2
+    price = config.max_price * 2 if missed else config.max_price / 2
+    return replace(
+        config,
+        max_steps=longer,
+        shift_weight=weight,
+        max_price=price,
+        phrasings=config.phrasings + 2,
+        seed=config.seed + 1,
+    )
