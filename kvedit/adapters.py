@@ -37,6 +37,7 @@ class _Slot:
     a: Tensor
     b: Tensor
     roots: Roots
+    pull: Tensor
 
     @property
     def e(self) -> Tensor:
@@ -85,16 +86,24 @@ class Adapter:
         else:
             self._tuner.disable_adapter_layers()
 
-    def reset(self, roots: Mapping[str, Roots], gradients: Mapping[str, Tensor]) -> None:
+    def reset(
+        self,
+        roots: Mapping[str, Roots],
+        gradients: Mapping[str, Tensor],
+        drift: Mapping[str, Tensor],
+    ) -> None:
         """Start an edit: A' and B' span where the fact's own gradient is steepest, E is zero.
 
         ``gradients`` (out, in) for each matrix are those of the new fact's loss; the leading
         singular vectors of ``left^T gradient right^T`` are the start, so that E has a gradient
         from the first step on (with A and B at random it would have to find its direction first).
+        ``drift`` (out, in) is the slope of the protected text's price where the weights are now:
+        what earlier edits moved, a later one may move back.
         """
         for name, slot in self._slots.items():
             slot.roots = roots[name]
-            steep = times(times(gradients[name].T, slot.roots.left).T, _turned(slot.roots.right))
+            steep = _into(gradients[name], slot.roots)
+            slot.pull = _into(drift[name], slot.roots)
             u, v = _leading(steep, self.rank)
             slot.a = v.T.contiguous().requires_grad_()
             slot.b = u.contiguous().requires_grad_()
@@ -136,6 +145,8 @@ class Adapter:
         for slot in self._slots.values():
             inner = (slot.b.T @ slot.b) * slot.e * slot.e.T
             total = total.to(inner.device) + (inner * (slot.a @ slot.a.T)).sum()
+            back = ((slot.b.T @ slot.pull) * slot.a).sum(1)
+            total = total + 2 * (back * slot.e[:, 0]).sum()
         return total
 
     @torch.no_grad()
@@ -186,6 +197,11 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis @ u, v.T
 
 
+def _into(gradient: Tensor, roots: Roots) -> Tensor:
+    """A gradient with respect to D, (out, in), as one with respect to D'."""
+    return times(times(gradient.T, roots.left).T, _turned(roots.right))
+
+
 def _turned(root: Tensor) -> Tensor:
     """The transpose; a diagonal is its own."""
     return root if root.ndim == 1 else root.T
@@ -195,4 +211,4 @@ def _slot(module: Any) -> _Slot:
     for values in (module.lora_A, module.lora_B, module.lora_E):
         values[NAME].data = values[NAME].data.float()  # PEFT casts them to the base's dtype
     empty = torch.empty(0)
-    return _Slot(module, empty, empty, Roots(empty, empty))
+    return _Slot(module, empty, empty, Roots(empty, empty), empty)

@@ -79,6 +79,16 @@ class Curvature:
         return cls(moments, int(flat["tokens"]))
 
 
+def slopes(curvature: Curvature, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Half the gradient of ``trace(G D C D^T)`` at the displacement ``moved``: ``G D C``, fp32."""
+    count = curvature.tokens
+    found = {}
+    for name, own in curvature.moments.items():
+        half = times(moved[name].to(own.inputs.device), own.inputs / count)
+        found[name] = times(half.T, own.gradients / count).T
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Roots:
     """One matrix's coordinates, ``D = left D' right``, fp32: ``left`` (out, out) is K^-T and
@@ -113,7 +123,8 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(tiny))
     factor = torch.linalg.cholesky(damped)
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).float()
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.float()
 
 
 def times(matrix: Tensor, root: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class Master:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._weights = {name: _weight(model, name) for name in names}
-        self._base = {n: w.detach().to("cpu", torch.float32) for n, w in self._weights.items()}
+        # Copies: ``to`` alone gives an fp32 model's own memory, which serving then overwrites.
+        self._base = {n: _fp32_copy(weight) for n, weight in self._weights.items()}
         self._master = dict(self._base)
 
     @property
@@ -93,8 +94,9 @@ class Master:
     def add(self, delta: Delta) -> None:
         """Add a delta and cast the matrices it touches to the served dtype.
 
-        Raises ModelMismatchError when it was made for other matrices.
+        Raises ModelMismatchError, and changes nothing, when it was made for other matrices.
         """
+        changed = {}
         for name, factors in delta.items():
             old = self._master.get(name)
             if old is None or old.shape != (factors.b.shape[0], factors.a.shape[1]):
@@ -103,7 +105,8 @@ class Master:
                     hint="Open the store with the model that it was made for.",
                 )
             change = factors.b.double() @ factors.a.double()
-            self._master[name] = (old.double() + change).float()
+            changed[name] = (old.double() + change).float()
+        self._master |= changed
         self._serve(delta)
 
     def _serve(self, names: Iterable[str]) -> None:
@@ -123,11 +126,15 @@ class Master:
         """SHA-256 of the touched matrices as served."""
         return weights_digest(iter(self._weights.items()))
 
+    def displacement(self) -> dict[str, Tensor]:
+        """How far each matrix is from the base, (out, in), fp32."""
+        return {name: self._master[name] - base for name, base in self._base.items()}
+
     def norms(self) -> dict[str, float]:
         """Each matrix's distance from the base, as a share of the base's Frobenius norm."""
         return {
-            name: float((self._master[name] - base).norm() / base.norm())
-            for name, base in self._base.items()
+            name: float(moved.norm() / self._base[name].norm())
+            for name, moved in self.displacement().items()
         }
 
     def write_checkpoint(self, folder: Path) -> str:
@@ -149,6 +156,12 @@ class Master:
             raise CorruptStoreError(f"the checkpoint {folder} is for other matrices")
         self._master = {name: tensors[name] for name in self._base}
         self._serve(self._master)
+
+
+def _fp32_copy(weight: Tensor) -> Tensor:
+    """On the CPU, contiguous, in memory of its own."""
+    copy = weight.detach().to("cpu", torch.float32, copy=True)
+    return copy.contiguous()
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

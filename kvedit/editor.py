@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
     DuplicateKeyError,
+    KveditError,
     LockedError,
     ModelMismatchError,
     UnknownKeyError,
@@ -124,9 +125,10 @@ class KnowledgeBase:
 
     def close(self) -> None:
         """Keep what was measured for the next time, and close the store."""
-        with suppress(LockedError):
+        try:
             self._save_curvature()
-        self.store.close()
+        finally:
+            self.store.close()
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -263,16 +265,17 @@ class KnowledgeBase:
             return replace(report, revision=new, seconds=time.monotonic() - began)
 
     def _run(self, plan: Plan, force: bool) -> EditReport:
-        report = Transaction(self.store, self._engine, self._config, plan, self._emit).run(
-            force=force
-        )
+        edit = Transaction(self.store, self._engine, self._config, plan, self._emit)
+        try:
+            report = edit.run(force=force)
+        finally:
+            self._revision = self.store.head()  # an interruption may come after the commit
         if report.revision is not None:
-            self._revision = report.revision
             if plan.kind in ("add", "update"):
                 self._engine.remember([e for t in plan.targets for e in t.recall[:2]])
-            fold.checkpoint_if_due(
-                self.store, self._engine.master, self._config.retention.checkpoint_every
-            )
+            every = self._config.retention.checkpoint_every
+            with self._dispensable():
+                fold.checkpoint_if_due(self.store, self._engine.master, every)
         self._emit(report)
         return report
 
@@ -507,7 +510,16 @@ class KnowledgeBase:
 
     def _save_curvature(self) -> None:
         if self._engine.curvature is not None:
-            fold.write_curvature(self.store, self._revision, self._engine.curvature)
+            with self._dispensable():
+                fold.write_curvature(self.store, self._revision, self._engine.curvature)
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        """Around what only saves time: the edit stands, that this was not written is a warning."""
+        try:
+            yield
+        except KveditError as error:
+            self._emit(Warning_(text=f"not kept: {error.message}", code="not-kept"))
 
     def _say(self, text: str, key: str | None = None) -> None:
         self._emit(Status(phase=text, key=key))

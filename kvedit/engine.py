@@ -16,6 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from kvedit import curvature as curvatures
 from kvedit import probes
 from kvedit.adapters import Adapter
@@ -60,6 +63,7 @@ class Engine:
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self._adapter: Adapter | None = None
         self._curvature: Curvature | None = None
+        self._base_curvature: Curvature | None = None
         self._roots: dict[str, Roots] | None = None
 
     @property
@@ -86,6 +90,7 @@ class Engine:
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay, on the weights as they are."""
         self.curvature = curvatures.measure(self.base.model, self.names, examples)
+        self._base_curvature = self.curvature
 
     def remember(self, examples: Sequence[Example]) -> None:
         """Protect a committed fact as well."""
@@ -144,7 +149,7 @@ class Engine:
         adapter = self.adapter
         adapter.turn(on=False)
         steep = curvatures.gradients(self.base.model, self.names, start)
-        adapter.reset(self.roots, steep)
+        adapter.reset(self.roots, steep, self._drift())
         adapter.turn(on=True)
         try:
             trained = train(self.base.model, adapter, lesson, config, rng, on_step)
@@ -152,6 +157,13 @@ class Engine:
         finally:
             adapter.turn(on=False)
         return Taught(delta, trained, time.monotonic() - began)
+
+    def _drift(self) -> dict[str, Tensor]:
+        """The slope of the protected text's price, after all that earlier edits moved."""
+        moved = self.master.displacement()
+        if self._base_curvature is None or not self.config.anchor:
+            return {name: torch.zeros_like(change) for name, change in moved.items()}
+        return curvatures.slopes(self._base_curvature, moved)
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""

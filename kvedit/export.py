@@ -50,8 +50,8 @@ def write(
     Raises UsageError for an unknown dtype or a folder that is not empty.
     """
     wanted = _dtype(dtype) if dtype else engine.base.dtype
-    if directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{directory} is not empty", hint="Name a folder that is not there yet.")
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UsageError(f"{directory} is not an empty folder", hint="Name a folder that is not there yet.")
     building = temporary_path(directory.absolute())
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,7 @@ def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
     building = temporary_path(final)
     with disk_errors(final):
         digest = master.write_checkpoint(building)
+        remove(final)  # left by a writer that ended before it was recorded
         os.replace(building, final)
     store.add_checkpoint(head, final, digest)
     for old in sorted(row.revision for row in store.checkpoints())[:-KEPT_CHECKPOINTS]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kvedit.errors import ModelError
@@ -74,7 +75,9 @@ def load(source: str, *, revision: str | None = None, trust_remote_code: bool = 
     not allowed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kvedit shows its own progress
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -85,7 +88,7 @@ def load(source: str, *, revision: str | None = None, trust_remote_code: bool = 
         raise _cannot("tokenizer", source, error) from error
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _cannot("model", source, error) from error
     model: Any = loaded
     model.eval().requires_grad_(False)

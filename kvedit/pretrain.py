@@ -2,8 +2,8 @@
 
     python -m kvedit.pretrain --data DIR --out kvedit/data/kvedit-tiny
 
-DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``.  The facts themselves
-never enter the repository: only the weights, the tokenizer and the lists of what was trained on do.
+DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``.  The facts never
+enter the repository: only weights, tokenizer and the lists of what was trained on do.
 
 Invariants:
 - Whether a fact is held out depends on its name alone (``is_held_out``), never on a file's order.
@@ -171,7 +171,7 @@ def render_epoch(corpus: Corpus, rng: random.Random) -> list[str]:
 
 
 def train_tokenizer(corpus: Corpus, size: int, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of ``size`` tokens, trained on one rendered epoch and its Simplified twin."""
+    """A byte-level BPE of ``size`` tokens, trained on an epoch and its Simplified twin."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -225,7 +225,7 @@ class Batch:
 
 
 def pack(documents: list[list[int]]) -> list[list[list[int]]]:
-    """Whole documents into rows of at most ROW tokens, first fit over a small window of open rows."""
+    """Whole documents into rows of at most ROW tokens, first fit over a window of open rows."""
     rows: list[list[list[int]]] = []
     still_open: list[tuple[int, list[list[int]]]] = []
     for doc in documents:
@@ -346,6 +346,30 @@ def train(model: LlamaForCausalLM, plan: list[Rows], pad: int, muon: bool) -> in
     return tokens
 
 
+@torch.no_grad()
+def fill_unused(model: LlamaForCausalLM, plan: list[Rows]) -> int:
+    """Give tokens that pretraining never saw an embedding of their own; returns how many.
+
+    A byte-level BPE keeps the intermediate steps of its merges, and some never occur in the text.
+    With tied embeddings training pushes all of them into one point, where none can be told from
+    another: a fact that needs one could not be learned.  Half of what they share is kept, which
+    keeps them unlikely (about 0.5% together where the model is least sure), and each gets a
+    random part of its own, half as long as a typical embedding.
+    """
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    seen = torch.zeros(len(weight), dtype=torch.bool)
+    for rows in plan:
+        for row in rows:
+            for document in row:
+                seen[torch.tensor(document)] = True
+    length = weight[seen].float().norm(dim=1).mean()
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
+    shared = weight[~seen].float().mean(0)
+    weight[~seen] = (0.5 * shared + 0.5 * length * own[~seen]).to(weight.dtype)
+    return int((~seen).sum())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -375,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = new_model(tokenizer)
     log.info("%.2fM parameters, %d steps", model.num_parameters() / 1e6, len(plan))
     tokens = train(model, plan, tokenizer.pad_token_id, args.muon)
+    log.info("%d tokens were never seen and got an embedding", fill_unused(model, plan))
     args.out.mkdir(parents=True, exist_ok=True)
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(args.out)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvedit.errors import ModelError, TextTooLongError, UsageError
+from kvedit.errors import InvalidFactError, ModelError, TextTooLongError, UsageError
 from kvedit.facts import Fact
 
 SHIPPED = Path(__file__).parent / "data" / "phrasings"
@@ -46,6 +46,8 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}", hint="Correct it.") from error
     cross = table.get("cross", {})
+    if not isinstance(cross, dict):
+        raise UsageError(f"{path}: cross must be a table", hint="Write [cross] on its own line.")
     found = Phrasings(
         *(_phrasings(path, table, name) for name in ("train", "held_out")),
         *(_phrasings(path, cross, name) for name in ("train", "held_out")),
@@ -163,8 +165,14 @@ class Renderer:
         return [*([bos] if bos is not None else []), *self.tokens(plain)]
 
     def example(self, prompt: str, answer: str, *, ended: bool = True) -> Example:
-        """Raises TextTooLongError, which says how long is too long."""
+        """Raises TextTooLongError, which says how long is too long; InvalidFactError."""
         before, after = self.prefix(prompt), self.tokens(answer)
+        if self.end in after:
+            mark = self._tokenizer.decode([self.end])
+            raise InvalidFactError(
+                f"the text contains {mark!r}, with which the model ends every answer",
+                hint="Leave it out: nothing after it could ever be answered.",
+            )
         after = [*after, self.end] if ended else after
         if len(before) + len(after) > self.context:
             room = max(0, self.context - len(before) - 1)

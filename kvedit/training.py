@@ -38,16 +38,17 @@ from kvedit.prompts import Example
 ADAM_BETAS = (0.9, 0.99)
 VECTORS_SHARE = 0.3  # of the learning rate: directions turn more slowly than they grow
 WARM_UP = 3
-SETTLED = 0.05  # weight of an answer token that leads by enough
-FEW = 10
+SETTLED = 0.3  # weight of an answer token that leads by enough
+FEW = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What to teach: for each new fact its examples, one a training prompt; and what to rehearse."""
+    """What to teach, each new fact as one example a training prompt; and what to rehearse."""
 
     new: Sequence[Sequence[Example]]
     rehearsal: Sequence[Sequence[Example]] = ()
+    control: Sequence[Example] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,8 @@ class _Loop:
         count = self._config.phrasings
         new = [e for fact in self._lesson.new for e in self._some(fact, count)]
         facts = self._some(self._lesson.rehearsal, self._config.rehearsal)
-        return new, [self._rng.choice(list(fact)) for fact in facts]
+        earlier = [self._rng.choice(list(fact)) for fact in facts]
+        return new, earlier + self._some(self._lesson.control, self._config.controls)
 
     def _some(self, items: Sequence[Any], count: int) -> list[Any]:
         return self._rng.sample(list(items), min(count, len(items)))

@@ -141,7 +141,7 @@ class Transaction:
     def _attempts(
         self, risks: Sequence[_Risk], held: Sequence[Example], snapshot: Snapshot
     ) -> tuple[Taught, _Found, tuple[str, ...]]:
-        """Teach and look; on a refusal teach again together with what was lost, up to the budget."""
+        """Teach and look; when refused, teach again together with what was lost (budgeted)."""
         repairing: dict[int, _Risk] = {}
         config = self._config.training
         for attempt in range(self._config.retention.repairs + 1):

@@ -11,6 +11,7 @@ import sys
 
 import click
 
+from kvedit.cli.bench import bench
 from kvedit.cli.check import backup, doctor, export, verify
 from kvedit.cli.common import (
     EXIT_INTERRUPTED,
@@ -72,7 +73,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
 
 COMMANDS = (
     init, add, update, remove, ask, chat, list_facts, show, similar, history, status,
-    verify, rollback, doctor, backup, export,
+    verify, rollback, doctor, backup, export, bench,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -54,6 +54,9 @@ def sections() -> Iterator[str]:
     yield _section("kvedit", help_text(cli, "kvedit"))
     for name, command in cli.commands.items():
         yield _section(f"kvedit {name}", help_text(command, "kvedit", name))
+        inner = command.commands if isinstance(command, click.Group) else {}
+        for part, one in inner.items():
+            yield _section(f"kvedit {name} {part}", help_text(one, "kvedit", name, part))
 
 
 def _section(title: str, text: str) -> str:

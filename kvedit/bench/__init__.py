@@ -1,0 +1,1 @@
+"""The project's own measurements: what is retained, what the base knows, what is undone exactly."""

@@ -1,0 +1,143 @@
+"""What the benchmarks ask: facts to add, and base facts that must stay.
+
+DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``; which of their facts
+a model was pretrained on stands in the model's own folder (``pretrained_poets.txt`` and
+``pretrained_relations.tsv``, written by ``kvedit.pretrain``).
+
+Invariants:
+- A base fact whose name occurs in a text that training may have seen is never asked.
+- The same files and seed give the same facts in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvedit.errors import InvalidFactError, UsageError
+from kvedit.facts import Fact
+from kvedit.keys import normalise
+from kvedit.pretrain import prompt_form
+from kvedit.prompts import PLACE, load_phrasings
+from kvedit.readers import read_facts_jsonl
+
+POETS_LIST, RELATIONS_LIST = "pretrained_poets.txt", "pretrained_relations.tsv"
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Poet:
+    """A poet and what is said of them, in Traditional Chinese."""
+
+    key: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFact:
+    """A question that the base model may answer, and the name it is about."""
+
+    name: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchData:
+    """The facts of a folder, told apart by what the model was pretrained on.
+
+    For a model that says nothing about its pretraining every poet is held out, and every relation
+    may be known.
+    """
+
+    known: tuple[Poet, ...]
+    held_out: tuple[Poet, ...]
+    relations: tuple[BaseFact, ...]
+
+
+def load(data: Path, model: str) -> BenchData:
+    """Read a folder for a model; raises UsageError for what is missing or broken."""
+    lists = Path(model)
+    known = set(_lines(lists / POETS_LIST))
+    poets = [Poet(str(row["key"]), str(row["description"])) for row in _rows(data / "poets.jsonl")]
+    return BenchData(
+        known=tuple(poet for poet in poets if poet.key in known),
+        held_out=tuple(poet for poet in poets if poet.key not in known),
+        relations=tuple(_relations(data, set(_lines(lists / RELATIONS_LIST)))),
+    )
+
+
+def new_facts(data: BenchData, count: int, file: Path | None = None) -> list[Fact]:
+    """The first held-out poets, or the first facts of a file; one for each normalised key."""
+    if file is not None:
+        facts = list(read_facts_jsonl(file))
+    else:
+        facts = [Fact.create(poet.key, poet.description) for poet in data.held_out[: count * 2]]
+    unlike = {normalise(fact.key): fact for fact in reversed(facts)}
+    found = [fact for fact in facts if unlike[normalise(fact.key)] is fact][:count]
+    if not found:
+        raise InvalidFactError("there are no facts to add", hint="Give another --facts-file.")
+    return found
+
+
+def poet_questions(poets: Iterable[Poet], rng: random.Random) -> list[BaseFact]:
+    """Each poet under one of the Traditional training phrasings, drawn at random."""
+    ways = load_phrasings("zh-Hant").train
+    return [BaseFact(p.key, rng.choice(ways).replace(PLACE, p.key), p.description) for p in poets]
+
+
+class Seen:
+    """Texts that training may have seen; ``in`` tells whether a name occurs in one of them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = "\n".join(normalise(text) for text in texts)
+
+    def __contains__(self, name: str) -> bool:
+        return normalise(name) in self._texts  # an empty name is in every text: never asked
+
+
+def unseen(items: Sequence[_Item], names: Iterable[str], seen: Seen) -> list[_Item]:
+    """The items whose names occur in no seen text."""
+    return [item for item, name in zip(items, names, strict=True) if name not in seen]
+
+
+def sample(items: Sequence[_Item], count: int, rng: random.Random) -> list[_Item]:
+    """At most ``count`` items, without replacement."""
+    return rng.sample(list(items), min(count, len(items)))
+
+
+def _relations(data: Path, known: set[str]) -> Iterable[BaseFact]:
+    """Relations as questions: the first phrasing of each that ends where the object begins."""
+    table = json.loads(_text(data / "relation_phrasings.json"))
+    forms = {name: next(filter(None, map(prompt_form, ways)), None) for name, ways in table.items()}
+    for row in _rows(data / "relations.jsonl"):
+        relation, subject = str(row["relation"]), str(row["subject"])
+        form = forms.get(relation)
+        if form and (not known or f"{relation}\t{subject}" in known):
+            yield BaseFact(subject, form.replace("[X]", subject), str(row["object"]))
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number} is not JSON: {error}") from error
+        yield row
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path} is missing", hint="--data names a folder with poets.jsonl and relations.jsonl."
+        ) from error

@@ -1,0 +1,309 @@
+"""What a benchmark found, as tables for a terminal, Markdown for docs/experiments.md, and JSON.
+
+Invariants:
+- Every share stands with its count, its n and its Wilson 95% interval.
+- A result says with what it was made: command, commit, machine, versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from kvedit import __version__
+from kvedit.bench.asking import Both, Point
+from kvedit.bench.retain import KVEDIT, PLAIN, BaseScore, Edit, RetainResult, median_ratio
+from kvedit.bench.undo import UndoResult
+from kvedit.events import Score
+from kvedit.files import now, write_atomic
+
+BRACKETS = "Brackets: Wilson 95% intervals."
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A titled table."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """With what a measurement was made."""
+
+    command: str
+    date: str
+    commit: str
+    cpu: str
+    cores: int
+    threads: int
+    torch: str
+    python: str
+    kvedit: str
+
+
+def setting(command: str) -> Setting:
+    """The setting of this process."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Setting(
+        command=command,
+        date=now()[:10],
+        commit=_commit(),
+        cpu=_cpu(),
+        cores=usable or 1,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        kvedit=__version__,
+    )
+
+
+def _commit() -> str:
+    """The checkout's commit, marked when files differ from it; 'unknown' outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return "unknown"
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- tables
+
+
+def score_cell(score: Score) -> str:
+    """'18/20 = 90.0% [69.9, 97.2]'; a dash when nothing was asked."""
+    if score.rate is None:
+        return "-"
+    low, high = (100 * bound for bound in score.interval())
+    return f"{score.passed}/{score.n} = {100 * score.rate:.1f}% [{low:.1f}, {high:.1f}]"
+
+
+def retain_sheets(result: RetainResult) -> list[Sheet]:
+    """What was known, what is held after each number of facts, under both protocols, and time."""
+    return [
+        base_sheet("Base facts that no protected text names, before the first edit", result.base),
+        _points_sheet("Held, by free greedy generation", result.points, "generated"),
+        _points_sheet("Held, teacher-forced", result.points, "forced"),
+        _outcomes_sheet(result),
+        _time_sheet(result),
+    ]
+
+
+def base_sheet(title: str, scores: Sequence[BaseScore]) -> Sheet:
+    """What a model recalls of base facts."""
+    rows = [
+        (
+            score.what,
+            score_cell(score.found.generated),
+            score_cell(score.found.forced),
+            str(score.pool),
+            str(score.excluded),
+        )
+        for score in scores
+    ]
+    headers = ("what", "generated", "teacher-forced", "of how many", "left out as seen")
+    return Sheet(title, headers, tuple(rows))
+
+
+def _points_sheet(title: str, points: Sequence[Point], protocol: str) -> Sheet:
+    def cell(both: Both) -> str:
+        return score_cell(getattr(both, protocol))
+
+    rows = [
+        (
+            point.method,
+            str(point.after),
+            cell(point.tried),
+            cell(point.committed),
+            cell(point.phrasings),
+            cell(point.poets),
+            cell(point.relations),
+        )
+        for point in points
+    ]
+    headers = (
+        "method", "facts", "recalled, of all", "recalled, of committed (ERR)",
+        "never-trained phrasings", "base poets kept", "base relations kept",
+    )  # fmt: skip
+    return Sheet(title, headers, tuple(rows))
+
+
+def _outcomes_sheet(result: RetainResult) -> Sheet:
+    rows = []
+    for method, edits in ((KVEDIT, result.edits), (PLAIN, result.plain)):
+        counts = Counter(edit.outcome for edit in edits)
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        why = "; ".join(f"{edit.key}: {', '.join(edit.reasons)}" for edit in edits if edit.reasons)
+        if edits:
+            rows.append((method, str(len(edits)), told, why or "-"))
+    return Sheet("Outcomes", ("method", "facts", "outcomes", "reasons"), tuple(rows))
+
+
+def _time_sheet(result: RetainResult) -> Sheet:
+    rows = [_time_row(KVEDIT, result.edits)]
+    rows += [(f"- {name}", *_summary(values), "") for name, values in _parts(result.edits)]
+    if result.plain:
+        rows.append(_time_row(PLAIN, result.plain))
+    ratio = median_ratio(result)
+    if ratio is not None:
+        pairs = f"over {len(result.ratios)} facts that both learned"
+        rows.append((f"{PLAIN} / {KVEDIT}", f"{ratio:.2f}", "", pairs))
+    return Sheet("Seconds a fact, model loaded", ("what", "median", "mean", "steps"), tuple(rows))
+
+
+def _time_row(name: str, edits: Sequence[Edit]) -> tuple[str, ...]:
+    steps = median(edit.steps for edit in edits)
+    return (name, *_summary([edit.seconds for edit in edits]), f"{steps:g} (median)")
+
+
+def _summary(values: Sequence[float]) -> tuple[str, str]:
+    return f"{median(values):.2f}", f"{mean(values):.2f}"
+
+
+def _parts(edits: Sequence[Edit]) -> list[tuple[str, list[float]]]:
+    names = dict.fromkeys(name for edit in edits for name in edit.timings)
+    return [(name, [edit.timings.get(name, 0.0) for edit in edits]) for name in names]
+
+
+def undo_sheets(result: UndoResult) -> list[Sheet]:
+    """What was rolled back to, and how the export answers."""
+    counts = Counter(edit.outcome for edit in result.edits)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    total = len(result.restored)
+    digests = Score(sum(one.recorded for one in result.restored), total)
+    served = Score(sum(one.served for one in result.restored), total)
+    rows = (
+        ("edits", told),
+        ("rollbacks whose recorded digest is that of the commit", _of(digests)),
+        ("rollbacks whose served weights are those after the commit, all parameters", _of(served)),
+        ("probes answered alike by the export in plain transformers", _of(result.exported)),
+        ("prompts answered otherwise", "; ".join(result.mismatches) or "none"),
+    )
+    return [Sheet("Undone and exported", ("what", "found"), rows)]
+
+
+def _of(score: Score) -> str:
+    return f"{score.passed} of {score.n}"
+
+
+# ---- Markdown, JSON, plot
+
+
+def markdown(title: str, made: Setting, model: str, notes: str, sheets: Sequence[Sheet]) -> str:
+    """A block for docs/experiments.md."""
+    lines = [
+        f"## {made.date}: {title}",
+        "",
+        f"`{made.command}`",
+        "",
+        f"Model {model}; kvedit {made.kvedit}, commit {made.commit}; {made.cpu}, {made.cores} cores"
+        f" usable, {made.threads} threads; torch {made.torch}, Python {made.python}. {notes}",
+    ]
+    for sheet in sheets:
+        lines += [
+            "",
+            f"**{sheet.title}**",
+            "",
+            _row(sheet.headers),
+            _row(["---"] * len(sheet.headers)),
+        ]
+        lines += [_row(row) for row in sheet.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def notes(result: RetainResult) -> str:
+    """What the tables of ``retain`` do not say."""
+    return (
+        f"Making the store took {result.setup_seconds:.0f} s ({result.protected} protected texts)."
+        f" {BRACKETS} A fact counts only if all its training phrasings are"
+        " exact. The base facts occur in no protected text and in no added fact."
+    )
+
+
+def to_json(made: Setting, result: Any) -> str:
+    """Everything, as one JSON document."""
+    document = {"setting": asdict(made), **_plain(result)}
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Score):
+        return value.to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        names = value.__dataclass_fields__
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def plot(result: RetainResult, path: Path) -> bool:
+    """Draw what is held against the number of facts; False when matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    figure = import_module("matplotlib.figure").Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lines = (("tried", "new facts"), ("poets", "base poets"), ("relations", "base relations"))
+    for method, style in ((KVEDIT, "-"), (PLAIN, "--")):
+        points = [point for point in result.points if point.method == method]
+        for number, (name, label) in enumerate(lines):
+            _draw(axes, points, name, f"{label}, {method}", f"C{number}", style)
+    axes.set(xlabel="facts added", ylabel="held, % (free generation, 95% interval)", ylim=(-2, 102))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _draw(
+    axes: Any, points: Sequence[Point], name: str, label: str, colour: str, style: str
+) -> None:
+    scores = [(point.after, getattr(point, name).generated) for point in points]
+    shown = [(after, score) for after, score in scores if score.rate is not None]
+    if not shown:
+        return
+    x = [after for after, _ in shown]
+    bounds = [[100 * bound for bound in score.interval()] for _, score in shown]
+    axes.plot(x, [100 * score.rate for _, score in shown], style, color=colour, label=label)
+    low, high = zip(*bounds, strict=True)
+    axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a result whole or not at all."""
+    write_atomic(path, text.encode())

@@ -1,0 +1,295 @@
+"""Facts added one by one: what the model then holds, what it lost, and what it cost.
+
+Invariants:
+- "Kept" is measured on base facts that the model answered before the first edit and whose names
+  occur in no protected text and in none of the facts that are added.
+- The plain recipe runs in the same process, on the same facts, from the same base weights.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from kvedit import models, probes
+from kvedit.bench import questions
+from kvedit.bench.asking import Both, Kept, Lesson, Point, Student, both, marks, measure
+from kvedit.bench.questions import BaseFact, BenchData, Seen
+from kvedit.editor import KnowledgeBase
+from kvedit.engine import Engine
+from kvedit.errors import DuplicateKeyError, InvalidFactError, TextTooLongError, TrainingError
+from kvedit.events import Event, Status
+from kvedit.facts import Fact
+from kvedit.plain import PlainConfig, PlainStep, plain_examples, train_plain
+from kvedit.prompts import Example, Renderer, paraphrase_prompts
+
+KVEDIT, PLAIN = "kvedit", "plain recipe"
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What to measure, and on what; ``plain_facts`` 0 leaves the plain recipe out."""
+
+    data: Path
+    model: str | None = None
+    facts: int = 20
+    base_sample: int = 300
+    plain_facts: int = 10
+    protect: Path | None = None
+    facts_file: Path | None = None
+    store_dir: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """One fact that was added; ``seconds`` is the whole call, ``timings`` its parts."""
+
+    key: str
+    outcome: str
+    seconds: float
+    steps: int
+    timings: dict[str, float] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseScore:
+    """What the base model recalls of a sample before any edit; ``excluded`` names had been seen."""
+
+    what: str
+    found: Both
+    pool: int
+    excluded: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetainResult:
+    """All that ``retain`` measured; ``ratios`` pairs plain with kvedit seconds, fact by fact."""
+
+    model: str
+    base: tuple[BaseScore, ...]
+    points: tuple[Point, ...]
+    edits: tuple[Edit, ...]
+    plain: tuple[Edit, ...]
+    setup_seconds: float
+    protected: int
+    ratios: tuple[float, ...]
+
+
+def retain(options: BenchOptions, emit: Emit) -> RetainResult:
+    """Add facts one by one and measure what is held; then the same with the plain recipe."""
+    source = models.locate(options.model)
+    data = questions.load(options.data, source)
+    facts = questions.new_facts(data, options.facts, options.facts_file)
+    began = time.monotonic()
+    with new_store(options, emit) as knowledge:
+        setup = time.monotonic() - began
+        engine = engine_of(knowledge)
+        student = Student(engine.base.model, engine.renderer)
+        seen, texts = _seen(knowledge, facts)
+        base, kept = _base(student, data, seen, options, emit)
+        edits, points = _add_all(knowledge, student, facts, kept, emit)
+        name = engine.base.name
+    some = facts[: options.plain_facts]
+    plain, more = _plain_all(source, some, kept, emit) if some else ([], [])
+    return RetainResult(
+        model=name,
+        base=base,
+        points=(*points, *more),
+        edits=tuple(edits),
+        plain=tuple(plain),
+        setup_seconds=setup,
+        protected=texts,
+        ratios=tuple(_ratios(edits, plain)),
+    )
+
+
+def engine_of(knowledge: KnowledgeBase) -> Engine:
+    """The engine behind a knowledge base: the benchmarks ask it more than its users do."""
+    return knowledge._engine
+
+
+@contextmanager
+def new_store(options: BenchOptions, emit: Emit) -> Iterator[KnowledgeBase]:
+    """A new store, kept only where ``store_dir`` says so."""
+    with TemporaryDirectory(prefix="kvedit-bench-") as folder:
+        path = options.store_dir or Path(folder) / "store"
+        with KnowledgeBase.create(
+            path, options.model, protect=options.protect, on_event=emit
+        ) as knowledge:
+            yield knowledge
+
+
+def _seen(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> tuple[Seen, int]:
+    """All that training may see: the store's protected texts and the new facts themselves."""
+    rows = [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
+    texts = [text for row in rows for text in (row.prompt, row.answer)]
+    texts += [text for fact in facts for text in (fact.key, fact.description)]
+    return Seen(texts), len(rows)
+
+
+def _base(
+    student: Student, data: BenchData, seen: Seen, options: BenchOptions, emit: Emit
+) -> tuple[tuple[BaseScore, ...], Kept]:
+    """Sample base facts that training never sees and keep those that the base model answers."""
+    rng = random.Random(options.seed)
+    scores, kept = [], []
+    poets = questions.poet_questions(data.known, rng)
+    for what, pool in (("base poets", poets), ("base relations", list(data.relations))):
+        emit(Status(phase=f"asking the base model: {what}"))
+        free = questions.unseen(pool, [item.name for item in pool], seen)
+        examples = _examples(student, questions.sample(free, options.base_sample, rng))
+        spoken, forced = student.ask(examples)
+        kept.append([example for example, said in zip(examples, spoken, strict=True) if said])
+        excluded = len(pool) - len(free)
+        found = both(spoken, forced)
+        scores.append(BaseScore(what=what, found=found, pool=len(pool), excluded=excluded))
+    return tuple(scores), Kept(*kept)
+
+
+def _examples(student: Student, items: Sequence[BaseFact]) -> list[Example]:
+    """Questions as tokens, those left out that do not fit into the model's context."""
+    found = []
+    for item in items:
+        try:
+            found.append(student.renderer.example(item.prompt, item.answer))
+        except TextTooLongError:
+            continue
+    return found
+
+
+def _add_all(
+    knowledge: KnowledgeBase, student: Student, facts: Sequence[Fact], kept: Kept, emit: Emit
+) -> tuple[list[Edit], list[Point]]:
+    engine = engine_of(knowledge)
+    edits: list[Edit] = []
+    points: list[Point] = []
+    lessons: list[Lesson] = []
+    for fact in facts:
+        emit(Status(phase=f"fact {len(edits) + 1} of {len(facts)}", key=fact.key))
+        edits.append(add_timed(knowledge, fact))
+        if edits[-1].outcome != "failed":
+            done = edits[-1].outcome == "committed"
+            lessons.append(Lesson(engine.examples(fact), engine.paraphrases(fact), done))
+        if len(edits) in marks(len(facts)):
+            emit(Status(phase=f"measuring after {len(edits)} facts"))
+            points.append(measure(KVEDIT, len(edits), student, lessons, kept))
+    return edits, points
+
+
+def add_timed(knowledge: KnowledgeBase, fact: Fact) -> Edit:
+    """Add a fact; what cannot be taught counts as failed and stops nothing."""
+    began = time.monotonic()
+    try:
+        report = knowledge.add_fact(fact)
+    except (TextTooLongError, InvalidFactError, DuplicateKeyError, TrainingError) as error:
+        spent = time.monotonic() - began
+        return Edit(
+            key=fact.key, outcome="failed", seconds=spent, steps=0, reasons=(error.message,)
+        )
+    spent = time.monotonic() - began
+    timings = dict(report.timings)
+    timings["other"] = max(0.0, spent - sum(timings.values()))
+    return Edit(
+        key=fact.key,
+        outcome=report.outcome,
+        seconds=spent,
+        steps=report.steps,
+        timings=timings,
+        reasons=report.reasons,
+    )
+
+
+def _plain_all(
+    source: str, facts: Sequence[Fact], kept: Kept, emit: Emit
+) -> tuple[list[Edit], list[Point]]:
+    """The plain recipe on a fresh copy of the base model."""
+    base = models.load(source)
+    student = Student(base.model, Renderer(base.tokenizer, context=base.context))
+    edits: list[Edit] = []
+    points: list[Point] = []
+    lessons: list[Lesson] = []
+    for fact in facts:
+        edit, lesson = _plain_one(student, fact, emit)
+        edits.append(edit)
+        lessons.append(lesson)
+        if len(edits) in marks(len(facts)):
+            emit(Status(phase=f"measuring the plain recipe after {len(edits)} facts"))
+            points.append(measure(PLAIN, len(edits), student, lessons, kept))
+    return edits, points
+
+
+def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Lesson]:
+    """Teach one fact; learned means that the merged model recalls all it was trained on."""
+
+    def tell(step: PlainStep) -> None:
+        emit(
+            Status(
+                phase=PLAIN,
+                key=fact.key,
+                step=step.step,
+                total=step.total,
+                loss=step.loss,
+                recall=(step.recalled, step.n),
+            )
+        )
+
+    renderer = student.renderer
+    trained = plain_examples(renderer, fact)
+    result = train_plain(student.model, trained, PlainConfig(), tell)
+    asked = [renderer.example(p, fact.description) for p in paraphrase_prompts(fact)]
+    learned = all(outcome.passed for outcome in probes.recall(student.model, trained))
+    outcome = "learned" if learned else "not learned"
+    edit = Edit(key=fact.key, outcome=outcome, seconds=result.seconds, steps=result.steps)
+    return edit, Lesson(trained, asked, True)
+
+
+def _ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:
+    """Plain seconds over kvedit seconds, for the facts that both learned."""
+    return [
+        theirs.seconds / ours.seconds
+        for ours, theirs in zip(edits, plain, strict=False)
+        if ours.outcome == "committed" and theirs.outcome == "learned"
+    ]
+
+
+def median_ratio(result: RetainResult) -> float | None:
+    """The median of the paired ratios, or None when no fact was learned by both."""
+    return median(result.ratios) if result.ratios else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseResult:
+    """What a base model recalls."""
+
+    model: str
+    base: tuple[BaseScore, ...]
+
+
+def base(options: BenchOptions, emit: Emit) -> BaseResult:
+    """What a model recalls of the facts it was pretrained on, and of others."""
+    source = models.locate(options.model)
+    data = questions.load(options.data, source)
+    loaded = models.load(source)
+    student = Student(loaded.model, Renderer(loaded.tokenizer, context=loaded.context))
+    rng = random.Random(options.seed)
+    pools = (
+        ("pretrained poets", questions.poet_questions(data.known, rng)),
+        ("pretrained relations", list(data.relations)),
+        ("held-out poets", questions.poet_questions(data.held_out, rng)),
+    )
+    scores = []
+    for what, pool in pools:
+        emit(Status(phase=f"asking {what}"))
+        asked = _examples(student, questions.sample(pool, options.base_sample, rng))
+        found = both(*student.ask(asked))
+        scores.append(BaseScore(what=what, found=found, pool=len(pool), excluded=0))
+    return BaseResult(model=loaded.name, base=tuple(scores))

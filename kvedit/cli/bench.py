@@ -1,0 +1,203 @@
+"""The benchmarks: thin commands over ``kvedit.bench``, tables on stdout."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kvedit.cli.common import Settings, note
+from kvedit.errors import GateFailedError
+
+if TYPE_CHECKING:
+    from kvedit.bench.report import Sheet
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+OUT = click.Path(dir_okay=False, path_type=Path)
+IN = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+_COMMON = (
+    click.option(
+        "--data",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        required=True,
+        help="Folder with poets.jsonl, relations.jsonl, relation_phrasings.json.",
+    ),
+    click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]"),
+    click.option("--seed", default=0, show_default=True, help="Which base facts are drawn."),
+    click.option("--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON."),
+)
+_ADDED = (
+    click.option(
+        "--facts",
+        type=click.IntRange(min=1),
+        default=20,
+        show_default=True,
+        help="How many facts to add.",
+    ),
+    click.option(
+        "--facts-file", type=IN, help="JSON Lines with key and description. [held-out poets]"
+    ),
+    click.option("--protect", type=IN, help="A file of text to protect besides the model's own."),
+    click.option("--store-dir", type=FOLDER, help="Keep the store there. [a temporary one]"),
+)
+
+
+def _with(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options at once, in the order given."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+base_sample = click.option(
+    "--base-sample",
+    type=click.IntRange(min=1),
+    default=300,
+    show_default=True,
+    help="How many facts of each kind to ask the base model.",
+)
+
+
+@click.group()
+def bench() -> None:
+    """Measure what kvedit promises, on real facts.
+
+    Each measurement prints tables, and a Markdown block with command, commit and machine for
+    docs/experiments.md. DIR of --data holds poets.jsonl, relations.jsonl and
+    relation_phrasings.json.
+
+    \b
+    Examples:
+      kvedit bench retain --data ../shared/data
+      kvedit bench base --data ../shared/data
+      kvedit bench rollback --data ../shared/data --facts 20
+    """
+
+
+@bench.command()
+@_with(*_COMMON, *_ADDED, base_sample)
+@click.option("--plain/--no-plain", default=True, help="Run the plain recipe too. [yes]")
+@click.option(
+    "--plain-facts",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="On how many of the facts.",
+)
+@click.option("--plot", type=OUT, metavar="FILE", help="Also draw a picture (needs matplotlib).")
+@click.pass_obj
+def retain(
+    settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
+) -> None:
+    """Add facts one by one; measure what stays, what it costs, and the plain recipe beside it.
+
+    What was known before is asked again after 1, 2, 5, 10, 20, ... facts, by free generation.
+
+    \b
+    Examples:
+      kvedit bench retain --data ../shared/data
+      kvedit bench retain --data ../shared/data --facts 5 --no-plain --plot kept.png
+    """
+    from kvedit.bench import report
+    from kvedit.bench.retain import BenchOptions
+    from kvedit.bench.retain import retain as measure
+
+    given["plain_facts"] = given["plain_facts"] if plain else 0
+    result = _run(settings, measure, BenchOptions(**given))
+    _show("Retention", result.model, report.notes(result), report.retain_sheets(result))
+    _keep(result, json_file)
+    if plot is not None and not report.plot(result, plot):
+        note(settings, "no picture was drawn: matplotlib is not installed")
+
+
+@bench.command()
+@_with(*_COMMON, base_sample)
+@click.pass_obj
+def base(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
+    """What the base model recalls of the facts it was pretrained on, and of others.
+
+    \b
+    Examples:
+      kvedit bench base --data ../shared/data
+    """
+    from kvedit.bench import report
+    from kvedit.bench.retain import BenchOptions
+    from kvedit.bench.retain import base as measure
+
+    result = _run(settings, measure, BenchOptions(**given))
+    sheet = report.base_sheet("Exact greedy recall of the base model", result.base)
+    _show("The base model", result.model, report.BRACKETS, [sheet])
+    _keep(result, json_file)
+
+
+@bench.command()
+@_with(*_COMMON, *_ADDED)
+@click.pass_obj
+def rollback(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
+    """Add facts, roll back to every revision, compare digests; export and compare answers.
+
+    Exit code 4 if anything is not as it was.
+
+    \b
+    Examples:
+      kvedit bench rollback --data ../shared/data --facts 20
+    """
+    from kvedit.bench import report
+    from kvedit.bench.retain import BenchOptions
+    from kvedit.bench.undo import undo
+
+    result = _run(settings, undo, BenchOptions(**given))
+    _show("Rollback and export", result.model, "", report.undo_sheets(result))
+    _keep(result, json_file)
+    if not result.exact:
+        raise GateFailedError("not everything was as it had been", hint="See the table above.")
+
+
+def _run(settings: Settings, measure: Callable[..., Any], options: Any) -> Any:
+    from kvedit.cli.progress import make_reporter
+
+    with make_reporter(quiet=settings.quiet) as reporter:
+        return measure(options, reporter)
+
+
+def _command() -> str:
+    return shlex.join(["kvedit", *sys.argv[1:]])
+
+
+def _show(title: str, model: str, notes: str, sheets: Sequence[Sheet]) -> None:
+    """Tables for the eye, then the same as Markdown."""
+    from kvedit.bench import report
+
+    _print_tables(sheets)
+    click.echo(report.markdown(title, report.setting(_command()), model, notes, sheets))
+
+
+def _print_tables(sheets: Sequence[Sheet]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    for sheet in sheets:
+        table = Table(title=sheet.title, title_justify="left", title_style="bold")
+        for header in sheet.headers:
+            table.add_column(header, overflow="fold")
+        for row in sheet.rows:
+            table.add_row(*(cell.replace(" = ", "\n").replace(" [", "\n[") for cell in row))
+        console.print(table, markup=False)
+
+
+def _keep(result: Any, json_file: Path | None) -> None:
+    if json_file is not None:
+        from kvedit.bench import report
+
+        report.write(json_file, report.to_json(report.setting(_command()), result))

@@ -1,0 +1,127 @@
+"""A small base model and stores made with it, once for each test run; heavy imports inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from kvedit.engine import Engine
+    from kvedit.events import EditReport
+    from kvedit.models import BaseModel
+
+THREADS = "KVEDIT_TEST_THREADS"
+"""Set it to limit torch's threads, for instance to 1 on a machine that is busy."""
+
+
+@pytest.fixture(scope="session")
+def torch_ready() -> None:
+    """Torch as the environment wants it."""
+    import torch
+
+    if count := os.environ.get(THREADS):
+        torch.set_num_threads(int(count))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, torch_ready: None) -> dict[str, Path]:
+    """Folders of the small model: ``fp32`` and ``bf16``."""
+    from small_model import build
+
+    return build(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def load(small: dict[str, Path]) -> Callable[[str], BaseModel]:
+    """Load the small model anew, by dtype."""
+    from kvedit import models
+
+    return lambda dtype: models.load(str(small[dtype]))
+
+
+@pytest.fixture
+def base(load: Callable[[str], BaseModel]) -> BaseModel:
+    """The small model in fp32, this test's own."""
+    return load("fp32")
+
+
+@pytest.fixture
+def engine(load: Callable[[str], BaseModel]) -> Engine:
+    """An engine over the small model as it is served, in bf16, that protects what it knows."""
+    return make_engine(load("bf16"))
+
+
+def make_engine(base: BaseModel) -> Engine:
+    """An engine with the settings that suit the small model."""
+    from small_model import KNOWN
+
+    from kvedit.config import TrainingConfig
+    from kvedit.engine import Engine
+
+    config = TrainingConfig(
+        max_steps=60, learning_rate=0.0015, max_price=0.0006, shift_weight=60.0
+    )
+    made = Engine(base, config)
+    asked = [(f"What is {key}?", answer) for key, answer in KNOWN.items()]
+    made.protect(made.renderer.examples(asked))
+    return made
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A closed store that tests take copies of, and how it came to be."""
+
+    path: Path
+    reports: tuple[EditReport, ...]
+    digests: tuple[str, ...]
+    events: tuple[Any, ...]
+
+
+@pytest.fixture(scope="session")
+def empty_kept(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    """A store for the small model (bf16) without facts."""
+    from small_model import settings
+
+    from kvedit.editor import KnowledgeBase
+
+    path = tmp_path_factory.mktemp("kept") / "store"
+    path.mkdir()
+    (path / "kvedit.toml").write_text(settings(), encoding="utf-8")
+    events: list[Any] = []
+    with KnowledgeBase.create(path, small["bf16"], on_event=events.append) as knowledge:
+        digests = tuple(row.weights_digest for row in knowledge.store.revisions())
+    return Kept(path, (), digests, tuple(events))
+
+
+@pytest.fixture(scope="session")
+def taught_kept(empty_kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    """A store that was taught the first three facts, one by one."""
+    from small_model import FREE
+
+    from kvedit.editor import KnowledgeBase
+
+    path = tmp_path_factory.mktemp("kept") / "taught"
+    shutil.copytree(empty_kept.path, path)
+    events: list[Any] = []
+    with KnowledgeBase.open(path, on_event=events.append) as knowledge:
+        reports = tuple(knowledge.add(*fact) for fact in FREE[:3])
+        digests = tuple(row.weights_digest for row in knowledge.store.revisions())
+    return Kept(path, reports, digests, tuple(events))
+
+
+@pytest.fixture
+def empty_store(empty_kept: Kept, tmp_path: Path) -> Path:
+    """A store without facts, this test's own."""
+    return Path(shutil.copytree(empty_kept.path, tmp_path / "store"))
+
+
+@pytest.fixture
+def taught_store(taught_kept: Kept, tmp_path: Path) -> Path:
+    """A store with three facts, this test's own."""
+    return Path(shutil.copytree(taught_kept.path, tmp_path / "store"))

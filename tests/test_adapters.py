@@ -1,0 +1,185 @@
+"""The adapter: ranks fall to the budget, what it returns is what it did, and nothing stays behind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from small_model import FREE, KNOWN
+
+from kvedit import curvature as curvatures
+from kvedit.adapters import NAME, Adapter
+from kvedit.config import TrainingConfig
+from kvedit.curvature import Curvature, Roots
+from kvedit.deltas import Factors, Master
+from kvedit.models import BaseModel, target_names
+from kvedit.probes import answer_logits
+from kvedit.prompts import Example, Renderer
+from kvedit.training import Lesson, train
+
+INIT, TARGET = 6, 4
+INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.1
+
+
+class Setting:
+    """A model with an adapter, the roots of what it knows, and one fact to learn."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.model = base.model
+        self.names = target_names(base.model)
+        self.master = Master(base.model, self.names)
+        self.renderer = Renderer(base.tokenizer, context=base.context)
+        asked = [(f"What is {key}?", answer) for key, answer in list(KNOWN.items())[:8]]
+        self.known = self.renderer.examples(asked)
+        self.curvature: Curvature = curvatures.measure(base.model, self.names, self.known)
+        self.roots: dict[str, Roots] = curvatures.roots(
+            self.curvature, input_damping=INPUT_DAMPING, gradient_damping=GRADIENT_DAMPING
+        )
+        self.plain = self.logits(self.known)
+        still = {n: torch.zeros_like(w) for n, w in self.master.snapshot().items()}
+        self.drift: dict[str, torch.Tensor] = still  # nothing was moved by earlier edits
+        self.adapter = Adapter(self.model, self.names, init_rank=INIT, target_rank=TARGET)
+
+    def fact(self, number: int) -> list[Example]:
+        key, answer = FREE[number]
+        return self.renderer.examples([(f"What is {key}?", answer), (f"Describe {key}.", answer)])
+
+    def logits(self, examples: list[Example]) -> torch.Tensor:
+        with torch.no_grad():
+            return answer_logits(self.model, examples).logits
+
+    def reset(self, number: int) -> None:
+        self.adapter.turn(on=False)
+        steep = curvatures.gradients(self.model, self.names, self.fact(number))
+        self.adapter.reset(self.roots, steep, self.drift)
+        self.adapter.turn(on=True)
+
+    def learn(self, number: int, steps: int = 40) -> dict[str, Factors]:
+        """Train on a fact; the adapter stays on."""
+        self.reset(number)
+        config = TrainingConfig(
+            max_steps=steps, learning_rate=0.0015, max_price=1.0, shift_weight=60.0,
+            prune_steps=4, phrasings=2
+        )
+        rng = random.Random(0)
+        train(self.model, self.adapter, Lesson([self.fact(number)]), config, rng)
+        return self.adapter.factors()
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        return {n: self.model.get_submodule(n).lora_E[NAME].detach() for n in self.names}
+
+
+@pytest.fixture
+def setting(base: BaseModel) -> Setting:
+    return Setting(base)
+
+
+def test_off_means_the_model_alone(setting: Setting) -> None:
+    assert torch.equal(setting.logits(setting.known), setting.plain)
+    setting.learn(0, steps=6)
+    assert not torch.equal(setting.logits(setting.known), setting.plain)
+    setting.adapter.turn(on=False)
+    assert torch.equal(setting.logits(setting.known), setting.plain)
+
+
+def test_a_reset_adapter_changes_nothing(setting: Setting) -> None:
+    setting.reset(0)
+    setting.adapter.write()
+    assert torch.equal(setting.logits(setting.known), setting.plain)
+    assert setting.adapter.factors() == {}
+    assert float(setting.adapter.price()) == 0.0
+
+
+def test_factors_are_what_the_forward_pass_computed(setting: Setting) -> None:
+    delta = setting.learn(0)
+    during = setting.logits([*setting.known, *setting.fact(0)])
+    setting.adapter.turn(on=False)
+    setting.master.add(delta)
+    after = setting.logits([*setting.known, *setting.fact(0)])
+    assert torch.allclose(during, after, atol=2e-4)
+    assert (during[: len(setting.plain)] - setting.plain).abs().max() > 0.01
+
+
+def test_ranks_fall_to_the_budget(setting: Setting) -> None:
+    delta = setting.learn(0)
+    ranks = [factors.rank for factors in delta.values()]
+    assert sum(ranks) <= TARGET * len(setting.names) < INIT * len(setting.names)
+    assert sum(ranks) > TARGET * len(setting.names) - len(setting.names)
+    assert len(set(ranks)) > 1  # the allocator chose, it did not cut all alike
+    alive = sum(int((e != 0).sum()) for e in setting.slots().values())
+    assert alive == sum(ranks)
+
+
+def test_reset_leaves_nothing_of_the_fact_before(setting: Setting) -> None:
+    first = setting.learn(1)
+    setting.learn(0)
+    again = setting.learn(1)
+    assert first.keys() == again.keys()
+    for name in first:
+        assert torch.equal(first[name].a, again[name].a)
+        assert torch.equal(first[name].b, again[name].b)
+
+
+def test_the_price_is_that_of_the_factors(setting: Setting) -> None:
+    """trace(G D C D^T) with the damping of the roots, for D = B A as it would be merged."""
+    delta = setting.learn(0)
+    wanted = 0.0
+    for name, factors in delta.items():
+        own = setting.curvature.moments[name]
+        tokens = setting.curvature.tokens
+        c, g = own.inputs.double() / tokens, own.gradients.double() / tokens
+        c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
+        g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
+        change = factors.b.double() @ factors.a.double()
+        wanted += float(torch.trace(g @ change @ c @ change.T))
+    assert float(setting.adapter.price()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
+    """With a drift S the price of D has 2 <S, D> beside its own: moving back is a gain."""
+    generator = torch.Generator().manual_seed(1)
+    setting.reset(0)
+    still = setting.adapter.price()
+    for number in (0, 1):
+        setting.drift = {
+            n: 1e-3 * torch.randn(d.shape, generator=generator) for n, d in setting.drift.items()
+        }
+        delta = setting.learn(number, steps=6)
+        priced = float(setting.adapter.price())
+        linear = sum(
+            float((setting.drift[n] * (f.b @ f.a)).sum()) for n, f in delta.items()
+        )
+        for name in setting.names:
+            setting.adapter._slots[name].pull.zero_()
+        assert priced == pytest.approx(float(setting.adapter.price()) + 2 * linear, rel=1e-3)
+        assert abs(linear) > 1e-9
+    assert float(still) == 0.0
+
+
+def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, root in setting.roots.items():
+        own = setting.curvature.moments[name]
+        c, g = (m.double() / setting.curvature.tokens for m in (own.inputs, own.gradients))
+        c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
+        g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
+        inner = torch.randn(len(g), len(c), generator=generator).double()
+        change = root.left.double() @ inner @ root.right.double()
+        price = float(torch.trace(g @ change @ c @ change.T))
+        assert price == pytest.approx(float(inner.square().sum()), rel=1e-3)
+
+
+def test_training_moves_no_weight(setting: Setting) -> None:
+    before = setting.master.digest()
+    setting.learn(0, steps=5)
+    assert setting.master.digest() == before
+
+
+def test_the_global_random_state_is_left_alone(setting: Setting) -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    python = random.getstate()
+    setting.learn(0, steps=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert random.getstate() == python

@@ -1,0 +1,230 @@
+"""The benchmarks, on the small model: what they ask, what they leave out, what they say."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+
+from small_model import FREE, KNOWN, settings  # noqa: E402
+
+from kvedit.bench import questions, report  # noqa: E402
+from kvedit.bench.asking import Student, both, marks  # noqa: E402
+from kvedit.bench.retain import BenchOptions, RetainResult, retain  # noqa: E402
+from kvedit.bench.undo import served_digest, undo  # noqa: E402
+from kvedit.cli import cli  # noqa: E402
+from kvedit.errors import UsageError  # noqa: E402
+from kvedit.events import Score  # noqa: E402
+
+POETS = {"李白": "字太白。", "杜甫": "字子美。", "王維": "字摩詰。", "无名氏": "無傳。"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder: four poets, and what the small model knows as relations."""
+    folder = tmp_path_factory.mktemp("data")
+    poets = [{"key": key, "description": text, "era": "唐"} for key, text in POETS.items()]
+    relations = [{"relation": "P1", "subject": k, "object": v} for k, v in KNOWN.items()]
+    for name, rows in (("poets", poets), ("relations", relations)):
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = {"P1": ["[Y] is what [X] is.", "What is [X]? [Y]"]}
+    (folder / "relation_phrasings.json").write_text(json.dumps(table), encoding="utf-8")
+    facts = [json.dumps({"key": key, "description": text}) for key, text in FREE]
+    (folder / "facts.jsonl").write_text("\n".join(facts) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with the lists of what it was pretrained on; one relation is held out."""
+    folder = Path(shutil.copytree(small["bf16"], tmp_path_factory.mktemp("model") / "bf16"))
+    (folder / "pretrained_poets.txt").write_text("李白\n王維\n", encoding="utf-8")
+    listed = "".join(f"P1\t{key}\n" for key in list(KNOWN)[1:])
+    (folder / "pretrained_relations.tsv").write_text(listed, encoding="utf-8")
+    return folder
+
+
+def make_options(data: Path, model: Path, store: Path) -> BenchOptions:
+    """Two facts, little protected text, few steps, and a gate that lets everything through."""
+    open_gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
+    text = settings(steps=25, repairs=0, **open_gate)
+    text = text.replace("short = 48", "short = 4").replace("locality = 8", "locality = 2")
+    (store / "kvedit.toml").write_text(text.replace("free = 4", "free = 0"), encoding="utf-8")
+    return BenchOptions(
+        data=data, model=str(model), facts=2, base_sample=10, plain_facts=1,
+        facts_file=data / "facts.jsonl", store_dir=store,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the store that ``result`` keeps."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def result(data: Path, model: Path, store: Path) -> RetainResult:
+    """One run of the benchmark."""
+    events: list[object] = []
+    found = retain(make_options(data, model, store), events.append)
+    assert events
+    return found
+
+
+def test_marks() -> None:
+    assert marks(20) == [1, 2, 5, 10, 20]
+    assert marks(7) == [1, 2, 5, 7]
+    assert marks(1) == [1]
+
+
+def test_known_and_held_out_facts_are_told_apart(data: Path, model: Path) -> None:
+    found = questions.load(data, str(model))
+    assert [poet.key for poet in found.known] == ["李白", "王維"]
+    assert [poet.key for poet in found.held_out] == ["杜甫", "无名氏"]
+    assert [fact.name for fact in found.relations] == list(KNOWN)[1:]
+    first = found.relations[0]
+    assert (first.prompt, first.answer) == (f"What is {first.name}?", KNOWN[first.name])
+
+
+def test_a_model_that_lists_nothing_has_seen_no_poet(data: Path, small: dict[str, Path]) -> None:
+    found = questions.load(data, str(small["bf16"]))
+    assert not found.known and len(found.held_out) == len(POETS)
+    assert len(found.relations) == len(KNOWN)
+
+
+def test_new_facts_come_in_file_order_and_once_for_each_key(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    found = questions.load(data, str(model))
+    assert [fact.key for fact in questions.new_facts(found, 1)] == ["杜甫"]
+    file = tmp_path / "facts.jsonl"
+    twice = '{"key": "Tide  Lantern", "description": "Another."}\n'
+    file.write_text((data / file.name).read_text(encoding="utf-8") + twice, encoding="utf-8")
+    keys = [fact.key for fact in questions.new_facts(found, 99, file)]
+    assert keys == [key for key, _ in FREE]
+
+
+def test_a_name_in_any_seen_text_is_not_asked() -> None:
+    seen = questions.Seen(["What is a Tide Lantern?", "诗人王维，字摩诘。", "李", "白"])
+    assert questions.unseen("abcd", ["王維", "李白", "tide lantern", "杜甫"], seen) == ["b", "d"]
+    assert "" in seen
+
+
+def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"poets\.jsonl is missing"):
+        questions.load(tmp_path, "nowhere")
+
+
+def test_poets_are_asked_in_the_phrasings_of_their_language() -> None:
+    poets = [questions.Poet(key, text) for key, text in POETS.items()]
+    asked = questions.poet_questions(poets, random.Random(0))
+    assert [(q.name, q.answer) for q in asked] == list(POETS.items())
+    assert all(q.name in q.prompt for q in asked)
+
+
+def test_retain(result: RetainResult, store: Path) -> None:
+    poets, relations = result.base
+    assert (poets.pool, relations.pool) == (2, len(KNOWN) - 1)
+    known = relations.found.generated
+    assert known.passed > 0 and known.n == min(10, relations.pool - relations.excluded)
+    assert [(p.method, p.after) for p in result.points] == [
+        ("kvedit", 1), ("kvedit", 2), ("plain recipe", 1),
+    ]  # fmt: skip
+    for point in result.points:
+        assert point.tried.generated.n == point.after
+        assert point.tried.generated.protocol == "generated"
+        assert point.tried.forced.protocol == "teacher-forced"
+        assert point.relations.generated.n == known.passed, "only what was known can be kept"
+    committed = [edit for edit in result.edits if edit.outcome == "committed"]
+    last = result.points[1]
+    assert last.committed.generated.n == len(committed)
+    assert [edit.key for edit in result.edits] == [key for key, _ in FREE[:2]]
+    for edit in result.edits:
+        assert sum(edit.timings.values()) == pytest.approx(edit.seconds, abs=0.01)
+    assert [edit.key for edit in result.plain] == [FREE[0][0]]
+    assert (store / "kvedit.db").is_file(), "--store-dir keeps it"
+
+
+def test_a_result_says_how_it_was_made(result: RetainResult) -> None:
+    made = report.setting("kvedit bench retain --data data")
+    page = report.markdown(
+        "Retention", made, "m", report.notes(result), report.retain_sheets(result)
+    )
+    for text in ("`kvedit bench retain --data data`", made.commit, made.torch, "teacher-forced"):
+        assert text in page
+    document = json.loads(report.to_json(made, result))
+    assert document["points"][1]["tried"]["generated"]["n"] == 2
+    assert document["setting"]["threads"] == torch.get_num_threads()
+
+
+def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
+    found = undo(make_options(data, model, tmp_path), lambda event: None)
+    committed = sum(edit.outcome == "committed" for edit in found.edits)
+    assert committed == 2
+    downwards = list(range(committed, -1, -1))
+    assert [one.revision for one in found.restored] == [*downwards, committed]
+    assert found.exact and found.mismatches == ()
+    assert found.exported.n >= 16 * committed, "trained and never-trained phrasings of both"
+
+
+def test_a_served_digest_sees_every_parameter(small: dict[str, Path]) -> None:
+    from kvedit import models
+
+    model = models.load(str(small["bf16"])).model
+    before = served_digest(model)
+    assert served_digest(model) == before
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    assert served_digest(model) != before
+
+
+def test_generation_is_what_counts(small: dict[str, Path]) -> None:
+    """A right beginning without the end token is not recall."""
+    from kvedit import models
+    from kvedit.prompts import Renderer
+
+    base = models.load(str(small["fp32"]))
+    renderer = Renderer(base.tokenizer, context=base.context)
+    key, answer = next(iter(KNOWN.items()))
+    whole = renderer.example(f"What is {key}?", answer)
+    more = renderer.example(f"What is {key}?", f"{answer} Indeed.")
+    short = renderer.example(f"What is {key}?", answer.rsplit(" ", 1)[0])
+    spoken, forced = Student(base.model, renderer).ask([whole, more, short])
+    assert spoken == forced == [True, False, False]
+
+
+def test_scores_show_count_n_and_interval() -> None:
+    assert report.score_cell(Score(18, 20)) == "18/20 = 90.0% [69.9, 97.2]"
+    assert report.score_cell(Score(0, 0)) == "-"
+    found = both([True, False], [True, True])
+    assert (found.generated.passed, found.forced.passed) == (1, 2)
+
+
+def test_a_plot_needs_matplotlib(
+    result: RetainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept.png"
+    if report.find_spec("matplotlib") is not None:
+        assert report.plot(result, path) and path.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert not report.plot(result, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_command_prints_tables_and_markdown(data: Path, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "base.json"
+    words = ["bench", "base", "--data", str(data), "--model", str(model), "--json", str(file)]
+    done = CliRunner().invoke(cli, ["-q", *words])
+    assert done.exit_code == 0, done.output
+    assert "pretrained relations" in done.stdout and "| held-out poets |" in done.stdout
+    document = json.loads(file.read_text(encoding="utf-8"))
+    scores = {score["what"]: score["found"]["generated"] for score in document["base"]}
+    assert scores["pretrained relations"]["passed"] >= 12
+    assert scores["held-out poets"]["passed"] == 0

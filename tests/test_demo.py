@@ -1,0 +1,84 @@
+"""The demonstration tells the whole story, and only claims what happened."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from small_model import settings  # noqa: E402
+
+from kvedit import demo  # noqa: E402
+from kvedit.cli.progress import Reporter  # noqa: E402
+from kvedit.facts import Fact  # noqa: E402
+
+COMMANDS = ("init", "ask", "add", "update", "remove", "verify", "rollback")
+
+
+def test_the_seed_facts_it_tells_of_exist() -> None:
+    stove = demo.seed_fact(f"{demo.STOVE}.txt", demo.STOVE)
+    lantern = demo.seed_fact("tide-lantern.txt", demo.LANTERN)
+    third = demo.seed_fact(demo.THIRD_FILE, demo.THIRD)
+    assert [fact.lang for fact in (stove, lantern, third)] == ["zh-Hant", "en", "zh-Hans"]
+    assert Fact.create(demo.STOVE, demo.TOLD_ANEW).lang == "zh-Hant"
+    assert stove.description != demo.TOLD_ANEW
+
+
+def short(file: str, key: str) -> Fact:
+    """A fact that fits into the small model's context."""
+    return Fact.create(key, f"{key}: glass.", lang="en")
+
+
+def tell(model: Path, text: str) -> tuple[bool, str]:
+    out = io.StringIO()
+    sound = demo.Demo(model=model, settings=text, reporter=Reporter, out=out).run()
+    return sound, out.getvalue()
+
+
+def few_texts(**changes: float) -> str:
+    text = settings(steps=20, repairs=0, **changes)
+    return text.replace("short = 48", "short = 4").replace("locality = 8", "locality = 2")
+
+
+def test_every_step_is_shown(small: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "seed_fact", short)
+    monkeypatch.setattr(demo, "TOLD_ANEW", "A stove.")
+    gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
+    sound, shown = tell(small["bf16"], few_texts(**gate))
+    places = [shown.index(f"$ kvedit {command}") for command in COMMANDS]
+    assert places == sorted(places), "in the order of the story"
+    assert "6 of 6 edits committed" in shown
+    assert "weights of revision 0 and now: equal" in shown
+    tail = shown[shown.index("Before and after") :]
+    assert tail.count("base model") == tail.count("rolled back") == 6
+    assert "Where the time went" in tail and "of the edits: train" in tail
+    assert sound is ("Not everything went as promised" not in shown)
+
+
+def test_a_refused_edit_is_told_and_fails_the_demo(
+    small: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "seed_fact", short)
+    sound, shown = tell(small["bf16"], few_texts(rate=1e-9))
+    assert not sound
+    assert "rejected add" in shown and "UnknownKeyError" in shown
+    assert "Not everything went as promised" in shown
+    assert "weights of revision 0 and now: equal" in shown
+
+
+@pytest.mark.slow
+def test_the_real_one_takes_at_most_three_minutes(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "kvedit.demo"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 180
+    assert "6 of 6 edits committed" in done.stdout
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"

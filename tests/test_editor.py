@@ -1,0 +1,727 @@
+"""The knowledge base as a whole: the promises that an edit is atomic, gated, remembered, reversible
+and honest, and what bad input gives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Kept
+from small_model import FREE, KNOWN, settings
+
+from kvedit import KnowledgeBase
+from kvedit.deltas import Factors
+from kvedit.errors import (
+    CorruptStoreError,
+    DiskFullError,
+    DuplicateKeyError,
+    Interrupted,
+    InvalidFactError,
+    LockedError,
+    ModelError,
+    ModelMismatchError,
+    NoStoreError,
+    TextTooLongError,
+    TrainingError,
+    UnknownKeyError,
+    UsageError,
+)
+from kvedit.events import RetentionCheck, Score, Status, Warning_
+from kvedit.store import Store
+
+OTHER = "Made of silk in Tarn."
+
+
+def digest(knowledge: KnowledgeBase) -> str:
+    """What the model really serves."""
+    return knowledge._engine.master.digest()
+
+
+def state(knowledge: KnowledgeBase) -> tuple[Any, ...]:
+    """All that a refused edit must leave as it was."""
+    store = knowledge.store
+    held = [(r.fact, r.health, r.margin) for r in store.facts("committed")]
+    return digest(knowledge), store.head(), held, store.revisions(), sorted(os.listdir(store.deltas))
+
+
+def holds(knowledge: KnowledgeBase, key: str, answer: str) -> list[bool]:
+    """Whether free generation gives the answer, under phrasings trained and never trained."""
+    asked = (f"What is {key}?", f"Tell me about {key}.", f"What do you know about {key}?")
+    return [knowledge.ask(prompt) == answer for prompt in asked]
+
+
+def configure(path: Path, **changes: float) -> None:
+    (path / "kvedit.toml").write_text(settings(**changes), encoding="utf-8")
+
+
+@pytest.fixture
+def events() -> list[Any]:
+    return []
+
+
+@pytest.fixture
+def taught(taught_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
+    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+        yield knowledge
+
+
+@pytest.fixture
+def empty(empty_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
+    with KnowledgeBase.open(empty_store, on_event=events.append) as knowledge:
+        yield knowledge
+
+
+@pytest.fixture
+def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lessons that teach nothing in no time: another small random delta each."""
+    import torch
+
+    from kvedit.engine import Engine, Taught
+    from kvedit.training import Trained
+
+    generator = torch.Generator().manual_seed(0)
+
+    def teach(engine: Engine, *_: object) -> Taught:
+        made = {}
+        for name, weight in engine.master.snapshot().items():
+            b, a = (torch.randn(s, generator=generator) for s in ((len(weight), 1), (1, weight.shape[1])))
+            made[name] = Factors(b * 1e-3, a * 1e-2)
+        return Taught(made, Trained(1, True, 0.0, 0.0), 0.0)
+
+    monkeypatch.setattr(Engine, "teach", teach)
+
+
+# ---- an edit that is committed
+
+
+def test_what_was_added_is_answered_freely(taught: KnowledgeBase) -> None:
+    for key, answer in FREE[:3]:
+        assert all(holds(taught, key, answer)), key
+        assert taught.ask_before(f"What is {key}?") != answer
+
+
+def test_a_report_says_what_was_done_and_by_which_protocol(taught_kept: Kept) -> None:
+    for number, report in enumerate(taught_kept.reports, 1):
+        assert (report.outcome, report.revision, report.parent) == ("committed", number, number - 1)
+        assert report.reasons == () and report.broke == ()
+        assert report.reliability == Score(10, 10, "teacher-forced")
+        assert report.generalization.n == 8 and report.generalization.passed >= 4
+        assert report.locality.n > 0
+        assert report.retention == Score(number - 1, number - 1, "teacher-forced")
+        assert report.steps > 0 and 0 < sum(report.timings.values()) <= report.seconds
+        assert report.ranks and max(report.ranks.values()) <= 12
+        assert report.text_after == FREE[number - 1][1] != report.text_before
+
+
+def test_progress_and_retention_are_told_as_they_happen(taught_kept: Kept) -> None:
+    steps = [e for e in taught_kept.events if isinstance(e, Status) and e.step]
+    assert {"learn", "prune", "hold"} <= {event.phase for event in steps}
+    assert all(event.loss is not None and event.recall is not None for event in steps)
+    checks = [e for e in taught_kept.events if isinstance(e, RetentionCheck)]
+    assert {(c.key, c.revision) for c in checks} >= {(FREE[0][0], 2), (FREE[0][0], 3)}
+
+
+def test_every_probe_is_a_row(taught: KnowledgeBase) -> None:
+    edit = taught.store.history(FREE[1][0])[0]
+    rows = taught.store.edit_results(edit.id)
+    kinds = {kind: [r for r in rows if r.kind == kind] for kind in ("recall", "paraphrase")}
+    assert len(kinds["recall"]) == 10 and all(r.passed for r in kinds["recall"])
+    assert len(kinds["paraphrase"]) == 8
+    assert not {r.prompt for r in kinds["recall"]} & {r.prompt for r in kinds["paraphrase"]}
+    assert {r.kind for r in rows} == {"recall", "paraphrase", "locality", "retention"}
+    assert {(r.protocol, r.revision) for r in rows} == {("teacher-forced", 2)}
+    assert all(r.margin is not None and (r.margin > 0) == r.passed for r in rows)
+
+
+def test_update_gives_another_answer(taught: KnowledgeBase) -> None:
+    report = taught.update(FREE[0][0], OTHER)
+    assert (report.outcome, report.revision) == ("committed", 4)
+    assert (report.text_before, report.text_after) == (FREE[0][1], OTHER)
+    assert all(holds(taught, FREE[0][0], OTHER))
+    assert taught.store.require(FREE[0][0]).fact.description == OTHER
+    assert taught.ask(f"What is {FREE[0][0]}?", at=3) == FREE[0][1]
+    assert taught.update(FREE[0][0], OTHER).outcome == "unchanged"
+    assert taught.store.head() == 4
+
+
+def test_remove_gives_the_earlier_answers_back(taught: KnowledgeBase) -> None:
+    key, answer = FREE[2]
+    prior = taught.store.prior_answers(taught.store.require(key).id)
+    assert len(prior) == 10 and answer not in prior.values()
+    report = taught.remove(key)
+    assert report.outcome == "committed", report.reasons
+    assert {prompt: taught.ask(prompt, max_new_tokens=96) for prompt in prior} == prior
+    assert taught.store.require(key).state == "removed"
+    assert key not in taught.store.keys()
+    assert [row.kind for row in taught.store.history(key)] == ["remove", "add"]
+    with pytest.raises(UnknownKeyError):
+        taught.remove(key)
+    for other, text in FREE[:2]:
+        assert taught.ask(f"What is {other}?") == text
+
+
+@pytest.mark.slow
+def test_a_removed_fact_can_be_added_again(taught: KnowledgeBase) -> None:
+    assert taught.remove(FREE[2][0]).outcome == "committed"
+    report = taught.add(*FREE[2])
+    assert report.outcome == "committed"
+    assert all(holds(taught, *FREE[2]))
+
+
+def test_the_same_edits_give_the_same_bits_also_when_reopened_between_them(
+    empty_store: Path, taught_kept: Kept
+) -> None:
+    for fact in FREE[:2]:
+        with KnowledgeBase.open(empty_store) as knowledge:
+            knowledge.add(*fact)
+    with Store.open(empty_store) as store:
+        found = [row.weights_digest for row in store.revisions()]
+    assert found == list(taught_kept.digests[:3])
+
+
+# ---- the gate
+
+
+def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(
+    taught_store: Path,
+) -> None:
+    configure(taught_store, steps=4, repairs=0)
+    with KnowledgeBase.open(taught_store) as knowledge:
+        before = state(knowledge)
+        answer = knowledge.ask(f"What is {FREE[3][0]}?")
+        report = knowledge.add(*FREE[3])
+        assert report.outcome == "rejected"
+        assert report.revision is None and report.delta is None
+        assert any("recall" in reason for reason in report.reasons)
+        assert state(knowledge) == before
+        assert knowledge.ask(f"What is {FREE[3][0]}?") == answer
+        row = knowledge.store.history(FREE[3][0])[0]
+        assert (row.state, row.reasons) == ("rejected", report.reasons)
+        assert knowledge.store.require(FREE[3][0]).state == "rejected"
+        assert len(knowledge.store.edit_results(row.id)) > 10
+    with KnowledgeBase.open(taught_store) as again:
+        assert state(again) == before
+        configure(taught_store)
+    with KnowledgeBase.open(taught_store) as third:
+        assert third.add(*FREE[3]).outcome == "committed"
+
+
+def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
+    configure(taught_store, steps=4, repairs=0)
+    with KnowledgeBase.open(taught_store) as knowledge:
+        before = state(knowledge)
+        assert knowledge.update(FREE[0][0], OTHER).outcome == "rejected"
+        assert knowledge.remove(FREE[1][0]).outcome == "rejected"
+        assert state(knowledge) == before
+        assert knowledge.store.require(FREE[0][0]).fact.description == FREE[0][1]
+
+
+def test_each_part_of_the_gate_can_refuse(taught_store: Path) -> None:
+    """With a step size that wrecks the model nothing passes, and every reason is given."""
+    configure(taught_store, steps=6, repairs=0, rate=0.5, price=1e9)
+    with KnowledgeBase.open(taught_store) as knowledge:
+        before = state(knowledge)
+        reasons = " / ".join(knowledge.add(*FREE[3]).reasons)
+        assert state(knowledge) == before
+    for what in ("recall probes", "never-trained phrasings", "locality probes", "earlier facts lost"):
+        assert what in reasons
+    assert FREE[0][0] in reasons
+
+
+@pytest.fixture
+def wrecked(taught_store: Path) -> tuple[Path, Any]:
+    """A store into which a harmful edit was forced, and that edit's report."""
+    configure(taught_store, steps=6, repairs=0, rate=0.5, price=1e9)
+    with KnowledgeBase.open(taught_store) as knowledge:
+        report = knowledge.add(*FREE[3], force=True)
+    configure(taught_store)
+    return taught_store, report
+
+
+def test_force_commits_and_says_what_it_broke(wrecked: tuple[Path, Any]) -> None:
+    path, report = wrecked
+    assert (report.outcome, report.revision) == ("committed", 4)
+    assert report.reasons
+    assert set(report.broke) == {key for key, _ in FREE[:3]}
+    with KnowledgeBase.open(path) as knowledge:
+        assert knowledge.store.require(FREE[3][0]).state == "committed"
+        health = {row.fact.key: row.health for row in knowledge.store.facts("committed")}
+        assert set(health.values()) == {"regressed"}
+
+
+def test_what_was_lost_is_found_and_repaired(wrecked: tuple[Path, Any]) -> None:
+    path, _ = wrecked
+    with KnowledgeBase.open(path) as knowledge:
+        report = knowledge.verify()
+        assert [check.passed for check in report.checks] == [False] * 4
+        assert report.score == Score(0, 4, "teacher-forced")
+        assert report.generated == Score(0, 4, "generated")
+        knowledge.rollback(3)
+        after = knowledge.verify()
+        assert after.score == Score(3, 3) and after.generated == Score(3, 3, "generated")
+        assert {r.health for r in knowledge.store.facts("committed")} == {"recalled"}
+
+
+def test_repair_teaches_lost_facts_again(taught_store: Path) -> None:
+    """A forced update of one fact to the text of nobody's choice is undone beneath the journal."""
+    with KnowledgeBase.open(taught_store) as knowledge:
+        key, text = FREE[1]
+        row = knowledge.store.require(key)
+        lost = row.fact.with_description(OTHER)  # the store says this, the model was never told
+        with knowledge.store._transaction():
+            knowledge.store._write_fact(row.id, lost, "committed")
+        found = knowledge.verify([key])
+        assert not found.checks[0].passed and knowledge.store.head() == 3
+        report = knowledge.verify(repair=True)
+        assert [edit.kind for edit in report.repaired] == ["repair"]
+        assert report.repaired[0].outcome == "committed", report.repaired[0].reasons
+        assert report.score == Score(3, 3)
+        assert all(holds(knowledge, key, OTHER))
+        assert text != OTHER and knowledge.store.head() == 4
+
+
+# ---- remembered
+
+
+def test_verify_records_what_it_finds(taught: KnowledgeBase, events: list[Any]) -> None:
+    report = taught.verify()
+    assert report.revision == 3
+    assert [check.key for check in report.checks] == [key for key, _ in FREE[:3]]
+    assert report.score == Score(3, 3) and report.generated == Score(3, 3, "generated")
+    assert [e for e in events if isinstance(e, RetentionCheck)] == list(report.checks)
+    for row, check in zip(taught.store.facts("committed"), report.checks, strict=True):
+        assert (row.health, row.last_checked_revision) == ("recalled", 3)
+        assert row.margin == check.margin
+        newest = taught.store.results(row.id, limit=11)
+        assert {r.protocol for r in newest} == {"teacher-forced", "generated"}
+
+
+def test_verify_of_some(taught: KnowledgeBase) -> None:
+    assert [c.key for c in taught.verify([FREE[1][0]]).checks] == [FREE[1][0]]
+    assert len(taught.verify(sample=2).checks) == 2
+    with pytest.raises(UnknownKeyError):
+        taught.verify(["nobody"])
+
+
+# ---- reversible
+
+
+def test_rollback_to_every_revision_gives_its_bits(taught: KnowledgeBase, taught_kept: Kept) -> None:
+    for target in (1, 3, 0, 2):
+        report = taught.rollback(target)
+        assert (report.kind, report.outcome) == ("rollback", "committed")
+        assert report.revision == taught.store.head()
+        assert digest(taught) == taught_kept.digests[target]
+        assert taught.store.revision(report.revision).weights_digest == digest(taught)
+        assert taught.store.keys() == [key for key, _ in FREE[:target]]
+    assert [f for f in taught.doctor() if f.level != "ok"] == []
+
+
+def test_a_rollback_appends_and_can_be_rolled_back(taught: KnowledgeBase) -> None:
+    before = digest(taught)
+    first = taught.rollback(1)
+    assert first.revision == 4 and len(taught.store.revisions()) == 5
+    assert taught.ask(f"What is {FREE[2][0]}?") != FREE[2][1]
+    taught.rollback(3)
+    assert digest(taught) == before
+    assert taught.ask(f"What is {FREE[2][0]}?") == FREE[2][1]
+
+
+def test_rollback_to_a_revision_that_is_not_there(taught: KnowledgeBase) -> None:
+    before = state(taught)
+    with pytest.raises(UsageError, match="no revision 9"):
+        taught.rollback(9)
+    assert state(taught) == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_histories_can_be_walked_back(
+    empty_store: Path, random_lessons: None, seed: int
+) -> None:
+    import random
+
+    rng = random.Random(seed)
+    configure(empty_store, recall=0, paraphrase=0, locality=0, retention=0, checkpoint_every=3)
+    recorded: dict[int, tuple[str, dict[str, str]]] = {}
+    with KnowledgeBase.open(empty_store) as knowledge:
+        for step in range(9):
+            held = knowledge.store.keys()
+            kind = rng.choice(["add", "add", "update", "remove", "rollback", "reopen"])
+            if kind == "add" or not held:
+                report = knowledge.add(f"thing {step}", "Made of clay.")
+            elif kind == "update":
+                report = knowledge.update(rng.choice(held), f"Made of oak {step}.")
+            elif kind == "remove":
+                report = knowledge.remove(rng.choice(held))
+            elif kind == "rollback":
+                report = knowledge.rollback(rng.randrange(knowledge.store.head() + 1))
+            else:
+                knowledge._go_to(knowledge.store.head())
+                continue
+            assert report.outcome == "committed"
+            texts = {r.fact.key: r.fact.description for r in knowledge.store.facts("committed")}
+            recorded[report.revision or 0] = (digest(knowledge), texts)
+    with KnowledgeBase.open(empty_store) as knowledge:
+        assert digest(knowledge) == recorded[knowledge.store.head()][0]
+        assert [f for f in knowledge.doctor() if f.level != "ok"] == []
+        for revision, (bits, texts) in recorded.items():
+            knowledge.rollback(revision)
+            assert digest(knowledge) == bits
+            rows = knowledge.store.facts("committed")
+            assert {r.fact.key: r.fact.description for r in rows} == texts
+
+
+# ---- questions
+
+
+def test_questions_to_other_revisions_leave_the_head_served(taught: KnowledgeBase) -> None:
+    before = digest(taught)
+    prompt = f"What is {FREE[1][0]}?"
+    assert taught.ask(prompt, at=2) == taught.ask(prompt, at=3) == FREE[1][1]
+    assert taught.ask(prompt, at=1) != FREE[1][1]
+    assert taught.ask_before(prompt) == taught.ask(prompt, at=0)
+    assert digest(taught) == before
+    with pytest.raises(UsageError):
+        taught.ask(prompt, at=17)
+    assert digest(taught) == before
+
+
+def test_chat_is_a_conversation(taught: KnowledgeBase) -> None:
+    key, answer = FREE[0]
+    one = [{"role": "user", "content": f"What is {key}?"}]
+    assert taught.chat(one) == taught.ask(f"What is {key}?") == answer
+    assert len(taught.ask(f"What is {key}?", max_new_tokens=1)) < len(answer)
+
+
+# ---- keys
+
+
+def test_the_same_text_again_changes_nothing(taught: KnowledgeBase) -> None:
+    before = state(taught)
+    report = taught.add(FREE[0][0].upper() + " ", FREE[0][1])
+    assert (report.outcome, report.key, report.revision) == ("unchanged", FREE[0][0], None)
+    assert state(taught) == before and len(taught.store.history()) == 3
+
+
+def test_another_text_for_a_key_asks_for_update(taught: KnowledgeBase) -> None:
+    before = state(taught)
+    with pytest.raises(DuplicateKeyError) as raised:
+        taught.add(FREE[0][0], OTHER)
+    assert "kvedit update" in raised.value.hint
+    assert state(taught) == before
+
+
+def test_a_similar_key_warns_with_its_score(
+    taught_store: Path, random_lessons: None, events: list[Any]
+) -> None:
+    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0)
+    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+        report = knowledge.add("tide lanterns", OTHER)
+    warned = [e for e in events if isinstance(e, Warning_)]
+    assert [(w.code, w.key) for w in warned] == [("similar-key", FREE[0][0])]
+    assert report.similar[0].key == FREE[0][0] and report.similar[0].score > 85
+    first = next(e for e in events if isinstance(e, RetentionCheck))
+    assert first.key == FREE[0][0]
+
+
+@pytest.mark.parametrize("verb", ["update", "remove"])
+def test_an_unknown_key_gets_a_suggestion(taught: KnowledgeBase, verb: str) -> None:
+    before = state(taught)
+    action = getattr(taught, verb)
+    with pytest.raises(UnknownKeyError) as raised:
+        action("tide lantren", *([OTHER] if verb == "update" else []))
+    assert FREE[0][0] in raised.value.hint
+    assert state(taught) == before
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "error"),
+    [
+        ("", "something", InvalidFactError),
+        ("something", "  \n", InvalidFactError),
+        ("some\0thing", "text", InvalidFactError),
+        ("something", "word " * 400, TextTooLongError),
+    ],
+    ids=["no key", "no text", "zero byte", "too long"],
+)
+def test_bad_facts_change_nothing(
+    taught: KnowledgeBase, key: str, text: str, error: type[Exception]
+) -> None:
+    before = state(taught)
+    with pytest.raises(error):
+        taught.add(key, text)
+    assert state(taught) == before
+    assert len(taught.store.facts()) == 3
+
+
+def test_too_long_an_update_says_how_long(taught: KnowledgeBase) -> None:
+    before = state(taught)
+    with pytest.raises(TextTooLongError, match=r"192"):
+        taught.update(FREE[0][0], "word " * 400)
+    assert state(taught) == before
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(NoStoreError):
+        KnowledgeBase.open(tmp_path)
+
+
+def test_create_refuses_a_store_that_is_there(taught_store: Path, small: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="already"):
+        KnowledgeBase.create(taught_store, small["bf16"])
+    with Store.open(taught_store) as store:
+        assert store.head() == 3
+
+
+def test_create_without_a_model_makes_no_store(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        KnowledgeBase.create(tmp_path / "store", tmp_path / "model")
+    assert not (tmp_path / "store").exists()
+
+
+def test_another_model_is_refused(
+    small: dict[str, Path], taught_store: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "model"
+    shutil.copytree(small["bf16"], moved)
+    with Store.open(taught_store) as store:
+        store.set_meta("model_path", str(moved))
+        store.set_meta("model_name", str(moved))
+    with KnowledgeBase.open(taught_store) as knowledge:  # the same files at another place
+        assert knowledge.store.head() == 3
+    weights = moved / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ModelMismatchError) as raised:
+        KnowledgeBase.open(taught_store)
+    assert raised.value.exit_code == 13
+    shutil.rmtree(moved)
+    with pytest.raises(ModelError):
+        KnowledgeBase.open(taught_store)
+
+
+def test_a_corrupt_delta_stops_the_store_from_opening(taught_store: Path) -> None:
+    with Store.open(taught_store) as store:
+        path = store.delta_path(store.revision(3).delta or "")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CorruptStoreError, match=path.name[:12]):
+        KnowledgeBase.open(taught_store)
+
+
+# ---- interruptions
+
+
+def interrupt(error: BaseException, phase: str = "learn", step: int = 2) -> Callable[[Any], None]:
+    """An event handler that raises in the middle of training."""
+
+    def handler(event: Any) -> None:
+        if isinstance(event, Status) and (event.phase, event.step) == (phase, step):
+            raise error
+
+    return handler
+
+
+def test_ctrl_c_in_training_cancels_the_edit(taught_store: Path, taught_kept: Kept) -> None:
+    with KnowledgeBase.open(taught_store, on_event=interrupt(KeyboardInterrupt())) as knowledge:
+        before = state(knowledge)
+        with pytest.raises(Interrupted) as raised:
+            knowledge.add(*FREE[3])
+        assert raised.value.exit_code == 130
+        assert state(knowledge) == before
+        assert knowledge.store.history()[0].state == "canceled"
+        assert knowledge.store.require(FREE[3][0]).state == "pending"
+        knowledge._emit = lambda event: None
+        assert knowledge.add(*FREE[3]).outcome == "committed"
+        assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+
+
+def test_ctrl_c_after_the_commit_says_so(
+    taught_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0)
+
+    def handler(event: Any) -> None:
+        if isinstance(event, RetentionCheck):
+            raise KeyboardInterrupt
+
+    with KnowledgeBase.open(taught_store, on_event=handler) as knowledge:
+        with pytest.raises(Interrupted, match="was committed"):
+            knowledge.add(*FREE[3])
+        assert knowledge.store.head() == 4
+        assert digest(knowledge) == knowledge.store.revision(4).weights_digest
+        knowledge._emit = lambda event: None
+        # The knowledge base goes on from the revision that was committed.
+        prompt = f"What is {FREE[0][0]}?"
+        assert knowledge.ask(prompt, at=3) == FREE[0][1]
+        assert digest(knowledge) == knowledge.store.revision(4).weights_digest
+        assert knowledge.rollback(3).revision == 5
+        assert digest(knowledge) == knowledge.store.revision(3).weights_digest
+
+
+def test_an_error_in_training_fails_the_edit(taught_store: Path) -> None:
+    error = TrainingError("the loss is not a number")
+    with KnowledgeBase.open(taught_store, on_event=interrupt(error)) as knowledge:
+        before = state(knowledge)
+        with pytest.raises(TrainingError):
+            knowledge.update(FREE[1][0], OTHER)
+        assert state(knowledge) == before
+        row = knowledge.store.history()[0]
+        assert row.state == "failed" and "not a number" in row.reasons[0]
+        assert knowledge.ask(f"What is {FREE[1][0]}?") == FREE[1][1]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_changes_nothing(
+    taught_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The disk fills when the delta is written; nothing of it is left behind."""
+    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0)
+    real = getattr(os, call)
+
+    def full(*args: Any) -> Any:
+        where = os.readlink(f"/proc/self/fd/{args[0]}") if call == "fsync" else str(args[1])
+        if "/deltas/" in where:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    with KnowledgeBase.open(taught_store) as knowledge:
+        before = state(knowledge)
+        monkeypatch.setattr(os, call, full)
+        with pytest.raises(DiskFullError) as raised:
+            knowledge.add(*FREE[3])
+        assert "space" in raised.value.hint.lower()
+        assert state(knowledge) == before
+        assert knowledge.store.history()[0].state == "failed"
+        monkeypatch.setattr(os, call, real)
+        assert knowledge.add(*FREE[3]).outcome == "committed"
+
+
+@pytest.mark.parametrize("part", ["cache", "checkpoints"])
+def test_a_disk_that_is_full_after_the_commit_is_a_warning(
+    taught_store: Path,
+    random_lessons: None,
+    monkeypatch: pytest.MonkeyPatch,
+    events: list[Any],
+    part: str,
+) -> None:
+    """What is only kept to save time must not make a committed edit look like a failed one."""
+    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0, checkpoint_every=1)
+    real = os.replace
+
+    def full(source: Any, target: Any) -> Any:
+        if f"/{part}/" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+        report = knowledge.add(*FREE[3])
+        assert (report.outcome, report.revision) == ("committed", 4)
+        wanted = digest(knowledge)
+    assert any(isinstance(e, Warning_) and "space" in e.text for e in events)
+    monkeypatch.setattr(os, "replace", real)
+    with KnowledgeBase.open(taught_store) as knowledge:
+        assert (knowledge.store.head(), digest(knowledge)) == (4, wanted)
+        assert {f.level for f in knowledge.doctor()} == {"ok"}
+
+
+# ---- more than one process
+
+
+def test_a_locked_store_can_be_asked_but_not_edited(
+    taught_store: Path, taught: KnowledgeBase
+) -> None:
+    with Store.open(taught_store) as other, other.lock():
+        before = state(taught)
+        with pytest.raises(LockedError):
+            taught.add(*FREE[3])
+        with pytest.raises(LockedError):
+            taught.rollback(1)
+        assert taught.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+        assert state(taught) == before
+        with KnowledgeBase.open(taught_store) as third:  # opening does not need the lock either
+            assert third.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+
+
+def test_an_edit_starts_from_what_another_process_committed(
+    taught_store: Path, taught: KnowledgeBase, taught_kept: Kept
+) -> None:
+    with KnowledgeBase.open(taught_store) as other:
+        other.rollback(1)
+    report = taught.rollback(2)
+    assert report.parent == 4 and report.revision == 5
+    assert digest(taught) == taught_kept.digests[2]
+
+
+def test_recovery_says_what_was_interrupted(taught_store: Path, events: list[Any]) -> None:
+    with Store.open(taught_store) as store:
+        store.plan_edit("rollback", store.rollback_changes(1), {})
+    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+        assert knowledge.store.history()[0].state == "failed"
+    warned = [e for e in events if isinstance(e, Warning_)]
+    assert [w.code for w in warned] == ["recovered"]
+    assert "did not happen" in warned[0].text
+
+
+# ---- protected text
+
+
+def test_protected_text_is_made_once_and_disjoint(taught: KnowledgeBase) -> None:
+    control = taught.store.protected("control")
+    locality = taught.store.protected("locality")
+    assert len(locality) == 8 and len(control) > 20
+    assert not {r.prompt for r in control if r.prompt} & {r.prompt for r in locality}
+    known = {(f"What is {key}?", text) for key, text in KNOWN.items()}
+    assert known  # the model's own answers, never a list that it was trained on
+    for row in locality:
+        assert taught.ask_before(row.prompt) == row.answer
+
+
+def test_users_own_protected_text(small: dict[str, Path], tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "What is bread?", "answer": "Food."}\n', encoding="utf-8")
+    (tmp_path / "store").mkdir()
+    configure(tmp_path / "store")
+    with KnowledgeBase.create(tmp_path / "store", small["bf16"], protect=own) as knowledge:
+        rows = knowledge.store.protected("control")
+        assert ("What is bread?", "Food.", "own.jsonl") in {
+            (r.prompt, r.answer, r.source) for r in rows
+        }
+
+
+# ---- doctor
+
+
+def test_doctor_finds_a_delta_that_was_swapped(taught_store: Path) -> None:
+    with KnowledgeBase.open(taught_store) as knowledge:
+        assert {f.level for f in knowledge.doctor()} == {"ok"}
+        path = knowledge.store.delta_path(knowledge.store.revision(1).delta or "")
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1] + b"\0")
+        levels = [f for f in knowledge.doctor() if f.level == "error"]
+        assert any("revision 1" in f.what for f in levels)
+        path.write_bytes(kept)
+        assert {f.level for f in knowledge.doctor()} == {"ok"}
+
+
+def test_doctor_finds_a_digest_that_does_not_hold(taught_store: Path) -> None:
+    with KnowledgeBase.open(taught_store) as knowledge:
+        store = knowledge.store
+        with store._transaction():
+            store._execute("UPDATE revisions SET weights_digest = ? WHERE id = 2", ["0" * 64])
+        found = [f.what for f in knowledge.doctor() if f.level == "error"]
+        assert len(found) == 1 and "revision 2" in found[0]
+        assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]

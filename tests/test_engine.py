@@ -1,0 +1,66 @@
+"""The engine: what it asks, remembers and protects."""
+
+from __future__ import annotations
+
+import pytest
+from small_model import FREE, KNOWN
+
+from kvedit.config import TrainingConfig
+from kvedit.engine import PRIOR_TOKENS, Engine
+from kvedit.facts import Fact
+from kvedit.models import BaseModel
+from kvedit.training import Lesson
+
+FACT = Fact.create(*FREE[0], lang="en", prompts=["Ever seen a tide lantern?"])
+
+
+def test_protection_comes_first(base: BaseModel) -> None:
+    engine = Engine(base, TrainingConfig())
+    with pytest.raises(RuntimeError):
+        engine.teach(Lesson([engine.examples(FACT)]))
+    with pytest.raises(RuntimeError):
+        engine.remember(engine.examples(FACT))
+
+
+def test_examples_and_paraphrases_are_apart(engine: Engine) -> None:
+    trained = {e.prompt for e in engine.examples(FACT)}
+    probed = {e.prompt for e in engine.paraphrases(FACT)}
+    assert "Ever seen a tide lantern?" in trained
+    assert len(trained) >= 9 and len(probed) >= 6 and not trained & probed
+    assert {e.answer for e in engine.examples(FACT)} == {FACT.description}
+
+
+def test_both_protocols_agree(engine: Engine) -> None:
+    pairs = [(f"What is {key}?", answer) for key, answer in KNOWN.items()]
+    pairs += [(prompt, "Made of") for prompt, _ in pairs] + [("What is tide lantern?", "x")]
+    examples = engine.renderer.examples(pairs)
+    forced = [outcome.passed for outcome in engine.recall(examples)]
+    assert forced == engine.generated_recall(examples)
+    assert sum(forced) >= len(KNOWN) - 1
+    assert engine.generated_recall([]) == []
+
+
+def test_prior_answers_can_be_taught_back(engine: Engine) -> None:
+    prior = engine.prior_answers(FACT)
+    assert list(prior) == [e.prompt for e in engine.examples(FACT)]
+    examples = [engine.prior_example(prompt, answer) for prompt, answer in prior.items()]
+    assert all(outcome.passed for outcome in engine.recall(examples))
+
+
+def test_a_prior_answer_that_was_cut_does_not_end_there(engine: Engine) -> None:
+    long = engine.renderer.text(engine.renderer.tokens("Made of oak in Tarn. ") * 30)
+    cut = engine.renderer.text(engine.renderer.tokens(long)[:PRIOR_TOKENS])
+    assert engine.prior_example("x", cut).ids[-1] != engine.renderer.end
+    assert engine.prior_example("x", "Made of oak.").ids[-1] == engine.renderer.end
+
+
+def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
+    before = engine.curvature
+    roots = engine.roots
+    assert before is not None and engine.roots is roots
+    engine.remember(engine.examples(FACT)[:2])
+    after = engine.curvature
+    assert after is not None and after.tokens == before.tokens
+    for name, own in before.moments.items():
+        assert float(after.moments[name].inputs.trace()) > float(own.inputs.trace())
+    assert engine.roots is not roots

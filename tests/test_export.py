@@ -1,0 +1,110 @@
+"""An export is a folder that plain transformers loads and that answers as the store does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_model import FREE, KNOWN
+
+from kvedit import KnowledgeBase
+from kvedit.errors import DiskFullError, UsageError
+from kvedit.files import TEMPORARY
+
+
+@pytest.fixture
+def taught(taught_store: Path) -> Iterator[KnowledgeBase]:
+    with KnowledgeBase.open(taught_store) as knowledge:
+        yield knowledge
+
+
+def test_plain_transformers_gives_the_same_answers(taught: KnowledgeBase, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report = taught.export(tmp_path / "out")
+    assert (report.path, report.revision) == (str(tmp_path / "out"), 3)
+    assert report.probes.protocol == "generated"
+    assert (report.probes.passed, report.probes.n, report.mismatches) == (30, 30, ())
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    for key in [*dict(FREE[:3]), *list(KNOWN)[:4]]:
+        message = [{"role": "user", "content": f"What is {key}?"}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
+        said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert said == taught.ask(f"What is {key}?", max_new_tokens=40)
+    for name in taught._engine.names:
+        served = taught._engine.base.model.get_submodule(name).weight
+        assert torch.equal(model.get_submodule(name).weight, served)
+
+
+def test_a_dtype_can_be_asked_for(taught: KnowledgeBase, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = taught._engine.master.digest()
+    taught.export(tmp_path / "out", dtype="fp32")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.float32
+    name = taught._engine.names[0]
+    served = taught._engine.base.model.get_submodule(name).weight
+    assert torch.equal(model.get_submodule(name).weight, served.float())  # what the gate judged
+    assert taught._engine.master.digest() == before
+
+
+def test_a_folder_that_is_not_empty_is_refused(taught: KnowledgeBase, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
+    with pytest.raises(UsageError, match="not an empty folder"):
+        taught.export(tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_file_in_its_place_is_refused(taught: KnowledgeBase, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("keep me", encoding="utf-8")
+    with pytest.raises(UsageError):
+        taught.export(tmp_path / "out")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "keep me"
+
+
+def test_an_empty_folder_is_filled(taught: KnowledgeBase, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert taught.export(tmp_path / "out").mismatches == ()
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_an_unknown_dtype_is_refused(taught: KnowledgeBase, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int3"):
+        taught.export(tmp_path / "out", dtype="int3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_folder(
+    taught: KnowledgeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(DiskFullError):
+        taught.export(tmp_path / "deep" / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "deep" / "out").exists()
+    assert not list((tmp_path / "deep").glob(f"{TEMPORARY}*"))
+
+
+def test_answers_that_differ_are_named(
+    taught: KnowledgeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is the base model: the report must not be kind about it."""
+    monkeypatch.setattr(type(taught._engine.master), "write_into", lambda self, model: None)
+    report = taught.export(tmp_path / "out")
+    assert report.probes.passed < report.probes.n == 30
+    assert f"What is {FREE[0][0]}?" in report.mismatches

@@ -1,0 +1,95 @@
+"""Loading models, knowing them again, and which matrices are edited."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kvedit import models
+from kvedit.errors import ModelError
+from kvedit.models import BaseModel
+
+
+def test_a_loaded_model_is_frozen_and_in_its_own_dtype(load: Callable[[str], BaseModel]) -> None:
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        base = load(name)
+        assert base.dtype == dtype and base.context == 192
+        assert not base.model.training
+        assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_the_upper_half_is_edited(base: BaseModel) -> None:
+    names = models.target_names(base.model)
+    assert names == models.target_names(base.model) and len(set(names)) == len(names)
+    assert {name.split(".")[2] for name in names} == {"2", "3"}
+    assert all(models.is_matrix(base.model.get_submodule(name)) for name in names)
+    assert not any("lm_head" in name or "embed" in name for name in names)
+
+
+def test_a_fingerprint_is_of_the_weights(small: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small["bf16"], tmp_path / "copy"))
+    base = models.load(str(small["bf16"]))
+    assert models.fingerprint(str(folder), base.model) == base.fingerprint
+    assert models.load(str(small["fp32"])).fingerprint != base.fingerprint
+    (folder / "README.md").write_text("a word", encoding="utf-8")
+    assert models.fingerprint(str(folder), base.model) == base.fingerprint
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    assert models.fingerprint(str(folder), base.model) != base.fingerprint
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_half_a_model_is_refused_with_what_to_do(
+    small: dict[str, Path], tmp_path: Path, missing: str
+) -> None:
+    folder = Path(shutil.copytree(small["bf16"], tmp_path / "half"))
+    (folder / missing).unlink()
+    if missing == "tokenizer.json":
+        (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError) as raised:
+        models.load(str(folder))
+    assert "half" in raised.value.message and raised.value.hint
+
+
+def test_damaged_weights_are_refused(small: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small["bf16"], tmp_path / "cut"))
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError):
+        models.load(str(folder))
+
+
+def test_locating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert models.locate("here") == str((tmp_path / "here").resolve())
+    assert models.locate("someone/model") == "someone/model"
+    assert models.locate(None) == models.locate("kvedit-tiny") == str(models.EMBEDDED_PATH)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ModelError, match="no stack"):
+        models.target_names(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ModelError, match="no linear layers"):
+        models.target_names(nn.ModuleDict({"h": nn.ModuleList([nn.LayerNorm(2)] * 4)}))
+
+
+def test_a_digest_sees_names_dtypes_shapes_and_bits() -> None:
+    def digest(name: str, tensor: torch.Tensor) -> str:
+        return models.weights_digest(iter([(name, tensor)]))
+
+    plain = torch.arange(6.0).reshape(2, 3)
+    same = digest("a", plain)
+    assert digest("a", plain.clone()) == same == digest("a", plain.T.contiguous().T)
+    changed = plain.clone()
+    changed[1, 2] = torch.nextafter(changed[1, 2], torch.tensor(9.0))
+    others = [digest("b", plain), digest("a", plain.reshape(3, 2)), digest("a", changed)]
+    others += [digest("a", plain.bfloat16()), digest("a", -plain)]
+    assert len({same, *others}) == 6

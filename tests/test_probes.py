@@ -1,0 +1,206 @@
+"""Probes: what one forward pass says of recall is what greedy generation does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_model import KNOWN, phrasings
+
+from kvedit import probes
+from kvedit.models import BaseModel
+from kvedit.prompts import Example, Renderer
+
+WORDS = ("amber", "lamp", "bell", "tide", "of", "Made", "glass", "in", "Pell", "?", "寺", "7")
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
+slow_setup = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def renderer(base: BaseModel) -> Renderer:
+    return Renderer(base.tokenizer, context=base.context)
+
+
+def greedy(base: BaseModel, prefix: list[int], limit: int, end: int) -> list[int]:
+    """Plain greedy decoding by transformers, one prompt, no cache: the reference."""
+    found = base.model.generate(
+        input_ids=torch.tensor([prefix]), attention_mask=torch.ones(1, len(prefix), dtype=torch.long),
+        max_new_tokens=limit, do_sample=False, use_cache=False, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    ids = found[0, len(prefix) :].tolist()
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@slow_setup
+@given(prompt=texts, answer=texts, own=st.booleans(), keep=st.integers(0, 12))
+def test_one_forward_pass_decides_what_generation_does(
+    base: BaseModel, prompt: str, answer: str, own: bool, keep: int
+) -> None:
+    """Random answers are hardly ever recalled, so half are the model's own, whole or cut."""
+    make = renderer(base)
+    prefix = make.prefix(prompt)
+    said = greedy(base, prefix, 24, make.end)
+    if own:
+        tokens = [*said[:keep], make.end] if keep < 12 else [*said, make.end]
+    else:
+        tokens = [*make.tokens(answer), make.end]
+    example = Example((*prefix, *tokens), len(prefix))
+    [outcome] = probes.recall(base.model, [example])
+    again = greedy(base, prefix, len(tokens), make.end)
+    assert outcome.passed == ((*again, make.end)[: len(tokens)] == tuple(tokens))
+    assert outcome.passed == (outcome.margin > 0)
+
+
+def test_known_answers_are_recalled_and_wrong_ones_are_not(base: BaseModel) -> None:
+    make = renderer(base)
+    pairs = [(f"What is {key}?", answer) for key, answer in KNOWN.items()]
+    right = probes.recall(base.model, make.examples(pairs))
+    assert all(o.passed and o.margin > 0 for o in right)
+    answers = [answer for _, answer in pairs]
+    turned = zip(pairs, answers[1:] + answers[:1], strict=True)
+    wrong = [make.example(prompt, other) for (prompt, own), other in turned if own != other]
+    assert len(wrong) > 10
+    assert not any(o.passed or o.margin > 0 for o in probes.recall(base.model, wrong))
+
+
+def test_an_answer_that_does_not_end_is_not_recalled(base: BaseModel) -> None:
+    make = renderer(base)
+    key, answer = next(iter(KNOWN.items()))
+    cut = make.text(make.tokens(answer)[:3])
+    ended = make.example(f"What is {key}?", cut)
+    unended = make.example(f"What is {key}?", cut, ended=False)
+    assert unended.ids == ended.ids[:-1]
+    outcomes = probes.recall(base.model, [ended, unended])
+    assert [o.passed for o in outcomes] == [False, True]
+
+
+def test_the_margin_is_the_smallest_lead(base: BaseModel) -> None:
+    make = renderer(base)
+    example = make.example("What is amber lamp?", KNOWN["amber lamp"])
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor([example.ids])).logits[0].float()
+    leads = []
+    for at in range(example.start, len(example.ids)):
+        row = logits[at - 1].clone()
+        target = float(row[example.ids[at]])
+        row[example.ids[at]] = float("-inf")
+        leads.append(target - float(row.max()))
+    [outcome] = probes.recall(base.model, [example])
+    assert outcome.margin == pytest.approx(min(leads), abs=1e-4)
+
+
+def test_a_tie_and_nan_are_not_recalled() -> None:
+    logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [float("nan"), 0.0, 0.0]])
+    answers = probes.Answers(logits, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    assert probes.row_margins(answers, 4).tolist() == [0.0, 1.0, float("-inf"), float("inf")]
+    middle = probes.Answers(
+        torch.tensor([[0.0, float("nan"), 0.0]]), torch.tensor([0]), torch.tensor([0])
+    )
+    assert probes.row_margins(middle, 1).tolist() == [float("-inf")]
+
+
+def test_the_company_in_a_batch_does_not_matter(base: BaseModel) -> None:
+    make = renderer(base)
+    pairs = [
+        (way.replace("{key}", key), answer)
+        for way, (key, answer) in zip(phrasings(), KNOWN.items(), strict=False)
+    ]
+    pairs += [("x", "Made of oak." * 9), ("What is tide lantern? " * 6, "y")]
+    examples = make.examples(pairs)
+    together = probes.recall(base.model, examples)
+    alone = [probes.recall(base.model, [example])[0] for example in examples]
+    for one, other in zip(together, alone, strict=True):
+        assert one.passed == other.passed
+        assert one.margin == pytest.approx(other.margin, abs=1e-3)
+
+
+def test_batches_are_bounded_and_complete() -> None:
+    examples = [Example(tuple(range(1 + i * 37 % 900)), 1) for i in range(400)]
+    batches = list(probes.by_length(examples))
+    assert sorted(i for batch in batches for i in batch) == list(range(400))
+    for batch in batches:
+        width = max(len(examples[i].ids) for i in batch)
+        assert len(batch) <= probes.ROWS_A_BATCH
+        assert len(batch) == 1 or len(batch) * width <= probes.TOKENS_A_BATCH
+    assert list(probes.by_length([])) == []
+    assert probes.recall(torch.nn.Linear(1, 1), []) == []
+
+
+def test_only_the_first_answer_positions(base: BaseModel) -> None:
+    make = renderer(base)
+    examples = make.examples([("What is amber lamp?", "Made of oak."), ("amber", "x")])
+    answers = probes.answer_logits(base.model, examples, first=2)
+    assert answers.rows.tolist() == [0, 0, 1, 1][: len(answers.rows)]
+    starts = [e.ids[e.start : e.start + 2] for e in examples]
+    assert answers.targets.tolist() == [token for start in starts for token in start]
+
+
+@slow_setup
+@given(prompts=st.lists(texts, min_size=2, max_size=7), limit=st.integers(1, 20))
+def test_batched_generation_is_one_by_one(base: BaseModel, prompts: list[str], limit: int) -> None:
+    """Prefixes of different lengths are padded on the left; in fp32 that changes no token."""
+    make = renderer(base)
+    prefixes = [make.prefix(prompt) for prompt in prompts]
+    together = probes.generate(base.model, prefixes, end=make.end, limit=limit)
+    alone = [greedy(base, prefix, limit, make.end) for prefix in prefixes]
+    assert together == alone
+
+
+def test_rows_that_end_early_leave_the_batch(base: BaseModel) -> None:
+    """Of many rows all but one end at once: the rest is decoded in a smaller batch."""
+    make = renderer(base)
+    known = [make.prefix(f"What is {key}?") for key in KNOWN]
+    half = make.example("What is amber lamp?", KNOWN["amber lamp"])
+    nearly = [list(half.ids[:-1])] * 6
+    prefixes = [*nearly, known[3], *nearly]
+    rows = probes.generate(base.model, prefixes, end=make.end, limit=20)
+    assert [len(row) for row in rows] == [0] * 6 + [len(rows[6])] + [0] * 6
+    assert make.text(rows[6]) == list(KNOWN.values())[3]
+
+
+def test_order_is_kept_beyond_one_batch(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "ROWS_A_BATCH", 3)
+    make = renderer(base)
+    rows = probes.generate(
+        base.model, [make.prefix(f"What is {k}?") for k in KNOWN], end=make.end, limit=20
+    )
+    assert [make.text(row) for row in rows] == list(KNOWN.values())
+
+
+def test_sampling_follows_its_generator_and_nothing_else(base: BaseModel) -> None:
+    make = renderer(base)
+    prefixes = [[make.begin]] * 8
+
+    def draw(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return probes.generate(
+            base.model, prefixes, end=make.end, limit=12, temperature=1.0, generator=generator
+        )
+
+    before = torch.random.get_rng_state()
+    first = draw(1)
+    torch.manual_seed(99)
+    assert draw(1) == first != draw(2)
+    torch.random.set_rng_state(before)
+    draw(3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_no_prefix_no_limit(base: BaseModel) -> None:
+    make = renderer(base)
+    assert probes.generate(base.model, [], end=make.end, limit=5) == []
+    assert probes.generate(base.model, [make.prefix("x")], end=make.end, limit=0) == [[]]
+
+
+def test_probing_leaves_weights_and_gradients_alone(load: Callable[[str], BaseModel]) -> None:
+    base = load("bf16")
+    make = renderer(base)
+    before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+    probes.recall(base.model, make.examples([("amber", "lamp")]))
+    probes.generate(base.model, [make.prefix("amber")], end=make.end, limit=4)
+    for name, parameter in base.model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None

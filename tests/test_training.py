@@ -1,0 +1,110 @@
+"""The loop: it learns, stops when it holds, is the same each time, and refuses NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_engine
+from small_model import FREE
+
+from kvedit.deltas import to_bytes
+from kvedit.engine import Engine
+from kvedit.errors import TrainingError
+from kvedit.facts import Fact
+from kvedit.models import BaseModel
+from kvedit.training import Lesson, Step
+
+
+def fact(number: int = 0) -> Fact:
+    return Fact.create(*FREE[number], lang="en")
+
+
+def lesson(engine: Engine, *numbers: int) -> Lesson:
+    return Lesson([engine.examples(fact(number)) for number in numbers])
+
+
+def test_it_learns_prunes_and_holds(engine: Engine) -> None:
+    steps: list[Step] = []
+    taught = engine.teach(lesson(engine, 0), on_step=steps.append)
+    assert taught.trained.learned and taught.trained.steps == len(steps) <= 60
+    phases = [step.phase for step in steps]
+    assert phases == sorted(phases, key=["learn", "prune", "hold"].index)
+    assert set(phases) == {"learn", "prune", "hold"}
+    assert [step.step for step in steps] == list(range(1, len(steps) + 1))
+    assert taught.trained.price <= engine.config.max_price
+    assert steps[-1].loss < steps[0].loss
+    assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
+    assert taught.seconds > 0
+
+
+def test_the_delta_teaches_the_fact(engine: Engine) -> None:
+    examples = engine.examples(fact())
+    assert not any(o.passed for o in engine.recall(examples))
+    taught = engine.teach(lesson(engine, 0))
+    assert not any(o.passed for o in engine.recall(examples))  # nothing is merged yet
+    engine.master.add(taught.delta)
+    assert all(o.passed for o in engine.recall(examples))
+    assert all(engine.generated_recall(examples))
+
+
+def test_the_same_seed_gives_the_same_delta(load: Callable[[str], BaseModel]) -> None:
+    engine, other = make_engine(load("bf16")), make_engine(load("bf16"))
+    config = replace(engine.config, max_steps=20)
+    first = engine.teach(lesson(engine, 0), config)
+    torch.manual_seed(123)
+    second = other.teach(lesson(other, 0), config)
+    again = engine.teach(lesson(engine, 0), config)
+    seeded = engine.teach(lesson(engine, 0), replace(config, seed=1))
+    bits = to_bytes(first.delta)
+    assert bits == to_bytes(second.delta) == to_bytes(again.delta)
+    assert bits != to_bytes(seeded.delta)
+
+
+def test_nan_is_an_error_and_changes_nothing(engine: Engine) -> None:
+    before = engine.master.digest()
+    known = engine.examples(fact(1))
+    margins = [o.margin for o in engine.recall(known)]
+    with pytest.raises(TrainingError, match="NaN at step") as raised:
+        engine.teach(lesson(engine, 0), replace(engine.config, learning_rate=1e30))
+    assert raised.value.hint
+    assert engine.master.digest() == before
+    assert [o.margin for o in engine.recall(known)] == margins
+    # The adapter forgets it: the next edit starts clean.
+    assert engine.teach(lesson(engine, 0)).trained.learned
+
+
+def test_the_budget_ends_it(engine: Engine) -> None:
+    taught = engine.teach(lesson(engine, 0), replace(engine.config, max_steps=5))
+    assert taught.trained.steps == 5 and not taught.trained.learned
+
+
+def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
+    examples = engine.examples(fact(1))
+    margins = [o.margin for o in engine.recall(examples)]
+
+    def stop(step: Step) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.teach(lesson(engine, 0), on_step=stop)
+    assert [o.margin for o in engine.recall(examples)] == margins
+
+
+def test_rehearsal_keeps_an_earlier_fact_in_the_batch(engine: Engine) -> None:
+    engine.master.add(engine.teach(lesson(engine, 0)).delta)
+    both = Lesson([engine.examples(fact(1))], [engine.examples(fact(0))])
+    engine.master.add(engine.teach(both).delta)
+    assert all(o.passed for o in engine.recall(engine.examples(fact(1))))
+    assert all(o.passed for o in engine.recall(engine.examples(fact(0))))
+
+
+@pytest.mark.slow
+def test_a_group_of_facts(engine: Engine) -> None:
+    group = lesson(engine, 0, 1, 2)
+    engine.master.add(engine.teach(group, replace(engine.config, max_steps=200)).delta)
+    passed = [o.passed for own in group.new for o in engine.recall(own)]
+    assert sum(passed) >= len(passed) - 2
