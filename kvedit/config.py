@@ -38,8 +38,8 @@ class TrainingConfig:
     learning_rate: float = setting(0.02, low=1e-9, high=1.0)
     init_rank: int = setting(12, low=2)
     target_rank: int = setting(8, low=1)
-    phrasings: int = setting(3, low=1)
-    rehearsal: int = setting(4)
+    phrasings: int = setting(2, low=1)
+    rehearsal: int = setting(2)
     controls: int = setting(0)
     shift_weight: float = setting(150.0)
     max_price: float = setting(0.002, low=0)
@@ -51,6 +51,7 @@ class TrainingConfig:
     lead: float = setting(2.0)
     shrink: float = setting(0.95, low=0.1, high=1.0)
     hold_steps: int = setting(2, low=1)
+    hold_limit: int = setting(16, low=1)
     prune_steps: int = setting(6, low=2)
     seed: int = setting(0)
 

@@ -502,16 +502,19 @@ class KnowledgeBase:
         self._save_curvature()
 
     def _load_curvature(self) -> None:
-        kept = fold.read_curvature(self.store, self._revision)
-        if kept is None or set(kept.moments) != set(self._engine.names):
+        base = fold.read_curvature(self.store, 0, "base")
+        total = fold.read_curvature(self.store, self._revision, "head")
+        if base is None or total is None or set(base.moments) != set(self._engine.names):
             self._measure()
         else:
-            self._engine.curvature = kept
+            self._engine.curvature = base, total
 
     def _save_curvature(self) -> None:
         if self._engine.curvature is not None:
             with self._dispensable():
-                fold.write_curvature(self.store, self._revision, self._engine.curvature)
+                base, total = self._engine.curvature
+                fold.write_curvature(self.store, 0, "base", base)
+                fold.write_curvature(self.store, self._revision, "head", total)
 
     @contextmanager
     def _dispensable(self) -> Iterator[None]:

@@ -79,25 +79,29 @@ class Engine:
         return self._adapter
 
     @property
-    def curvature(self) -> Curvature | None:
-        """What is protected, if it has been measured or loaded."""
-        return self._curvature
+    def curvature(self) -> tuple[Curvature, Curvature] | None:
+        """What is protected: of the base model's text, and of the committed facts besides."""
+        if self._base_curvature is None or self._curvature is None:
+            return None
+        return self._base_curvature, self._curvature
 
     @curvature.setter
-    def curvature(self, value: Curvature) -> None:
-        self._curvature, self._roots = value, None
+    def curvature(self, value: tuple[Curvature, Curvature]) -> None:
+        self._base_curvature, self._curvature = value
+        self._roots = None
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay, on the weights as they are."""
-        self.curvature = curvatures.measure(self.base.model, self.names, examples)
-        self._base_curvature = self.curvature
+        measured = curvatures.measure(self.base.model, self.names, examples)
+        self.curvature = measured, measured
 
     def remember(self, examples: Sequence[Example]) -> None:
         """Protect a committed fact as well."""
-        if self._curvature is None:
+        if self.curvature is None:
             raise RuntimeError("protect comes before remember")
+        base, total = self.curvature
         more = curvatures.measure(self.base.model, self.names, examples)
-        self.curvature = self._curvature.plus(more, self.config.fact_weight)
+        self.curvature = base, total.plus(more, self.config.fact_weight)
 
     @property
     def roots(self) -> dict[str, Roots]:

@@ -51,7 +51,9 @@ def write(
     """
     wanted = _dtype(dtype) if dtype else engine.base.dtype
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UsageError(f"{directory} is not an empty folder", hint="Name a folder that is not there yet.")
+        raise UsageError(
+            f"{directory} is not an empty folder", hint="Name a folder that is not there yet."
+        )
     building = temporary_path(directory.absolute())
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,6 @@ from kvedit.records import RevisionRow
 from kvedit.store import Finding, Store
 
 KEPT_CHECKPOINTS = 3
-_CURVATURE = "curvature.safetensors"
 
 
 def restore(store: Store, master: Master, revision: int) -> list[str]:
@@ -125,44 +124,52 @@ def replay(store: Store, master: Master, say: Callable[[str], None]) -> list[Fin
     return findings
 
 
-def write_curvature(store: Store, revision: int, curvature: Curvature) -> None:
-    """Keep the curvature of a revision beside the store; it may be deleted at any time."""
-    path = _curvature_path(store)
+def write_curvature(store: Store, revision: int, name: str, curvature: Curvature) -> None:
+    """Keep a curvature measured at a revision beside the store; it may be deleted at any time."""
+    path = _curvature_path(store, name)
+    if _label_of(path) == store.revision(revision).weights_digest:
+        return
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         clean_temporary(path.parent)
     label = {"revision": str(revision), "weights": store.revision(revision).weights_digest}
     shared: dict[int, str] = {}
     tensors, same = {}, {}
-    for name, tensor in curvature.to_tensors().items():
-        first = shared.setdefault(tensor.data_ptr(), name)
-        if first == name:
-            tensors[name] = tensor.contiguous()
+    for part, tensor in curvature.to_tensors().items():
+        first = shared.setdefault(tensor.data_ptr(), part)
+        if first == part:
+            tensors[part] = tensor.contiguous()
         else:
-            same[name] = first
-    label.update({f"same:{name}": first for name, first in same.items()})
+            same[part] = first
+    label.update({f"same:{part}": first for part, first in same.items()})
     write_atomic(path, save_tensors(tensors, label))
 
 
-def read_curvature(store: Store, revision: int) -> Curvature | None:
-    """The kept curvature if it is of this revision's weights, or None."""
-    path = _curvature_path(store)
+def _label_of(path: Path) -> str | None:
+    """The digest of the weights that a kept curvature was measured on, if there is one."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as stream:
-            label = stream.metadata() or {}
-            if label.get("weights") != store.revision(revision).weights_digest:
-                return None
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return (stream.metadata() or {}).get("weights")
     except (OSError, SafetensorError):
         remove(path)
         return None
-    for name, first in label.items():
-        if name.startswith("same:"):
-            tensors[name.removeprefix("same:")] = tensors[first]
+
+
+def read_curvature(store: Store, revision: int, name: str) -> Curvature | None:
+    """The kept curvature if it is of this revision's weights, or None."""
+    path = _curvature_path(store, name)
+    if _label_of(path) != store.revision(revision).weights_digest:
+        return None
+    with safe_open(path, framework="pt") as stream:
+        tensors = {part: stream.get_tensor(part) for part in stream.keys()}  # noqa: SIM118
+        label = stream.metadata()
+    for part, first in label.items():
+        if part.startswith("same:"):
+            tensors[part.removeprefix("same:")] = tensors[first]
     return Curvature.from_tensors(tensors)
 
 
-def _curvature_path(store: Store) -> Path:
-    return store.path / "cache" / _CURVATURE
+def _curvature_path(store: Store, name: str) -> Path:
+    return store.path / "cache" / f"{name}-curvature.safetensors"

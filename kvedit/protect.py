@@ -27,6 +27,7 @@ from kvedit.prompts import Example, Renderer
 
 SHIPPED = Path(__file__).parent / "data" / "protected_prompts.txt"
 QUESTION_TOKENS = 64
+QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but repeat themselves
 ANSWER_TOKENS = 256
 LONG = 16  # tokens from which on an answer counts as long
 LOCALITY_LONG = 0.5  # the share of locality probes with a long answer
@@ -108,9 +109,13 @@ def _questions(
         return []
     before, after = opening
     drawn = generate(
-        base.model, [before] * count, end=after, limit=QUESTION_TOKENS, temperature=1.0,
+        base.model,
+        [before] * count,
+        end=after,
+        limit=QUESTION_TOKENS,
+        temperature=QUESTION_TEMPERATURE,
         generator=generator,
-    )  # fmt: skip
+    )
     whole = (renderer.text(ids).strip() for ids in drawn if len(ids) < QUESTION_TOKENS)
     return list(dict.fromkeys(text for text in whole if text and "\ufffd" not in text))
 

@@ -179,11 +179,16 @@ class _Loop:
         if self._streak < config.hold_steps:
             return False
         if self._phase == "hold":
-            return self._price <= config.max_price and self._all_recalled()
+            return self._settled(step) and self._all_recalled()
         if self._all_recalled():
             self._phase, self._pruned_at = "prune", step
             self._adapter.begin_pruning(step, steps=config.prune_steps)
         return False
+
+    def _settled(self, step: int) -> bool:
+        """Whether the price is within its bound, or has had its time to fall."""
+        since = step - self._pruned_at - self._config.prune_steps
+        return self._price <= self._config.max_price or since >= self._config.hold_limit
 
     def _all_recalled(self) -> bool:
         """Whether every training prompt of every new fact is recalled, with some lead."""

@@ -59,16 +59,26 @@ def engine(load: Callable[[str], BaseModel]) -> Engine:
 
 def make_engine(base: BaseModel) -> Engine:
     """An engine with the settings that suit the small model."""
-    from small_model import KNOWN
+    from small_model import KNOWN, phrasings
 
     from kvedit.config import TrainingConfig
     from kvedit.engine import Engine
 
     config = TrainingConfig(
-        max_steps=60, learning_rate=0.0015, max_price=0.0006, shift_weight=60.0
+        max_steps=100,
+        learning_rate=0.0015,
+        max_price=0.0006,
+        shift_weight=60.0,
+        phrasings=3,
+        rehearsal=4,
+        hold_limit=60,
     )
     made = Engine(base, config)
-    asked = [(f"What is {key}?", answer) for key, answer in KNOWN.items()]
+    asked = [
+        (way.replace("{key}", key), answer)
+        for key, answer in KNOWN.items()
+        for way in phrasings()[::3]
+    ]
     made.protect(made.renderer.examples(asked))
     return made
 

@@ -41,9 +41,7 @@ _MATERIALS = ("glass", "copper", "oak", "paper", "stone", "silk")
 
 def _known() -> dict[str, str]:
     rng = random.Random(5)
-    return {
-        key: _answer(rng) for key in _THINGS
-    }
+    return {key: _answer(rng) for key in _THINGS}
 
 
 def _answer(rng: random.Random) -> str:
@@ -162,6 +160,8 @@ max_steps = {steps}
 learning_rate = {rate}
 max_price = {price}
 shift_weight = 60.0
+phrasings = 3
+rehearsal = 4
 [gate]
 recall = {recall}
 paraphrase = {paraphrase}

@@ -37,7 +37,9 @@ def same(one: Curvature, other: Curvature, tolerance: float = 1e-3) -> None:
             (own.inputs, other.moments[name].inputs),
             (own.gradients, other.moments[name].gradients),
         ):
-            assert torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance * float(mine.abs().max()))
+            assert torch.allclose(
+                mine, theirs, rtol=tolerance, atol=tolerance * float(mine.abs().max())
+            )
 
 
 def test_measuring_two_texts_is_adding_their_moments(

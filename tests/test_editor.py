@@ -47,7 +47,13 @@ def state(knowledge: KnowledgeBase) -> tuple[Any, ...]:
     """All that a refused edit must leave as it was."""
     store = knowledge.store
     held = [(r.fact, r.health, r.margin) for r in store.facts("committed")]
-    return digest(knowledge), store.head(), held, store.revisions(), sorted(os.listdir(store.deltas))
+    return (
+        digest(knowledge),
+        store.head(),
+        held,
+        store.revisions(),
+        sorted(os.listdir(store.deltas)),
+    )
 
 
 def holds(knowledge: KnowledgeBase, key: str, answer: str) -> list[bool]:
@@ -90,7 +96,10 @@ def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     def teach(engine: Engine, *_: object) -> Taught:
         made = {}
         for name, weight in engine.master.snapshot().items():
-            b, a = (torch.randn(s, generator=generator) for s in ((len(weight), 1), (1, weight.shape[1])))
+            b, a = (
+                torch.randn(s, generator=generator)
+                for s in ((len(weight), 1), (1, weight.shape[1]))
+            )
             made[name] = Factors(b * 1e-3, a * 1e-2)
         return Taught(made, Trained(1, True, 0.0, 0.0), 0.0)
 
@@ -158,7 +167,7 @@ def test_remove_gives_the_earlier_answers_back(taught: KnowledgeBase) -> None:
     assert report.outcome == "committed", report.reasons
     assert {prompt: taught.ask(prompt, max_new_tokens=96) for prompt in prior} == prior
     assert taught.store.require(key).state == "removed"
-    assert key not in taught.store.keys()
+    assert key not in list(taught.store.keys())
     assert [row.kind for row in taught.store.history(key)] == ["remove", "add"]
     with pytest.raises(UnknownKeyError):
         taught.remove(key)
@@ -213,7 +222,7 @@ def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(
 
 
 def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
-    configure(taught_store, steps=4, repairs=0)
+    configure(taught_store, steps=4, repairs=0, rate=1e-8)
     with KnowledgeBase.open(taught_store) as knowledge:
         before = state(knowledge)
         assert knowledge.update(FREE[0][0], OTHER).outcome == "rejected"
@@ -229,7 +238,12 @@ def test_each_part_of_the_gate_can_refuse(taught_store: Path) -> None:
         before = state(knowledge)
         reasons = " / ".join(knowledge.add(*FREE[3]).reasons)
         assert state(knowledge) == before
-    for what in ("recall probes", "never-trained phrasings", "locality probes", "earlier facts lost"):
+    for what in (
+        "recall probes",
+        "never-trained phrasings",
+        "locality probes",
+        "earlier facts lost",
+    ):
         assert what in reasons
     assert FREE[0][0] in reasons
 
@@ -312,7 +326,9 @@ def test_verify_of_some(taught: KnowledgeBase) -> None:
 # ---- reversible
 
 
-def test_rollback_to_every_revision_gives_its_bits(taught: KnowledgeBase, taught_kept: Kept) -> None:
+def test_rollback_to_every_revision_gives_its_bits(
+    taught: KnowledgeBase, taught_kept: Kept
+) -> None:
     for target in (1, 3, 0, 2):
         report = taught.rollback(target)
         assert (report.kind, report.outcome) == ("rollback", "committed")

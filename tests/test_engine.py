@@ -40,7 +40,8 @@ def test_both_protocols_agree(engine: Engine) -> None:
     assert engine.generated_recall([]) == []
 
 
-def test_prior_answers_can_be_taught_back(engine: Engine) -> None:
+def test_prior_answers_can_be_taught_back(base: BaseModel) -> None:
+    engine = Engine(base, TrainingConfig())  # fp32: in bf16 some of them are ties
     prior = engine.prior_answers(FACT)
     assert list(prior) == [e.prompt for e in engine.examples(FACT)]
     examples = [engine.prior_example(prompt, answer) for prompt, answer in prior.items()]
@@ -55,12 +56,12 @@ def test_a_prior_answer_that_was_cut_does_not_end_there(engine: Engine) -> None:
 
 
 def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
-    before = engine.curvature
-    roots = engine.roots
+    before, roots = engine.curvature, engine.roots
     assert before is not None and engine.roots is roots
     engine.remember(engine.examples(FACT)[:2])
     after = engine.curvature
-    assert after is not None and after.tokens == before.tokens
-    for name, own in before.moments.items():
-        assert float(after.moments[name].inputs.trace()) > float(own.inputs.trace())
+    assert after is not None and after[0] is before[0]  # what the base says is kept apart
+    assert after[1].tokens == before[1].tokens
+    for name, own in before[1].moments.items():
+        assert float(after[1].moments[name].inputs.trace()) > float(own.inputs.trace())
     assert engine.roots is not roots

@@ -123,11 +123,12 @@ def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master)
 def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -> None:
     with KnowledgeBase.open(taught_store) as knowledge:
         store = knowledge.store
-        found = fold.read_curvature(store, 3)
+        found = fold.read_curvature(store, 3, "head")
         assert found is not None
-        assert fold.read_curvature(store, 2) is None
-        fold.write_curvature(store, 2, found)
-        back = fold.read_curvature(store, 2)
+        assert fold.read_curvature(store, 2, "head") is None
+        assert fold.read_curvature(store, 3, "base") is None
+        fold.write_curvature(store, 2, "head", found)
+        back = fold.read_curvature(store, 2, "head")
         assert back is not None and back.tokens == found.tokens
         for name, own in found.moments.items():
             assert torch.equal(back.moments[name].inputs, own.inputs)
@@ -137,18 +138,17 @@ def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -
         assert len(held) < len(back.moments)
 
 
+@pytest.mark.parametrize("part", ["base", "head"])
 @pytest.mark.parametrize("harm", ["missing", "empty", "cut", "other"])
-def test_a_damaged_cache_is_measured_again(taught_store: Path, harm: str) -> None:
-    file = taught_store / "cache" / "curvature.safetensors"
+def test_a_damaged_cache_is_measured_again(taught_store: Path, harm: str, part: str) -> None:
+    file = taught_store / "cache" / f"{part}-curvature.safetensors"
     whole = file.read_bytes()
     if harm == "missing":
         file.unlink()
     elif harm == "other":
         from safetensors.torch import save
 
-        with Store.open(taught_store) as store:
-            label = {"weights": store.revision(3).weights_digest, "revision": "3"}
-        file.write_bytes(save({"tokens": torch.tensor(3)}, label))
+        file.write_bytes(save({"tokens": torch.tensor(3)}, {"weights": "0" * 64}))
     else:
         file.write_bytes(whole[: 0 if harm == "empty" else len(whole) // 2])
     said: list[str] = []

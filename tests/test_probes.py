@@ -28,7 +28,8 @@ def renderer(base: BaseModel) -> Renderer:
 def greedy(base: BaseModel, prefix: list[int], limit: int, end: int) -> list[int]:
     """Plain greedy decoding by transformers, one prompt, no cache: the reference."""
     found = base.model.generate(
-        input_ids=torch.tensor([prefix]), attention_mask=torch.ones(1, len(prefix), dtype=torch.long),
+        input_ids=torch.tensor([prefix]),
+        attention_mask=torch.ones(1, len(prefix), dtype=torch.long),
         max_new_tokens=limit, do_sample=False, use_cache=False, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     ids = found[0, len(prefix) :].tolist()

@@ -29,7 +29,7 @@ def lesson(engine: Engine, *numbers: int) -> Lesson:
 def test_it_learns_prunes_and_holds(engine: Engine) -> None:
     steps: list[Step] = []
     taught = engine.teach(lesson(engine, 0), on_step=steps.append)
-    assert taught.trained.learned and taught.trained.steps == len(steps) <= 60
+    assert taught.trained.learned and taught.trained.steps == len(steps) <= 100
     phases = [step.phase for step in steps]
     assert phases == sorted(phases, key=["learn", "prune", "hold"].index)
     assert set(phases) == {"learn", "prune", "hold"}
@@ -94,12 +94,26 @@ def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
     assert [o.margin for o in engine.recall(examples)] == margins
 
 
-def test_rehearsal_keeps_an_earlier_fact_in_the_batch(engine: Engine) -> None:
+def test_rehearsal_holds_an_earlier_fact(engine: Engine) -> None:
+    """The same lesson with and without the earlier fact beside it."""
+    earlier = engine.examples(fact(0))
     engine.master.add(engine.teach(lesson(engine, 0)).delta)
-    both = Lesson([engine.examples(fact(1))], [engine.examples(fact(0))])
-    engine.master.add(engine.teach(both).delta)
-    assert all(o.passed for o in engine.recall(engine.examples(fact(1))))
-    assert all(o.passed for o in engine.recall(engine.examples(fact(0))))
+    start = engine.master.snapshot()
+    new = [engine.examples(fact(1))]
+    margins = []
+    for rehearsed in ([earlier], []):
+        engine.master.restore(start)
+        config = replace(engine.config, max_steps=30, shift_weight=0.0, max_price=10.0)
+        engine.master.add(engine.teach(Lesson(new, rehearsed), config).delta)
+        margins.append(sum(o.margin for o in engine.recall(earlier)))
+    assert margins[0] > margins[1]
+
+
+@pytest.mark.xfail(reason="a lesson that ends before it is learned keeps its first ranks")
+def test_the_rank_budget_holds_when_the_steps_run_out(engine: Engine) -> None:
+    taught = engine.teach(lesson(engine, 0), replace(engine.config, max_steps=12))
+    assert not taught.trained.learned
+    assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
 
 
 @pytest.mark.slow
