@@ -41,13 +41,13 @@ class TrainingConfig:
     phrasings: int = setting(2, low=1)
     rehearsal: int = setting(2)
     controls: int = setting(0)
-    shift_weight: float = setting(150.0)
+    shift_weight: float = setting(400.0)
     max_price: float = setting(0.002, low=0)
     input_damping: float = setting(0.03, low=1e-6)
     gradient_damping: float = setting(0.1, low=1e-6)
     anchor: float = setting(1.0)
-    fact_weight: float = setting(20.0)
-    margin: float = setting(0.1)
+    fact_weight: float = setting(60.0)
+    margin: float = setting(0.5)
     lead: float = setting(2.0)
     shrink: float = setting(0.95, low=0.1, high=1.0)
     hold_steps: int = setting(2, low=1)
@@ -77,7 +77,7 @@ class RetentionConfig:
     """
 
     sample: int = setting(16)
-    prompts: int = setting(2, low=1)
+    prompts: int = setting(5, low=1)
     repairs: int = setting(2)
     stale_after: int = setting(50, low=1)
     checkpoint_every: int = setting(16, low=1)
@@ -92,7 +92,7 @@ class ProtectConfig:
     ``locality`` more as probes that no training ever uses.
     """
 
-    drafts: int = setting(3000, low=1)
+    drafts: int = setting(2400, low=1)
     long: int = setting(600)
     short: int = setting(500)
     free: int = setting(100)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,21 +21,18 @@ from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
     DuplicateKeyError,
-    KveditError,
-    LockedError,
-    ModelMismatchError,
     UnknownKeyError,
 )
-from kvedit.events import EditReport, Event, RetentionCheck, Score, Status, Warning_
+from kvedit.events import EditReport, Event, RetentionCheck, Score, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
 from kvedit.keys import Similar, similar
-from kvedit.models import BaseModel
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
-from kvedit.store import FactChange, FactRow, Finding, ProbeRow, ProtectedRow, Store
+from kvedit.store import FactChange, FactRow, Finding, ProbeRow, Store
 from kvedit.transaction import Plan, Target, Transaction, probe_row
+from kvedit.workspace import Workspace, load_pinned
 
 OnEvent = Callable[[Event], None]
 REPAIR_GROUP = 8
@@ -65,10 +61,9 @@ class KnowledgeBase:
 
     def __init__(self, store: Store, engine: Engine, on_event: OnEvent | None = None) -> None:
         self.store = store
-        self._engine = engine
-        self._config: Config = store.config
+        self.engine = engine
         self._emit: OnEvent = on_event or (lambda event: None)
-        self._revision = 0
+        self._work = Workspace(store, engine, self._emit)
 
     @classmethod
     def create(
@@ -100,9 +95,13 @@ class KnowledgeBase:
             "weights_digest": engine.master.digest(),
         }
         store = Store.create(Path(path), meta)
-        knowledge = cls(store, engine, on_event)
-        with store.lock():
-            knowledge._make_protected(extra)
+        try:
+            knowledge = cls(store, engine, on_event)
+            with store.lock():
+                knowledge._work.make_protected(extra)
+        except BaseException:
+            store.close()
+            raise
         return knowledge
 
     @classmethod
@@ -113,11 +112,11 @@ class KnowledgeBase:
         """
         store = Store.open(Path(path))
         try:
-            base = _load_pinned(store)
+            base = load_pinned(store)
             engine = Engine(base, store.config.training, phrasings=store.path / "phrasings")
             knowledge = cls(store, engine, on_event)
-            knowledge._recover()
-            knowledge._go_to(store.head())
+            knowledge._work.recover()
+            knowledge._work.go_to(store.head())
         except BaseException:
             store.close()
             raise
@@ -126,7 +125,7 @@ class KnowledgeBase:
     def close(self) -> None:
         """Keep what was measured for the next time, and close the store."""
         try:
-            self._save_curvature()
+            self._work.save_curvature()
         finally:
             self.store.close()
 
@@ -170,8 +169,8 @@ class KnowledgeBase:
 
     def add_fact(self, fact: Fact, *, force: bool = False) -> EditReport:
         """``add`` for a fact that was made before."""
-        recall = tuple(self._engine.examples(fact))  # raises before anything is written
-        with self._editing():
+        recall = tuple(self.engine.examples(fact))  # raises before anything is written
+        with self._work.editing():
             known = self.store.find(fact.key)
             if known is not None and known.state == "committed":
                 return self._known_already(known, fact)
@@ -179,7 +178,7 @@ class KnowledgeBase:
             self._warn_near(fact.key, near)
             fact_id = self.store.put_pending(fact)
             self._say("asking the model first", fact.key)
-            prior = self._engine.prior_answers(fact)
+            prior = self.engine.prior_answers(fact)
             plan = Plan(
                 kind="add",
                 keys=(fact.key,),
@@ -195,7 +194,7 @@ class KnowledgeBase:
 
     def update(self, key: str, description: str, *, force: bool = False) -> EditReport:
         """Give a fact another text.  Raises UnknownKeyError."""
-        with self._editing():
+        with self._work.editing():
             row = self._committed(key)
             fact = row.fact.with_description(description)
             if fact == row.fact:
@@ -204,7 +203,7 @@ class KnowledgeBase:
                 kind="update",
                 keys=(row.fact.key,),
                 changes=(FactChange(row.id, row.fact, fact),),
-                targets=(self._target(row.id, fact, tuple(self._engine.examples(fact))),),
+                targets=(self._target(row.id, fact, tuple(self.engine.examples(fact))),),
                 locality=tuple(self._locality(fact)),
                 text_before=row.fact.description,
                 text_after=fact.description,
@@ -216,11 +215,11 @@ class KnowledgeBase:
 
         Raises UnknownKeyError.
         """
-        with self._editing():
+        with self._work.editing():
             row = self._committed(key)
             prior = self.store.prior_answers(row.id)
-            recall = tuple(self._engine.prior_example(p, answer) for p, answer in prior.items())
-            forget = tuple(self._engine.paraphrases(row.fact))
+            recall = tuple(self.engine.prior_example(p, answer) for p, answer in prior.items())
+            forget = tuple(self.engine.paraphrases(row.fact))
             plan = Plan(
                 kind="remove",
                 keys=(row.fact.key,),
@@ -235,7 +234,7 @@ class KnowledgeBase:
     def rollback(self, revision: int) -> EditReport:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
         began = time.monotonic()
-        with self._editing():
+        with self._work.editing():
             wanted = self.store.revision(revision)
             head = self.store.head()
             changes = self.store.rollback_changes(revision)
@@ -244,7 +243,7 @@ class KnowledgeBase:
                 kind="rollback", outcome="committed", key=f"to {revision}", parent=head
             )
             try:
-                self._go_to(revision)
+                self._work.go_to(revision)
                 new = self.store.commit_edit(
                     edit_id,
                     expected_head=head,
@@ -259,39 +258,39 @@ class KnowledgeBase:
             except BaseException:
                 if self.store.edit(edit_id).state != "committed":
                     self.store.finish_edit(edit_id, "failed", ["rollback failed"], {})
-                    self._go_to(head)
+                    self._work.go_to(head)
                 raise
-            self._revision = new
+            self._work.revision = new
             return replace(report, revision=new, seconds=time.monotonic() - began)
 
     def _run(self, plan: Plan, force: bool) -> EditReport:
-        edit = Transaction(self.store, self._engine, self._config, plan, self._emit)
+        edit = Transaction(self.store, self.engine, self._work.config, plan, self._emit)
         try:
             report = edit.run(force=force)
         finally:
-            self._revision = self.store.head()  # an interruption may come after the commit
+            self._work.revision = self.store.head()  # an interruption may come after the commit
         if report.revision is not None:
-            if plan.kind in ("add", "update"):
-                self._engine.remember([e for t in plan.targets for e in t.recall[:2]])
-            every = self._config.retention.checkpoint_every
-            with self._dispensable():
-                fold.checkpoint_if_due(self.store, self._engine.master, every)
+            learned = [e for t in plan.targets for e in t.recall[:2]]
+            self._work.remember(learned if plan.kind in ("add", "update") else [])
+            every = self._work.config.retention.checkpoint_every
+            with self._work.dispensable():
+                fold.checkpoint_if_due(self.store, self.engine.master, every)
         self._emit(report)
         return report
 
     def _target(self, fact_id: int, fact: Fact, recall: tuple[Example, ...]) -> Target:
         return Target(
-            fact_id=fact_id, recall=recall, paraphrases=tuple(self._engine.paraphrases(fact))
+            fact_id=fact_id, recall=recall, paraphrases=tuple(self.engine.paraphrases(fact))
         )
 
     def _locality(self, fact: Fact) -> list[Example]:
         """The store's locality probes and the fact's own, which default to today's answer."""
         rows = self.store.protected("locality")
         own = [probe.prompt for probe in fact.locality if probe.answer is None]
-        answers = dict(zip(own, self._engine.generate(own, limit=64), strict=True)) if own else {}
+        answers = dict(zip(own, self.engine.generate(own, limit=64), strict=True)) if own else {}
         pairs = [(row.prompt, row.answer) for row in rows]
         pairs += [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
-        return self._engine.renderer.examples(pairs)
+        return self.engine.renderer.examples(pairs)
 
     def _committed(self, key: str) -> FactRow:
         row = self.store.require(key)
@@ -326,7 +325,7 @@ class KnowledgeBase:
 
     def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
         """The model's greedy answer at the head, or at another revision."""
-        return self._at(at, lambda: self._engine.generate([prompt], limit=max_new_tokens)[0])
+        return self._work.at(at, lambda: self.engine.generate([prompt], limit=max_new_tokens)[0])
 
     def ask_before(self, prompt: str, *, max_new_tokens: int = 256) -> str:
         """The base model's greedy answer."""
@@ -334,21 +333,8 @@ class KnowledgeBase:
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
         """The model's next turn in a conversation of ``role`` and ``content``."""
-        prefix = self._engine.renderer.dialogue(messages)
-        return self._engine.complete([prefix], limit=max_new_tokens)[0]
-
-    _T = TypeVar("_T")
-
-    def _at(self, revision: int | None, action: Callable[[], _T]) -> _T:
-        """Do something with another revision's weights, then come back."""
-        here = self._revision
-        if revision is None or revision == here:
-            return action()
-        try:
-            self._go_to(revision)
-            return action()
-        finally:
-            self._go_to(here)
+        prefix = self.engine.renderer.dialogue(messages)
+        return self.engine.complete([prefix], limit=max_new_tokens)[0]
 
     # ---- checks
 
@@ -375,14 +361,14 @@ class KnowledgeBase:
 
     def _check(self, rows: Sequence[FactRow]) -> VerifyReport:
         """Probe facts teacher-forced under all training prompts, and generate one answer each."""
-        revision = self._revision
-        examples = [self._engine.examples(row.fact) for row in rows]
+        revision = self._work.revision
+        examples = [self.engine.examples(row.fact) for row in rows]
         self._say(f"checking {len(rows)} facts")
-        outcomes = iter(self._engine.recall([e for own in examples for e in own]))
+        outcomes = iter(self.engine.recall([e for own in examples for e in own]))
         rng = random.Random(revision)
         asked = [rng.choice(own) for own in examples]
         self._say(f"generating {len(rows)} answers")
-        spoken = self._engine.generated_recall(asked)
+        spoken = self.engine.generated_recall(asked)
         checks, results = [], []
         for row, own, one, said in zip(rows, examples, asked, spoken, strict=True):
             found = [next(outcomes) for _ in own]
@@ -402,14 +388,14 @@ class KnowledgeBase:
         )
 
     def _repair(self, rows: Sequence[FactRow]) -> EditReport:
-        with self._editing():
+        with self._work.editing():
             facts = [row.fact for row in rows]
             plan = Plan(
                 kind="repair",
                 keys=tuple(fact.key for fact in facts),
                 changes=tuple(FactChange(row.id, row.fact, row.fact) for row in rows),
                 targets=tuple(
-                    self._target(row.id, row.fact, tuple(self._engine.examples(row.fact)))
+                    self._target(row.id, row.fact, tuple(self.engine.examples(row.fact)))
                     for row in rows
                 ),
                 locality=tuple(self._locality(facts[0])),
@@ -420,157 +406,27 @@ class KnowledgeBase:
         """Check the store; ``deep`` also replays every revision and compares the digests."""
         findings = self.store.integrity()
         if deep:
-            here = self._revision
-            findings += fold.replay(self.store, self._engine.master, self._say)
-            self._go_to(here)
+            here = self._work.revision
+            findings += fold.replay(self.store, self.engine.master, self._say)
+            self._work.go_to(here)
         return findings
 
     def export(self, directory: str | Path, *, dtype: str | None = None) -> ExportReport:
         """Write the head as a folder that transformers loads, then reload and re-probe it."""
         facts = [row.fact for row in self.store.facts("committed")]
-        examples = [e for fact in facts for e in self._engine.examples(fact)]
+        examples = [e for fact in facts for e in self.engine.examples(fact)]
         self._say("writing the model")
         return export.write(
-            self._engine, examples, Path(directory), dtype=dtype, revision=self._revision,
+            self.engine, examples, Path(directory), dtype=dtype, revision=self._work.revision,
             progress=self._say,
         )  # fmt: skip
 
-    # ---- the model and the store in step
-
-    def _editing(self) -> _Editing:
-        return _Editing(self)
-
-    def _recover(self) -> None:
-        """End what a killed process left; skipped while another process is at work."""
-        try:
-            left = self.store.recover()
-        except LockedError:
-            return
-        for edit in left:
-            names = ", ".join(edit.keys)
-            text = f"recovered: the {edit.kind} of {names} was interrupted and did not happen"
-            self._emit(
-                Warning_(text=text, code="recovered", key=edit.keys[0] if edit.keys else None)
-            )
-
-    def _go_to(self, revision: int) -> None:
-        """Give the model the weights of a revision."""
-        for problem in fold.restore(self.store, self._engine.master, revision):
-            self._emit(Warning_(text=problem, code="checkpoint"))
-        self._revision = revision
-
-    def _prepare(self) -> None:
-        """Before an edit: the head's weights, protected text, and the curvature of both."""
-        self._recover()
-        if self._revision != self.store.head():
-            self._go_to(self.store.head())
-        if not self.store.protected("control"):
-            self._make_protected([])
-        if self._engine.curvature is None:
-            self._load_curvature()
-
-    def _make_protected(self, extra: Sequence[protect.Protected]) -> None:
-        """Let the base model say what it knows, and keep it."""
-        here = self._revision
-        self._go_to(0)
-        made = protect.make(
-            self._engine.base, self._engine.renderer, self._config.protect,
-            extra=extra, progress=lambda text: self._say(text),
-        )  # fmt: skip
-        groups = (("control", made.control), ("locality", made.locality))
-        self.store.set_protected(
-            ProtectedRow(role=role, prompt=t.prompt, answer=t.answer, source=t.source)
-            for role, texts in groups
-            for t in texts
-        )
-        self._go_to(here)
-        self._measure()
-
-    def _measure(self) -> None:
-        """The curvature of the protected text on the base model, and of the facts on the head."""
-        self._say("measuring what must stay")
-        texts = [
-            protect.Protected(row.prompt, row.answer, row.source)
-            for row in self.store.protected("control")
-        ]
-        renderer = self._engine.renderer
-        examples = [protect.example(renderer, text) for text in texts]
-        self._at(0, lambda: self._engine.protect(examples))
-        facts = [row.fact for row in self.store.facts("committed")]
-        if facts:
-            self._engine.remember([e for f in facts for e in self._engine.examples(f)[:2]])
-        self._save_curvature()
-
-    def _load_curvature(self) -> None:
-        base = fold.read_curvature(self.store, 0, "base")
-        total = fold.read_curvature(self.store, self._revision, "head")
-        if base is None or total is None or set(base.moments) != set(self._engine.names):
-            self._measure()
-        else:
-            self._engine.curvature = base, total
-
-    def _save_curvature(self) -> None:
-        if self._engine.curvature is not None:
-            with self._dispensable():
-                base, total = self._engine.curvature
-                fold.write_curvature(self.store, 0, "base", base)
-                fold.write_curvature(self.store, self._revision, "head", total)
-
-    @contextmanager
-    def _dispensable(self) -> Iterator[None]:
-        """Around what only saves time: the edit stands, that this was not written is a warning."""
-        try:
-            yield
-        except KveditError as error:
-            self._emit(Warning_(text=f"not kept: {error.message}", code="not-kept"))
-
     def _say(self, text: str, key: str | None = None) -> None:
-        self._emit(Status(phase=text, key=key))
-
-
-class _Editing:
-    """The store's lock for the length of one edit, the model brought up to the head."""
-
-    def __init__(self, knowledge: KnowledgeBase) -> None:
-        self._knowledge = knowledge
-
-    def __enter__(self) -> None:
-        self._lock = self._knowledge.store.lock()
-        self._lock.__enter__()
-        try:
-            self._knowledge._prepare()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.__exit__(kind, error, trace)
+        self._work.say(text, key)
 
 
 def _protect_file(path: Path | None) -> list[protect.Protected]:
     return protect.read_file(path) if path is not None else []
-
-
-def _load_pinned(store: Store) -> BaseModel:
-    """The model that the store was made for; raises ModelMismatchError if it is another now."""
-    name = store.meta("model_name") or models.EMBEDDED
-    source = models.locate(None if name == models.EMBEDDED else store.meta("model_path"))
-    base = models.load(
-        source,
-        revision=store.meta("model_revision") or None,
-        trust_remote_code=store.meta("trust_remote_code") == "1",
-    )
-    if base.fingerprint != store.meta("model_fingerprint"):
-        raise ModelMismatchError(
-            f"the model at {source} is not the one that {store.path} was made for",
-            hint="Put the original weights back, or make a new store with kvedit init.",
-        )
-    return base
 
 
 def _generated_row(fact_id: int, example: Example, passed: bool) -> ProbeRow:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
-ROWS_A_BATCH = 128
+ROWS_A_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import torch
 from kvedit.config import ProtectConfig
 from kvedit.errors import InvalidFactError
 from kvedit.models import BaseModel
-from kvedit.probes import generate
+from kvedit.probes import generate, recall
 from kvedit.prompts import Example, Renderer
 
 SHIPPED = Path(__file__).parent / "data" / "protected_prompts.txt"
@@ -30,6 +30,7 @@ QUESTION_TOKENS = 64
 QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but repeat themselves
 ANSWER_TOKENS = 256
 LONG = 16  # tokens from which on an answer counts as long
+FIRM = 1.0  # logits by which a locality probe's answer must lead
 LOCALITY_LONG = 0.5  # the share of locality probes with a long answer
 
 
@@ -76,16 +77,18 @@ def make(
     rng.shuffle(long)
     rng.shuffle(short)
     wanted = round(config.locality * LOCALITY_LONG)
-    cut = min(wanted, len(long) // 2)
-    rest = min(config.locality - cut, len(short) // 2)
-    locality = (*long[:cut], *short[:rest])
+    far = _firm(base, renderer, long, wanted)
+    near = _firm(base, renderer, short, config.locality - len(far))
+    locality = (*far, *near)
+    long = [t for t in long if t not in far]
+    short = [t for t in short if t not in near]
     progress("writing freely")
     asked = _answers(base, renderer, [p for p in shipped if p not in taken], "shipped")
     known = {t.prompt for t in answered}
     control = (
         *extra,
-        *long[cut : cut + config.long],
-        *short[rest : rest + config.short],
+        *long[: config.long],
+        *short[: config.short],
         *(t for t in asked if t.prompt not in known),
         *_free(base, renderer, config.free, generator),
     )
@@ -98,6 +101,19 @@ def example(renderer: Renderer, text: Protected) -> Example:
         return renderer.example(text.prompt, text.answer)
     ids = (renderer.begin, *renderer.tokens(text.answer)[: renderer.context - 2], renderer.end)
     return Example(ids, 1, "", text.answer)
+
+
+def _firm(
+    base: BaseModel, renderer: Renderer, texts: Sequence[Protected], count: int
+) -> list[Protected]:
+    """Up to ``count`` texts that the model is sure of, at most half of those there are.
+
+    A made-up answer that hangs on a near-tie says nothing about what was lost when it changes.
+    """
+    drawn = texts[: min(4 * count, len(texts) // 2)]
+    outcomes = recall(base.model, [example(renderer, text) for text in drawn])
+    firm = [t for t, o in zip(drawn, outcomes, strict=True) if o.margin >= FIRM]
+    return firm[:count]
 
 
 def _questions(

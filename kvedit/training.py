@@ -121,7 +121,7 @@ class _Loop:
             self._streak = self._streak + 1 if good else 0
             if self._finished(step):
                 return Trained(step, True, self._loss, self._price)
-        learned = self._phase == "hold" and self._all_recalled()
+        learned = self._phase != "learn" and self._all_recalled()
         return Trained(config.max_steps, learned, self._loss, self._price)
 
     def _step(self, step: int) -> bool:
@@ -173,22 +173,30 @@ class _Loop:
         """Move from phase to phase; True when the fact is held with the final ranks."""
         config = self._config
         if self._phase == "prune":
-            if step > self._pruned_at + config.prune_steps:
+            if step > self._pruned_at:
                 self._phase = "hold"
+            return False
+        last = step >= config.max_steps - config.prune_steps - 1
+        if self._phase == "learn" and last:  # learned or not: un-pruned ranks are never merged
+            self._prune_from(step)
             return False
         if self._streak < config.hold_steps:
             return False
         if self._phase == "hold":
             return self._settled(step) and self._all_recalled()
         if self._all_recalled():
-            self._phase, self._pruned_at = "prune", step
-            self._adapter.begin_pruning(step, steps=config.prune_steps)
+            self._prune_from(step)
         return False
+
+    def _prune_from(self, step: int) -> None:
+        steps = max(1, min(self._config.prune_steps, self._config.max_steps - step - 1))
+        self._phase, self._pruned_at = "prune", step + steps
+        self._adapter.begin_pruning(step, steps=steps)
 
     def _settled(self, step: int) -> bool:
         """Whether the price is within its bound, or has had its time to fall."""
-        since = step - self._pruned_at - self._config.prune_steps
-        return self._price <= self._config.max_price or since >= self._config.hold_limit
+        held = step - self._pruned_at
+        return self._price <= self._config.max_price or held >= self._config.hold_limit
 
     def _all_recalled(self) -> bool:
         """Whether every training prompt of every new fact is recalled, with some lead."""

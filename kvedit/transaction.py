@@ -144,6 +144,8 @@ class Transaction:
         """Teach and look; when refused, teach again together with what was lost (budgeted)."""
         repairing: dict[int, _Risk] = {}
         config = self._config.training
+        if self._plan.kind == "remove":  # each prompt has its own answer: all are in every step
+            config = replace(config, phrasings=max(len(t.recall) for t in self._plan.targets))
         for attempt in range(self._config.retention.repairs + 1):
             if attempt:
                 self._engine.master.restore(snapshot)

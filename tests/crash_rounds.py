@@ -205,7 +205,7 @@ def judge(
         expect(head == old + 1 or held(store) == command.before, "a committed fact was changed")
         expect(head == old or held(store) == command.after, "not all of the commit is visible")
         expect(head == old + (journal == "committed"), f"the edit was {journal}")
-        served = knowledge._engine.master.digest()
+        served = knowledge.engine.master.digest()
         expect(served == store.revision(head).weights_digest, "the weights are not the head's")
         said = [e.text for e in events if isinstance(e, Warning_) and e.code == "recovered"]
         expect(len(said) == len(left), f"recovered {len(left)} edits and said {said}")

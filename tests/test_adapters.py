@@ -125,6 +125,31 @@ def test_reset_leaves_nothing_of_the_fact_before(setting: Setting) -> None:
         assert torch.equal(first[name].b, again[name].b)
 
 
+def test_what_mattered_for_one_fact_does_not_choose_the_ranks_of_the_next(
+    setting: Setting,
+) -> None:
+    """Pruned at once, before an average over steps could forget what came before."""
+
+    def prune_at_once(number: int, steep: float = 1.0) -> list[list[bool]]:
+        setting.reset(number)
+        setting.adapter.begin_pruning(1, steps=2)
+        for step in range(1, 6):
+            setting.adapter.write()
+            answers = answer_logits(setting.model, setting.fact(number))
+            loss = torch.nn.functional.cross_entropy(answers.logits, answers.targets)
+            (steep * loss).backward()
+            with torch.no_grad():
+                for name in setting.names:
+                    e = setting.model.get_submodule(name).lora_E[NAME]
+                    e -= 0.01 * e.grad
+            setting.adapter.allocate(step)
+        return [(e[:, 0] != 0).tolist() for e in setting.slots().values()]
+
+    first = prune_at_once(1)
+    assert prune_at_once(0, steep=100.0) != first
+    assert prune_at_once(1) == first
+
+
 def test_the_price_is_that_of_the_factors(setting: Setting) -> None:
     """trace(G D C D^T) with the damping of the roots, for D = B A as it would be merged."""
     delta = setting.learn(0)

@@ -40,7 +40,7 @@ OTHER = "Made of silk in Tarn."
 
 def digest(knowledge: KnowledgeBase) -> str:
     """What the model really serves."""
-    return knowledge._engine.master.digest()
+    return knowledge.engine.master.digest()
 
 
 def state(knowledge: KnowledgeBase) -> tuple[Any, ...]:
@@ -378,7 +378,7 @@ def test_random_histories_can_be_walked_back(
             elif kind == "rollback":
                 report = knowledge.rollback(rng.randrange(knowledge.store.head() + 1))
             else:
-                knowledge._go_to(knowledge.store.head())
+                knowledge._work.go_to(knowledge.store.head())
                 continue
             assert report.outcome == "committed"
             texts = {r.fact.key: r.fact.description for r in knowledge.store.facts("committed")}

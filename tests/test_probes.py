@@ -205,3 +205,18 @@ def test_probing_leaves_weights_and_gradients_alone(load: Callable[[str], BaseMo
     probes.generate(base.model, [make.prefix("amber")], end=make.end, limit=4)
     for name, parameter in base.model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
+
+
+def test_padding_on_the_left_moves_no_absolute_position() -> None:
+    """GPT-2 adds a vector for each position, so a shifted prompt would be another prompt."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+        model = GPT2LMHeadModel(config).eval()
+        torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
+    prefixes = [[5], [7, 3, 9, 11, 2], [1, 2, 3], list(range(12))]
+    together = probes.generate(model, prefixes, end=39, limit=10)
+    alone = [probes.generate(model, [prefix], end=39, limit=10)[0] for prefix in prefixes]
+    assert together == alone

@@ -114,7 +114,7 @@ def retain(options: BenchOptions, emit: Emit) -> RetainResult:
 
 def engine_of(knowledge: KnowledgeBase) -> Engine:
     """The engine behind a knowledge base: the benchmarks ask it more than its users do."""
-    return knowledge._engine
+    return knowledge.engine
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""A store and a model kept in step: the weights of a revision, protected text, curvature.
+
+Invariants:
+- The model in memory is the revision that ``revision`` names, checked by digest when it is folded.
+- Protected text is made once, by the base model; the curvature is measured again whenever what is
+  kept of it does not belong to the weights at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from kvedit import fold, models, protect
+from kvedit.config import Config
+from kvedit.engine import Engine
+from kvedit.errors import KveditError, LockedError, ModelMismatchError
+from kvedit.events import Event, Status, Warning_
+from kvedit.models import BaseModel
+from kvedit.prompts import Example
+from kvedit.store import ProtectedRow, Store
+
+Emit = Callable[[Event], None]
+_T = TypeVar("_T")
+_PROTECTED, _DONE = "protected_text", "complete"
+
+
+class Workspace:
+    """A store, its engine, and the revision that the engine's weights are."""
+
+    def __init__(self, store: Store, engine: Engine, emit: Emit) -> None:
+        self.store = store
+        self.engine = engine
+        self.config: Config = store.config
+        self.emit = emit
+        self.revision = 0
+        self._measured: int | None = None  # the revision that the engine's curvature stands for
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """The store's lock for the length of one edit, the model brought up to the head."""
+        with self.store.lock():
+            self._prepare()
+            yield
+
+    def recover(self) -> None:
+        """End what a killed process left; skipped while another process is at work."""
+        try:
+            left = self.store.recover()
+        except LockedError:
+            return
+        for edit in left:
+            names = ", ".join(edit.keys)
+            text = f"recovered: the {edit.kind} of {names} was interrupted and did not happen"
+            self.emit(
+                Warning_(text=text, code="recovered", key=edit.keys[0] if edit.keys else None)
+            )
+
+    def go_to(self, revision: int) -> None:
+        """Give the model the weights of a revision."""
+        for problem in fold.restore(self.store, self.engine.master, revision):
+            self.emit(Warning_(text=problem, code="checkpoint"))
+        self.revision = revision
+
+    def at(self, revision: int | None, action: Callable[[], _T]) -> _T:
+        """Do something with another revision's weights, then come back."""
+        here = self.revision
+        if revision is None or revision == here:
+            return action()
+        try:
+            self.go_to(revision)
+            return action()
+        finally:
+            self.go_to(here)
+
+    def _prepare(self) -> None:
+        """Before an edit: the head's weights, protected text, and the curvature of both."""
+        self.recover()
+        if self.revision != self.store.head():
+            self.go_to(self.store.head())
+        if self.store.meta(_PROTECTED) != _DONE:
+            self.make_protected(self._control_texts())
+        if self._measured != self.revision:
+            self._load_curvature()
+
+    def make_protected(self, extra: Sequence[protect.Protected]) -> None:
+        """Let the base model say what it knows, and keep it."""
+        self.store.set_protected(_rows("control", extra))  # a killed init has not lost them
+        here = self.revision
+        self.go_to(0)
+        made = protect.make(
+            self.engine.base, self.engine.renderer, self.config.protect,
+            extra=extra, progress=lambda text: self.say(text),
+        )  # fmt: skip
+        self.store.set_protected(
+            [*_rows("control", made.control), *_rows("locality", made.locality)]
+        )
+        self.store.set_meta(_PROTECTED, _DONE)
+        self.go_to(here)
+        self._measure()
+
+    def _control_texts(self) -> list[protect.Protected]:
+        rows = self.store.protected("control")
+        return [protect.Protected(row.prompt, row.answer, row.source) for row in rows]
+
+    def _measure(self) -> None:
+        """The curvature of the protected text on the base model, and of the facts on the head."""
+        self.say("measuring what must stay")
+        renderer = self.engine.renderer
+        examples = [protect.example(renderer, text) for text in self._control_texts()]
+        self.at(0, lambda: self.engine.protect(examples))
+        self._measure_facts()
+        self.save_curvature()
+
+    def _measure_facts(self) -> None:
+        """Add the committed facts to what the base model's curvature protects."""
+        facts = [row.fact for row in self.store.facts("committed")]
+        if facts:
+            self.say(f"measuring {len(facts)} facts")
+            self.engine.remember([e for f in facts for e in self.engine.examples(f)[:2]])
+        self._measured = self.revision
+
+    def remember(self, learned: Sequence[Example]) -> None:
+        """After a commit: protect what was learned, and note that the curvature is up to date."""
+        if learned:
+            self.engine.remember(learned)
+        self._measured = self.revision
+
+    def _load_curvature(self) -> None:
+        base = fold.read_curvature(self.store, 0, "base")
+        total = fold.read_curvature(self.store, self.revision, "head")
+        if base is None or set(base.moments) != set(self.engine.names):
+            self._measure()
+        elif total is None:
+            self.engine.curvature = base, base
+            self._measure_facts()
+        else:
+            self.engine.curvature = base, total
+            self._measured = self.revision
+
+    def save_curvature(self) -> None:
+        """Keep what was measured for the next time."""
+        if self.engine.curvature is not None and self._measured == self.revision:
+            with self.dispensable():
+                base, total = self.engine.curvature
+                fold.write_curvature(self.store, 0, "base", base)
+                fold.write_curvature(self.store, self.revision, "head", total)
+
+    @contextmanager
+    def dispensable(self) -> Iterator[None]:
+        """Around what only saves time: the edit stands, that this was not written is a warning."""
+        try:
+            yield
+        except KveditError as error:
+            self.emit(Warning_(text=f"not kept: {error.message}", code="not-kept"))
+
+    def say(self, text: str, key: str | None = None) -> None:
+        """Tell what is being done."""
+        self.emit(Status(phase=text, key=key))
+
+
+def _rows(role: str, texts: Sequence[protect.Protected]) -> list[ProtectedRow]:
+    return [
+        ProtectedRow(role=role, prompt=t.prompt, answer=t.answer, source=t.source) for t in texts
+    ]
+
+
+def load_pinned(store: Store) -> BaseModel:
+    """The model that the store was made for; raises ModelMismatchError if it is another now."""
+    name = store.meta("model_name") or models.EMBEDDED
+    source = models.locate(None if name == models.EMBEDDED else store.meta("model_path"))
+    base = models.load(
+        source,
+        revision=store.meta("model_revision") or None,
+        trust_remote_code=store.meta("trust_remote_code") == "1",
+    )
+    if base.fingerprint != store.meta("model_fingerprint"):
+        raise ModelMismatchError(
+            f"the model at {source} is not the one that {store.path} was made for",
+            hint="Put the original weights back, or make a new store with kvedit init.",
+        )
+    return base
