@@ -40,6 +40,8 @@ VECTORS_SHARE = 0.3  # of the learning rate: directions turn more slowly than th
 WARM_UP = 3
 SETTLED = 0.3  # weight of an answer token that leads by enough
 FEW = 4
+PATIENCE = 24  # steps after which a fact that is not learned yet is priced lower and lower
+YIELD = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class _Loop:
             betas=ADAM_BETAS,
         )
         self._phase = "learn"
+        self._weight = config.shift_weight
         self._pruned_at = 0
         self._streak = 0
         self._loss = self._price = 0.0
@@ -121,18 +124,20 @@ class _Loop:
             self._streak = self._streak + 1 if good else 0
             if self._finished(step):
                 return Trained(step, True, self._loss, self._price)
-        learned = self._phase != "learn" and self._all_recalled()
+        learned = self._phase != "learn" and self._all_recalled(0.0)
         return Trained(config.max_steps, learned, self._loss, self._price)
 
     def _step(self, step: int) -> bool:
         """One update; returns whether every new example of the batch was recalled before it."""
         self._set_rate(step)
+        if self._phase == "learn" and step > PATIENCE:
+            self._weight *= YIELD
         new, earlier = self._draw()
         self._adapter.write()
         answers = answer_logits(self._model, [*new, *earlier])
         loss = _loss(answers, len(new), self._config.lead)
         price = self._adapter.price()
-        torch.autograd.backward(loss + self._config.shift_weight * price)
+        torch.autograd.backward(loss + self._weight * price)
         self._adapter.read_gradients()
         self._optimizer.step()
         if self._phase == "hold" and self._price > self._config.max_price:
@@ -183,8 +188,8 @@ class _Loop:
         if self._streak < config.hold_steps:
             return False
         if self._phase == "hold":
-            return self._settled(step) and self._all_recalled()
-        if self._all_recalled():
+            return self._settled(step)
+        if self._all_recalled(0.0):
             self._prune_from(step)
         return False
 
@@ -194,15 +199,15 @@ class _Loop:
         self._adapter.begin_pruning(step, steps=steps)
 
     def _settled(self, step: int) -> bool:
-        """Whether the price is within its bound, or has had its time to fall."""
-        held = step - self._pruned_at
-        return self._price <= self._config.max_price or held >= self._config.hold_limit
+        """Whether price and margin are within their bounds, or had their time to get there."""
+        if step - self._pruned_at >= self._config.hold_limit:
+            return self._all_recalled(0.0)
+        return self._price <= self._config.max_price and self._all_recalled(self._config.margin)
 
-    def _all_recalled(self) -> bool:
-        """Whether every training prompt of every new fact is recalled, with some lead."""
+    def _all_recalled(self, lead: float) -> bool:
+        """Whether every training prompt of every new fact is recalled, by more than ``lead``."""
         self._adapter.write()
         examples = [e for fact in self._lesson.new for e in fact]
-        lead = self._config.margin
         return all(outcome.margin > lead for outcome in recall(self._model, examples))
 
 

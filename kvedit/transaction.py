@@ -330,8 +330,9 @@ def _harder(config: TrainingConfig, checks: Checks) -> TrainingConfig:
     """How to try again: longer, and stricter or looser with the price, after what went wrong."""
     longer = min(400, config.max_steps * 2)
     missed = checks.recall.passed < checks.recall.n
-    weight = config.shift_weight / 3 if missed else config.shift_weight * 2
-    price = config.max_price * 2 if missed else config.max_price / 2
+    harmed = checks.unmoved.passed < checks.unmoved.n
+    weight = config.shift_weight / 3 if missed else config.shift_weight * (1 + harmed)
+    price = config.max_price * 2 if missed else config.max_price / (1 + harmed)
     return replace(
         config,
         max_steps=longer,
