@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kvedit import curvature as curvatures
@@ -165,8 +164,8 @@ class Engine:
     def _drift(self) -> dict[str, Tensor]:
         """The slope of the protected text's price, after all that earlier edits moved."""
         moved = self.master.displacement()
-        if self._base_curvature is None or not self.config.anchor:
-            return {name: torch.zeros_like(change) for name, change in moved.items()}
+        if self._base_curvature is None:
+            raise RuntimeError("protect comes before teach")
         return curvatures.slopes(self._base_curvature, moved)
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,7 +51,6 @@ class Lesson:
 
     new: Sequence[Sequence[Example]]
     rehearsal: Sequence[Sequence[Example]] = ()
-    control: Sequence[Example] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ class _Loop:
     ) -> None:
         self._model, self._adapter, self._lesson = model, adapter, lesson
         self._config, self._rng, self._on_step = config, rng, on_step
+        self._accelerator = Accelerator()
         values, vectors = adapter.parameters()
         self._optimizer = torch.optim.Adam(
             [{"params": values, "share": 1.0}, {"params": vectors, "share": VECTORS_SHARE}],
@@ -115,6 +116,7 @@ class _Loop:
         self._weight = config.shift_weight
         self._pruned_at = 0
         self._streak = 0
+        self._lead = float("-inf")  # the smallest margin of a new example in the last batch
         self._loss = self._price = 0.0
 
     def run(self) -> Trained:
@@ -134,10 +136,11 @@ class _Loop:
             self._weight *= YIELD
         new, earlier = self._draw()
         self._adapter.write()
-        answers = answer_logits(self._model, [*new, *earlier])
+        with self._accelerator.autocast():
+            answers = answer_logits(self._model, [*new, *earlier])
         loss = _loss(answers, len(new), self._config.lead)
         price = self._adapter.price()
-        torch.autograd.backward(loss + self._weight * price)
+        self._accelerator.backward(loss + self._weight * price)
         self._adapter.read_gradients()
         self._optimizer.step()
         if self._phase == "hold" and self._price > self._config.max_price:
@@ -150,7 +153,8 @@ class _Loop:
                 f"the training loss became NaN at step {step}",
                 hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
             )
-        recalled = int((row_margins(answers, len(new) + len(earlier))[: len(new)] > 0).sum())
+        margins = row_margins(answers, len(new) + len(earlier))[: len(new)].detach()
+        self._lead, recalled = float(margins.min()), int((margins > 0).sum())
         report = Step(
             step, self._config.max_steps, self._phase, self._loss, self._price, recalled, len(new)
         )
@@ -168,8 +172,7 @@ class _Loop:
         count = self._config.phrasings
         new = [e for fact in self._lesson.new for e in self._some(fact, count)]
         facts = self._some(self._lesson.rehearsal, self._config.rehearsal)
-        earlier = [self._rng.choice(list(fact)) for fact in facts]
-        return new, earlier + self._some(self._lesson.control, self._config.controls)
+        return new, [self._rng.choice(list(fact)) for fact in facts]
 
     def _some(self, items: Sequence[Any], count: int) -> list[Any]:
         return self._rng.sample(list(items), min(count, len(items)))
@@ -205,7 +208,12 @@ class _Loop:
         return self._price <= self._config.max_price and self._all_recalled(self._config.margin)
 
     def _all_recalled(self, lead: float) -> bool:
-        """Whether every training prompt of every new fact is recalled, by more than ``lead``."""
+        """Whether every training prompt of every new fact is recalled, by more than ``lead``.
+
+        The last batch is a sample that costs nothing: where it falls short, the rest is not asked.
+        """
+        if self._lead <= lead:
+            return False
         self._adapter.write()
         examples = [e for fact in self._lesson.new for e in fact]
         return all(outcome.margin > lead for outcome in recall(self._model, examples))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Kept
+from small_engine import Kept
 from small_model import FREE, KNOWN, settings
 
 from kvedit import KnowledgeBase

@@ -41,22 +41,22 @@ def test_plain_transformers_gives_the_same_answers(taught: KnowledgeBase, tmp_pa
         out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
         said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert said == taught.ask(f"What is {key}?", max_new_tokens=40)
-    for name in taught._engine.names:
-        served = taught._engine.base.model.get_submodule(name).weight
+    for name in taught.engine.names:
+        served = taught.engine.base.model.get_submodule(name).weight
         assert torch.equal(model.get_submodule(name).weight, served)
 
 
 def test_a_dtype_can_be_asked_for(taught: KnowledgeBase, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    before = taught._engine.master.digest()
+    before = taught.engine.master.digest()
     taught.export(tmp_path / "out", dtype="fp32")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.float32
-    name = taught._engine.names[0]
-    served = taught._engine.base.model.get_submodule(name).weight
+    name = taught.engine.names[0]
+    served = taught.engine.base.model.get_submodule(name).weight
     assert torch.equal(model.get_submodule(name).weight, served.float())  # what the gate judged
-    assert taught._engine.master.digest() == before
+    assert taught.engine.master.digest() == before
 
 
 def test_a_folder_that_is_not_empty_is_refused(taught: KnowledgeBase, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_answers_that_differ_are_named(
     taught: KnowledgeBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was written is the base model: the report must not be kind about it."""
-    monkeypatch.setattr(type(taught._engine.master), "write_into", lambda self, model: None)
+    monkeypatch.setattr(type(taught.engine.master), "write_into", lambda self, model: None)
     report = taught.export(tmp_path / "out")
     assert report.probes.passed < report.probes.n == 30
     assert f"What is {FREE[0][0]}?" in report.mismatches

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Kept
+from small_engine import Kept
 
 from kvedit import KnowledgeBase, fold
 from kvedit.deltas import Master
@@ -158,7 +158,7 @@ def test_a_damaged_cache_is_measured_again(taught_store: Path, harm: str, part: 
 
     with KnowledgeBase.open(taught_store, on_event=listen) as knowledge:
         knowledge.rollback(2)
-    assert "measuring what must stay" in said
+    assert any(phase.startswith("measuring") for phase in said)
     assert file.is_file() and len(file.read_bytes()) > len(whole) // 2
 
 
@@ -168,7 +168,7 @@ def test_a_sound_cache_is_not_measured_again(taught_store: Path) -> None:
         taught_store, on_event=lambda event: said.append(getattr(event, "phase", ""))
     ) as knowledge:
         knowledge.rollback(2)
-    assert "measuring what must stay" not in said
+    assert not any(phase.startswith("measuring") for phase in said)
 
 
 def test_replay_finds_the_revision_that_is_wrong(

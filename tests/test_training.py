@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_engine
+from small_engine import make_engine
 from small_model import FREE
 
 from kvedit.deltas import to_bytes
@@ -77,7 +77,9 @@ def test_nan_is_an_error_and_changes_nothing(engine: Engine) -> None:
 
 
 def test_the_budget_ends_it(engine: Engine) -> None:
-    taught = engine.teach(lesson(engine, 0), replace(engine.config, max_steps=5))
+    taught = engine.teach(
+        lesson(engine, 0), replace(engine.config, max_steps=5, learning_rate=1e-5)
+    )
     assert taught.trained.steps == 5 and not taught.trained.learned
 
 
@@ -110,7 +112,9 @@ def test_rehearsal_holds_an_earlier_fact(engine: Engine) -> None:
 
 
 def test_the_rank_budget_holds_when_the_steps_run_out(engine: Engine) -> None:
-    taught = engine.teach(lesson(engine, 0), replace(engine.config, max_steps=12))
+    taught = engine.teach(
+        lesson(engine, 0), replace(engine.config, max_steps=12, learning_rate=1e-5)
+    )
     assert not taught.trained.learned
     assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
 
