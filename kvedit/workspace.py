@@ -135,6 +135,7 @@ class Workspace:
         elif total is None:
             self.engine.curvature = base, base
             self._measure_facts()
+            self.save_curvature()
         else:
             self.engine.curvature = base, total
             self._measured = self.revision
