@@ -39,7 +39,7 @@ class TrainingConfig:
     init_rank: int = setting(12, low=2)
     target_rank: int = setting(8, low=1)
     phrasings: int = setting(2, low=1)
-    rehearsal: int = setting(2)
+    rehearsal: int = setting(3)
     shift_weight: float = setting(400.0)
     max_price: float = setting(0.002, low=0)
     input_damping: float = setting(0.03, low=1e-6)
