@@ -105,7 +105,7 @@ def test_rehearsal_holds_an_earlier_fact(engine: Engine) -> None:
     margins = []
     for rehearsed in ([earlier], []):
         engine.master.restore(start)
-        config = replace(engine.config, max_steps=30, shift_weight=0.0, max_price=10.0)
+        config = replace(engine.config, shift_weight=0.0, max_price=10.0)
         engine.master.add(engine.teach(Lesson(new, rehearsed), config).delta)
         margins.append(sum(o.margin for o in engine.recall(earlier)))
     assert margins[0] > margins[1]
