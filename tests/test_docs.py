@@ -196,6 +196,10 @@ def test_commands_named_in_the_text_exist(page: Path) -> None:
         if not re.fullmatch(r"[a-z][a-z-]*", words[0] if words else ""):
             continue
         command = cli.get_command(click.Context(cli), words[0])
+        for word in words[1:]:
+            if not isinstance(command, click.Group):
+                break
+            command = command.get_command(click.Context(command), word)
         assert command is not None, f"{name_of(page)}: `kvedit {span}`: no such command"
         known = {option for param in command.params for option in param.opts} | {"--help"}
         used = set(re.findall(r"--[a-z-]+", span))
