@@ -84,7 +84,8 @@ class KnowledgeBase:
         extra = _protect_file(protect)
         source = models.locate(model)
         base = models.load(source, revision=revision, trust_remote_code=trust_remote_code)
-        engine = Engine(base, Config.load(Path(path) / "kvedit.toml").training)
+        settings = Config.load(Path(path) / "kvedit.toml").training
+        engine = Engine(base, settings, phrasings=Path(path) / "phrasings")
         meta = {
             "model_name": base.name,
             "model_path": source,

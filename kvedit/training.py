@@ -2,8 +2,8 @@
 
     loss = cross-entropy(new facts) + cross-entropy(earlier facts) + shift_weight * price
 
-The price is the predicted harm to protected text (see ``curvature``); it replaces most of the
-control rows that would otherwise be in every batch.  The loop has three phases:
+The price is the predicted harm to protected text (see ``curvature``); it stands in for
+the control rows that would otherwise be in every batch.  The loop has three phases:
 
 - learn: until every example of a step's batches, and then every training prompt, is recalled;
 - prune: AdaLoRA's allocator shrinks the ranks to their budget over a fixed number of steps;
