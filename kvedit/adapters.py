@@ -3,7 +3,11 @@
 The adapter's change of a matrix is ``B diag(E) A``.  Here A and B are not free parameters: what
 is trained are ``A'`` and ``B'`` in the coordinates of ``curvature``, with ``A = A' right`` and
 ``B = left B'``, so that ``price`` (the predicted harm to protected text) is the squared Frobenius
-norm of ``B' diag(E) A'``.  PEFT's modules do the forward pass and its allocator prunes the ranks.
+norm of ``B' diag(E) A'``.  PEFT's modules hold the factors and its allocator prunes the ranks.
+
+A matrix is run as the merge would leave it: ``W + B diag(E) A`` is formed in fp32 and cast once, so
+that what is trained is what will be served (and a product with the sum is quicker than PEFT's own
+forward pass, which makes five passes over the outputs).
 
 Invariants:
 - While no edit is being trained the adapter is off and the model computes its own weights alone.
@@ -17,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 
 from kvedit.curvature import Roots, times
 from kvedit.deltas import Factors
+from kvedit.models import is_matrix
 
 NAME = "edit"
 _NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
@@ -38,6 +44,13 @@ class _Slot:
     b: Tensor
     roots: Roots
     pull: Tensor
+    weight: Tensor  # (out, in): what the change is added to
+    edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
+
+    @property
+    def lean(self) -> bool:
+        """Whether the layer is a matrix that a change can be added to, not a quantised one."""
+        return _is_plain(self.module.base_layer)
 
     @property
     def e(self) -> Tensor:
@@ -77,6 +90,9 @@ class Adapter:
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
             self._tuner: Any = AdaLoraModel(model, self._config, NAME)  # type: ignore[no-untyped-call]
         self._slots = {name: _slot(model.get_submodule(name)) for name in names}
+        for slot in self._slots.values():
+            if slot.lean:  # a quantised layer keeps PEFT's forward pass
+                slot.module.forward = partial(_run, slot)
         self.turn(on=False)
 
     def turn(self, *, on: bool) -> None:
@@ -91,6 +107,7 @@ class Adapter:
         roots: Mapping[str, Roots],
         gradients: Mapping[str, Tensor],
         drift: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
     ) -> None:
         """Start an edit: A' and B' span where the fact's own gradient is steepest, E is zero.
 
@@ -98,12 +115,14 @@ class Adapter:
         singular vectors of ``left^T gradient right^T`` are the start, so that E has a gradient
         from the first step on (with A and B at random it would have to find its direction first).
         ``drift`` (out, in) is the slope of the protected text's price where the weights are now:
-        what earlier edits moved, a later one may move back.
+        what earlier edits moved, a later one may move back.  ``weights`` (out, in) are the matrices
+        as they are, in full precision where there is room for it.
         """
         for name, slot in self._slots.items():
             slot.roots = roots[name]
             steep = _into(gradients[name], slot.roots)
             slot.pull = _into(drift[name], slot.roots)
+            slot.weight = weights[name]
             u, v = _leading(steep, self.rank)
             slot.a = v.T.contiguous().requires_grad_()
             slot.b = u.contiguous().requires_grad_()
@@ -121,10 +140,14 @@ class Adapter:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Carry A' and B' over into PEFT's A and B, before a forward pass."""
+        """Carry A' and B' over into PEFT's A and B, before the forward passes of a step."""
         for slot in self._slots.values():
-            slot.module.lora_A[NAME].copy_(times(slot.a, slot.roots.right))
-            slot.module.lora_B[NAME].copy_(times(slot.b.T, _turned(slot.roots.left)).T)
+            a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
+            a.copy_(times(slot.a, slot.roots.right))
+            b.copy_(times(slot.b.T, _turned(slot.roots.left)).T)
+            if slot.lean:
+                whole = torch.addmm(slot.weight.float(), b * (slot.e.T * slot.scale), a)
+                slot.edited = whole.to(slot.module.base_layer.weight.dtype)
 
     @torch.no_grad()
     def read_gradients(self) -> None:
@@ -211,4 +234,42 @@ def _slot(module: Any) -> _Slot:
     for values in (module.lora_A, module.lora_B, module.lora_E):
         values[NAME].data = values[NAME].data.float()  # PEFT casts them to the base's dtype
     empty = torch.empty(0)
-    return _Slot(module, empty, empty, Roots(empty, empty), empty)
+    return _Slot(module, empty, empty, Roots(empty, empty), empty, empty, empty)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is a floating-point matrix and nothing else: no hooks, no quantisation."""
+    if not is_matrix(layer) or hasattr(layer, "_hf_hook"):
+        return False
+    return bool(layer.weight.is_floating_point())
+
+
+def _run(slot: _Slot, x: Tensor) -> Tensor:
+    """The forward pass of a wrapped matrix."""
+    layer = slot.module.base_layer
+    if slot.module.disable_adapters:
+        off: Tensor = layer(x)
+        return off
+    a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
+    y: Tensor = _Edited.apply(x, slot.edited, a, b, slot.e * slot.scale)  # type: ignore[no-untyped-call]
+    return y if layer.bias is None else y + layer.bias
+
+
+class _Edited(torch.autograd.Function):
+    """``x M^T``, M = W + B diag(E) A being given: x (..., in), A (r, in), B (out, r), E (r, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edited: Tensor, a: Tensor, b: Tensor, e: Tensor) -> Tensor:
+        ctx.save_for_backward(x, edited, a, b, e)
+        return x @ edited.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, edited, a, b, e = ctx.saved_tensors
+        back = gradient @ edited if ctx.needs_input_grad[0] else None
+        rows, slopes = x.flatten(0, -2), gradient.flatten(0, -2)
+        inner, outer = rows @ a.T.to(x.dtype), slopes @ b.to(x.dtype)  # (n, r) each
+        for_a = (outer.T @ rows).float() * e
+        for_b = (slopes.T @ inner).float() * e.T
+        for_e = (inner.float() * outer.float()).sum(0)[:, None]
+        return back, None, for_a, for_b, for_e

@@ -78,6 +78,15 @@ class Master:
         """The touched matrices, in order."""
         return list(self._weights)
 
+    @property
+    def matrices(self) -> Mapping[str, Tensor]:
+        """The touched matrices in full precision, (out, in), fp32, on the CPU."""
+        return self._master
+
+    def served(self) -> dict[str, Tensor]:
+        """The model's own copy of them, (out, in), in its dtype and on its device."""
+        return dict(self._weights)
+
     def snapshot(self) -> dict[str, Tensor]:
         """The state that ``restore`` comes back to; cheap: no tensor is changed in place."""
         return dict(self._master)

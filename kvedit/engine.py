@@ -25,6 +25,7 @@ from kvedit.config import TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
 from kvedit.facts import Fact
+from kvedit.lower import LowerHalf
 from kvedit.models import BaseModel, target_names
 from kvedit.probes import Outcome
 from kvedit.prompts import Example, Renderer, paraphrase_prompts, training_prompts
@@ -60,6 +61,7 @@ class Engine:
         self.renderer = Renderer(base.tokenizer, context=base.context)
         self.names = target_names(base.model)
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
+        self.lower = LowerHalf(base.model, self.names)
         self._adapter: Adapter | None = None
         self._curvature: Curvature | None = None
         self._base_curvature: Curvature | None = None
@@ -152,14 +154,20 @@ class Engine:
         adapter = self.adapter
         adapter.turn(on=False)
         steep = curvatures.gradients(self.base.model, self.names, start)
-        adapter.reset(self.roots, steep, self._drift())
+        adapter.reset(self.roots, steep, self._drift(), self._weights())
         adapter.turn(on=True)
         try:
-            trained = train(self.base.model, adapter, lesson, config, rng, on_step)
+            trained = train(self.base.model, adapter, lesson, config, rng, on_step, self.lower)
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)
         return Taught(delta, trained, time.monotonic() - began)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The touched matrices where the model is; on a GPU as served, to save its memory."""
+        if self.base.device.type == "cpu":
+            return dict(self.master.matrices)
+        return self.master.served()
 
     def _drift(self) -> dict[str, Tensor]:
         """The slope of the protected text's price, after all that earlier edits moved."""
@@ -170,7 +178,7 @@ class Engine:
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""
-        return probes.recall(self.base.model, examples)
+        return probes.recall(self.base.model, examples, self.lower)
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
         """Greedy answers, freely generated."""

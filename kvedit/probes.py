@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvedit.lower import LowerHalf
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
 ROWS_A_BATCH = 256
+ROWS_A_SLICE = 128
+PADDED = 0.2  # of a row, where rows are many: padding costs as much as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +51,118 @@ class Answers:
     rows: Tensor
 
 
-def answer_logits(
-    model: nn.Module, examples: Sequence[Example], *, first: int | None = None
-) -> Answers:
-    """One forward pass; with ``first``, only that many answer positions of each example."""
+def answer_logits(model: nn.Module, examples: Sequence[Example]) -> Answers:
+    """One forward pass over all examples at once."""
     device = next(model.parameters()).device
-    width = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    targets = torch.full((len(examples), width), -1)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        end = len(example.ids) if first is None else min(len(example.ids), example.start + first)
-        targets[row, example.start - 1 : end - 1] = torch.tensor(example.ids[example.start : end])
-    ids, targets = ids.to(device), targets.to(device)
+    ids, targets = (tensor.to(device) for tensor in _padded(examples))
     chosen = targets >= 0
     rows = torch.arange(len(examples), device=device)[:, None].expand_as(targets)[chosen]
     hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     logits = head(model)(hidden[chosen]).float()
     return Answers(_softcap(model, logits), targets[chosen], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What the answer tokens of some examples cost, and by how much they lead.
+
+    ``losses`` (N,), nats, float32, with a gradient where the model has one; ``leads`` (N,), logits,
+    the target's lead over every other token, NaN counted as -inf; ``rows`` (N,), int64: the example
+    that each token belongs to.  Tokens stand in no particular order.
+    """
+
+    losses: Tensor
+    leads: Tensor
+    rows: Tensor
+
+    def margins(self, count: int) -> Tensor:
+        """(count,): the smallest lead of each example."""
+        empty = self.leads.new_full((count,), float("inf"))
+        return empty.scatter_reduce(0, self.rows, self.leads, "amin")
+
+
+def token_scores(
+    model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
+) -> TokenScores:
+    """Score every answer token, examples of like length together so that little is padded."""
+    parts = [_scores(model, examples, batch, lower) for batch in by_length(examples, PADDED)]
+    names = ("losses", "leads", "rows")
+    return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _scores(
+    model: Any, examples: Sequence[Example], batch: Sequence[int], lower: LowerHalf | None
+) -> TokenScores:
+    part = [examples[i] for i in batch]
+    device = next(model.parameters()).device
+    ids, targets = _padded(part)
+    ids, targets = ids.to(device), targets.to(device)
+    hidden = _hidden(model, ids, part, lower)
+    chosen = targets >= 0
+    where = torch.tensor(batch, device=device)[:, None].expand_as(targets)[chosen]
+    logits = _softcap(model, head(model)(hidden[chosen]))
+    losses, leads = _TokenLoss.apply(logits, targets[chosen])  # type: ignore[no-untyped-call]
+    return TokenScores(losses, leads, where)
+
+
+def _hidden(
+    model: Any, ids: Tensor, examples: Sequence[Example], lower: LowerHalf | None
+) -> Tensor:
+    """(rows, width, hidden): what the last block says, from what is kept of the lower ones."""
+    run = backbone(model)
+    if lower is None or not lower.usable:
+        whole: Tensor = run(input_ids=ids, use_cache=False).last_hidden_state
+        return whole
+    return lower.run(run, ids, [example.ids for example in examples])
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross-entropy and lead of each target, from logits (N, vocabulary) of any dtype.
+
+    A few rows at a time: whole (N, vocabulary) tables in fp32, made for the softmax, its logarithm
+    and the leads, took longer than the vocabulary projection itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(logits), device=logits.device)
+        norms, leads = torch.empty_like(losses), torch.empty_like(losses)
+        for at in range(0, len(logits), ROWS_A_SLICE):
+            end = min(at + ROWS_A_SLICE, len(logits))
+            some = logits[at:end].to(torch.float32, copy=True)  # written to below
+            own = targets[at:end]
+            norms[at:end] = some.logsumexp(1)
+            mine = some.gather(1, own[:, None])
+            losses[at:end] = norms[at:end] - mine[:, 0]
+            leads[at:end] = mine[:, 0] - some.scatter_(1, own[:, None], float("-inf")).amax(1)
+        ctx.save_for_backward(logits, targets, norms)
+        leads = torch.nan_to_num(leads, nan=float("-inf"))
+        ctx.mark_non_differentiable(leads)
+        return losses, leads
+
+    @staticmethod
+    def backward(ctx: Any, slopes: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logits, targets, norms = ctx.saved_tensors
+        back = torch.empty_like(logits)
+        for at in range(0, len(logits), ROWS_A_SLICE):
+            here = slice(at, at + ROWS_A_SLICE)
+            share = logits[here].to(torch.float32, copy=True).sub_(norms[here, None]).exp_()
+            share.scatter_add_(1, targets[here, None], share.new_full((len(share), 1), -1.0))
+            back[here] = share.mul_(slopes[here, None])
+        return back, None
+
+
+def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Token ids padded on the right, and the target at each answer position, -1 elsewhere."""
+    width = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    targets = torch.full((len(examples), width), -1)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        targets[row, example.start - 1 : len(example.ids) - 1] = torch.tensor(
+            example.ids[example.start :]
+        )
+    return ids, targets
 
 
 def backbone(model: Any) -> nn.Module:
@@ -86,12 +183,16 @@ def _softcap(model: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def by_length(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Batches of indices of similar length, each of a bounded number of padded tokens."""
+def by_length(examples: Sequence[Example], padded: float = 1.0) -> Iterator[list[int]]:
+    """Batches of indices of similar length, each of a bounded number of padded tokens.
+
+    ``padded`` is the largest share of a row that may be padding.
+    """
     batch: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
         width = len(examples[index].ids)
-        if batch and ((len(batch) + 1) * width > TOKENS_A_BATCH or len(batch) >= ROWS_A_BATCH):
+        full = (len(batch) + 1) * width > TOKENS_A_BATCH or len(batch) >= ROWS_A_BATCH
+        if batch and (full or len(examples[batch[0]].ids) < width * (1 - padded)):
             yield batch
             batch = []
         batch.append(index)
@@ -100,28 +201,14 @@ def by_length(examples: Sequence[Example]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def recall(model: nn.Module, examples: Sequence[Example]) -> list[Outcome]:
+def recall(
+    model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
+) -> list[Outcome]:
     """Exact recall of each example by one forward pass (teacher-forced)."""
-    outcomes: list[Outcome] = [Outcome(False, float("-inf"))] * len(examples)
-    for batch in by_length(examples):
-        answers = answer_logits(model, [examples[i] for i in batch])
-        margins = row_margins(answers, len(batch))
-        for index, margin in zip(batch, margins.tolist(), strict=True):
-            outcomes[index] = Outcome(margin > 0, margin)
-    return outcomes
-
-
-def token_leads(answers: Answers) -> Tensor:
-    """(N,): the lead of each target over every other token, in logits; NaN is -inf."""
-    target = answers.logits.gather(1, answers.targets[:, None])[:, 0]
-    others = answers.logits.scatter(1, answers.targets[:, None], float("-inf"))
-    return torch.nan_to_num(target - others.amax(dim=1), nan=float("-inf"))
-
-
-def row_margins(answers: Answers, rows: int) -> Tensor:
-    """(rows,): the smallest lead of an example's targets, in logits."""
-    lead = token_leads(answers)
-    return lead.new_full((rows,), float("inf")).scatter_reduce(0, answers.rows, lead, "amin")
+    if not examples:
+        return []
+    margins = token_scores(model, examples, lower).margins(len(examples))
+    return [Outcome(margin > 0, margin) for margin in margins.tolist()]
 
 
 @torch.no_grad()

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional
 
 from kvedit.adapters import Adapter
 from kvedit.config import TrainingConfig
 from kvedit.errors import TrainingError
-from kvedit.probes import Answers, answer_logits, recall, row_margins, token_leads
+from kvedit.lower import LowerHalf
+from kvedit.probes import TokenScores, recall, token_scores
 from kvedit.prompts import Example
 
 ADAM_BETAS = (0.9, 0.99)
@@ -86,9 +86,10 @@ def train(
     config: TrainingConfig,
     rng: random.Random,
     on_step: OnStep = lambda step: None,
+    lower: LowerHalf | None = None,
 ) -> Trained:
     """Run the loop; the adapter must be reset and turned on.  Raises TrainingError for NaN."""
-    return _Loop(model, adapter, lesson, config, rng, on_step).run()
+    return _Loop(model, adapter, lesson, config, rng, on_step, lower).run()
 
 
 class _Loop:
@@ -102,8 +103,10 @@ class _Loop:
         config: TrainingConfig,
         rng: random.Random,
         on_step: OnStep,
+        lower: LowerHalf | None,
     ) -> None:
         self._model, self._adapter, self._lesson = model, adapter, lesson
+        self._lower = lower
         self._config, self._rng, self._on_step = config, rng, on_step
         self._accelerator = Accelerator()
         values, vectors = adapter.parameters()
@@ -137,8 +140,8 @@ class _Loop:
         new, earlier = self._draw()
         self._adapter.write()
         with self._accelerator.autocast():
-            answers = answer_logits(self._model, [*new, *earlier])
-        loss = _loss(answers, len(new), self._config.lead)
+            scores = token_scores(self._model, [*new, *earlier], self._lower)
+        loss = _loss(scores, len(new), self._config.lead)
         price = self._adapter.price()
         self._accelerator.backward(loss + self._weight * price)
         self._adapter.read_gradients()
@@ -153,7 +156,7 @@ class _Loop:
                 f"the training loss became NaN at step {step}",
                 hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
             )
-        margins = row_margins(answers, len(new) + len(earlier))[: len(new)].detach()
+        margins = scores.margins(len(new) + len(earlier))[: len(new)]
         self._lead, recalled = float(margins.min()), int((margins > 0).sum())
         report = Step(
             step, self._config.max_steps, self._phase, self._loss, self._price, recalled, len(new)
@@ -216,21 +219,19 @@ class _Loop:
             return False
         self._adapter.write()
         examples = [e for fact in self._lesson.new for e in fact]
-        return all(outcome.margin > lead for outcome in recall(self._model, examples))
+        return all(outcome.margin > lead for outcome in recall(self._model, examples, self._lower))
 
 
-def _loss(answers: Answers, new: int, lead: float) -> Tensor:
+def _loss(scores: TokenScores, new: int, lead: float) -> Tensor:
     """Cross-entropy of the answer tokens that do not lead yet, new facts' plus earlier facts'.
 
     Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
     few that are left count more, each at most as one in ``FEW`` of its side.
     """
-    each = functional.cross_entropy(answers.logits, answers.targets, reduction="none")
-    leads = token_leads(answers).detach()
-    weight = (lead - leads).clamp(SETTLED, 1.0)
-    mine = answers.rows < new
-    loss = _weighted(each[mine], weight[mine])
-    return loss if bool(mine.all()) else loss + _weighted(each[~mine], weight[~mine])
+    weight = (lead - scores.leads).clamp(SETTLED, 1.0)
+    mine = scores.rows < new
+    loss = _weighted(scores.losses[mine], weight[mine])
+    return loss if bool(mine.all()) else loss + _weighted(scores.losses[~mine], weight[~mine])
 
 
 def _weighted(losses: Tensor, weight: Tensor) -> Tensor:

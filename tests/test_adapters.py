@@ -52,7 +52,7 @@ class Setting:
     def reset(self, number: int) -> None:
         self.adapter.turn(on=False)
         steep = curvatures.gradients(self.model, self.names, self.fact(number))
-        self.adapter.reset(self.roots, steep, self.drift)
+        self.adapter.reset(self.roots, steep, self.drift, self.master.matrices)
         self.adapter.turn(on=True)
 
     def learn(self, number: int, steps: int = 40) -> dict[str, Factors]:
