@@ -89,11 +89,17 @@ def _file(source: Path | str, name: str) -> Iterator[Located]:
         raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
     first = _sniffed(b"".join(head), name)
     everything = chain(head, lines)
-    if first.startswith("["):
-        return _json(everything, name)
-    if first.startswith("{"):
-        return (_jsonl if _is_jsonl(first) else _json)(everything, name)
-    return _table(first, everything, name)
+    delimiter = find_table(first)
+    if delimiter is not None:
+        return _located(read_table(everything, delimiter, name), name)
+    if _is_jsonl(first):
+        return _jsonl(everything, name)
+    if first.startswith(("{", "[")):
+        return _located(read_json(decode(b"".join(everything), name), name), name)
+    raise InvalidFactError(
+        f"{name} is in no format that kvedit reads; it begins with {' '.join(first.split())[:60]!r}",
+        hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
+    )
 
 
 def _sniffed(head: bytes, name: str) -> str:
@@ -114,7 +120,7 @@ def _head(lines: Iterator[bytes]) -> list[bytes]:
 
 
 def _is_jsonl(text: str) -> bool:
-    """Whether a text that begins with an object goes on with one object a line.
+    """Whether a text is one object a line.
 
     A line of its own that is one object means JSON Lines, also when the first line is broken; but
     one object that is all there is may be a mapping of keys to descriptions, and a line that
@@ -123,7 +129,7 @@ def _is_jsonl(text: str) -> bool:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     first, *others = (_object(line) for line in lines)
     if not others:
-        return first is None or looks_like_fact(first)
+        return first is not None and looks_like_fact(first)
     return first is not None or (others[0] is not None and lines[0][-1] not in "[{,:")
 
 
@@ -153,31 +159,18 @@ def parse_line(line: str) -> object:
     try:
         return json.loads(line, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
+        what = str(error)
+        if isinstance(error, json.JSONDecodeError):  # it counts lines of its own
+            what = f"{error.msg} at column {error.colno}"
         raise InvalidFactError(
-            f"not valid JSON: {error}", hint="Write one JSON object on each line."
+            f"not valid JSON: {what}", hint="Write one JSON object on each line."
         ) from error
 
 
-def _json(lines: Iterable[bytes], name: str) -> Iterator[Located]:
-    text = decode(b"".join(lines), name)
-    return _facts((f"{name}, line {number}", record) for number, record in read_json(text, name))
-
-
-def _table(first: str, lines: Iterable[bytes], name: str) -> Iterator[Located]:
-    delimiter = find_table(first)
-    if delimiter is None:
-        start = " ".join(first.split())[:60]
-        raise InvalidFactError(
-            f"{name} is in no format that kvedit reads; it begins with {start!r}",
-            hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
-        )
-    rows = read_table(lines, delimiter, name)
-    return _facts((f"{name}, line {number}", record) for number, record in rows)
-
-
-def _facts(records: Iterable[tuple[str, object]]) -> Iterator[Located]:
-    """Facts from parsed records; a record that could not be parsed is an error in its place."""
-    for where, record in records:
+def _located(records: Iterable[tuple[int, object]], name: str) -> Iterator[Located]:
+    """Facts from numbered records; one that could not be parsed is an error in its place."""
+    for number, record in records:
+        where = f"{name}, line {number}"
         try:
             if isinstance(record, InvalidFactError):
                 raise record
@@ -187,7 +180,7 @@ def _facts(records: Iterable[tuple[str, object]]) -> Iterator[Located]:
 
 
 def _bad(where: str, error: KveditError) -> Located:
-    return Located(where, None, error.message)
+    return Located(where, None, error.message.removeprefix(f"{where} "))
 
 
 def _folder(folder: Path) -> Iterator[Located]:

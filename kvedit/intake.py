@@ -101,10 +101,12 @@ class _Sorter:
     first: dict[str, Entry] = field(default_factory=dict)
     repeated: list[Entry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    contradicted: set[str] = field(default_factory=set)
+    contradicted: dict[str, Entry] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
 
     def take(self, row: Located) -> None:
         """A row that is no fact, a new key, the same again, or another text for the same key."""
+        self.places[row.where] = len(self.places)
         if row.fact is None:
             self.problems.append(Problem(row.where, row.problem or "not a fact", "invalid"))
             return
@@ -115,9 +117,8 @@ class _Sorter:
         if earlier.fact.description == row.fact.description:
             self.repeated.append(entry)
         else:
-            self.contradicted.add(norm)
-            reason = f"{row.fact.key} has another text than at {_short(earlier.where, row.where)}"
-            self.problems.append(Problem(row.where, reason, "conflict", row.fact.key))
+            self.contradicted.setdefault(norm, entry)
+            self.problems.append(_contradiction(entry, earlier))
 
     def result(self) -> Intake:
         """All rows, sorted."""
@@ -126,7 +127,8 @@ class _Sorter:
         new, refused, unchanged = [], [], []
         for norm, entry in self.first.items():
             row = held.get(norm)
-            problem = self._contradiction(norm, entry) or _clash(entry, row, names)
+            other = self.contradicted.get(norm)
+            problem = _contradiction(entry, other) if other else _clash(entry, row, names)
             if problem is not None:
                 self.problems.append(problem)
             elif row is not None and row.state == "committed":
@@ -140,14 +142,15 @@ class _Sorter:
             refused=tuple(refused),
             unchanged=tuple(unchanged),
             repeated=tuple(self.repeated),
-            problems=tuple(self.problems),
+            problems=tuple(sorted(self.problems, key=lambda one: self.places[one.where])),
         )
 
-    def _contradiction(self, norm: str, entry: Entry) -> Problem | None:
-        if norm not in self.contradicted:
-            return None
-        reason = f"{entry.fact.key} has another text further down"
-        return Problem(entry.where, reason, "conflict", entry.fact.key)
+
+def _contradiction(entry: Entry, other: Entry) -> Problem:
+    """Two rows say different things about one key; both are named, and why it is one key."""
+    key, place = entry.fact.key, _short(other.where, entry.where)
+    same = "" if other.fact.key == key else f", where the key is written {other.fact.key}"
+    return Problem(entry.where, f"{key} has another text at {place}{same}", "conflict", key)
 
 
 class _Names:

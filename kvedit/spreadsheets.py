@@ -20,7 +20,9 @@ SEPARATOR = "|"
 """Stands between the values of a cell that holds several."""
 
 LISTS = ("aliases", "prompts", "paraphrases", "locality")
-_QUOTES = "put a cell with quotes or line breaks in double quotes, and a quote inside it twice"
+_QUOTES = (
+    "quote a cell that holds a separator, a quote or a line break, and double the quotes in it"
+)
 
 
 def find_table(text: str) -> str | None:
@@ -62,10 +64,16 @@ def _rows(
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, InvalidFactError(f"not a row of a table: {error}; {_QUOTES}")
+            yield line, InvalidFactError(f"not a row of a table: {_said(error)}; {_QUOTES}")
             continue
         yield line, text.problem or row
         text.problem = None
+
+
+def _said(error: csv.Error) -> str:
+    if "unexpected end" in str(error):
+        return "a double quote is opened and never closed"
+    return str(error)
 
 
 class _Text:

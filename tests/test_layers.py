@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "formats",
         "readers",
         "intake",
+        "groups",
         "migrations",
         "records",
         "database",
