@@ -85,9 +85,9 @@ def _opened(source: Path | str) -> nullcontext[BinaryIO] | BinaryIO:
 def _file(source: Path | str, name: str) -> Iterator[Located]:
     lines = read_file(source)
     head = _head(lines)
-    if not any(line.strip() for line in head):
-        raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
     first = _sniffed(b"".join(head), name)
+    if not first:
+        raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
     everything = chain(head, lines)
     delimiter = find_table(first)
     if delimiter is not None:
@@ -96,8 +96,9 @@ def _file(source: Path | str, name: str) -> Iterator[Located]:
         return _jsonl(everything, name)
     if first.startswith(("{", "[")):
         return _located(read_json(decode(b"".join(everything), name), name), name)
+    start = " ".join(first.split())[:60]
     raise InvalidFactError(
-        f"{name} is in no format that kvedit reads; it begins with {' '.join(first.split())[:60]!r}",
+        f"{name} is in no format that kvedit reads; it begins with {start!r}",
         hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
     )
 
@@ -149,7 +150,7 @@ def _jsonl(lines: Iterable[bytes], name: str) -> Iterator[Located]:
 
 def _row(where: str, data: bytes) -> Located:
     try:
-        return Located(where, fact_from(parse_line(decode(data, "the line"))))
+        return Located(where, fact_from(parse_line(decode(data, "the line").rstrip())))
     except InvalidFactError as error:
         return _bad(where, error)
 

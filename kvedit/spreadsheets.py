@@ -20,9 +20,7 @@ SEPARATOR = "|"
 """Stands between the values of a cell that holds several."""
 
 LISTS = ("aliases", "prompts", "paraphrases", "locality")
-_QUOTES = (
-    "quote a cell that holds a separator, a quote or a line break, and double the quotes in it"
-)
+_QUOTES = "quote a cell that holds a separator, a quote or a line break; double the quotes in it"
 
 
 def find_table(text: str) -> str | None:

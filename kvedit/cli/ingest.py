@@ -130,11 +130,7 @@ def ingest(
         skip_invalid=skip_invalid,
         places=_places(intake),
     )
-    report = _run(settings, intake, options, as_json)
-    path = _write_rejected(settings, source, rejected_file, report, options.places)
-    code = _exit_code(report)
-    _show(settings, source, intake, report, path, code, as_json=as_json)
-    click.get_current_context().exit(code)
+    _carry_out(settings, source, intake, options, rejected_file, as_json=as_json)
 
 
 def _check_target(source: str, rejected_file: Path | None) -> None:
@@ -188,6 +184,23 @@ def _tell_problems(intake: Intake, *, as_json: bool) -> None:
     for one in intake.problems:
         warning = Warning_(text=f"{one.where}: {one.reason}", code=one.kind, key=one.key)
         print_json_line(warning.to_json())
+
+
+def _carry_out(
+    settings: Settings,
+    source: str,
+    intake: Intake,
+    options: IngestOptions,
+    rejected_file: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Teach, write down what was refused, and leave with the right exit code."""
+    report = _run(settings, intake, options, as_json)
+    path = _write_rejected(settings, source, rejected_file, report, options.places)
+    code = _exit_code(report)
+    _show(settings, intake, report, path, code, as_json=as_json)
+    click.get_current_context().exit(code)
 
 
 def _run(settings: Settings, intake: Intake, options: IngestOptions, as_json: bool) -> IngestReport:
@@ -271,7 +284,6 @@ def _exit_code(report: IngestReport) -> int:
 
 def _show(
     settings: Settings,
-    source: str,
     intake: Intake,
     report: IngestReport,
     path: Path | None,
