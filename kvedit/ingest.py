@@ -251,13 +251,13 @@ class _Run:
         own = [report for report in reports if fact.key in report.keys]
         if row is not None and row.state == "committed":
             found = FactOutcome(fact, "committed", revision=row.revision)
+            # What a refused edit would have lost was put back: it says nothing about the model.
+            self._retention = _retention(own) or self._retention
         elif own and own[-1].outcome != "committed":
             found = FactOutcome(fact, own[-1].outcome, own[-1].reasons)
         else:
             found = FactOutcome(fact, "failed", (error,))
         self._outcomes[fact.key] = found
-        if own:
-            self._retention = own[-1].retention if own[-1].retention.n else self._retention
 
     def _settle(self, group: Sequence[Fact]) -> None:
         """After an interruption: of the group at hand, keep what was committed."""
@@ -303,6 +303,12 @@ class _Run:
                 seconds_left=None if pace is None else pace * (self._total - done),
             )
         )
+
+
+def _retention(reports: Sequence[EditReport]) -> Score | None:
+    """What the last committed edit found of earlier facts."""
+    found = [one.retention for one in reports if one.outcome == "committed" and one.retention.n]
+    return found[-1] if found else None
 
 
 def _said(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class FakeKnowledge:
     refuses: set[str] = field(default_factory=set)
     together: bool = False
     loses: set[str] = field(default_factory=set)
+    retention: Score = field(default_factory=Score)
     engine: FakeEngine = field(default_factory=FakeEngine)
     groups: list[tuple[str, ...]] = field(default_factory=list)
     taught: list[str] = field(default_factory=list)
@@ -79,7 +80,10 @@ class FakeKnowledge:
         self.taught += keys
         changes = [FactChange(self.store.put_pending(fact), None, fact) for fact in facts]
         edit = self.store.plan_edit("add", changes, {})
-        report = EditReport(kind="add", outcome="rejected", key=keys[0], keys=keys, seconds=2.0)
+        report = EditReport(
+            kind="add", outcome="rejected", key=keys[0], keys=keys, seconds=2.0,
+            retention=self.retention,
+        )  # fmt: skip
         if self.refuses & set(keys):
             reasons = ("recall probes: 1 of 10 passed, 100% needed",)
             self.store.finish_edit(edit, "rejected", reasons, report.to_json())
@@ -97,8 +101,6 @@ class FakeKnowledge:
         return self._told(report, outcome="committed", revision=revision)
 
     def _told(self, report: EditReport, **changes: Any) -> EditReport:
-        from dataclasses import replace
-
         told = replace(report, **changes)
         self.emit(told)
         return told

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -185,6 +189,14 @@ def test_verification_comes_at_growing_intervals(knowledge: FakeKnowledge) -> No
     assert report.retention == Score(79, 80, "generated")
 
 
+def test_a_refused_edit_says_nothing_about_retention(knowledge: FakeKnowledge) -> None:
+    knowledge.refuses, knowledge.retention = {facts(1)[0].key}, Score(1, 3)
+    assert run(knowledge, facts(1)).retention == Score()
+    told: list[Any] = []
+    run(knowledge, facts(2), told.append)
+    assert told[-1].retention == Score(1, 3)  # the gate of the edit that was committed
+
+
 def test_progress_is_told(knowledge: FakeKnowledge) -> None:
     run(knowledge, facts(2))
     told: list[Any] = []
@@ -211,3 +223,38 @@ def test_a_real_model_learns_a_file_and_goes_on_where_it_stopped(empty_store: Pa
         assert {knowledge.ask(f"What is {key}?") for key, _ in FREE[:2]} == {
             text for _, text in FREE[:2]
         }
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kvedit.facts import Fact
+from kvedit.editor import KnowledgeBase
+from kvedit.ingest import IngestOptions, ingest
+from kvedit.store import Store
+
+def mark_trained(store, edit, delta, real=Store.mark_trained):
+    real(store, edit, delta)
+    if store.head() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Store.mark_trained = mark_trained
+facts = [Fact.create(*pair) for pair in %r]
+with KnowledgeBase.open(Path(sys.argv[1])) as knowledge:
+    ingest(knowledge, facts, IngestOptions(group=1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_run_goes_on_where_it_stopped(empty_store: Path) -> None:
+    command = [sys.executable, "-c", KILLED % (FREE[:3],), str(empty_store)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    events: list[Any] = []
+    with KnowledgeBase.open(empty_store, on_event=events.append) as knowledge:
+        assert [row.state for row in knowledge.store.facts()] == ["committed", "pending", "pending"]
+        report = ingest(knowledge, [Fact.create(*pair) for pair in FREE[:3]])
+        assert (report.count("committed"), report.unchanged) == (2, 1)
+        assert [row.kind for row in knowledge.store.revisions()[1:]] == ["add"] * 3
+    assert any("was interrupted and did not happen" in getattr(e, "text", "") for e in events)

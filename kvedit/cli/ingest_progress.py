@@ -28,15 +28,19 @@ COUNTED_BEFORE = "similar-key"  # a warning on each fact would drown what matter
 
 
 def progress_line(event: IngestProgress) -> str:
-    """'12/1500 facts  11 committed  1 rejected  retention 98% (93-100%)  8.2 s/fact  3 h left'."""
-    parts = [f"{event.done}/{event.total} facts", f"{event.committed} committed"]
+    """'12/1500 facts  3 h 2 min left  11 committed  retention 98% (93-100%)  8.2 s/fact'.
+
+    What matters most stands first: a narrow terminal cuts the end.
+    """
+    parts = [f"{event.done}/{event.total} facts"]
+    if event.seconds_left:
+        parts.append(f"{seconds_text(event.seconds_left)} left")
+    parts.append(f"{event.committed} committed")
     parts += [f"{n} {name}" for name in ("rejected", "failed") if (n := getattr(event, name))]
     if event.retention.rate is not None:
         parts.append(f"retention {_share(event.retention)}")
     if event.seconds_per_fact is not None:
         parts.append(f"{event.seconds_per_fact:.1f} s/fact")
-    if event.seconds_left:
-        parts.append(f"{seconds_text(event.seconds_left)} left")
     return "  ".join(parts)
 
 

@@ -110,13 +110,12 @@ def ingest_lines(intake: Intake, report: IngestReport) -> list[str]:
 
 def _counts(report: IngestReport) -> str:
     counts = {name: report.count(name) for name in ("committed", "rejected", "failed")}
+    if not any(counts.values()):
+        return f"nothing was taught: revision {report.revision}"
     parts = [f"{counts['committed']} committed"]
     parts += [f"{counts[name]} {name}" for name in ("rejected", "failed") if counts[name]]
     text = f"{click.style(', '.join(parts), bold=True)}: revision {report.revision}"
-    tried = sum(counts.values())
-    if not tried:
-        return text
-    each = seconds_text(report.seconds / tried)
+    each = seconds_text(report.seconds / sum(counts.values()))
     return f"{text}, {seconds_text(report.seconds)} ({each} a fact)"
 
 

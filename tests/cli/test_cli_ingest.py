@@ -244,8 +244,8 @@ PROGRESS = IngestProgress(
 
 def test_a_progress_line() -> None:
     assert progress_line(PROGRESS) == (
-        "12/1500 facts  11 committed  1 rejected  retention 98.3% (91-100%)  8.2 s/fact"
-        "  3 h 23 min left"
+        "12/1500 facts  3 h 23 min left  11 committed  1 rejected  retention 98.3% (91-100%)"
+        "  8.2 s/fact"
     )
 
 
