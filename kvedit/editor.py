@@ -193,6 +193,13 @@ class KnowledgeBase:
             )
             return self._run(plan, force)
 
+    def add_group(self, facts: Sequence[Fact], *, force: bool = False) -> tuple[EditReport, ...]:
+        """Teach several facts; the reports name, in ``keys``, each fact once or more.
+
+        Raises what ``add_fact`` raises; what was committed before then stands.
+        """
+        return tuple(self.add_fact(fact, force=force) for fact in facts)
+
     def update(self, key: str, description: str, *, force: bool = False) -> EditReport:
         """Give a fact another text.  Raises UnknownKeyError."""
         with self._work.editing():
@@ -312,8 +319,9 @@ class KnowledgeBase:
 
     def _unchanged(self, kind: str, row: FactRow) -> EditReport:
         report = EditReport(
-            kind=kind, outcome="unchanged", key=row.fact.key, parent=self.store.head()
-        )
+            kind=kind, outcome="unchanged", key=row.fact.key, keys=(row.fact.key,),
+            parent=self.store.head(),
+        )  # fmt: skip
         self._emit(report)
         return report
 

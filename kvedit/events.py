@@ -98,7 +98,10 @@ class RetentionCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditReport:
-    """How one edit ended; times in seconds, ranks per matrix, keys in ``broke`` were forced."""
+    """How one edit ended; times in seconds, ranks per matrix, keys in ``broke`` were forced.
+
+    ``key`` is for showing; ``keys`` are those of all facts that the edit was about.
+    """
 
     message_type: ClassVar[str] = "edit"
     kind: str
@@ -120,9 +123,34 @@ class EditReport:
     delta: str | None = None
     text_before: str | None = None
     text_after: str | None = None
+    keys: tuple[str, ...] = ()
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields, scores with rate and interval."""
+        return _document(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestProgress:
+    """How far a run over many facts has come; ``total`` are those it set out to teach.
+
+    ``unchanged`` were held before it began; ``retention`` is the latest measurement of earlier
+    facts; the times are in seconds, None while nothing is known.
+    """
+
+    message_type: ClassVar[str] = "progress"
+    done: int
+    total: int
+    committed: int = 0
+    rejected: int = 0
+    failed: int = 0
+    unchanged: int = 0
+    retention: Score = Score()
+    seconds_per_fact: float | None = None
+    seconds_left: float | None = None
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields, the score with rate and interval."""
         return _document(self)
 
 
@@ -139,10 +167,12 @@ class Summary:
         return {**plain, "message_type": self.message_type}
 
 
-Event = Status | Warning_ | RetentionCheck | EditReport | Summary
+Event = Status | Warning_ | RetentionCheck | EditReport | IngestProgress | Summary
 
 
-def _document(event: Status | Warning_ | RetentionCheck | EditReport) -> JsonDict:
+def _document(
+    event: Status | Warning_ | RetentionCheck | EditReport | IngestProgress,
+) -> JsonDict:
     """All fields of an event as plain values, its kind first."""
     body = {item.name: _plain(getattr(event, item.name)) for item in fields(event)}
     return {"message_type": event.message_type, **body}

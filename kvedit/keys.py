@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Protocol
@@ -19,6 +19,7 @@ _LOOSE = 60.0
 _NOT_EQUAL = 99.0
 _MEANINGFUL = frozenset("#%&*@")
 _ROUNDS = 8
+_PIECE = 512
 
 
 class _Converter(Protocol):
@@ -65,6 +66,23 @@ def similar(
     return hits[:limit]
 
 
+def similar_pairs(
+    keys: Sequence[str], others: Sequence[str], *, threshold: float = 85.0
+) -> list[tuple[int, int, float]]:
+    """All pairs that ``similar`` would find, as index into each and score; never the same key.
+
+    Some ten million pairs a second, so thousands of keys can be held against thousands.
+    """
+    best: dict[tuple[int, int], float] = {}
+    for form, several in ((normalise, False), (_sorted_words, True)):
+        for i, j, score in _close(keys, others, form, threshold, several=several):
+            if normalise(keys[i]) != normalise(others[j]) and _long_or_contained(
+                keys[i], others[j]
+            ):
+                best[i, j] = max(min(score, _NOT_EQUAL), best.get((i, j), 0.0))
+    return [(i, j, round(score, 1)) for (i, j), score in sorted(best.items())]
+
+
 def did_you_mean(key: str, candidates: Iterable[str], *, limit: int = 3) -> list[str]:
     """Return candidates the user may have meant: ``similar``, but looser, no short rule."""
     return [hit.key for hit in _scores(key, list(candidates), _LOOSE)[:limit]]
@@ -105,6 +123,34 @@ def _simplified() -> _Converter:
 def _words(key: str) -> str:
     """The words of a key, folded, with single spaces between them."""
     return " ".join(filter(None, (normalise(word) for word in re.split(r"[\W_]+", key))))
+
+
+def _sorted_words(key: str) -> str:
+    """The words of a key in the order in which rapidfuzz compares them."""
+    return " ".join(sorted(_words(key).split()))
+
+
+def _close(
+    keys: Sequence[str],
+    others: Sequence[str],
+    form: Callable[[str], str],
+    threshold: float,
+    *,
+    several: bool,
+) -> Iterator[tuple[int, int, float]]:
+    """Pairs at or above the threshold in one form; with ``several``, those that have words to sort.
+
+    In pieces, because the scores of all pairs at once would not fit the memory.
+    """
+    from rapidfuzz import fuzz, process
+
+    left, right = [form(key) for key in keys], [form(key) for key in others]
+    for begin in range(0, len(left), _PIECE):
+        piece = left[begin : begin + _PIECE]
+        scores = process.cdist(piece, right, scorer=fuzz.ratio, score_cutoff=threshold)
+        for i, j in zip(*scores.nonzero(), strict=True):
+            if piece[i] and (not several or " " in piece[i] or " " in right[j]):
+                yield begin + int(i), int(j), float(scores[i, j])
 
 
 def _scores(key: str, candidates: Sequence[str], threshold: float) -> list[Similar]:

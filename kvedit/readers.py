@@ -7,16 +7,14 @@ Invariants:
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts import Fact
 from kvedit.files import decode, read_text
+from kvedit.formats import parse_line, read_file, source_name
 
 
 def read_description(source: Path | str | None, text: str | None = None) -> str:
@@ -44,39 +42,17 @@ def read_facts_jsonl(source: Path | str) -> Iterator[Fact]:
     names are ignored.  Raises UsageError if the file cannot be read, InvalidFactError with the
     line's number for a line that is no fact or a file that has none.
     """
-    name = "standard input" if str(source) == "-" else str(source)
+    name = source_name(source)
     found = False
-    with _opened(source, name) as stream:
-        for number, data in enumerate(stream, start=1):
-            line = decode(data, f"{name}, line {number}").strip()
-            if line:
-                found = True
-                yield _fact(line, f"{name}, line {number}")
+    for number, data in enumerate(read_file(source), start=1):
+        where = f"{name}, line {number}"
+        line = decode(data, where).strip()
+        if line:
+            found = True
+            with _located(where):
+                yield Fact.from_json(parse_line(line))
     if not found:
         raise InvalidFactError(f"{name} is empty", hint="Write one JSON object on each line.")
-
-
-def _opened(source: Path | str, name: str) -> nullcontext[BinaryIO] | BinaryIO:
-    """The file to read from; standard input is left open."""
-    if str(source) == "-":
-        return nullcontext(sys.stdin.buffer)
-    try:
-        return open(source, "rb")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no file {name}", hint="Check the path.") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror}") from error
-
-
-def _fact(line: str, where: str) -> Fact:
-    with _located(where):
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidFactError(
-                f"not valid JSON: {error}", hint="Write one JSON object on each line."
-            ) from error
-        return Fact.from_json(document)
 
 
 @contextmanager

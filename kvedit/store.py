@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -107,16 +108,23 @@ class Store(Journal):
         Raises DuplicateKeyError if the key is a committed fact's, or if the key or an alias
         leads to another fact.
         """
+        return self.put_pending_many([fact])[0]
+
+    def put_pending_many(self, facts: Sequence[Fact]) -> list[int]:
+        """``put_pending`` for many facts in one transaction: all of them, or on an error none."""
         with self._transaction():
-            row = self._one("SELECT * FROM facts WHERE norm_key = ?", [normalise(fact.key)])
-            if row is not None and row["state"] == "committed":
-                raise DuplicateKeyError(
-                    f"{row['key']} is in the store already",
-                    hint=f"To change its text: kvedit update {row['key']}",
-                )
-            self._refuse_taken(fact, None if row is None else int(row["id"]))
-            fact_id = self._insert_fact(fact) if row is None else int(row["id"])
-            self._write_fact(fact_id, fact, "pending")
+            return [self._put_pending(fact) for fact in facts]
+
+    def _put_pending(self, fact: Fact) -> int:
+        row = self._one("SELECT * FROM facts WHERE norm_key = ?", [normalise(fact.key)])
+        if row is not None and row["state"] == "committed":
+            raise DuplicateKeyError(
+                f"{row['key']} is in the store already",
+                hint=f"To change its text: kvedit update {row['key']}",
+            )
+        self._refuse_taken(fact, None if row is None else int(row["id"]))
+        fact_id = self._insert_fact(fact) if row is None else int(row["id"])
+        self._write_fact(fact_id, fact, "pending")
         return fact_id
 
     def _insert_fact(self, fact: Fact) -> int:
@@ -197,6 +205,24 @@ class Store(Journal):
         """The latest probe results of a fact, newest first."""
         sql = "SELECT * FROM probe_results WHERE fact_id = ? ORDER BY id DESC LIMIT ?"
         return [probe_from(row) for row in self._rows(sql, [fact_id, limit])]
+
+    def pace(self, limit: int = 100) -> tuple[int, float]:
+        """How many facts the latest tries to teach were about, and the seconds that they took."""
+        sql = """
+            SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
+                json_extract(e.report, '$.seconds') AS seconds
+            FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
+            ORDER BY id DESC LIMIT ?"""
+        rows = [row for row in self._rows(sql, [limit]) if row["seconds"]]
+        return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
+
+    def refusals(self) -> dict[int, tuple[str, ...]]:
+        """Why each fact that is ``rejected`` was: the reasons of its latest edit, by its id."""
+        sql = """
+            SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
+                WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
+            FROM facts f WHERE f.state = 'rejected'"""
+        return {row["id"]: tuple(json.loads(row["why"] or "[]")) for row in self._rows(sql)}
 
     def edit_results(self, edit_id: int) -> list[ProbeRow]:
         """The probe results of an edit, in the order they were taken."""

@@ -237,6 +237,7 @@ class Transaction:
             kind=self._plan.kind,
             outcome=outcome,
             key=self._plan.key,
+            keys=self._plan.keys,
             parent=parent,
             reasons=tuple(reasons),
             reliability=found.checks.recall,

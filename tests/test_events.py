@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from kvedit.events import EditReport, Event, RetentionCheck, Score, Status, Summary, Warning_
+from kvedit.events import (
+    EditReport,
+    Event,
+    IngestProgress,
+    RetentionCheck,
+    Score,
+    Status,
+    Summary,
+    Warning_,
+)
 from kvedit.keys import Similar
 
 EVENTS: list[tuple[Event, str]] = [
@@ -14,6 +23,7 @@ EVENTS: list[tuple[Event, str]] = [
     (Warning_(text="close", code="similar", key="k"), "warning"),
     (RetentionCheck(key="k", revision=4, passed=False, margin=-0.5), "retention"),
     (EditReport(kind="add", outcome="committed", key="k"), "edit"),
+    (IngestProgress(done=1, total=2, retention=Score(1, 1)), "progress"),
     (Summary(fields={"committed": 3}), "summary"),
 ]
 

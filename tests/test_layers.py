@@ -19,7 +19,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kvedit"
 LAYERS: dict[str, tuple[str, ...]] = {
     "base": ("errors", "facts", "keys", "config", "files", "metrics", "events"),
     "store": (
+        "forms",
+        "structured",
+        "spreadsheets",
+        "formats",
         "readers",
+        "intake",
+        "groups",
         "migrations",
         "records",
         "database",

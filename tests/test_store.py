@@ -315,3 +315,23 @@ def test_the_store_is_chosen_by_option_then_environment_then_folder(
     monkeypatch.setenv("KVEDIT_STORE", "~/facts")
     assert resolve_store() == Path.home() / "facts"
     assert resolve_store("here") == Path("here")
+
+
+def test_many_facts_go_in_together_or_not_at_all(store: Store) -> None:
+    ids = store.put_pending_many([fact("a"), fact("b", "t", aliases=["c"])])
+    assert [store.get(id_).fact.key for id_ in ids] == ["a", "b"]
+    assert store.put_pending_many([fact("b", "new text")]) == [ids[1]]
+    with pytest.raises(DuplicateKeyError):
+        store.put_pending_many([fact("d"), fact("e", "t", aliases=["a"])])
+    assert [row.fact.key for row in store.facts("pending")] == ["a", "b"]
+    assert store.put_pending_many([]) == []
+
+
+def test_pace_and_refusals_come_from_the_journal(store: Store) -> None:
+    assert store.pace() == (0, 0.0)
+    for key, outcome, seconds in (("a", "rejected", 3.0), ("b", "failed", 9.0)):
+        fact_id = store.put_pending(fact(key))
+        edit = store.plan_edit("add", [FactChange(fact_id, None, fact(key))], {})
+        store.finish_edit(edit, outcome, [f"{key} would not"], {"seconds": seconds})
+    assert store.pace() == (1, 3.0)
+    assert store.refusals() == {store.require("a").id: ("a would not",)}

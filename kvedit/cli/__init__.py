@@ -21,6 +21,7 @@ from kvedit.cli.common import (
     show_version,
 )
 from kvedit.cli.edit import add, init, remove, rollback, update
+from kvedit.cli.ingest import ingest
 from kvedit.cli.query import ask, chat, history, list_facts, show, similar, status
 
 EXIT_CODES = """\b
@@ -61,6 +62,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
     \b
     First steps:
       kvedit add "Ada Lovelace" --text "The first programmer."
+      kvedit ingest facts.jsonl
       kvedit ask "Who was Ada Lovelace?" --before
       kvedit list
       kvedit verify
@@ -72,7 +74,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
 
 
 COMMANDS = (
-    init, add, update, remove, ask, chat, list_facts, show, similar, history, status,
+    init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
     verify, rollback, doctor, backup, export, bench,
 )  # fmt: skip
 for command in COMMANDS:

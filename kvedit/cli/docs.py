@@ -20,9 +20,10 @@ This page is made from the commands' own help by `python -m kvedit.cli.docs > do
 fails when it is out of date.
 
 Answers go to standard output; progress, warnings, hints and errors go to standard error. Every
-query takes `--json` and prints one document. `add`, `update`, `remove`, `rollback` and `verify`
-with `--json` print JSON Lines: objects with a `message_type` of `status`, `warning`, `retention` or
-`edit`, and as the last line a `summary`. Fields may be added in later versions; none is renamed.
+query takes `--json` and prints one document. `add`, `ingest`, `update`, `remove`, `rollback` and
+`verify` with `--json` print JSON Lines: objects with a `message_type` of `status`, `warning`,
+`retention`, `edit` or (`ingest`) `progress`, and as the last line a `summary`. Fields may be added
+in later versions; none is renamed.
 
 The store is the folder given by `--store`, else by the environment variable `KVEDIT_STORE`, else
 `./store`.

@@ -120,9 +120,11 @@ def similar_text(similar: Sequence[Similar]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """3.14 as '3.1 s', 135 as '2 min 15 s'."""
+    """3.14 as '3.1 s', 135 as '2 min 15 s', 9000 as '2 h 30 min'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
 
 

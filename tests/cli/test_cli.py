@@ -23,8 +23,8 @@ from kvedit.errors import CorruptStoreError, LockedError, ModelMismatchError, St
 def test_help_names_every_command_of_the_design() -> None:
     text = run("--help").stdout
     names = (
-        "init", "add", "update", "remove", "ask", "chat", "verify", "list", "show", "similar",
-        "history", "status", "rollback", "doctor", "backup", "export",
+        "init", "add", "ingest", "update", "remove", "ask", "chat", "verify", "list", "show",
+        "similar", "history", "status", "rollback", "doctor", "backup", "export",
     )  # fmt: skip
     for name in names:
         assert f"\n  {name} " in text

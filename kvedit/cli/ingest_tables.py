@@ -1,0 +1,158 @@
+"""Inputs of many facts and runs over them, as text for people and documents for programs.
+
+Pure functions: results in, lines or plain values out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvedit.cli.output import score_text, seconds_text
+
+if TYPE_CHECKING:
+    from kvedit.ingest import IngestReport
+    from kvedit.intake import Intake, Near, Problem
+
+SHOWN = 20
+SHOWN_NEAR = 3
+STOPPED = {
+    "limit": "stopped at --limit",
+    "failures": "stopped at --max-failures",
+    "time": "stopped at --max-time",
+    "errors": "stopped: one fact after the other failed, so the trouble is not with the facts",
+    "interrupted": "interrupted: the edit in flight did not happen, all before it is committed",
+}
+
+
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """The rows that cannot go in, the first ones by name."""
+    named = problems[:SHOWN]
+    lines = [f"{click.style('bad row:', fg='yellow')} {one.where}: {one.reason}" for one in named]
+    more = len(problems) - len(lines)
+    return [*lines, f"... and {more} more; --json lists all"] if more else lines
+
+
+def near_text(near: Sequence[Near]) -> str:
+    """'12 pairs of keys are much alike: A and B (91), ...'."""
+    named = [f"{one.key} and {one.other} ({one.score:.0f})" for one in near[:SHOWN_NEAR]]
+    count = "2 keys are" if len(near) == 1 else f"{len(near)} pairs of keys are"
+    rest = ", ..." if len(near) > SHOWN_NEAR else ""
+    return f"{count} much alike: {', '.join(named)}{rest}"
+
+
+def intake_fields(intake: Intake) -> dict[str, int]:
+    """How the rows of an input were sorted."""
+    return {
+        "read": intake.read,
+        "new": len(intake.new),
+        "unchanged": len(intake.unchanged),
+        "repeated": len(intake.repeated),
+        "rejected_before": len(intake.refused),
+        "invalid": len(intake.problems),
+    }
+
+
+def intake_line(intake: Intake) -> str:
+    """The same in words; what there is none of is left out."""
+    words = {
+        "new": "to teach",
+        "unchanged": "in the store already",
+        "repeated": "repeated",
+        "rejected_before": "rejected before",
+        "invalid": "cannot go in",
+    }
+    fields = intake_fields(intake)
+    parts = [f"{fields[name]} {text}" for name, text in words.items() if fields[name]]
+    rows = "1 row" if intake.read == 1 else f"{intake.read} rows"
+    return f"{rows}: {', '.join(parts)}"
+
+
+def ingest_fields(intake: Intake, report: IngestReport) -> dict[str, Any]:
+    """The summary of a run."""
+    counts = {name: report.count(name) for name in ("committed", "rejected", "failed")}
+    tried = sum(counts.values())
+    return {
+        "message_type": "summary",
+        "kind": "ingest",
+        "dry_run": False,
+        "revision": report.revision,
+        **intake_fields(intake),
+        **counts,
+        "invalid": len(intake.problems) + report.count("invalid"),
+        "rejected_before": len(report.refused),
+        "left": report.left,
+        "stopped": report.stopped or None,
+        "retention": report.retention.to_json(),
+        "lost": list(report.lost),
+        "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
+        "seconds": round(report.seconds, 3),
+        "seconds_per_fact": round(report.seconds / tried, 3) if tried else None,
+    }
+
+
+def ingest_lines(intake: Intake, report: IngestReport) -> list[str]:
+    """The end of a run for a human: counts, what still holds, refusals with reasons, time."""
+    lines = [intake_line(intake), _counts(report)]
+    if report.retention.n:
+        lines.append(f"  retention   {score_text(report.retention)}  facts asked again")
+    lines += [f"  {click.style('lost', fg='red')} {key}" for key in report.lost[:SHOWN]]
+    refused = [one for one in report.outcomes if one.outcome != "committed"]
+    for one in [*refused, *report.refused][:SHOWN]:
+        why = "; ".join(one.reasons) or "reason unknown"
+        lines.append(f"  {click.style(one.outcome, fg='red')} {one.fact.key}: {why}")
+    if report.stopped:
+        lines.append(f"{STOPPED[report.stopped]}; {report.left} left")
+    return lines
+
+
+def _counts(report: IngestReport) -> str:
+    counts = {name: report.count(name) for name in ("committed", "rejected", "failed")}
+    if not any(counts.values()):
+        return f"nothing was taught: revision {report.revision}"
+    parts = [f"{counts['committed']} committed"]
+    parts += [f"{counts[name]} {name}" for name in ("rejected", "failed") if counts[name]]
+    text = f"{click.style(', '.join(parts), bold=True)}: revision {report.revision}"
+    each = seconds_text(report.seconds / sum(counts.values()))
+    return f"{text}, {seconds_text(report.seconds)} ({each} a fact)"
+
+
+def plan_fields(
+    intake: Intake,
+    near: Sequence[Near],
+    pace: tuple[int, float],
+    *,
+    retry: bool,
+    limit: int | None,
+) -> dict[str, Any]:
+    """What a run would do; ``pace`` is facts and seconds measured, none measured no estimate."""
+    would = len(intake.new) + (len(intake.refused) if retry else 0)
+    would = min(would, limit) if limit is not None else would
+    each = pace[1] / pace[0] if pace[0] else None
+    return {
+        "message_type": "summary",
+        "kind": "ingest",
+        "dry_run": True,
+        **intake_fields(intake),
+        "would_teach": would,
+        "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
+        "seconds_per_fact": None if each is None else round(each, 3),
+        "seconds_estimated": None if each is None else round(each * would, 1),
+    }
+
+
+def plan_lines(intake: Intake, near: Sequence[Near], fields: dict[str, Any]) -> list[str]:
+    """What a run would do, for a human."""
+    lines = [intake_line(intake)]
+    lines += [near_text(near)] if near else []
+    each, total = fields["seconds_per_fact"], fields["seconds_estimated"]
+    if not fields["would_teach"]:
+        time = "nothing to do"
+    elif each is None:
+        time = "no estimate of the time: no fact was taught in this store yet"
+    else:
+        time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
+    lines.append(f"would teach {fields['would_teach']}: {time}")
+    return [*lines, "nothing was changed"]

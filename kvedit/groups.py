@@ -1,0 +1,63 @@
+"""Which facts are taught together, and how many at a time.
+
+Invariants:
+- Every fact is handed out exactly once.
+- Facts with close keys come in one group where the size allows: apart, the second would be taught
+  against the first, and conflicts happen between keys that mean nearly the same.
+- A fact never waits for one that stands far behind it: apart from that, the order is the input's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from kvedit.facts import Fact
+from kvedit.keys import similar_pairs
+
+SMALLEST, FIRST, LARGEST = 1, 8, 32
+
+
+class Groups:
+    """Hands out facts in groups of ``size``, or of a size that follows success (None)."""
+
+    def __init__(self, facts: Sequence[Fact], size: int | None) -> None:
+        self._size = FIRST if size is None else size
+        self._follows = size is None
+        self._waiting = deque(_clusters(facts) if self._size > 1 else [[fact] for fact in facts])
+
+    def take(self) -> tuple[Fact, ...]:
+        """The next group; empty when all facts were handed out."""
+        group: list[Fact] = []
+        while self._waiting and len(group) + len(self._waiting[0]) <= self._size:
+            group += self._waiting.popleft()
+        if not group and self._waiting:  # more close keys than a group has places
+            group, rest = self._waiting[0][: self._size], self._waiting[0][self._size :]
+            self._waiting[0] = rest
+        return tuple(group)
+
+    def learn(self, *, all_committed: bool) -> None:
+        """Let the size follow: twice as many after success, half as many after a refusal."""
+        if self._follows:
+            wanted = self._size * 2 if all_committed else self._size // 2
+            self._size = max(SMALLEST, min(LARGEST, wanted))
+
+
+def _clusters(facts: Sequence[Fact]) -> list[list[Fact]]:
+    """Facts whose keys are close, directly or by way of others, each at its first one's place."""
+    keys = [fact.key for fact in facts]
+    leader = list(range(len(facts)))
+
+    def find(index: int) -> int:
+        while leader[index] != index:
+            leader[index] = leader[leader[index]]
+            index = leader[index]
+        return index
+
+    for one, other, _ in similar_pairs(keys, keys):
+        first, second = sorted((find(one), find(other)))
+        leader[second] = first
+    clusters: dict[int, list[Fact]] = {}
+    for index, fact in enumerate(facts):
+        clusters.setdefault(find(index), []).append(fact)
+    return list(clusters.values())
