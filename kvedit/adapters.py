@@ -74,6 +74,7 @@ class Adapter:
         from peft.tuners.adalora import AdaLoraModel
 
         self.rank = init_rank
+        self.ranks = (init_rank, target_rank)
         self._config = AdaLoraConfig(
             init_r=init_rank,
             target_r=target_rank,
@@ -94,6 +95,10 @@ class Adapter:
             if slot.lean:  # a quantised layer keeps PEFT's forward pass
                 slot.module.forward = partial(_run, slot)
         self.turn(on=False)
+
+    def unwrap(self) -> None:
+        """Give the model its own modules back; the adapter is of no use afterwards."""
+        self._tuner.unload()
 
     def turn(self, *, on: bool) -> None:
         """Let the forward pass use the adapter, or not."""

@@ -55,6 +55,33 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupConfig:
+    """How facts are trained together, breadth first.
+
+    A step sees ``batch`` new facts under one phrasing each, ``rehearsal`` earlier ones and
+    ``anchors`` protected texts, whose divergence from the base model (nats a token) weighs
+    ``anchor_weight``; every fact is seen ``passes`` times, and those not recalled then ``again``
+    times in each of ``rounds`` rounds.  ``shift_weight`` weighs the price of one fact's share.
+    ``fact_weight`` and ``learning_rate`` as for single facts; ``largest`` bounds groups of
+    automatic size.  A group may lose up to 1 - ``retention`` of the earlier facts that are
+    checked: they are repaired after it.
+    """
+
+    largest: int = setting(64, low=1)
+    batch: int = setting(16, low=1)
+    passes: int = setting(30, low=1)
+    again: int = setting(12, low=1)
+    rounds: int = setting(3)
+    rehearsal: int = setting(12)
+    anchors: int = setting(16)
+    anchor_weight: float = setting(3.0)
+    learning_rate: float = setting(0.004, low=1e-9, high=1.0)
+    shift_weight: float = setting(1000.0)
+    fact_weight: float = setting(5.0)
+    retention: float = setting(0.9, high=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """The share of each kind of probe that must pass before a commit.
 
@@ -102,6 +129,7 @@ class Config:
     """All settings of a store."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    group: GroupConfig = field(default_factory=GroupConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
@@ -123,6 +151,7 @@ class Config:
         _known(path, "section", document, cls)
         return cls(
             training=_section(path, document, "training", TrainingConfig),
+            group=_section(path, document, "group", GroupConfig),
             gate=_section(path, document, "gate", GateConfig),
             retention=_section(path, document, "retention", RetentionConfig),
             protect=_section(path, document, "protect", ProtectConfig),

@@ -43,6 +43,17 @@ class Factors:
 Delta = Mapping[str, Factors]
 
 
+def joined(first: Delta, second: Delta) -> dict[str, Factors]:
+    """One delta that adds what two add, the ranks summed."""
+    found = dict(first)
+    for name, more in second.items():
+        own = found.get(name)
+        if own is not None:
+            more = Factors(torch.cat([own.b, more.b], 1), torch.cat([own.a, more.a]))
+        found[name] = more
+    return found
+
+
 def to_bytes(delta: Delta) -> bytes:
     """A delta as safetensors."""
     tensors = {}

@@ -26,7 +26,7 @@ from kvedit.errors import (
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
-from kvedit.keys import Similar, similar
+from kvedit.keys import Similar, similar, similar_pairs
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
@@ -35,7 +35,7 @@ from kvedit.transaction import Plan, Target, Transaction, probe_row
 from kvedit.workspace import Workspace, load_pinned
 
 OnEvent = Callable[[Event], None]
-REPAIR_GROUP = 8
+REPAIR_GROUP = 64
 _Self = TypeVar("_Self", bound="KnowledgeBase")
 
 
@@ -194,11 +194,54 @@ class KnowledgeBase:
             return self._run(plan, force)
 
     def add_group(self, facts: Sequence[Fact], *, force: bool = False) -> tuple[EditReport, ...]:
-        """Teach several facts; the reports name, in ``keys``, each fact once or more.
+        """Teach several facts together; the reports name, in ``keys``, each fact once or more.
 
-        Raises what ``add_fact`` raises; what was committed before then stands.
+        What the group does not learn is tried again, in groups half as large and at last by itself,
+        so that no fact costs its neighbours.  Raises what ``add_fact`` raises; what was committed
+        before then stands.
         """
-        return tuple(self.add_fact(fact, force=force) for fact in facts)
+        if len(facts) == 1:
+            return (self.add_fact(facts[0], force=force),)
+        report = self._teach_group(facts, force)
+        missing = [fact for fact in facts if not self._holds(fact)]
+        half = (len(missing) + 1) // 2
+        parts = [missing] if len(missing) <= len(facts) // 2 else [missing[:half], missing[half:]]
+        more = [self.add_group(part, force=force) for part in parts if part]
+        self._warn_apart(facts)
+        return (report, *(one for reports in more for one in reports))
+
+    def _teach_group(self, facts: Sequence[Fact], force: bool) -> EditReport:
+        """One edit for all facts that the store does not hold yet."""
+        recall = {fact.key: tuple(self.engine.examples(fact)) for fact in facts}
+        with self._work.editing():
+            self._work.anchor()
+            ids = self.store.put_pending_many(facts)
+            targets = [
+                self._target(fact_id, fact, recall[fact.key])
+                for fact_id, fact in zip(ids, facts, strict=True)
+            ]
+            plan = Plan(
+                kind="add",
+                keys=tuple(fact.key for fact in facts),
+                changes=tuple(FactChange(i, None, f) for i, f in zip(ids, facts, strict=True)),
+                targets=tuple(targets),
+                locality=tuple(self._localities(facts)),
+                group=True,
+            )
+            return self._run(plan, force)
+
+    def _holds(self, fact: Fact) -> bool:
+        row = self.store.find(fact.key)
+        return row is not None and row.state == "committed"
+
+    def _warn_apart(self, facts: Sequence[Fact]) -> None:
+        """Say so when of two close keys only one went in."""
+        keys = [fact.key for fact in facts]
+        held = [self._holds(fact) for fact in facts]
+        for one, other, score in similar_pairs(keys, keys):
+            if held[one] and not held[other]:
+                text = f"{keys[other]} did not go in, {keys[one]}, much like it ({score:.0f}), did"
+                self._emit(Warning_(text=text, code="apart", key=keys[other]))
 
     def update(self, key: str, description: str, *, force: bool = False) -> EditReport:
         """Give a fact another text.  Raises UnknownKeyError."""
@@ -225,7 +268,7 @@ class KnowledgeBase:
         """
         with self._work.editing():
             row = self._committed(key)
-            prior = self.store.prior_answers(row.id)
+            prior = self._prior(row)
             recall = tuple(self.engine.prior_example(p, answer) for p, answer in prior.items())
             forget = tuple(self.engine.paraphrases(row.fact))
             plan = Plan(
@@ -238,6 +281,17 @@ class KnowledgeBase:
                 text_after=next(iter(prior.values()), None),
             )
             return self._run(plan, force)
+
+    def _prior(self, row: FactRow) -> dict[str, str]:
+        """What the model answered before a fact came: kept when it was added by itself; for one of
+        a group the revision before it is asked, which takes a moment once, not for every fact.
+        """
+        kept = self.store.prior_answers(row.id)
+        if kept:
+            return kept
+        self._say("asking the model as it was before", row.fact.key)
+        before = self.store.before_fact(row.id)
+        return self._work.at(before, lambda: self.engine.prior_answers(row.fact))
 
     def rollback(self, revision: int) -> EditReport:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
@@ -278,13 +332,22 @@ class KnowledgeBase:
         finally:
             self._work.revision = self.store.head()  # an interruption may come after the commit
         if report.revision is not None:
-            learned = [e for t in plan.targets for e in t.recall[:2]]
-            self._work.remember(learned if plan.kind in ("add", "update") else [])
+            self._remember(plan, report)
             every = self._work.config.retention.checkpoint_every
             with self._work.dispensable():
                 fold.checkpoint_if_due(self.store, self.engine.master, every)
         self._emit(report)
         return report
+
+    def _remember(self, plan: Plan, report: EditReport) -> None:
+        """Protect what an edit taught from now on."""
+        taught = plan.kind in ("add", "update")
+        held = [t for t, key in zip(plan.targets, plan.keys, strict=True) if key in report.keys]
+        if plan.group:
+            weight = self._work.config.group.fact_weight
+            self._work.remember([t.recall[0] for t in held] if taught else [], weight)
+        else:
+            self._work.remember([e for t in held for e in t.recall[:2]] if taught else [])
 
     def _target(self, fact_id: int, fact: Fact, recall: tuple[Example, ...]) -> Target:
         return Target(
@@ -292,12 +355,20 @@ class KnowledgeBase:
         )
 
     def _locality(self, fact: Fact) -> list[Example]:
-        """The store's locality probes and the fact's own, which default to today's answer."""
+        """The store's locality probes and the fact's own."""
+        return self._localities([fact])
+
+    def _localities(self, facts: Sequence[Fact]) -> list[Example]:
+        """The store's locality probes and those of several facts."""
         rows = self.store.protected("locality")
+        shared = self.engine.renderer.examples((row.prompt, row.answer) for row in rows)
+        return [*shared, *(e for fact in facts for e in self._own_locality(fact))]
+
+    def _own_locality(self, fact: Fact) -> list[Example]:
+        """A fact's own locality probes, which default to today's answer."""
         own = [probe.prompt for probe in fact.locality if probe.answer is None]
         answers = dict(zip(own, self.engine.generate(own, limit=64), strict=True)) if own else {}
-        pairs = [(row.prompt, row.answer) for row in rows]
-        pairs += [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
+        pairs = [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
         return self.engine.renderer.examples(pairs)
 
     def _committed(self, key: str) -> FactRow:
@@ -398,6 +469,7 @@ class KnowledgeBase:
 
     def _repair(self, rows: Sequence[FactRow]) -> EditReport:
         with self._work.editing():
+            self._work.anchor()
             facts = [row.fact for row in rows]
             plan = Plan(
                 kind="repair",
@@ -408,6 +480,7 @@ class KnowledgeBase:
                     for row in rows
                 ),
                 locality=tuple(self._locality(facts[0])),
+                group=len(facts) > 1,
             )
             return self._run(plan, False)
 

@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,9 @@ from torch import Tensor
 from kvedit import curvature as curvatures
 from kvedit import probes
 from kvedit.adapters import Adapter
-from kvedit.config import TrainingConfig
+from kvedit.anchors import Anchors
+from kvedit.breadth_first import BreadthFirst
+from kvedit.config import GroupConfig, TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
 from kvedit.facts import Fact
@@ -33,6 +36,9 @@ from kvedit.training import Lesson, OnStep, Trained, train
 
 PRIOR_TOKENS = 96
 """How much is kept of what the model answered before a fact came."""
+START_FACTS = 64
+"""From the gradient of at most so many facts an adapter starts."""
+RENDERED = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +69,37 @@ class Engine:
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self.lower = LowerHalf(base.model, self.names)
         self._adapter: Adapter | None = None
+        self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
+        self.anchors: Anchors | None = None
         self._curvature: Curvature | None = None
         self._base_curvature: Curvature | None = None
         self._roots: dict[str, Roots] | None = None
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter, made at first need: a question does not pay for importing PEFT."""
+        """The adapter for a single fact."""
+        return self._adapter_for(1)
+
+    def _adapter_for(self, facts: int) -> Adapter:
+        """An adapter with room for so many facts, made at first need: PEFT takes long to import.
+
+        Its ranks grow with the root of the number; modules are wrapped anew only for other ranks.
+        """
+        init, target = self.config.init_rank, self.config.target_rank
+        if facts > 1:
+            sides = (min(matrix.shape) for matrix in self.master.matrices.values())
+            init = max(init, min(min(sides) // 2, math.ceil(target * math.sqrt(facts))))
+            target = max(target, init * 3 // 4)
+        if self._adapter is not None and self._adapter.ranks != (init, target):
+            self._adapter.unwrap()
+            self._adapter = None
         if self._adapter is None:
-            self._adapter = Adapter(
-                self.base.model,
-                self.names,
-                init_rank=self.config.init_rank,
-                target_rank=self.config.target_rank,
-            )
+            self._adapter = Adapter(self.base.model, self.names, init_rank=init, target_rank=target)
         return self._adapter
+
+    def anchor(self, examples: Sequence[Example]) -> None:
+        """Keep what the model says to protected text; the weights must be the base's."""
+        self.anchors = Anchors.measure(self.base.model, examples, self.lower)
 
     @property
     def curvature(self) -> tuple[Curvature, Curvature] | None:
@@ -96,13 +118,16 @@ class Engine:
         measured = curvatures.measure(self.base.model, self.names, examples)
         self.curvature = measured, measured
 
-    def remember(self, examples: Sequence[Example]) -> None:
-        """Protect a committed fact as well."""
+    def remember(self, examples: Sequence[Example], weight: float | None = None) -> None:
+        """Protect committed facts as well; ``weight`` says how often a token counts."""
         if self.curvature is None:
             raise RuntimeError("protect comes before remember")
         base, total = self.curvature
         more = curvatures.measure(self.base.model, self.names, examples)
-        self.curvature = base, total.plus(more, self.config.fact_weight)
+        self.curvature = (
+            base,
+            total.plus(more, self.config.fact_weight if weight is None else weight),
+        )
 
     @property
     def roots(self) -> dict[str, Roots]:
@@ -119,13 +144,22 @@ class Engine:
 
     def examples(self, fact: Fact) -> list[Example]:
         """A fact under each of its training prompts."""
-        prompts = training_prompts(fact, self._phrasings)
-        return [self.renderer.example(prompt, fact.description) for prompt in prompts]
+        return self._render(fact, trained=True)
 
     def paraphrases(self, fact: Fact) -> list[Example]:
         """A fact under the prompts that no edit trains on."""
-        prompts = paraphrase_prompts(fact, self._phrasings)
-        return [self.renderer.example(prompt, fact.description) for prompt in prompts]
+        return self._render(fact, trained=False)
+
+    def _render(self, fact: Fact, *, trained: bool) -> list[Example]:
+        """Kept: earlier facts are asked after every edit, and rendering takes as long as asking."""
+        found = self._rendered.get((fact, trained))
+        if found is None:
+            prompts = (training_prompts if trained else paraphrase_prompts)(fact, self._phrasings)
+            found = self.renderer.examples((prompt, fact.description) for prompt in prompts)
+            if len(self._rendered) >= RENDERED:
+                self._rendered.clear()
+            self._rendered[fact, trained] = found
+        return list(found)
 
     def prior_answers(self, fact: Fact) -> dict[str, str]:
         """What the model answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
@@ -142,26 +176,35 @@ class Engine:
         lesson: Lesson,
         config: TrainingConfig | None = None,
         on_step: OnStep = lambda step: None,
+        group: GroupConfig | None = None,
     ) -> Taught:
         """Train the adapter on a lesson; the weights stay as they are.
 
-        ``config`` may change how the loop runs, not the ranks, which are the adapter's own.
+        ``config`` may change how the loop runs, not the ranks, which are the adapter's own.  With
+        ``group`` the facts are taught breadth first, and the adapter has room for all of them.
         """
         began = time.monotonic()
         config = config or self.config
         rng = random.Random(config.seed)
-        start = [e for fact in lesson.new for e in rng.sample(list(fact), min(2, len(fact)))]
-        adapter = self.adapter
+        start = self._steepest(lesson, rng)
+        adapter = self._adapter_for(len(lesson.new) if group else 1)
         adapter.turn(on=False)
         steep = curvatures.gradients(self.base.model, self.names, start)
         adapter.reset(self.roots, steep, self._drift(), self._weights())
         adapter.turn(on=True)
+        given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower)
         try:
-            trained = train(self.base.model, adapter, lesson, config, rng, on_step, self.lower)
+            trained = BreadthFirst(group, *given).run() if group else train(*given)
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)
         return Taught(delta, trained, time.monotonic() - began)
+
+    def _steepest(self, lesson: Lesson, rng: random.Random) -> list[Example]:
+        """The examples whose gradient the adapter starts from: a prompt or two of each fact."""
+        facts = rng.sample(list(lesson.new), min(START_FACTS, len(lesson.new)))
+        each = 2 if len(facts) <= START_FACTS // 4 else 1
+        return [e for fact in facts for e in rng.sample(list(fact), min(each, len(fact)))]
 
     def _weights(self) -> dict[str, Tensor]:
         """The touched matrices where the model is; on a GPU as served, to save its memory."""

@@ -124,6 +124,7 @@ class EditReport:
     text_before: str | None = None
     text_after: str | None = None
     keys: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields, scores with rate and interval."""

@@ -94,7 +94,8 @@ class Journal(StoreBase):
             self._append_revision(revision, expected_head, edit, row)
             done = {"state": "committed", "revision": revision, "finished_at": now()}
             self._update("edits", edit_id, {**done, "delta": delta, "report": to_text(report)})
-            self._record_changes(edit_id, changes)
+            self._execute("DELETE FROM edit_facts WHERE edit_id = ?", [edit_id])
+            self._record_changes(edit_id, changes)  # of a group, those that were learned
             self._apply_changes(changes, revision)
             if restores is not None:
                 self._restore_health(restores)
@@ -197,6 +198,22 @@ class Journal(StoreBase):
             for row in rows
             if row["revision"] in wanted and (fact := fact_from_text(row["fact"])) is not None
         }
+
+    def before_fact(self, fact_id: int) -> int:
+        """The revision that the head's line had before a fact came in; the base's if it never did.
+
+        The line itself: after a rollback, what it restored.
+        """
+        line = [row.id for row in self.lineage(self.head())]
+        rows = self._rows("SELECT revision, state FROM fact_versions WHERE fact_id = ?", [fact_id])
+        states = {row["revision"]: row["state"] for row in rows}
+        before, held = 0, False
+        for at, revision in enumerate(line):
+            now_held = states.get(revision, "committed" if held else "removed") == "committed"
+            if now_held and not held:
+                before = line[at - 1] if at else 0
+            held = now_held
+        return before
 
     def rollback_changes(self, number: int) -> list[FactChange]:
         """What going back from the head to a revision does to the facts."""

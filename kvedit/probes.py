@@ -54,7 +54,7 @@ class Answers:
 def answer_logits(model: nn.Module, examples: Sequence[Example]) -> Answers:
     """One forward pass over all examples at once."""
     device = next(model.parameters()).device
-    ids, targets = (tensor.to(device) for tensor in _padded(examples))
+    ids, targets = (tensor.to(device) for tensor in padded(examples))
     chosen = targets >= 0
     rows = torch.arange(len(examples), device=device)[:, None].expand_as(targets)[chosen]
     hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -95,9 +95,9 @@ def _scores(
 ) -> TokenScores:
     part = [examples[i] for i in batch]
     device = next(model.parameters()).device
-    ids, targets = _padded(part)
+    ids, targets = padded(part)
     ids, targets = ids.to(device), targets.to(device)
-    hidden = _hidden(model, ids, part, lower)
+    hidden = last_hidden(model, ids, part, lower)
     chosen = targets >= 0
     where = torch.tensor(batch, device=device)[:, None].expand_as(targets)[chosen]
     logits = _softcap(model, head(model)(hidden[chosen]))
@@ -105,7 +105,7 @@ def _scores(
     return TokenScores(losses, leads, where)
 
 
-def _hidden(
+def last_hidden(
     model: Any, ids: Tensor, examples: Sequence[Example], lower: LowerHalf | None
 ) -> Tensor:
     """(rows, width, hidden): what the last block says, from what is kept of the lower ones."""
@@ -152,7 +152,7 @@ class _TokenLoss(torch.autograd.Function):
         return back, None
 
 
-def _padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Token ids padded on the right, and the target at each answer position, -1 elsewhere."""
     width = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)

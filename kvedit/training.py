@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kvedit.adapters import Adapter
+from kvedit.anchors import Anchors
 from kvedit.config import TrainingConfig
 from kvedit.errors import TrainingError
 from kvedit.lower import LowerHalf
@@ -47,10 +48,13 @@ YIELD = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What to teach, each new fact as one example a training prompt; and what to rehearse."""
+    """What to teach, each new fact as one example a training prompt; what to rehearse; and what
+    the base model says to protected text, which only groups are held to at every step.
+    """
 
     new: Sequence[Sequence[Example]]
     rehearsal: Sequence[Sequence[Example]] = ()
+    anchors: Anchors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,13 @@ def train(
     lower: LowerHalf | None = None,
 ) -> Trained:
     """Run the loop; the adapter must be reset and turned on.  Raises TrainingError for NaN."""
-    return _Loop(model, adapter, lesson, config, rng, on_step, lower).run()
+    return _DepthFirst(model, adapter, lesson, config, rng, on_step, lower).run()
 
 
-class _Loop:
-    """The state of one run."""
+class Loop:
+    """The state of one run, and one step of it; which examples, and when it ends, is to be said."""
+
+    vectors_share = VECTORS_SHARE
 
     def __init__(
         self,
@@ -111,43 +117,27 @@ class _Loop:
         self._accelerator = Accelerator()
         values, vectors = adapter.parameters()
         self._optimizer = torch.optim.Adam(
-            [{"params": values, "share": 1.0}, {"params": vectors, "share": VECTORS_SHARE}],
+            [{"params": values, "share": 1.0}, {"params": vectors, "share": self.vectors_share}],
             lr=config.learning_rate,
             betas=ADAM_BETAS,
         )
         self._phase = "learn"
         self._weight = config.shift_weight
-        self._pruned_at = 0
-        self._streak = 0
-        self._lead = float("-inf")  # the smallest margin of a new example in the last batch
+        self._total = config.max_steps
         self._loss = self._price = 0.0
 
-    def run(self) -> Trained:
-        config = self._config
-        for step in range(1, config.max_steps + 1):
-            good = self._step(step)
-            self._streak = self._streak + 1 if good else 0
-            if self._finished(step):
-                return Trained(step, True, self._loss, self._price)
-        learned = self._phase != "learn" and self._all_recalled(0.0)
-        return Trained(config.max_steps, learned, self._loss, self._price)
-
-    def _step(self, step: int) -> bool:
-        """One update; returns whether every new example of the batch was recalled before it."""
-        self._set_rate(step)
-        if self._phase == "learn" and step > PATIENCE:
-            self._weight *= YIELD
-        new, earlier = self._draw()
+    def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> Tensor:
+        """One update; returns the margins, in logits, that each example had before it."""
         self._adapter.write()
         with self._accelerator.autocast():
             scores = token_scores(self._model, [*new, *earlier], self._lower)
+            held = self._held()
         loss = _loss(scores, len(new), self._config.lead)
         price = self._adapter.price()
-        self._accelerator.backward(loss + self._weight * price)
+        self._accelerator.backward(loss + held + self._weight * price)
         self._adapter.read_gradients()
         self._optimizer.step()
-        if self._phase == "hold" and self._price > self._config.max_price:
-            self._adapter.shrink(self._config.shrink)
+        self._after_update()
         self._adapter.allocate(step)
         self._optimizer.zero_grad(set_to_none=True)
         self._loss, self._price = float(loss.detach()), float(price.detach())
@@ -156,19 +146,56 @@ class _Loop:
                 f"the training loss became NaN at step {step}",
                 hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
             )
-        margins = scores.margins(len(new) + len(earlier))[: len(new)]
-        self._lead, recalled = float(margins.min()), int((margins > 0).sum())
-        report = Step(
-            step, self._config.max_steps, self._phase, self._loss, self._price, recalled, len(new)
+        margins = scores.margins(len(new) + len(earlier))
+        recalled = int((margins[: len(new)] > 0).sum())
+        self._on_step(
+            Step(step, self._total, self._phase, self._loss, self._price, recalled, len(new))
         )
-        self._on_step(report)
-        return recalled == len(new)
+        return margins
 
-    def _set_rate(self, step: int) -> None:
-        rise = min(1.0, step / WARM_UP)
-        fall = 1 - 0.8 * step / self._config.max_steps
+    def _held(self) -> Tensor | float:
+        """What else a step is to keep: a loss."""
+        return 0.0
+
+    def _after_update(self) -> None:
+        """Called when the optimizer has moved, before the allocator masks."""
+
+    def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * group["share"] * rise * fall
+            group["lr"] = rate * group["share"]
+
+    def _some(self, items: Sequence[Any], count: int) -> list[Any]:
+        return self._rng.sample(list(items), min(count, len(items)))
+
+
+class _DepthFirst(Loop):
+    """One fact, or a few that are all in every step: until they are learned, pruned and held."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._pruned_at = 0
+        self._streak = 0
+        self._lead = float("-inf")  # the smallest margin of a new example in the last batch
+
+    def run(self) -> Trained:
+        """Go through the phases."""
+        config = self._config
+        for step in range(1, config.max_steps + 1):
+            rise, fall = min(1.0, step / WARM_UP), 1 - 0.8 * step / config.max_steps
+            self._set_rate(config.learning_rate * rise * fall)
+            if self._phase == "learn" and step > PATIENCE:
+                self._weight *= YIELD
+            new, earlier = self._draw()
+            self._lead = float(self._step(step, new, earlier)[: len(new)].min())
+            self._streak = self._streak + 1 if self._lead > 0 else 0
+            if self._finished(step):
+                return Trained(step, True, self._loss, self._price)
+        learned = self._phase != "learn" and self._all_recalled(0.0)
+        return Trained(config.max_steps, learned, self._loss, self._price)
+
+    def _after_update(self) -> None:
+        if self._phase == "hold" and self._price > self._config.max_price:
+            self._adapter.shrink(self._config.shrink)
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, and of some earlier facts one each."""
@@ -176,9 +203,6 @@ class _Loop:
         new = [e for fact in self._lesson.new for e in self._some(fact, count)]
         facts = self._some(self._lesson.rehearsal, self._config.rehearsal)
         return new, [self._rng.choice(list(fact)) for fact in facts]
-
-    def _some(self, items: Sequence[Any], count: int) -> list[Any]:
-        return self._rng.sample(list(items), min(count, len(items)))
 
     def _finished(self, step: int) -> bool:
         """Move from phase to phase; True when the fact is held with the final ranks."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvedit import deltas
 from kvedit.config import Config, TrainingConfig
+from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
 from kvedit.errors import Interrupted
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Status
@@ -31,6 +32,9 @@ from kvedit.training import Lesson, Step
 
 Emit = Callable[[Event], None]
 Snapshot = Mapping[str, Any]
+_FORGET = "forget"
+REHEARSED = 4
+"""For each earlier fact that a group checks, so many are rehearsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``."""
+    """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``.
+
+    The facts of a ``group`` stand or fall one by one; those of another plan all together.
+    """
 
     kind: str
     keys: tuple[str, ...]
@@ -59,6 +66,18 @@ class Plan:
     similar: tuple[Similar, ...] = ()
     text_before: str | None = None
     text_after: str | None = None
+    group: bool = False
+
+    def only(self, fact_ids: Container[int]) -> Plan:
+        """The part of the plan that is about some of its facts."""
+        chosen = [i for i, target in enumerate(self.targets) if target.fact_id in fact_ids]
+        return replace(
+            self,
+            keys=tuple(self.keys[i] for i in chosen),
+            changes=tuple(self.changes[i] for i in chosen),
+            targets=tuple(self.targets[i] for i in chosen),
+            prior={i: answers for i, answers in self.prior.items() if i in fact_ids},
+        )
 
     @property
     def key(self) -> str:
@@ -82,6 +101,7 @@ class _Found:
     checks: Checks
     rows: tuple[ProbeRow, ...]
     lost: tuple[_Risk, ...]
+    learned: frozenset[int]
 
 
 class Transaction:
@@ -95,6 +115,7 @@ class Transaction:
         self._began = time.monotonic()
         self._timings: dict[str, float] = {}
         self._steps = 0
+        self._left: tuple[str, ...] = ()
 
     def run(self, *, force: bool = False) -> EditReport:
         """Commit, or reject with reasons; anything raised leaves the model as it was."""
@@ -114,21 +135,23 @@ class Transaction:
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
         risks = self._choose_risks()
         held = self._held_locality()
-        taught, found, reasons = self._attempts(risks, held, snapshot)
+        delta, found, reasons = self._attempts(risks, held, snapshot)
         if reasons and not force:
             self._engine.master.restore(snapshot)
-            report = self._report("rejected", head, taught, found, reasons)
+            report = self._report("rejected", head, delta, found, reasons)
             self._store.finish_edit(edit_id, "rejected", reasons, report.to_json(), found.rows)
             return report
+        if self._plan.group and not force:
+            found = self._narrow(found)
         with self._timed("journal"):
-            delta = put(self._store.deltas, deltas.to_bytes(taught.delta), ".safetensors")
-            self._store.mark_trained(edit_id, delta)
+            name = put(self._store.deltas, deltas.to_bytes(delta), ".safetensors")
+            self._store.mark_trained(edit_id, name)
             digest = self._engine.master.digest()
-            report = self._report("committed", head, taught, found, reasons, delta)
+            report = self._report("committed", head, delta, found, reasons, name)
             revision = self._store.commit_edit(
                 edit_id,
                 expected_head=head,
-                delta=delta,
+                delta=name,
                 weights_digest=digest,
                 changes=self._plan.changes,
                 results=found.rows,
@@ -138,48 +161,86 @@ class Transaction:
         self._tell_retention(found, revision)
         return replace(report, revision=revision, seconds=time.monotonic() - self._began)
 
+    def _narrow(self, found: _Found) -> _Found:
+        """Go on with the facts of the group that were learned; the others stay as they were."""
+        before = self._plan
+        self._plan = before.only(found.learned)
+        self._left = tuple(key for key in before.keys if key not in self._plan.keys)
+        failed = {target.fact_id for target in before.targets} - found.learned
+        rows = tuple(row for row in found.rows if row.fact_id not in failed)
+        checks = replace(
+            found.checks, recall=_score(rows, "recall"), paraphrase=_score(rows, "paraphrase")
+        )
+        return replace(found, rows=rows, checks=checks)
+
     def _attempts(
         self, risks: Sequence[_Risk], held: Sequence[Example], snapshot: Snapshot
-    ) -> tuple[Taught, _Found, tuple[str, ...]]:
-        """Teach and look; when refused, teach again together with what was lost (budgeted)."""
-        repairing: dict[int, _Risk] = {}
+    ) -> tuple[dict[str, Factors], _Found, tuple[str, ...]]:
+        """Teach and look; when refused, go on from there with what was lost beside it (budgeted).
+
+        What several rounds of teaching add is one delta, merged as one.  A round that harmed the
+        locality probes is thrown away.
+        """
+        lost: dict[int, _Risk] = {}
+        delta: dict[str, Factors] = {}
         config = self._config.training
         if self._plan.kind == "remove":  # each prompt has its own answer: all are in every step
             config = replace(config, phrasings=max(len(t.recall) for t in self._plan.targets))
-        for attempt in range(self._config.retention.repairs + 1):
-            if attempt:
+        for _ in range(self._config.retention.repairs + 1):
+            taught = self._teach(risks, list(lost.values()), config)
+            delta = deltas.joined(delta, taught.delta)
+            with self._timed("merge"):
                 self._engine.master.restore(snapshot)
-            taught = self._teach(risks, list(repairing.values()), config)
+                self._engine.master.add(delta)
             found = self._look(risks, held)
-            reasons = refusals(found.checks, self._config.gate)
+            reasons = self._refusals(found)
             if not reasons:
                 break
-            repairing.update({risk.row.id: risk for risk in found.lost})
+            lost.update({risk.row.id: risk for risk in found.lost})
             config = _harder(config, found.checks)
-        return taught, found, reasons
+            if found.checks.unmoved.passed < found.checks.unmoved.n:  # harm is not trained away
+                delta = {}
+                self._engine.master.restore(snapshot)
+        return delta, found, reasons
+
+    def _refusals(self, found: _Found) -> tuple[str, ...]:
+        """Why the edit must not be committed; a group that learned some of its facts may."""
+        gate = self._config.gate
+        if self._plan.group:
+            some = len(found.learned) > 0
+            gate = replace(
+                gate,
+                recall=0.0 if some else gate.recall,
+                paraphrase=0.0 if some else gate.paraphrase,
+                retention=min(gate.retention, self._config.group.retention),
+            )
+        return refusals(found.checks, gate)
 
     def _teach(
         self, risks: Sequence[_Risk], repairing: Sequence[_Risk], config: TrainingConfig
     ) -> Taught:
         new = [target.recall for target in self._plan.targets]
-        lesson = Lesson([*new, *(r.all for r in repairing)], [risk.all for risk in risks])
+        again = {risk.row.id for risk in repairing}
+        rehearsal = [risk.all for risk in risks if risk.row.id not in again]
+        lesson = Lesson([*new, *(r.all for r in repairing)], rehearsal, self._engine.anchors)
+        group = self._config.group if self._plan.group else None
         with self._timed("train"):
-            taught = self._engine.teach(lesson, config, self._tell_step)
-        with self._timed("merge"):
-            self._engine.master.add(taught.delta)
+            taught = self._engine.teach(lesson, config, self._tell_step, group)
         self._steps += taught.trained.steps
         return taught
 
     def _choose_risks(self) -> list[_Risk]:
         """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
         settings = self._config.retention
-        rows = at_risk(self._store.facts("committed"), self._plan.keys, settings.sample)
+        probed = max(settings.sample, len(self._plan.targets))
+        count = REHEARSED * probed if self._plan.group else probed
+        rows = at_risk(self._store.facts("committed"), self._plan.keys, count)
         rng = random.Random(self._store.head())
         risks = []
-        for row in rows:
+        for number, row in enumerate(rows):
             examples = tuple(self._engine.examples(row.fact))
             drawn = rng.sample(examples, min(settings.prompts, len(examples)))
-            risks.append(_Risk(row, tuple(drawn), examples))
+            risks.append(_Risk(row, tuple(drawn) if number < probed else (), examples))
         return risks
 
     def _held_locality(self) -> list[Example]:
@@ -191,23 +252,20 @@ class Transaction:
     def _look(self, risks: Sequence[_Risk], held: Sequence[Example]) -> _Found:
         """Probe the merged, cast weights: the fact, its paraphrases, locality, earlier facts."""
         with self._timed("probe"):
-            rows: list[ProbeRow] = []
-            for target in self._plan.targets:
-                rows += self._probe(target.fact_id, "recall", target.recall)
-                rows += self._probe(target.fact_id, "paraphrase", target.paraphrases)
-                rows += [
-                    _turned(r) for r in self._probe(target.fact_id, "paraphrase", target.forget)
-                ]
-            rows += self._probe(None, "locality", held)
-            lost = []
-            for risk in risks:
-                checked = self._probe(risk.row.id, "retention", risk.probes)
-                rows += checked
-                if not all(row.passed for row in checked):
-                    lost.append(risk)
+            asked = [*self._questions(), *((None, "locality", e) for e in held)]
+            probed = [risk for risk in risks if risk.probes]
+            asked += [(risk.row.id, "retention", e) for risk in probed for e in risk.probes]
+            outcomes = self._engine.recall([example for _, _, example in asked])
+        rows = [
+            probe_row(fact_id, kind, example, outcome)
+            for (fact_id, kind, example), outcome in zip(asked, outcomes, strict=True)
+        ]
+        rows = [_turned(row) if row.kind == _FORGET else row for row in rows]
+        kept = _passed(rows, "retention")
+        lost = [risk for risk in probed if kept[risk.row.id] < 1]
         # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
         blamed = [risk for risk in lost if risk.row.health != "regressed"]
-        judged = [risk for risk in risks if risk.row.health != "regressed"]
+        judged = [risk for risk in probed if risk.row.health != "regressed"]
         checks = Checks(
             _score(rows, "recall"),
             _score(rows, "paraphrase"),
@@ -215,22 +273,39 @@ class Transaction:
             Score(len(judged) - len(blamed), len(judged)),
             tuple(risk.row.fact.key for risk in blamed),
         )
-        return _Found(checks, tuple(rows), tuple(lost))
+        return _Found(checks, tuple(rows), tuple(lost), self._learned(rows))
 
-    def _probe(self, fact_id: int | None, kind: str, examples: Sequence[Example]) -> list[ProbeRow]:
+    def _questions(self) -> list[tuple[int | None, str, Example]]:
+        """What the facts of the edit are asked: fact, kind, question."""
         return [
-            probe_row(fact_id, kind, example, outcome)
-            for example, outcome in zip(examples, self._engine.recall(examples), strict=True)
+            (target.fact_id, kind, example)
+            for target in self._plan.targets
+            for kind, examples in (
+                ("recall", target.recall),
+                ("paraphrase", target.paraphrases),
+                (_FORGET, target.forget),
+            )
+            for example in examples
         ]
+
+    def _learned(self, rows: Sequence[ProbeRow]) -> frozenset[int]:
+        """The facts of the edit that pass the gate by themselves."""
+        recall, other = _passed(rows, "recall"), _passed(rows, "paraphrase")
+        gate = self._config.gate
+        return frozenset(
+            fact_id
+            for fact_id, share in recall.items()
+            if share >= gate.recall and other.get(fact_id, 1.0) >= gate.paraphrase
+        )
 
     def _report(
         self,
         outcome: str,
         parent: int,
-        taught: Taught,
+        delta: Mapping[str, Factors],
         found: _Found,
         reasons: Sequence[str],
-        delta: str | None = None,
+        name: str | None = None,
     ) -> EditReport:
         forced = outcome == "committed" and bool(reasons)
         return EditReport(
@@ -238,6 +313,7 @@ class Transaction:
             outcome=outcome,
             key=self._plan.key,
             keys=self._plan.keys,
+            left=self._left,
             parent=parent,
             reasons=tuple(reasons),
             reliability=found.checks.recall,
@@ -247,10 +323,10 @@ class Transaction:
             steps=self._steps,
             seconds=time.monotonic() - self._began,
             timings=dict(self._timings),
-            ranks=taught.ranks,
+            ranks={matrix: factors.rank for matrix, factors in delta.items()},
             similar=self._plan.similar,
             broke=found.checks.lost if forced else (),
-            delta=delta,
+            delta=name,
             text_before=self._plan.text_before,
             text_after=self._plan.text_after,
         )
@@ -318,8 +394,17 @@ def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome
 
 
 def _turned(row: ProbeRow) -> ProbeRow:
-    """A probe that passes when the answer is gone."""
-    return replace(row, passed=not row.passed)
+    """A never-trained phrasing that passes when the answer is gone."""
+    return replace(row, kind="paraphrase", passed=not row.passed)
+
+
+def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:
+    """For each fact the share of its probes of a kind that passed."""
+    found: dict[int, list[bool]] = {}
+    for row in rows:
+        if row.kind == kind and row.fact_id is not None:
+            found.setdefault(row.fact_id, []).append(row.passed)
+    return {fact_id: sum(passed) / len(passed) for fact_id, passed in found.items()}
 
 
 def _score(rows: Sequence[ProbeRow], kind: str) -> Score:

@@ -121,10 +121,19 @@ class Workspace:
             self.engine.remember([e for f in facts for e in self.engine.examples(f)[:2]])
         self._measured = self.revision
 
-    def remember(self, learned: Sequence[Example]) -> None:
+    def anchor(self) -> None:
+        """Before groups: keep what the base model says to protected text; done once."""
+        if self.engine.anchors is not None or not self.config.group.anchors:
+            return
+        self.say("asking the base model about protected text")
+        renderer = self.engine.renderer
+        examples = [protect.example(renderer, text) for text in self._control_texts()]
+        self.at(0, lambda: self.engine.anchor(examples))
+
+    def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned, and note that the curvature is up to date."""
         if learned:
-            self.engine.remember(learned)
+            self.engine.remember(learned, weight)
         self._measured = self.revision
 
     def _load_curvature(self) -> None:

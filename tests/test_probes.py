@@ -96,12 +96,26 @@ def test_the_margin_is_the_smallest_lead(base: BaseModel) -> None:
 
 def test_a_tie_and_nan_are_not_recalled() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [float("nan"), 0.0, 0.0]])
-    answers = probes.Answers(logits, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
-    assert probes.row_margins(answers, 4).tolist() == [0.0, 1.0, float("-inf"), float("inf")]
-    middle = probes.Answers(
-        torch.tensor([[0.0, float("nan"), 0.0]]), torch.tensor([0]), torch.tensor([0])
-    )
-    assert probes.row_margins(middle, 1).tolist() == [float("-inf")]
+    targets = torch.tensor([0, 0, 0])
+    losses, leads = probes._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    scores = probes.TokenScores(losses, leads, torch.tensor([0, 1, 2]))
+    assert scores.margins(4).tolist() == [0.0, 1.0, float("-inf"), float("inf")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_are_cross_entropy(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 50, generator=generator).to(dtype)
+    targets = torch.randint(50, (300,), generator=generator)
+    slopes = torch.rand(300, generator=generator)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    losses, _ = probes._TokenLoss.apply(ours, targets)  # type: ignore[no-untyped-call]
+    wanted = torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="none")
+    (losses * slopes).sum().backward()
+    (wanted * slopes).sum().backward()
+    assert torch.equal(logits, ours.detach())  # the table was not written to
+    torch.testing.assert_close(losses, wanted)
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_the_company_in_a_batch_does_not_matter(base: BaseModel) -> None:
@@ -129,15 +143,6 @@ def test_batches_are_bounded_and_complete() -> None:
         assert len(batch) == 1 or len(batch) * width <= probes.TOKENS_A_BATCH
     assert list(probes.by_length([])) == []
     assert probes.recall(torch.nn.Linear(1, 1), []) == []
-
-
-def test_only_the_first_answer_positions(base: BaseModel) -> None:
-    make = renderer(base)
-    examples = make.examples([("What is amber lamp?", "Made of oak."), ("amber", "x")])
-    answers = probes.answer_logits(base.model, examples, first=2)
-    assert answers.rows.tolist() == [0, 0, 1, 1][: len(answers.rows)]
-    starts = [e.ids[e.start : e.start + 2] for e in examples]
-    assert answers.targets.tolist() == [token for start in starts for token in start]
 
 
 @slow_setup

@@ -1,0 +1,97 @@
+"""What the base model says to protected text, word for word, and how far the model has left it.
+
+The price of ``curvature`` is a quadratic guess that adds up over edits; the divergence measured
+here is the thing itself, on a sample of the text in every step.
+
+Invariants:
+- What is kept was said by the base model, whatever was edited since.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvedit.lower import LowerHalf
+from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, head, last_hidden, padded
+from kvedit.prompts import Example
+
+
+class Anchors:
+    """Texts and the base model's last hidden states at their answer positions."""
+
+    def __init__(self, examples: Sequence[Example], states: Sequence[Tensor]) -> None:
+        """``states`` (answer length, hidden) for each example, in the model's dtype."""
+        self._examples, self._states = list(examples), list(states)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @classmethod
+    def measure(
+        cls, model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
+    ) -> Anchors:
+        """Ask the model, which must be the base at this moment."""
+        states: dict[int, Tensor] = {}
+        for batch in by_length(examples, PADDED):
+            part = [examples[i] for i in batch]
+            with torch.no_grad():
+                hidden, targets = _answers(model, part, lower)
+            counts = (targets >= 0).sum(1).tolist()
+            states.update(zip(batch, torch.split(hidden, counts), strict=True))
+        return cls(examples, [states[i] for i in range(len(examples))])
+
+    def draw(self, rng: random.Random, count: int) -> list[int]:
+        """Which texts to look at in a step."""
+        return rng.sample(range(len(self)), min(count, len(self)))
+
+    def divergence(
+        self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
+    ) -> Tensor:
+        """KL(base || model), the mean over the answer tokens of the chosen texts, nats a token."""
+        parts = []
+        for batch in by_length([self._examples[i] for i in chosen], PADDED):
+            own = [chosen[i] for i in batch]
+            hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
+            with torch.no_grad():
+                base = head(model)(torch.cat([self._states[i] for i in own]))
+            parts.append(_Divergence.apply(head(model)(hidden), base))  # type: ignore[no-untyped-call]
+        return torch.cat(parts).mean()
+
+
+def _answers(
+    model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None
+) -> tuple[Tensor, Tensor]:
+    """The last hidden states at all answer positions, row by row, and the targets (rows, width)."""
+    device = next(model.parameters()).device
+    ids, targets = (tensor.to(device) for tensor in padded(examples))
+    return last_hidden(model, ids, examples, lower)[targets >= 0], targets
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(base || model) of each row of logits (N, vocabulary), a few rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, base: Tensor) -> Tensor:
+        found = torch.empty(len(logits), device=logits.device)
+        for at in range(0, len(logits), ROWS_A_SLICE):
+            here = slice(at, at + ROWS_A_SLICE)
+            ours = logits[here].float().log_softmax(1)
+            theirs = base[here].float().log_softmax(1)
+            found[here] = (theirs.exp() * (theirs - ours)).sum(1)
+        ctx.save_for_backward(logits, base)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        logits, base = ctx.saved_tensors
+        back = torch.empty_like(logits)
+        for at in range(0, len(logits), ROWS_A_SLICE):
+            here = slice(at, at + ROWS_A_SLICE)
+            apart = logits[here].float().softmax(1) - base[here].float().softmax(1)
+            back[here] = apart * slopes[here, None]
+        return back, None

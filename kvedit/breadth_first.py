@@ -1,0 +1,115 @@
+"""The loop for many facts in one adapter: all of them a little, again and again.
+
+Depth first, each fact to convergence before the next, is what makes the plain loop forget.  Here
+every pass goes over all facts in a new order, a batch of them at a time, each under one of its
+phrasings; beside them stand earlier facts and, to be said as the base model said it, protected
+text.
+
+    loss = cross-entropy(new) + cross-entropy(earlier) + anchor_weight * KL(base || model)
+           + shift_weight / facts * price
+
+Invariants:
+- The number of steps is known from the start: passes over the group, then some for what is not
+  recalled yet.
+- The allocator's last mask is run before the last passes: what is merged was trained pruned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvedit.config import GroupConfig
+from kvedit.probes import recall
+from kvedit.training import Loop, Trained
+
+WARM_UP = 5
+LAST_RATE = 0.1  # of the learning rate, at the end of the passes
+PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
+
+
+class BreadthFirst(Loop):
+    """A group being taught."""
+
+    vectors_share = 1.0
+
+    def __init__(self, group: GroupConfig, *given: Any) -> None:
+        super().__init__(*given)
+        self._group = group
+        count = len(self._lesson.new)
+        self._weight = group.shift_weight / count
+        self._batch = min(group.batch, count)
+        self._total = max(8, math.ceil(group.passes * count / self._batch))
+        self._order = self._passes(count)
+        self._margins: dict[int, float] = {}  # of earlier facts, when last seen
+        self._step_number = 0
+
+    def run(self) -> Trained:
+        """The passes, then what is still missing."""
+        prune = int(self._total * PRUNE_AT)
+        for step in range(1, self._total + 1):
+            if step == prune:
+                self._phase = "prune"
+                self._adapter.begin_pruning(step, steps=max(1, int(self._total * PRUNE_FOR)))
+            elif step > prune + self._total * PRUNE_FOR:
+                self._phase = "hold"
+            fall = 1 - (1 - LAST_RATE) * step / self._total
+            self._teach([next(self._order) for _ in range(self._batch)], fall)
+        missing = self._carry_on(self._missing())
+        return Trained(self._step_number, not missing, self._loss, self._price)
+
+    def _carry_on(self, missing: list[int]) -> list[int]:
+        """Teach what is not recalled yet, with as many others beside it, for a few rounds."""
+        self._phase = "again"
+        for _ in range(self._group.rounds):
+            if not missing:
+                break
+            steps = math.ceil(self._group.again * len(missing) / self._batch)
+            self._total += steps
+            for _ in range(steps):
+                hard = self._some(missing, self._batch // 2 or 1)
+                more = [next(self._order) for _ in range(self._batch - len(hard))]
+                self._teach(list({*hard, *more}), LAST_RATE * 2)
+            missing = self._missing()
+        return missing
+
+    def _teach(self, facts: Sequence[int], share: float) -> None:
+        """One step on some of the facts."""
+        self._step_number += 1
+        rise = min(1.0, self._step_number / WARM_UP)
+        self._set_rate(self._group.learning_rate * rise * share)
+        new = [self._rng.choice(list(self._lesson.new[fact])) for fact in facts]
+        chosen = self._earlier()
+        earlier = [self._rng.choice(list(self._lesson.rehearsal[fact])) for fact in chosen]
+        margins = self._step(self._step_number, new, earlier)[len(new) :]
+        self._margins.update(zip(chosen, margins.tolist(), strict=True))
+
+    def _earlier(self) -> list[int]:
+        """Earlier facts to rehearse: half the weakest when last seen, half at random."""
+        count = min(self._group.rehearsal, len(self._lesson.rehearsal))
+        weak = sorted(self._margins, key=self._margins.__getitem__)[: count // 2]
+        others = [i for i in range(len(self._lesson.rehearsal)) if i not in set(weak)]
+        return [*weak, *self._some(others, count - len(weak))]
+
+    def _held(self) -> Tensor | float:
+        anchors, weight = self._lesson.anchors, self._group.anchor_weight
+        if anchors is None or not len(anchors) or weight == 0 or self._group.anchors == 0:
+            return 0.0
+        chosen = anchors.draw(self._rng, self._group.anchors)
+        return weight * anchors.divergence(self._model, chosen, self._lower)
+
+    def _missing(self) -> list[int]:
+        """The facts that are not recalled under all of their prompts, with the final ranks."""
+        self._adapter.write()
+        asked = [(i, example) for i, fact in enumerate(self._lesson.new) for example in fact]
+        outcomes = recall(self._model, [example for _, example in asked], self._lower)
+        pairs = zip(asked, outcomes, strict=True)
+        return sorted({fact for (fact, _), outcome in pairs if not outcome.passed})
+
+    def _passes(self, count: int) -> Iterator[int]:
+        """Every fact once, in a new order each time."""
+        while True:
+            yield from self._rng.sample(range(count), count)
