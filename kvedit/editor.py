@@ -74,24 +74,27 @@ class KnowledgeBase:
         revision: str | None = None,
         trust_remote_code: bool = False,
         protect: Path | None = None,
+        targets: Sequence[str] = (),
         on_event: OnEvent | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
-        ``protect`` is a file of the user's own text that must stay.  Raises UsageError if there is
-        a store already, ModelError if the model cannot be loaded.
+        ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
+        linear layers that edits may touch (see ``models.target_names``).  Raises UsageError
+        if there is a store already, ModelError if the model cannot be loaded.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
         base = models.load(source, revision=revision, trust_remote_code=trust_remote_code)
         settings = Config.load(Path(path) / "kvedit.toml").training
-        engine = Engine(base, settings, phrasings=Path(path) / "phrasings")
+        engine = Engine(base, settings, phrasings=Path(path) / "phrasings", targets=targets)
         meta = {
             "model_name": base.name,
             "model_path": source,
             "model_fingerprint": base.fingerprint,
             "model_revision": revision or "",
             "trust_remote_code": str(int(trust_remote_code)),
+            "targets": " ".join(targets),
             "dtype": str(base.dtype).removeprefix("torch."),
             "weights_digest": engine.master.digest(),
         }
@@ -114,7 +117,10 @@ class KnowledgeBase:
         store = Store.open(Path(path))
         try:
             base = load_pinned(store)
-            engine = Engine(base, store.config.training, phrasings=store.path / "phrasings")
+            targets = (store.meta("targets") or "").split()
+            engine = Engine(
+                base, store.config.training, phrasings=store.path / "phrasings", targets=targets
+            )
             knowledge = cls(store, engine, on_event)
             knowledge._work.recover()
             knowledge._work.go_to(store.head())

@@ -49,16 +49,25 @@ class Taught:
 
 
 class Engine:
-    """A base model made editable.  ``phrasings`` is a folder that overrides the shipped ones."""
+    """A base model made editable.
+
+    ``phrasings`` is a folder that overrides the shipped ones; ``targets`` names the layers that
+    edits touch (see ``models.target_names``).
+    """
 
     def __init__(
-        self, base: BaseModel, config: TrainingConfig, *, phrasings: Path | None = None
+        self,
+        base: BaseModel,
+        config: TrainingConfig,
+        *,
+        phrasings: Path | None = None,
+        targets: Sequence[str] = (),
     ) -> None:
         self.base = base
         self.config = config
         self._phrasings = phrasings
         self.renderer = Renderer(base.tokenizer, context=base.context)
-        self.names = target_names(base.model)
+        self.names = target_names(base.model, targets)
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self._adapter: Adapter | None = None
         self._curvature: Curvature | None = None

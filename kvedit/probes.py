@@ -8,6 +8,9 @@ decides exact recall (protocol ``teacher-forced``); ``generate`` confirms it whe
 Invariants:
 - Examples are padded on the right only, so a causal model never sees the padding.
 - Logits are computed at answer positions alone: the vocabulary projection dominates small models.
+  A model whose answer is not its projection of its backbone's output is asked whole instead; which
+  of the two it is, is tried once and not guessed.
+- A text never grows beyond the model's context.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from kvedit.models import context_of, has_own_code
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
 ROWS_A_BATCH = 256
+_PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ def answer_logits(
     """One forward pass; with ``first``, only that many answer positions of each example."""
     device = next(model.parameters()).device
     width = max(len(e.ids) for e in examples)
+    # Never square: whoever reads activations must see which side the positions are on.
+    width += width == len(examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     targets = torch.full((len(examples), width), -1)
     for row, example in enumerate(examples):
@@ -63,21 +71,55 @@ def answer_logits(
     ids, targets = ids.to(device), targets.to(device)
     chosen = targets >= 0
     rows = torch.arange(len(examples), device=device)[:, None].expand_as(targets)[chosen]
+    return Answers(_logits(model, ids, chosen), targets[chosen], rows)
+
+
+def _logits(model: Any, ids: Tensor, chosen: Tensor) -> Tensor:
+    """(N, vocabulary), float: the logits at the chosen positions."""
+    if not projects(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[chosen].float()
     hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    logits = head(model)(hidden[chosen]).float()
-    return Answers(_softcap(model, logits), targets[chosen], rows)
+    return _softcap(model, head(model)(hidden[chosen]).float())
+
+
+def projects(model: Any) -> bool:
+    """Whether the logits are the projection of the backbone's output, tried once for each model.
+
+    Not so where the projection lies elsewhere, the logits are scaled, or the backbone's output has
+    another layout: all of them common in custom code.
+    """
+    if model not in _PROJECTS:
+        _PROJECTS[model] = _try_projection(model)
+    return _PROJECTS[model]
+
+
+@torch.no_grad()
+def _try_projection(model: Any) -> bool:
+    if backbone(model) is model or head(model) is None:
+        return False
+    ids = torch.tensor([[5, 6, 7], [7, 5, 6]], device=next(model.parameters()).device)
+    training = model.training
+    model.eval()  # dropout would tell two equal ways apart
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        short = _softcap(model, head(model)(hidden).float())
+    finally:
+        model.train(training)
+    close = 0.01 * float(whole.std()) + 1e-4
+    return short.shape == whole.shape and bool((short - whole).abs().max() <= close)
 
 
 def backbone(model: Any) -> nn.Module:
     """The model without its vocabulary projection, through any adapter wrapper."""
-    inner: nn.Module = getattr(model, model.base_model_prefix)
+    inner: nn.Module = getattr(model, model.base_model_prefix, model)
     return inner
 
 
-def head(model: Any) -> nn.Module:
-    """The vocabulary projection."""
-    projection: nn.Module = model.get_output_embeddings()
-    return projection
+def head(model: Any) -> Any:
+    """The vocabulary projection; None where the model does not say which it is."""
+    return model.get_output_embeddings()
 
 
 def _softcap(model: Any, logits: Tensor) -> Tensor:
@@ -137,16 +179,31 @@ def generate(
     """Continue each prefix by up to ``limit`` tokens; the end token is left out.
 
     Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
-    left where they differ.
+    left where they differ.  Decoding stops where the model's context ends.
     """
     texts: list[list[int]] = [[] for _ in prefixes]
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    for at in range(0, len(order), ROWS_A_BATCH):
-        part = order[at : at + ROWS_A_BATCH]
+    context = context_of(model)
+    for part in _batches(model, prefixes):
         run = _Decoding(model, [prefixes[i] for i in part], end)
-        for index, row in zip(part, run.finish(limit, temperature, generator), strict=True):
+        room = min(limit, context - len(prefixes[part[-1]]))
+        for index, row in zip(part, run.finish(room, temperature, generator), strict=True):
             texts[index] = row
     return texts
+
+
+def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices by length; of one length each for a model whose own code may not know padding."""
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    alike = has_own_code(model)
+    batch: list[int] = []
+    for index in order:
+        other = alike and batch and len(prefixes[batch[0]]) != len(prefixes[index])
+        if batch and (other or len(batch) >= ROWS_A_BATCH):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 class _Decoding:
@@ -182,7 +239,7 @@ class _Decoding:
             going = [at for at, row in enumerate(self._alive) if row not in ended]
             if not going:
                 break
-            self._current = chosen[:, None]
+            self._extend(chosen[:, None])
             if len(going) <= len(self._alive) * 3 // 4:  # copying the cache costs: when it pays
                 self._keep(going)
         return self._texts
@@ -198,14 +255,21 @@ class _Decoding:
         out = self._model(
             input_ids=self._current, past_key_values=self._cache, use_cache=True, **extra
         )
-        self._cache = out.past_key_values
+        self._cache = getattr(out, "past_key_values", None)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
+    def _extend(self, chosen: Tensor) -> None:
+        """Feed the chosen tokens next; a model without a cache reads all again."""
+        self._current = chosen if self._cache else torch.cat([self._current, chosen], dim=1)
+
     def _keep(self, going: list[int]) -> None:
         keep = torch.tensor(going, device=self._current.device)
-        self._cache.batch_select_indices(keep)
+        if self._cache and not hasattr(self._cache, "batch_select_indices"):
+            return  # custom code's tuples: which of their sides is the row is not for us to guess
+        if self._cache:
+            self._cache.batch_select_indices(keep)
         self._current, self._mask = self._current[keep], self._mask[keep]
         self._alive = [self._alive[at] for at in going]
 

@@ -98,6 +98,12 @@ def question(key: str) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A file of text the model must keep to, besides what it says by itself.",
 )
+@click.option(
+    "--targets",
+    metavar="NAMES",
+    help="Linear layers that edits may touch, with commas: last names such as q_proj,v_proj, or"
+    " patterns such as 'model.layers.*.mlp.down_proj'. [those of the model's family]",
+)
 @click.pass_obj
 def init(
     settings: Settings,
@@ -105,6 +111,7 @@ def init(
     revision: str | None,
     trust_remote_code: bool,
     protect: Path | None,
+    targets: str | None,
 ) -> None:
     """Create a store and pin its base model.
 
@@ -117,6 +124,7 @@ def init(
       kvedit init
       kvedit --store poems init --model ./my-model
       kvedit init --model Qwen/Qwen2.5-0.5B-Instruct --revision 7ae5576
+      kvedit init --model ./my-model --targets o_proj,down_proj
     """
     from kvedit.cli.progress import make_reporter
     from kvedit.editor import KnowledgeBase
@@ -127,6 +135,7 @@ def init(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "protect": protect,
+        "targets": [name.strip() for name in (targets or "").split(",") if name.strip()],
     }
     with (
         make_reporter(quiet=settings.quiet) as reporter,
