@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from kvedit import export, fold, models, protect
+from kvedit import export, fold, lora_export, models, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
@@ -418,15 +418,38 @@ class KnowledgeBase:
             self._work.go_to(here)
         return findings
 
-    def export(self, directory: str | Path, *, dtype: str | None = None) -> ExportReport:
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        dtype: str | None = None,
+        max_shard_size: str | None = None,
+    ) -> ExportReport:
         """Write the head as a folder that transformers loads, then reload and re-probe it."""
-        facts = [row.fact for row in self.store.facts("committed")]
-        examples = [e for fact in facts for e in self.engine.examples(fact)]
+        examples = self._all_examples()
         self._say("writing the model")
         return export.write(
             self.engine, examples, Path(directory), dtype=dtype, revision=self._work.revision,
-            progress=self._say,
+            max_shard_size=max_shard_size, progress=self._say,
         )  # fmt: skip
+
+    def export_adapter(self, directory: str | Path) -> ExportReport:
+        """Write all edits as one LoRA adapter over the untouched base model, and re-probe it.
+
+        Raises UsageError when the weights are those of the base model.
+        """
+        facts = [row.fact for row in self.store.facts("committed")]
+        unseen = [e for fact in facts for e in self.engine.paraphrases(fact)]
+        rows = self.store.protected("locality")
+        local = self.engine.renderer.examples([(row.prompt, row.answer) for row in rows])
+        return lora_export.write(
+            self.engine, self._all_examples(), [*unseen, *local], Path(directory),
+            revision=self._work.revision, progress=self._say,
+        )  # fmt: skip
+
+    def _all_examples(self) -> list[Example]:
+        facts = [row.fact for row in self.store.facts("committed")]
+        return [e for fact in facts for e in self.engine.examples(fact)]
 
     def _say(self, text: str, key: str | None = None) -> None:
         self._work.say(text, key)

@@ -42,6 +42,7 @@ class BaseModel:
     name: str
     path: str
     fingerprint: str
+    revision: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +109,7 @@ def load(source: str, *, revision: str | None = None, trust_remote_code: bool = 
     model: Any = loaded
     model.eval().requires_grad_(False)
     model.to(_device())
-    return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model))
+    return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), revision)
 
 
 _WHAT_A_MODEL_IS = (

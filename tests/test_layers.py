@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "model": ("prompts", "models", "adapters", "deltas", "probes", "protect", "curvature"),
     "loop": ("training", "retention", "engine", "plain"),
-    "edit": ("fold", "export", "transaction", "workspace", "editor", "ingest"),
+    "edit": ("fold", "export", "lora_export", "transaction", "workspace", "editor", "ingest"),
     "use": ("reports", "plots", "bench", "pretrain"),
     "cli": ("cli", "demo", "__main__"),
 }
