@@ -8,10 +8,11 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -86,8 +87,11 @@ class KnowledgeBase:
         extra = _protect_file(protect)
         source = models.locate(model)
         base = models.load(source, revision=revision, trust_remote_code=trust_remote_code)
-        settings = Config.load(Path(path) / "kvedit.toml").training
-        engine = Engine(base, settings, phrasings=Path(path) / "phrasings", targets=targets)
+        settings = Config.load(Path(path) / "kvedit.toml")
+        engine = Engine(
+            base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
+            prompts=settings.prompts,
+        )  # fmt: skip
         meta = {
             "model_name": base.name,
             "model_path": source,
@@ -95,6 +99,7 @@ class KnowledgeBase:
             "model_revision": revision or "",
             "trust_remote_code": str(int(trust_remote_code)),
             "targets": " ".join(targets),
+            "prompts": json.dumps(asdict(settings.prompts), sort_keys=True),
             "dtype": str(base.dtype).removeprefix("torch."),
             "weights_digest": engine.master.digest(),
         }
@@ -119,9 +124,11 @@ class KnowledgeBase:
             base = load_pinned(store)
             targets = (store.meta("targets") or "").split()
             engine = Engine(
-                base, store.config.training, phrasings=store.path / "phrasings", targets=targets
-            )
+                base, store.config.training, phrasings=store.path / "phrasings", targets=targets,
+                prompts=store.config.prompts,
+            )  # fmt: skip
             knowledge = cls(store, engine, on_event)
+            knowledge._warn_of_prompts()
             knowledge._work.recover()
             knowledge._work.go_to(store.head())
         except BaseException:
@@ -322,6 +329,18 @@ class KnowledgeBase:
         )
         self._emit(report)
         return report
+
+    def _warn_of_prompts(self) -> None:
+        """Facts were taught in another form: they may not be recalled in this one."""
+        now = json.dumps(asdict(self.store.config.prompts), sort_keys=True)
+        if self.store.meta("prompts") not in (None, now) and self.store.facts("committed"):
+            text = "[prompts] in kvedit.toml has changed since the facts were taught; run verify"
+            self._emit(Warning_(text=text, code="prompts-changed"))
+
+    def example_lines(self) -> list[str]:
+        """The exact text and tokens of a fact as it would be trained, the answer marked."""
+        fact = Fact.create("tide lantern", "Made of glass in Marrow.")
+        return self.engine.renderer.shown(self.engine.examples(fact)[0])
 
     def _warn_near(self, key: str, near: Sequence[Similar]) -> None:
         for hit in near:

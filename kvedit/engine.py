@@ -21,7 +21,7 @@ from torch import Tensor
 from kvedit import curvature as curvatures
 from kvedit import probes
 from kvedit.adapters import Adapter
-from kvedit.config import TrainingConfig
+from kvedit.config import PromptsConfig, TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
 from kvedit.facts import Fact
@@ -62,11 +62,14 @@ class Engine:
         *,
         phrasings: Path | None = None,
         targets: Sequence[str] = (),
+        prompts: PromptsConfig | None = None,
     ) -> None:
         self.base = base
         self.config = config
         self._phrasings = phrasings
-        self.renderer = Renderer(base.tokenizer, context=base.context)
+        self.renderer = Renderer(
+            base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
+        )
         self.names = target_names(base.model, targets)
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self._adapter: Adapter | None = None
@@ -188,8 +191,8 @@ class Engine:
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
         """Greedy continuations of token prefixes, as text."""
-        rows = probes.generate(self.base.model, prefixes, end=self.renderer.end, limit=limit)
-        return [self.renderer.text(row) for row in rows]
+        rows = probes.generate(self.base.model, prefixes, end=self.renderer.stops, limit=limit)
+        return [self.renderer.answer_text(row) for row in rows]
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""

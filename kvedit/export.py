@@ -112,6 +112,10 @@ def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str,
     fresh = models.load(base.path, revision=base.revision, trust_remote_code=trusted)
     engine.master.write_into(fresh.model)
     fresh.model.to(dtype)
+    settings = getattr(fresh.model, "generation_config", None)
+    if settings is not None and engine.renderer.end not in base.stops:
+        # Its turns end with this token; whoever serves the folder must stop there too.
+        settings.eos_token_id = [*base.stops, engine.renderer.end]
     fresh.model.save_pretrained(folder, **shards)
     save_tokenizer(engine, folder)
 

@@ -61,6 +61,15 @@ class BaseModel:
         """The longest text it takes, in tokens."""
         return context_of(self.model)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which its generation settings end an answer."""
+        settings = getattr(self.model, "generation_config", None)
+        found = getattr(settings, "eos_token_id", None)
+        if found is None:
+            return ()
+        return (found,) if isinstance(found, int) else tuple(found)
+
 
 def context_of(model: Any) -> int:
     """The longest text a model takes, in tokens; 2048 where its configuration does not say."""

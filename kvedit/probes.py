@@ -171,12 +171,12 @@ def generate(
     model: Any,
     prefixes: Sequence[Sequence[int]],
     *,
-    end: int,
+    end: int | frozenset[int],
     limit: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continue each prefix by up to ``limit`` tokens; the end token is left out.
+    """Continue each prefix by up to ``limit`` tokens; the end token, or any of them, is left out.
 
     Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
     left where they differ.  Decoding stops where the model's context ends.
@@ -209,8 +209,11 @@ def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int
 class _Decoding:
     """One batch being continued with a key/value cache; rows that have ended leave it."""
 
-    def __init__(self, model: Any, prefixes: Sequence[Sequence[int]], end: int) -> None:
-        self._model, self._end = model, end
+    def __init__(
+        self, model: Any, prefixes: Sequence[Sequence[int]], end: int | frozenset[int]
+    ) -> None:
+        self._model = model
+        self._ends = frozenset({end}) if isinstance(end, int) else end
         device = next(model.parameters()).device
         width = max(len(prefix) for prefix in prefixes)
         ids = torch.zeros(len(prefixes), width, dtype=torch.long)
@@ -232,7 +235,7 @@ class _Decoding:
         for _ in range(limit):
             chosen = _choose(self._next_logits(), temperature, generator)
             for row, token in zip(self._alive, chosen.tolist(), strict=True):
-                if token == self._end:
+                if token in self._ends:
                     ended.add(row)
                 elif row not in ended:
                     self._texts[row].append(token)

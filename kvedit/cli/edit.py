@@ -131,18 +131,18 @@ def init(
     from kvedit.store import resolve_store
 
     path = resolve_store(settings.store)
-    options: dict[str, Any] = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "protect": protect,
-        "targets": [name.strip() for name in (targets or "").split(",") if name.strip()],
-    }
+    named = [name.strip() for name in (targets or "").split(",") if name.strip()]
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {"protect": protect, "targets": named}
     with (
         make_reporter(quiet=settings.quiet) as reporter,
         KnowledgeBase.create(path, model, on_event=reporter, **options) as base,
     ):
         name = base.store.meta("model_name")
+        lines = base.example_lines()
     click.echo(f"created the store {path} for the model {name}")
+    click.echo("a fact is trained and asked like this (to change it: [prompts] in kvedit.toml):")
+    click.echo("\n".join(f"  {line}" for line in lines))
     next_step(settings, "add", "KEY", "FILE")
 
 

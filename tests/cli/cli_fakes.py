@@ -135,6 +135,9 @@ class FakeBase:
         self._did("export", directory, dtype, max_shard_size)
         return FakeExport(directory, mismatches=self.mismatches)
 
+    def example_lines(self) -> list[str]:
+        return ["prompt  'What is x?'", "answer  'A.<|end|>'"]
+
     def export_adapter(self, directory: Path) -> FakeExport:
         self._did("export_adapter", directory)
         return FakeExport(directory, mismatches=self.mismatches, rank=4, error=0.125)
