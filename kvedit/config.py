@@ -32,6 +32,7 @@ class TrainingConfig:
     an edit goes on until that harm is at most ``max_price``.  ``phrasings`` of each new fact and
     ``rehearsal`` earlier facts are in each step.  Dampings are shares of the mean eigenvalue.
     ``fact_weight`` says how often a committed fact's tokens count in what is protected.
+    ``gradient_checkpointing`` computes each block's activations twice and keeps them not at all.
     """
 
     max_steps: int = setting(80, low=4)
@@ -51,6 +52,7 @@ class TrainingConfig:
     hold_steps: int = setting(2, low=1)
     hold_limit: int = setting(16, low=1)
     prune_steps: int = setting(6, low=2)
+    gradient_checkpointing: bool = setting(False)
     seed: int = setting(0)
 
 

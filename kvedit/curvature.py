@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.errors import ModelError
-from kvedit.probes import answer_logits, by_length
+from kvedit.probes import answer_logits, batch_tokens, by_length
 from kvedit.prompts import Example
 
 DENSE_LIMIT = 2048
@@ -186,7 +186,7 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     recorder = _Recorder(model, names)
     try:
-        for batch in by_length(examples):
+        for batch in by_length(examples, batch_tokens(model)):
             part = [examples[i] for i in batch]
             tokens = _backward(model, part, generator)
             own = Curvature(_batch_moments(recorder, names, _lengths(part)), tokens)

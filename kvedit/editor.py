@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from kvedit import export, fold, lora_export, models, protect
+from kvedit import export, fold, lora_export, memory, models, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
@@ -76,18 +76,24 @@ class KnowledgeBase:
         trust_remote_code: bool = False,
         protect: Path | None = None,
         targets: Sequence[str] = (),
+        check_memory: bool = True,
         on_event: OnEvent | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
         ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
         linear layers that edits may touch (see ``models.target_names``).  Raises UsageError
-        if there is a store already, ModelError if the model cannot be loaded.
+        if there is a store already, ModelError if the model cannot be loaded or, with
+        ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
-        base = models.load(source, revision=revision, trust_remote_code=trust_remote_code)
         settings = Config.load(Path(path) / "kvedit.toml")
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        outline = memory.outline(source, **options) if check_memory else None
+        if outline is not None:
+            memory.require(outline, settings.training, targets)
+        base = models.load(source, **options)
         engine = Engine(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,

@@ -25,7 +25,7 @@ from kvedit.config import PromptsConfig, TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
 from kvedit.facts import Fact
-from kvedit.models import BaseModel, target_names
+from kvedit.models import BaseModel, checkpointed, target_names
 from kvedit.probes import Outcome
 from kvedit.prompts import Example, Renderer, paraphrase_prompts, training_prompts
 from kvedit.training import Lesson, OnStep, Trained, train
@@ -167,7 +167,8 @@ class Engine:
         adapter.reset(self.roots, steep, self._drift())
         adapter.turn(on=True)
         try:
-            trained = train(self.base.model, adapter, lesson, config, rng, on_step)
+            with checkpointed(self.base.model, on=config.gradient_checkpointing):
+                trained = train(self.base.model, adapter, lesson, config, rng, on_step)
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kvedit.errors import ModelError
 
@@ -116,9 +119,24 @@ def load(source: str, *, revision: str | None = None, trust_remote_code: bool = 
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _cannot("model", source, error) from error
     model: Any = loaded
+    _refuse_quantised(source, model)
     model.eval().requires_grad_(False)
     model.to(_device())
     return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), revision)
+
+
+def _refuse_quantised(source: str, model: Any) -> None:
+    """A delta cannot be added to packed weights, and what is served would not be what was gated."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None and not getattr(model, "is_quantized", False):
+        return
+    method = getattr(settings, "quant_method", None) or dict(settings or {}).get("quant_method")
+    kind = getattr(method, "value", method) or "unknown"
+    raise ModelError(
+        f"the weights of {source} are quantised ({kind}): edits cannot be merged into them",
+        hint="Edit the model in float32, bfloat16 or float16, export it, and quantise the export;"
+        " or export --format peft and put the adapter over the quantised base.",
+    )
 
 
 _WHAT_A_MODEL_IS = (
@@ -292,6 +310,36 @@ def _choice(model: nn.Module) -> str:
         return "It has no plain linear layers: its projections are of a kind kvedit does not know."
     last = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     return f"Pass --targets with names from: {last}; or a pattern such as {names[0]!r}."
+
+
+@contextmanager
+def checkpointed(model: nn.Module, *, on: bool) -> Iterator[None]:
+    """Inside, blocks forget their activations and compute them again for backward.
+
+    Done here and not by transformers, which couples it to training mode and so to dropout.
+    """
+    layers = list(blocks(model)[1]) if on else []
+    for layer in layers:
+        layer.forward = partial(_twice, layer.forward)  # hides the method of the class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _twice(forward: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **more)
+    return checkpoint(forward, *args, use_reentrant=False, **more)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens the model knows: the rows of its largest embedding (custom code may not say
+    which one it is).
+    """
+    found = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    return max(found, default=1)
 
 
 def is_matrix(module: nn.Module) -> bool:

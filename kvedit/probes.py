@@ -25,10 +25,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kvedit.models import context_of, has_own_code
+from kvedit.models import context_of, has_own_code, vocabulary
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
+LOGITS_A_BATCH = 64 * 1024 * 1024  # of a large vocabulary they would outweigh the model
+LEAST_TOKENS = 256
 ROWS_A_BATCH = 256
 _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -128,12 +130,17 @@ def _softcap(model: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def by_length(examples: Sequence[Example]) -> Iterator[list[int]]:
+def batch_tokens(model: nn.Module) -> int:
+    """How many tokens a batch may have, so that its logits stay within bounds."""
+    return max(LEAST_TOKENS, min(TOKENS_A_BATCH, LOGITS_A_BATCH // vocabulary(model)))
+
+
+def by_length(examples: Sequence[Example], tokens: int = TOKENS_A_BATCH) -> Iterator[list[int]]:
     """Batches of indices of similar length, each of a bounded number of padded tokens."""
     batch: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
         width = len(examples[index].ids)
-        if batch and ((len(batch) + 1) * width > TOKENS_A_BATCH or len(batch) >= ROWS_A_BATCH):
+        if batch and ((len(batch) + 1) * width > tokens or len(batch) >= ROWS_A_BATCH):
             yield batch
             batch = []
         batch.append(index)
@@ -145,7 +152,7 @@ def by_length(examples: Sequence[Example]) -> Iterator[list[int]]:
 def recall(model: nn.Module, examples: Sequence[Example]) -> list[Outcome]:
     """Exact recall of each example by one forward pass (teacher-forced)."""
     outcomes: list[Outcome] = [Outcome(False, float("-inf"))] * len(examples)
-    for batch in by_length(examples):
+    for batch in by_length(examples, batch_tokens(model)):
         answers = answer_logits(model, [examples[i] for i in batch])
         margins = row_margins(answers, len(batch))
         for index, margin in zip(batch, margins.tolist(), strict=True):

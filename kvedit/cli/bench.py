@@ -198,6 +198,37 @@ def architectures(
         raise GateFailedError("not every architecture passed", hint="See the table above.")
 
 
+@bench.command()
+@click.option(
+    "--measure",
+    "shape",
+    type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
+    help="Also teach a random model of this shape for a few steps, on the CPU.",
+)
+@click.option("--steps", type=click.IntRange(min=4), default=8, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.pass_obj
+def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> None:
+    """How much memory editing takes, by model size and setting.
+
+    \b
+    Examples:
+      kvedit bench memory
+      kvedit bench memory --measure 0.5B
+    """
+    import torch
+
+    from kvedit.bench import footprint
+    from kvedit.cli.progress import make_reporter
+
+    sheets = [footprint.computed()]
+    if shape is not None:
+        with make_reporter(quiet=settings.quiet) as reporter:
+            found = footprint.measure(shape, getattr(torch, dtype), steps, reporter)
+        sheets.append(footprint.measured_sheet(found))
+    _show("Memory", "shapes of Qwen2.5, random weights", "", sheets)
+
+
 def _run(settings: Settings, measure: Callable[..., Any], options: Any) -> Any:
     from kvedit.cli.progress import make_reporter
 

@@ -104,6 +104,9 @@ def question(key: str) -> str:
     help="Linear layers that edits may touch, with commas: last names such as q_proj,v_proj, or"
     " patterns such as 'model.layers.*.mlp.down_proj'. [those of the model's family]",
 )
+@click.option(
+    "--ignore-memory", is_flag=True, help="Go on even if the model seems too large to be edited."
+)
 @click.pass_obj
 def init(
     settings: Settings,
@@ -112,6 +115,7 @@ def init(
     trust_remote_code: bool,
     protect: Path | None,
     targets: str | None,
+    ignore_memory: bool,
 ) -> None:
     """Create a store and pin its base model.
 
@@ -133,7 +137,7 @@ def init(
     path = resolve_store(settings.store)
     named = [name.strip() for name in (targets or "").split(",") if name.strip()]
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options |= {"protect": protect, "targets": named}
+    options |= {"protect": protect, "targets": named, "check_memory": not ignore_memory}
     with (
         make_reporter(quiet=settings.quiet) as reporter,
         KnowledgeBase.create(path, model, on_event=reporter, **options) as base,

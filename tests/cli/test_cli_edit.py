@@ -267,6 +267,7 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
         "trust_remote_code": True,
         "protect": Path("mine.txt"),
         "targets": ["q_proj", "v_proj"],
+        "check_memory": True,
     }
     assert FakeBase.last.calls == [("create", "some/model", options)]
     assert "created the store" in result.stdout
