@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
-from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, head, last_hidden, padded
+from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, head, last_hidden, padded, projects
 from kvedit.prompts import Example
 
 
@@ -35,9 +35,14 @@ class Anchors:
     def measure(
         cls, model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
     ) -> Anchors:
-        """Ask the model, which must be the base at this moment."""
+        """Ask the model, which must be the base at this moment.
+
+        A model whose logits are no projection of its last hidden states gets no anchors.
+        """
+        if not projects(model):
+            return cls([], [])
         states: dict[int, Tensor] = {}
-        for batch in by_length(examples, PADDED):
+        for batch in by_length(examples, padding=PADDED):
             part = [examples[i] for i in batch]
             with torch.no_grad():
                 hidden, targets = _answers(model, part, lower)
@@ -54,7 +59,7 @@ class Anchors:
     ) -> Tensor:
         """KL(base || model), the mean over the answer tokens of the chosen texts, nats a token."""
         parts = []
-        for batch in by_length([self._examples[i] for i in chosen], PADDED):
+        for batch in by_length([self._examples[i] for i in chosen], padding=PADDED):
             own = [chosen[i] for i in batch]
             hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
             with torch.no_grad():

@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ class TrainingConfig:
     an edit goes on until that harm is at most ``max_price``.  ``phrasings`` of each new fact and
     ``rehearsal`` earlier facts are in each step.  Dampings are shares of the mean eigenvalue.
     ``fact_weight`` says how often a committed fact's tokens count in what is protected.
+    ``gradient_checkpointing`` computes each block's activations twice and keeps them not at all.
     """
 
     max_steps: int = setting(80, low=4)
@@ -51,6 +52,7 @@ class TrainingConfig:
     hold_steps: int = setting(2, low=1)
     hold_limit: int = setting(16, low=1)
     prune_steps: int = setting(6, low=2)
+    gradient_checkpointing: bool = setting(False)
     seed: int = setting(0)
 
 
@@ -125,6 +127,20 @@ class ProtectConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptsConfig:
+    """How a question is put to the model; set it before the first fact is taught.
+
+    ``system`` is the system prompt.  ``template_options`` go to the chat template, for instance
+    ``{ enable_thinking = false }``.  ``form`` is for models without a chat template; what follows
+    it is the answer.
+    """
+
+    system: str = ""
+    form: str = "{prompt}\n"
+    template_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of a store."""
 
@@ -133,6 +149,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -155,6 +172,7 @@ class Config:
             gate=_section(path, document, "gate", GateConfig),
             retention=_section(path, document, "retention", RetentionConfig),
             protect=_section(path, document, "protect", ProtectConfig),
+            prompts=_section(path, document, "prompts", PromptsConfig),
         )
 
     def to_json(self) -> dict[str, dict[str, object]]:
@@ -188,7 +206,7 @@ def _known(path: Path, what: str, table: dict[str, Any], kind: type) -> None:
 
 def _value(where: str, value: object, item: Any) -> object:
     """Check one value against the type of its default and its range."""
-    wanted = type(item.default)
+    wanted = dict if item.default is MISSING else type(item.default)
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.errors import ModelError
-from kvedit.probes import answer_logits, by_length
+from kvedit.probes import answer_logits, batch_tokens, by_length
 from kvedit.prompts import Example
 
 DENSE_LIMIT = 2048
@@ -186,10 +186,10 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     recorder = _Recorder(model, names)
     try:
-        for batch in by_length(examples):
+        for batch in by_length(examples, batch_tokens(model)):
             part = [examples[i] for i in batch]
             tokens = _backward(model, part, generator)
-            own = Curvature(_batch_moments(recorder, names, _inside(part)), tokens)
+            own = Curvature(_batch_moments(recorder, names, _lengths(part)), tokens)
             total = (
                 own
                 if total is None
@@ -213,22 +213,36 @@ def _backward(model: nn.Module, part: Sequence[Example], generator: torch.Genera
     return sum(len(example.ids) for example in part)
 
 
-def _inside(part: Sequence[Example]) -> Tensor:
-    """(rows, width), bool: which positions are no padding."""
-    lengths = torch.tensor([len(example.ids) for example in part])
-    return torch.arange(int(lengths.max()))[None] < lengths[:, None]
+def _lengths(part: Sequence[Example]) -> Tensor:
+    return torch.tensor([len(example.ids) for example in part])
 
 
-def _batch_moments(recorder: _Recorder, names: Sequence[str], inside: Tensor) -> dict[str, Moments]:
+def _batch_moments(
+    recorder: _Recorder, names: Sequence[str], lengths: Tensor
+) -> dict[str, Moments]:
     shared: dict[int, Tensor] = {}
     found = {}
     for name in names:
         x = recorder.inputs[name]
         if x.data_ptr() not in shared:
-            shared[x.data_ptr()] = _second_moment(x[inside.to(x.device)])
-        g = recorder.gradients[name]
-        found[name] = Moments(shared[x.data_ptr()], _second_moment(g[inside.to(g.device)]))
+            shared[x.data_ptr()] = _second_moment(_tokens(x, lengths))
+        gradients = _second_moment(_tokens(recorder.gradients[name], lengths))
+        found[name] = Moments(shared[x.data_ptr()], gradients)
     return found
+
+
+def _tokens(values: Tensor, lengths: Tensor) -> Tensor:
+    """(tokens, width): what is no padding of (rows, positions, width).
+
+    OPT has rows and positions as one; some custom code has positions first, which shows because a
+    batch is never square (see ``answer_logits``).
+    """
+    if values.ndim == 2:
+        values = values.view(len(lengths), -1, values.shape[1])
+    if values.shape[0] != len(lengths):
+        values = values.transpose(0, 1)
+    inside = torch.arange(values.shape[1])[None] < lengths[:, None]
+    return values[inside.to(values.device)]
 
 
 def _second_moment(rows: Tensor) -> Tensor:

@@ -8,15 +8,16 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from kvedit import export, fold, models, protect
+from kvedit import export, fold, lora_export, memory, models, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
@@ -74,24 +75,37 @@ class KnowledgeBase:
         revision: str | None = None,
         trust_remote_code: bool = False,
         protect: Path | None = None,
+        targets: Sequence[str] = (),
+        check_memory: bool = True,
         on_event: OnEvent | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
-        ``protect`` is a file of the user's own text that must stay.  Raises UsageError if there is
-        a store already, ModelError if the model cannot be loaded.
+        ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
+        linear layers that edits may touch (see ``models.target_names``).  Raises UsageError
+        if there is a store already, ModelError if the model cannot be loaded or, with
+        ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
-        base = models.load(source, revision=revision, trust_remote_code=trust_remote_code)
-        settings = Config.load(Path(path) / "kvedit.toml").training
-        engine = Engine(base, settings, phrasings=Path(path) / "phrasings")
+        settings = Config.load(Path(path) / "kvedit.toml")
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        outline = memory.outline(source, **options) if check_memory else None
+        if outline is not None:
+            memory.require(outline, settings.training, targets)
+        base = models.load(source, **options)
+        engine = Engine(
+            base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
+            prompts=settings.prompts,
+        )  # fmt: skip
         meta = {
             "model_name": base.name,
             "model_path": source,
             "model_fingerprint": base.fingerprint,
             "model_revision": revision or "",
             "trust_remote_code": str(int(trust_remote_code)),
+            "targets": " ".join(targets),
+            "prompts": json.dumps(asdict(settings.prompts), sort_keys=True),
             "dtype": str(base.dtype).removeprefix("torch."),
             "weights_digest": engine.master.digest(),
         }
@@ -114,8 +128,13 @@ class KnowledgeBase:
         store = Store.open(Path(path))
         try:
             base = load_pinned(store)
-            engine = Engine(base, store.config.training, phrasings=store.path / "phrasings")
+            targets = (store.meta("targets") or "").split()
+            engine = Engine(
+                base, store.config.training, phrasings=store.path / "phrasings", targets=targets,
+                prompts=store.config.prompts,
+            )  # fmt: skip
             knowledge = cls(store, engine, on_event)
+            knowledge._warn_of_prompts()
             knowledge._work.recover()
             knowledge._work.go_to(store.head())
         except BaseException:
@@ -193,20 +212,26 @@ class KnowledgeBase:
             )
             return self._run(plan, force)
 
-    def add_group(self, facts: Sequence[Fact], *, force: bool = False) -> tuple[EditReport, ...]:
+    def add_group(
+        self, facts: Sequence[Fact], *, force: bool = False, carry: bool = False
+    ) -> tuple[EditReport, ...]:
         """Teach several facts together; the reports name, in ``keys``, each fact once or more.
 
-        What the group does not learn is tried again, in groups half as large and at last by itself,
-        so that no fact costs its neighbours.  Raises what ``add_fact`` raises; what was committed
-        before then stands.
+        What the group does not learn is tried again by itself, so that no fact costs its
+        neighbours; with ``carry`` it stays pending, for the caller to put into a later group.  A
+        group that the gate refuses is split.  Raises what ``add_fact`` raises; what was committed
+        before stands.
         """
         if len(facts) == 1:
             return (self.add_fact(facts[0], force=force),)
         report = self._teach_group(facts, force)
         missing = [fact for fact in facts if not self._holds(fact)]
+        if report.outcome == "committed" and carry:
+            return (report,)
         half = (len(missing) + 1) // 2
-        parts = [missing] if len(missing) <= len(facts) // 2 else [missing[:half], missing[half:]]
-        more = [self.add_group(part, force=force) for part in parts if part]
+        few = report.outcome == "committed" and len(missing) <= len(facts) // 4
+        parts = [[f] for f in missing] if few else [missing[:half], missing[half:]]
+        more = [self.add_group(part, force=force, carry=carry) for part in parts if part]
         self._warn_apart(facts)
         return (report, *(one for reports in more for one in reports))
 
@@ -396,6 +421,18 @@ class KnowledgeBase:
         self._emit(report)
         return report
 
+    def _warn_of_prompts(self) -> None:
+        """Facts were taught in another form: they may not be recalled in this one."""
+        now = json.dumps(asdict(self.store.config.prompts), sort_keys=True)
+        if self.store.meta("prompts") not in (None, now) and self.store.facts("committed"):
+            text = "[prompts] in kvedit.toml has changed since the facts were taught; run verify"
+            self._emit(Warning_(text=text, code="prompts-changed"))
+
+    def example_lines(self) -> list[str]:
+        """The exact text and tokens of a fact as it would be trained, the answer marked."""
+        fact = Fact.create("tide lantern", "Made of glass in Marrow.")
+        return self.engine.renderer.shown(self.engine.examples(fact)[0])
+
     def _warn_near(self, key: str, near: Sequence[Similar]) -> None:
         for hit in near:
             text = f"{key} is much like {hit.key} ({hit.score:.0f}): its retention is checked first"
@@ -493,15 +530,38 @@ class KnowledgeBase:
             self._work.go_to(here)
         return findings
 
-    def export(self, directory: str | Path, *, dtype: str | None = None) -> ExportReport:
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        dtype: str | None = None,
+        max_shard_size: str | None = None,
+    ) -> ExportReport:
         """Write the head as a folder that transformers loads, then reload and re-probe it."""
-        facts = [row.fact for row in self.store.facts("committed")]
-        examples = [e for fact in facts for e in self.engine.examples(fact)]
+        examples = self._all_examples()
         self._say("writing the model")
         return export.write(
             self.engine, examples, Path(directory), dtype=dtype, revision=self._work.revision,
-            progress=self._say,
+            max_shard_size=max_shard_size, progress=self._say,
         )  # fmt: skip
+
+    def export_adapter(self, directory: str | Path) -> ExportReport:
+        """Write all edits as one LoRA adapter over the untouched base model, and re-probe it.
+
+        Raises UsageError when the weights are those of the base model.
+        """
+        facts = [row.fact for row in self.store.facts("committed")]
+        unseen = [e for fact in facts for e in self.engine.paraphrases(fact)]
+        rows = self.store.protected("locality")
+        local = self.engine.renderer.examples([(row.prompt, row.answer) for row in rows])
+        return lora_export.write(
+            self.engine, self._all_examples(), [*unseen, *local], Path(directory),
+            revision=self._work.revision, progress=self._say,
+        )  # fmt: skip
+
+    def _all_examples(self) -> list[Example]:
+        facts = [row.fact for row in self.store.facts("committed")]
+        return [e for fact in facts for e in self.engine.examples(fact)]
 
     def _say(self, text: str, key: str | None = None) -> None:
         self._work.say(text, key)

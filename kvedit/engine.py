@@ -24,12 +24,12 @@ from kvedit import probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import BreadthFirst
-from kvedit.config import GroupConfig, TrainingConfig
+from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
 from kvedit.facts import Fact
 from kvedit.lower import LowerHalf
-from kvedit.models import BaseModel, target_names
+from kvedit.models import BaseModel, checkpointed, target_names
 from kvedit.probes import Outcome
 from kvedit.prompts import Example, Renderer, paraphrase_prompts, training_prompts
 from kvedit.training import Lesson, OnStep, Trained, train
@@ -56,16 +56,28 @@ class Taught:
 
 
 class Engine:
-    """A base model made editable.  ``phrasings`` is a folder that overrides the shipped ones."""
+    """A base model made editable.
+
+    ``phrasings`` is a folder that overrides the shipped ones; ``targets`` names the layers that
+    edits touch (see ``models.target_names``).
+    """
 
     def __init__(
-        self, base: BaseModel, config: TrainingConfig, *, phrasings: Path | None = None
+        self,
+        base: BaseModel,
+        config: TrainingConfig,
+        *,
+        phrasings: Path | None = None,
+        targets: Sequence[str] = (),
+        prompts: PromptsConfig | None = None,
     ) -> None:
         self.base = base
         self.config = config
         self._phrasings = phrasings
-        self.renderer = Renderer(base.tokenizer, context=base.context)
-        self.names = target_names(base.model)
+        self.renderer = Renderer(
+            base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
+        )
+        self.names = target_names(base.model, targets)
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self.lower = LowerHalf(base.model, self.names)
         self._adapter: Adapter | None = None
@@ -194,7 +206,8 @@ class Engine:
         adapter.turn(on=True)
         given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower)
         try:
-            trained = BreadthFirst(group, *given).run() if group else train(*given)
+            with checkpointed(self.base.model, on=config.gradient_checkpointing):
+                trained = BreadthFirst(group, *given).run() if group else train(*given)
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)
@@ -230,8 +243,8 @@ class Engine:
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
         """Greedy continuations of token prefixes, as text."""
-        rows = probes.generate(self.base.model, prefixes, end=self.renderer.end, limit=limit)
-        return [self.renderer.text(row) for row in rows]
+        rows = probes.generate(self.base.model, prefixes, end=self.renderer.stops, limit=limit)
+        return [self.renderer.answer_text(row) for row in rows]
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""

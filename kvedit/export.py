@@ -8,10 +8,13 @@ Invariants:
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,12 +31,18 @@ DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """Where the export is, and the probes that it answered as the store's model does."""
+    """Where the export is, and the probes that it answered as the store's model does.
+
+    ``rank`` and ``error`` are those of an adapter: ``error`` is the share of the change that the
+    rank leaves out, in the Frobenius norm over all matrices.
+    """
 
     path: str
     revision: int
     probes: Score
     mismatches: tuple[str, ...]
+    rank: int | None = None
+    error: float | None = None
 
 
 def write(
@@ -43,30 +52,51 @@ def write(
     *,
     dtype: str | None,
     revision: int,
+    max_shard_size: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Write the engine's weights as they are served, reload them, and compare greedy answers.
 
-    Raises UsageError for an unknown dtype or a folder that is not empty.
+    ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for an
+    unknown dtype, a size that is none, or a folder that is not empty.
     """
     wanted = _dtype(dtype) if dtype else engine.base.dtype
+    shards = {"max_shard_size": _shard_size(max_shard_size)} if max_shard_size else {}
+    with building(directory) as folder:
+        _save(engine, folder, wanted, shards)
+    progress("reloading the export and asking it again")
+    again = models.load(str(directory), trust_remote_code=models.has_own_code(engine.base.model))
+    return compare(engine, again.model, examples, directory, revision)
+
+
+@contextmanager
+def building(directory: Path) -> Iterator[Path]:
+    """A folder to write into that appears as ``directory`` when the block has ended well.
+
+    Raises UsageError if there is something there already.
+    """
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UsageError(
             f"{directory} is not an empty folder", hint="Name a folder that is not there yet."
         )
-    building = temporary_path(directory.absolute())
+    folder = temporary_path(directory.absolute())
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _save(engine, building, wanted)
+            folder.mkdir()
+            yield folder
             if directory.exists():
                 directory.rmdir()
-            os.replace(building, directory)
+            os.replace(folder, directory)
             sync_directory(directory.absolute().parent)
         finally:
-            shutil.rmtree(building, ignore_errors=True)
-    progress("reloading the export and asking it again")
-    return _compare(engine, examples, directory, revision)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", text):
+        raise UsageError(f"{text!r} is no size of a file", hint="Write it as 500MB or 2GB.")
+    return text
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -75,29 +105,39 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _save(engine: Engine, folder: Path, dtype: torch.dtype) -> None:
+def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:
     """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
     base = engine.base
-    fresh = models.load(base.path, trust_remote_code=_custom_code(engine))
+    trusted = models.has_own_code(base.model)
+    fresh = models.load(base.path, revision=base.revision, trust_remote_code=trusted)
     engine.master.write_into(fresh.model)
     fresh.model.to(dtype)
-    fresh.model.save_pretrained(folder)
-    fresh.tokenizer.save_pretrained(folder)
+    settings = getattr(fresh.model, "generation_config", None)
+    if settings is not None and engine.renderer.end not in base.stops:
+        # Its turns end with this token; whoever serves the folder must stop there too.
+        settings.eos_token_id = [*base.stops, engine.renderer.end]
+    fresh.model.save_pretrained(folder, **shards)
+    save_tokenizer(engine, folder)
 
 
-def _custom_code(engine: Engine) -> bool:
-    return bool(getattr(engine.base.model.config, "auto_map", None))
+def save_tokenizer(engine: Engine, folder: Path) -> None:
+    """The tokenizer with its chat template, and the model's own code where it has some."""
+    engine.base.tokenizer.save_pretrained(folder)
+    source = Path(engine.base.path)
+    if models.has_own_code(engine.base.model) and source.is_dir():
+        for path in sorted(source.glob("*.py")):  # what transformers does not see as needed, too
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
 
 
-def _compare(
-    engine: Engine, examples: Sequence[Example], directory: Path, revision: int
+def compare(
+    engine: Engine, model: Any, examples: Sequence[Example], directory: Path, revision: int
 ) -> ExportReport:
-    """Generate from the reloaded folder and from the store's model: both must say the same."""
-    again = models.load(str(directory), trust_remote_code=_custom_code(engine))
+    """Generate from what was reloaded and from the store's model: both must say the same."""
     longest = max((len(e.ids) - e.start for e in examples), default=0) + 1
     prefixes = [e.ids[: e.start] for e in examples]
     end = engine.renderer.end
-    theirs = probes.generate(again.model, prefixes, end=end, limit=longest)
+    theirs = probes.generate(model, prefixes, end=end, limit=longest)
     ours = probes.generate(engine.base.model, prefixes, end=end, limit=longest)
     wrong = [e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b]
     return ExportReport(

@@ -1,7 +1,7 @@
 """Which facts are taught together, and how many at a time.
 
 Invariants:
-- Every fact is handed out exactly once.
+- Every fact is handed out once, and again only if it was put back.
 - Facts with close keys come in one group where the size allows: apart, the second would be taught
   against the first, and conflicts happen between keys that mean nearly the same.
 - A fact never waits for one that stands far behind it: apart from that, the order is the input's.
@@ -9,21 +9,25 @@ Invariants:
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from kvedit.facts import Fact
 from kvedit.keys import similar_pairs
 
-SMALLEST, FIRST, LARGEST = 1, 8, 32
+SMALLEST, LARGEST = 4, 64
+TOGETHER = 2
+"""In so many groups a fact is tried before it is tried by itself."""
 
 
 class Groups:
     """Hands out facts in groups of ``size``, or of a size that follows success (None)."""
 
     def __init__(self, facts: Sequence[Fact], size: int | None) -> None:
-        self._size = FIRST if size is None else size
+        self._size = LARGEST if size is None else size
         self._follows = size is None
+        self._tried: Counter[str] = Counter()
+        self._alone: deque[Fact] = deque()
         self._waiting = deque(_clusters(facts) if self._size > 1 else [[fact] for fact in facts])
 
     def take(self) -> tuple[Fact, ...]:
@@ -34,12 +38,21 @@ class Groups:
         if not group and self._waiting:  # more close keys than a group has places
             group, rest = self._waiting[0][: self._size], self._waiting[0][self._size :]
             self._waiting[0] = rest
+        if not group and self._alone:
+            group.append(self._alone.popleft())
+        self._tried.update(fact.key for fact in group)
         return tuple(group)
 
-    def learn(self, *, all_committed: bool) -> None:
-        """Let the size follow: twice as many after success, half as many after a refusal."""
+    def put_back(self, facts: Sequence[Fact]) -> None:
+        """Facts that a group did not learn: for the next one, or by themselves at the end."""
+        again = [[fact] for fact in facts if self._tried[fact.key] < TOGETHER and self._waiting]
+        self._alone.extend(fact for fact in facts if [fact] not in again)
+        self._waiting.extendleft(reversed(again))
+
+    def learn(self, *, refused: bool) -> None:
+        """Let the size follow: half as many after a refusal, then twice as many again."""
         if self._follows:
-            wanted = self._size * 2 if all_committed else self._size // 2
+            wanted = self._size // 2 if refused else self._size * 2
             self._size = max(SMALLEST, min(LARGEST, wanted))
 
 

@@ -206,9 +206,9 @@ class _Run:
         self._tell()
         try:
             while not (stopped := self._must_stop()) and (group := groups.take()):
-                self._teach(group)
-                ended = [self._outcomes[fact.key].outcome for fact in group]
-                groups.learn(all_committed=set(ended) == {"committed"})
+                left, refused = self._teach(group)
+                groups.put_back(left)
+                groups.learn(refused=refused)
                 self._verify_if_due()
                 self._tell()
             if self._count("committed"):
@@ -227,23 +227,34 @@ class _Run:
         elapsed = time.monotonic() - self._began
         return "time" if options.max_seconds is not None and elapsed >= options.max_seconds else ""
 
-    def _teach(self, group: Sequence[Fact]) -> None:
-        """Teach a group; what breaks it as a whole is tried again fact by fact."""
+    def _teach(self, group: Sequence[Fact]) -> tuple[list[Fact], bool]:
+        """Teach a group; what breaks it as a whole is tried again fact by fact.
+
+        Returns the facts that are to be tried in a later group, and whether an edit was refused.
+        """
         try:
-            reports = self._knowledge.add_group(group)
+            reports = self._knowledge.add_group(group, carry=True)
         except ENDS_THE_RUN:
             raise
         except Exception as error:  # the border of a fact: the others go on without it
             if len(group) > 1:
                 for fact in group:
                     self._teach([fact])
-                return
+                return [], True
             self._errors += 1
             self._record(group[0], (), _said(error))
-            return
+            return [], True
         self._errors = 0
+        carried = {key for report in reports for key in report.left}
+        left = [fact for fact in group if fact.key in carried and not self._committed(fact)]
         for fact in group:
-            self._record(fact, reports, "no edit was made for it")
+            if fact not in left:
+                self._record(fact, reports, "no edit was made for it")
+        return left, any(report.outcome == "rejected" for report in reports)
+
+    def _committed(self, fact: Fact) -> bool:
+        row = self._knowledge.store.find(fact.key)
+        return row is not None and row.state == "committed"
 
     def _record(self, fact: Fact, reports: Sequence[EditReport], error: str) -> None:
         """Note how a fact ended, as the store has it."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from kvedit.models import blocks
@@ -50,6 +51,7 @@ class LowerHalf:
     def run(self, backbone: nn.Module, ids: Tensor, texts: Sequence[_Ids]) -> Tensor:
         """(rows, width, hidden): what the last block says to token ids padded on the right."""
         kept = pad_sequence(self.states(backbone, texts), batch_first=True)
+        kept = functional.pad(kept, (0, 0, 0, ids.shape[1] - kept.shape[1]))
         if not self._checked:
             self._check(backbone, ids, kept)
         if not self.usable:

@@ -3,21 +3,26 @@
 Invariants:
 - A store's model is known by its fingerprint; a folder that answers to the same name but holds
   other weights is refused.
-- Which matrices are touched follows from the architecture alone, in a fixed order.
+- Which matrices are touched follows from the architecture and the names a user gives, in a fixed
+  order; never the embeddings, the vocabulary projection, or a router.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kvedit.errors import ModelError
 
@@ -25,6 +30,9 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "kvedit-tiny"
 EMBEDDED_PATH = Path(__file__).parent / "data" / EMBEDDED
+_CONTEXTS = (
+    "max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "model_max_length",
+)  # fmt: skip
 _EDGE = 16 * 1024 * 1024  # bytes of each end of a file that its fingerprint covers
 
 
@@ -37,6 +45,7 @@ class BaseModel:
     name: str
     path: str
     fingerprint: str
+    revision: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,11 +62,30 @@ class BaseModel:
     @property
     def context(self) -> int:
         """The longest text it takes, in tokens."""
-        config = self.model.config.get_text_config()
-        for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
-            if isinstance(found := getattr(config, name, None), int):
-                return found
-        return 2048
+        return context_of(self.model)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which its generation settings end an answer."""
+        settings = getattr(self.model, "generation_config", None)
+        found = getattr(settings, "eos_token_id", None)
+        if found is None:
+            return ()
+        return (found,) if isinstance(found, int) else tuple(found)
+
+
+def context_of(model: Any) -> int:
+    """The longest text a model takes, in tokens; 2048 where its configuration does not say."""
+    config = model.config.get_text_config()
+    for name in _CONTEXTS:
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    return 2048
+
+
+def has_own_code(model: Any) -> bool:
+    """Whether the model came with its own Python code."""
+    return type(model).__module__.startswith("transformers_modules")
 
 
 def locate(model: str | Path | None) -> str:
@@ -91,9 +119,24 @@ def load(source: str, *, revision: str | None = None, trust_remote_code: bool = 
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _cannot("model", source, error) from error
     model: Any = loaded
+    _refuse_quantised(source, model)
     model.eval().requires_grad_(False)
     model.to(_device())
-    return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model))
+    return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), revision)
+
+
+def _refuse_quantised(source: str, model: Any) -> None:
+    """A delta cannot be added to packed weights, and what is served would not be what was gated."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None and not getattr(model, "is_quantized", False):
+        return
+    method = getattr(settings, "quant_method", None) or dict(settings or {}).get("quant_method")
+    kind = getattr(method, "value", method) or "unknown"
+    raise ModelError(
+        f"the weights of {source} are quantised ({kind}): edits cannot be merged into them",
+        hint="Edit the model in float32, bfloat16 or float16, export it, and quantise the export;"
+        " or export --format peft and put the adapter over the quantised base.",
+    )
 
 
 _WHAT_A_MODEL_IS = (
@@ -124,15 +167,16 @@ def _name(source: str) -> str:
 def fingerprint(source: str, model: Any) -> str:
     """SHA-256 that tells one set of weights from another.
 
-    For a folder: each weight file's name, size, and first and last 16 MiB, so that it takes
-    moments for a large model too.  For a hub model: the commit it was loaded at.
+    For a folder: each weight and code file's name, size, and first and last 16 MiB, so that it
+    takes moments for a large model too.  For a hub model: the commit it was loaded at.
     """
     digest = hashlib.sha256()
     folder = Path(source)
     if not folder.is_dir():
         digest.update(f"{source}@{getattr(model.config, '_commit_hash', None)}".encode())
         return digest.hexdigest()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    kinds = ("*.safetensors", "*.bin", "*.py")  # a model's own code is part of what it answers
+    for path in sorted(path for kind in kinds for path in folder.glob(kind)):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as stream:
@@ -142,40 +186,160 @@ def fingerprint(source: str, model: Any) -> str:
     return digest.hexdigest()
 
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_SEPARATE = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+_FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text internlm internlm3 olmo olmo2"
+        " stablelm cohere granite smollm3 minicpm yi",
+        (*_ATTENTION, *_GATED),
+    ),
+    # Mixtures of experts: a fact's tokens reach a few experts only, and those are one fused
+    # parameter; attention is what every token passes.
+    ("mixtral qwen2_moe qwen3_moe olmoe phimoe gpt_oss", _ATTENTION),
+    ("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    ("glm glm4", (*_ATTENTION, "gate_up_proj", "down_proj")),
+    ("gpt2 gpt_bigcode", ("c_attn", "c_proj", "c_fc")),
+    ("gpt_neo", (*_SEPARATE, "c_fc", "c_proj")),
+    ("gpt_neox bloom falcon chatglm", _FUSED),
+    ("gptj codegen", (*_SEPARATE, "qkv_proj", "fc_in", "fc_out")),
+    ("opt", (*_SEPARATE, "fc1", "fc2")),
+    ("phi", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
+    ("baichuan", ("W_pack", "o_proj", *_GATED)),
+    ("internlm2", ("wqkv", "wo", "w1", "w2", "w3")),
+    ("qwen", ("c_attn", "c_proj", "w1", "w2")),
+)
+TARGETS = {kind: names for kinds, names in _FAMILIES for kind in kinds.split()}
+"""By transformers' model type: the last names of the linear layers that edits touch."""
+
+_ROUTING = frozenset({"gate", "router", "shared_expert_gate"})
+
+
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder blocks and its dotted name: the longest list of modules of one kind."""
+    """The stack of decoder blocks and its dotted name: the longest outermost list with layers."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     found = [
         (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+        and not {"vision", "audio"} & set(name.replace("_", ".").split("."))
     ]
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no stack of decoder blocks that kvedit can find",
-            hint="Only causal language models made of blocks can be edited.",
+            hint=f"Name its layers yourself. {_choice(model)}",
         )
-    return max(found, key=lambda pair: len(pair[1]))
+    return max(found, key=lambda pair: (any(map(is_matrix, pair[1].modules())), len(pair[1])))
 
 
-def target_names(model: nn.Module) -> list[str]:
-    """Dotted names of the linear layers that edits touch: those of the upper half of the blocks.
+def target_names(model: nn.Module, wanted: Sequence[str] = ()) -> list[str]:
+    """Dotted names of the linear layers that edits touch, all in the upper half of the blocks.
 
-    The upper half does as well as all of them (docs/experiments.md) at half of the cost.
+    The upper half does as well as all of them (docs/experiments.md) at half of the cost.  Without
+    ``wanted``: those of our table, or else every linear layer but routers and experts.  A name in
+    ``wanted`` is a layer's last name, or, where it has a dot or a star, a pattern for whole names,
+    which then reaches every block.  Raises ModelError, naming what there is.
     """
+    if wanted:
+        return _wanted(model, wanted)
+    names = _upper(model)
+    config = getattr(model, "config", None)
+    listed = TARGETS.get(getattr(config, "model_type", ""), ())
+    chosen = [name for name in names if name.rpartition(".")[2] in listed]
+    chosen = chosen or [name for name in names if not _is_expert(name)]
+    if not chosen:
+        raise ModelError(
+            f"no linear layers were found in the blocks of {type(model).__name__}",
+            hint=_choice(model),
+        )
+    return chosen
+
+
+def _upper(model: nn.Module) -> list[str]:
+    """All linear layers of the upper half of the blocks."""
     stack, layers = blocks(model)
-    upper = range(len(layers) // 2, len(layers))
-    names = [
+    return [
         f"{stack}.{index}.{name}"
-        for index in upper
+        for index in range(len(layers) // 2, len(layers))
         for name, module in layers[index].named_modules()
         if is_matrix(module)
     ]
+
+
+def _is_expert(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] in _ROUTING or any("expert" in part for part in parts)
+
+
+def _wanted(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    every = matrices(model)
+    upper = set(_upper(model)) if any(_is_last_name(one) for one in wanted) else set()
+    chosen: set[str] = set()
+    for one in wanted:
+        if _is_last_name(one):
+            own = {name for name in upper if name.rpartition(".")[2] == one}
+        else:
+            own = {name for name in every if fnmatchcase(name, one)}
+        own = {name for name in own if name.rpartition(".")[2] not in _ROUTING}
+        if not own:
+            raise ModelError(
+                f"{type(model).__name__} has no linear layer {one!r}", hint=_choice(model)
+            )
+        chosen |= own
+    return [name for name in every if name in chosen]
+
+
+def _is_last_name(target: str) -> bool:
+    return not any(sign in target for sign in ".*?[")
+
+
+def matrices(model: nn.Module) -> list[str]:
+    """Dotted names of all linear layers but the vocabulary projection, in the model's order."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return [n for n, m in model.named_modules() if is_matrix(m) and m is not head]
+
+
+def _choice(model: nn.Module) -> str:
+    """What a user can pass, in the model's own words."""
+    names = matrices(model)
     if not names:
-        raise ModelError(
-            f"no linear layers were found in the blocks of {type(model).__name__}",
-            hint="Report the model's name: its projections are of a kind kvedit does not know.",
-        )
-    return names
+        return "It has no plain linear layers: its projections are of a kind kvedit does not know."
+    last = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return f"Pass --targets with names from: {last}; or a pattern such as {names[0]!r}."
+
+
+@contextmanager
+def checkpointed(model: nn.Module, *, on: bool) -> Iterator[None]:
+    """Inside, blocks forget their activations and compute them again for backward.
+
+    Done here and not by transformers, which couples it to training mode and so to dropout.
+    """
+    layers = list(blocks(model)[1]) if on else []
+    for layer in layers:
+        layer.forward = partial(_twice, layer.forward)  # hides the method of the class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _twice(forward: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **more)
+    return checkpoint(forward, *args, use_reentrant=False, **more)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens the model knows: the rows of its largest embedding (custom code may not say
+    which one it is).
+    """
+    found = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    return max(found, default=1)
 
 
 def is_matrix(module: nn.Module) -> bool:

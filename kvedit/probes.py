@@ -8,6 +8,9 @@ decides exact recall (protocol ``teacher-forced``); ``generate`` confirms it whe
 Invariants:
 - Examples are padded on the right only, so a causal model never sees the padding.
 - Logits are computed at answer positions alone: the vocabulary projection dominates small models.
+  A model whose answer is not its projection of its backbone's output is asked whole instead; which
+  of the two it is, is tried once and not guessed.
+- A text never grows beyond the model's context.
 """
 
 from __future__ import annotations
@@ -17,17 +20,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
+from kvedit.models import context_of, has_own_code, vocabulary
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
+LOGITS_A_BATCH = 64 * 1024 * 1024  # of a large vocabulary they would outweigh the model
+LEAST_TOKENS = 256
 ROWS_A_BATCH = 256
 ROWS_A_SLICE = 128
 PADDED = 0.2  # of a row, where rows are many: padding costs as much as text
+_PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +61,50 @@ class Answers:
 
 def answer_logits(model: nn.Module, examples: Sequence[Example]) -> Answers:
     """One forward pass over all examples at once."""
+    return answers_of(model, examples)
+
+
+def answers_of(
+    model: Any, examples: Sequence[Example], lower: LowerHalf | None = None, *, exact: bool = True
+) -> Answers:
+    """One forward pass; ``lower`` may save its lower half; logits in float only if ``exact``."""
     device = next(model.parameters()).device
     ids, targets = (tensor.to(device) for tensor in padded(examples))
     chosen = targets >= 0
     rows = torch.arange(len(examples), device=device)[:, None].expand_as(targets)[chosen]
-    hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    logits = head(model)(hidden[chosen]).float()
-    return Answers(_softcap(model, logits), targets[chosen], rows)
+    if projects(model):
+        logits = _softcap(model, head(model)(last_hidden(model, ids, examples, lower)[chosen]))
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits[chosen]
+    return Answers(logits.float() if exact else logits, targets[chosen], rows)
+
+
+def projects(model: Any) -> bool:
+    """Whether the logits are the projection of the backbone's output, tried once for each model.
+
+    Not so where the projection lies elsewhere, the logits are scaled, or the backbone's output has
+    another layout: all of them common in custom code.
+    """
+    if model not in _PROJECTS:
+        _PROJECTS[model] = _try_projection(model)
+    return _PROJECTS[model]
+
+
+@torch.no_grad()
+def _try_projection(model: Any) -> bool:
+    if backbone(model) is model or head(model) is None:
+        return False
+    ids = torch.tensor([[5, 6, 7], [7, 5, 6]], device=next(model.parameters()).device)
+    training = model.training
+    model.eval()  # dropout would tell two equal ways apart
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        short = _softcap(model, head(model)(hidden).float())
+    finally:
+        model.train(training)
+    close = 0.01 * float(whole.std()) + 1e-4
+    return short.shape == whole.shape and bool((short - whole).abs().max() <= close)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +130,8 @@ def token_scores(
     model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
 ) -> TokenScores:
     """Score every answer token, examples of like length together so that little is padded."""
-    parts = [_scores(model, examples, batch, lower) for batch in by_length(examples, PADDED)]
+    batches = by_length(examples, batch_tokens(model), padding=PADDED)
+    parts = [_scores(model, examples, batch, lower) for batch in batches]
     names = ("losses", "leads", "rows")
     return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -93,16 +139,10 @@ def token_scores(
 def _scores(
     model: Any, examples: Sequence[Example], batch: Sequence[int], lower: LowerHalf | None
 ) -> TokenScores:
-    part = [examples[i] for i in batch]
-    device = next(model.parameters()).device
-    ids, targets = padded(part)
-    ids, targets = ids.to(device), targets.to(device)
-    hidden = last_hidden(model, ids, part, lower)
-    chosen = targets >= 0
-    where = torch.tensor(batch, device=device)[:, None].expand_as(targets)[chosen]
-    logits = _softcap(model, head(model)(hidden[chosen]))
-    losses, leads = _TokenLoss.apply(logits, targets[chosen])  # type: ignore[no-untyped-call]
-    return TokenScores(losses, leads, where)
+    answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
+    losses, leads = _TokenLoss.apply(answers.logits, answers.targets)  # type: ignore[no-untyped-call]
+    places = torch.tensor(batch, device=answers.rows.device)
+    return TokenScores(losses, leads, places[answers.rows])
 
 
 def last_hidden(
@@ -155,6 +195,8 @@ class _TokenLoss(torch.autograd.Function):
 def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Token ids padded on the right, and the target at each answer position, -1 elsewhere."""
     width = max(len(e.ids) for e in examples)
+    # Never square: whoever reads activations must see which side the positions are on.
+    width += width == len(examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     targets = torch.full((len(examples), width), -1)
     for row, example in enumerate(examples):
@@ -167,14 +209,13 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
 def backbone(model: Any) -> nn.Module:
     """The model without its vocabulary projection, through any adapter wrapper."""
-    inner: nn.Module = getattr(model, model.base_model_prefix)
+    inner: nn.Module = getattr(model, model.base_model_prefix, model)
     return inner
 
 
-def head(model: Any) -> nn.Module:
-    """The vocabulary projection."""
-    projection: nn.Module = model.get_output_embeddings()
-    return projection
+def head(model: Any) -> Any:
+    """The vocabulary projection; None where the model does not say which it is."""
+    return model.get_output_embeddings()
 
 
 def _softcap(model: Any, logits: Tensor) -> Tensor:
@@ -183,16 +224,23 @@ def _softcap(model: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def by_length(examples: Sequence[Example], padded: float = 1.0) -> Iterator[list[int]]:
+def batch_tokens(model: nn.Module) -> int:
+    """How many tokens a batch may have, so that its logits stay within bounds."""
+    return max(LEAST_TOKENS, min(TOKENS_A_BATCH, LOGITS_A_BATCH // vocabulary(model)))
+
+
+def by_length(
+    examples: Sequence[Example], tokens: int = TOKENS_A_BATCH, *, padding: float = 1.0
+) -> Iterator[list[int]]:
     """Batches of indices of similar length, each of a bounded number of padded tokens.
 
-    ``padded`` is the largest share of a row that may be padding.
+    ``padding`` is the largest share of a row that may be padding.
     """
     batch: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
         width = len(examples[index].ids)
-        full = (len(batch) + 1) * width > TOKENS_A_BATCH or len(batch) >= ROWS_A_BATCH
-        if batch and (full or len(examples[batch[0]].ids) < width * (1 - padded)):
+        full = (len(batch) + 1) * width > tokens or len(batch) >= ROWS_A_BATCH
+        if batch and (full or len(examples[batch[0]].ids) < width * (1 - padding)):
             yield batch
             batch = []
         batch.append(index)
@@ -216,31 +264,49 @@ def generate(
     model: Any,
     prefixes: Sequence[Sequence[int]],
     *,
-    end: int,
+    end: int | frozenset[int],
     limit: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continue each prefix by up to ``limit`` tokens; the end token is left out.
+    """Continue each prefix by up to ``limit`` tokens; the end token, or any of them, is left out.
 
     Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
-    left where they differ.
+    left where they differ.  Decoding stops where the model's context ends.
     """
     texts: list[list[int]] = [[] for _ in prefixes]
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    for at in range(0, len(order), ROWS_A_BATCH):
-        part = order[at : at + ROWS_A_BATCH]
+    context = context_of(model)
+    for part in _batches(model, prefixes):
         run = _Decoding(model, [prefixes[i] for i in part], end)
-        for index, row in zip(part, run.finish(limit, temperature, generator), strict=True):
+        room = min(limit, context - len(prefixes[part[-1]]))
+        for index, row in zip(part, run.finish(room, temperature, generator), strict=True):
             texts[index] = row
     return texts
+
+
+def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices by length; of one length each for a model whose own code may not know padding."""
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    alike = has_own_code(model)
+    batch: list[int] = []
+    for index in order:
+        other = alike and batch and len(prefixes[batch[0]]) != len(prefixes[index])
+        if batch and (other or len(batch) >= ROWS_A_BATCH):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 class _Decoding:
     """One batch being continued with a key/value cache; rows that have ended leave it."""
 
-    def __init__(self, model: Any, prefixes: Sequence[Sequence[int]], end: int) -> None:
-        self._model, self._end = model, end
+    def __init__(
+        self, model: Any, prefixes: Sequence[Sequence[int]], end: int | frozenset[int]
+    ) -> None:
+        self._model = model
+        self._ends = frozenset({end}) if isinstance(end, int) else end
         device = next(model.parameters()).device
         width = max(len(prefix) for prefix in prefixes)
         ids = torch.zeros(len(prefixes), width, dtype=torch.long)
@@ -262,14 +328,14 @@ class _Decoding:
         for _ in range(limit):
             chosen = _choose(self._next_logits(), temperature, generator)
             for row, token in zip(self._alive, chosen.tolist(), strict=True):
-                if token == self._end:
+                if token in self._ends:
                     ended.add(row)
                 elif row not in ended:
                     self._texts[row].append(token)
             going = [at for at, row in enumerate(self._alive) if row not in ended]
             if not going:
                 break
-            self._current = chosen[:, None]
+            self._extend(chosen[:, None])
             if len(going) <= len(self._alive) * 3 // 4:  # copying the cache costs: when it pays
                 self._keep(going)
         return self._texts
@@ -285,14 +351,21 @@ class _Decoding:
         out = self._model(
             input_ids=self._current, past_key_values=self._cache, use_cache=True, **extra
         )
-        self._cache = out.past_key_values
+        self._cache = getattr(out, "past_key_values", None)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
         logits: Tensor = out.logits[:, -1].float()
         return logits
 
+    def _extend(self, chosen: Tensor) -> None:
+        """Feed the chosen tokens next; a model without a cache reads all again."""
+        self._current = chosen if self._cache else torch.cat([self._current, chosen], dim=1)
+
     def _keep(self, going: list[int]) -> None:
         keep = torch.tensor(going, device=self._current.device)
-        self._cache.batch_select_indices(keep)
+        if self._cache and not hasattr(self._cache, "batch_select_indices"):
+            return  # custom code's tuples: which of their sides is the row is not for us to guess
+        if self._cache:
+            self._cache.batch_select_indices(keep)
         self._current, self._mask = self._current[keep], self._mask[keep]
         self._alive = [self._alive[at] for at in going]
 

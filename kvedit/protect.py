@@ -145,10 +145,16 @@ def _answers(
     answers = generate(base.model, prefixes, end=renderer.end, limit=limit)
     found = []
     for prompt, ids in zip(prompts, answers, strict=True):
-        text = renderer.text(ids)
-        if 0 < len(ids) < limit and renderer.tokens(text) == ids:
+        text = renderer.answer_text(ids)
+        if 0 < len(ids) < limit and text and _says(renderer, prompt, text) == ids:
             found.append(Protected(prompt, text, source))
     return found
+
+
+def _says(renderer: Renderer, prompt: str, text: str) -> list[int]:
+    """The tokens of an answer as an example of it would have them."""
+    made = renderer.example(prompt, text, ended=False)
+    return list(made.ids[made.start :])
 
 
 def _free(

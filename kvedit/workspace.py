@@ -118,7 +118,8 @@ class Workspace:
         facts = [row.fact for row in self.store.facts("committed")]
         if facts:
             self.say(f"measuring {len(facts)} facts")
-            self.engine.remember([e for f in facts for e in self.engine.examples(f)[:2]])
+            some = [self.engine.examples(fact)[0] for fact in facts]
+            self.engine.remember(some, self.config.group.fact_weight)
         self._measured = self.revision
 
     def anchor(self) -> None:

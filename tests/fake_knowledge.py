@@ -66,7 +66,9 @@ class FakeKnowledge:
     taught: list[str] = field(default_factory=list)
     verified: list[int | None] = field(default_factory=list)
 
-    def add_group(self, facts: Sequence[Fact], *, force: bool = False) -> tuple[EditReport, ...]:
+    def add_group(
+        self, facts: Sequence[Fact], *, force: bool = False, carry: bool = False
+    ) -> tuple[EditReport, ...]:
         """Commit one by one, or all as one revision if ``together``."""
         self.groups.append(tuple(fact.key for fact in facts))
         for fact in facts:

@@ -42,7 +42,9 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S)
 TAGS = {"slow", "no-run"}
-PLAIN_COMMANDS = {"cat", "cd", "cp", "echo", "git", "ls", "mkdir", "pip", "printf"}
+PLAIN_COMMANDS = {
+    "cat", "cd", "cp", "curl", "echo", "git", "ls", "mkdir", "pip", "printf", "transformers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,17 @@ def test_a_dtype_can_be_asked_for(taught: KnowledgeBase, tmp_path: Path) -> None
     assert taught.engine.master.digest() == before
 
 
+def test_weights_in_shards(taught: KnowledgeBase, tmp_path: Path) -> None:
+    report = taught.export(tmp_path / "out", max_shard_size="100KB")
+    assert report.mismatches == ()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors.index.json" in names
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= names
+    with pytest.raises(UsageError, match="no size"):
+        taught.export(tmp_path / "other", max_shard_size="many")
+
+
 def test_a_folder_that_is_not_empty_is_refused(taught: KnowledgeBase, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvedit.facts import Fact
-from kvedit.groups import FIRST, LARGEST, Groups
+from kvedit.groups import LARGEST, SMALLEST, Groups
 
 
 def fact(key: str) -> Fact:
@@ -53,10 +53,26 @@ def test_one_by_one_keeps_the_order() -> None:
 def test_the_size_follows_success() -> None:
     groups = Groups(facts(81), None)
     sizes = []
-    for outcome in (True, False, False, False, False, True, True):
+    for refused in (True, True, False):
+        groups.learn(refused=refused)
         sizes.append(len(groups.take()))
-        groups.learn(all_committed=outcome)
-    assert sizes == [FIRST, 2 * FIRST, FIRST, FIRST // 2, FIRST // 4, FIRST // 8, FIRST // 4]
+    assert sizes == [LARGEST // 2, LARGEST // 4, LARGEST // 2]
+    many = Groups(facts(81), None)
+    for _ in range(9):
+        many.learn(refused=True)
+    assert len(many.take()) == SMALLEST
     fixed = Groups(facts(20), 3)
-    fixed.learn(all_committed=True)
-    assert len(fixed.take()) == 3 <= LARGEST
+    fixed.learn(refused=True)
+    assert len(fixed.take()) == 3
+
+
+def test_what_was_not_learned_goes_into_the_next_group_and_then_stands_alone() -> None:
+    first, second, third, fourth = facts(4)
+    groups = Groups([first, second, third, fourth], 2)
+    assert groups.take() == (first, second)
+    groups.put_back([first])
+    assert groups.take() == (first, third)
+    groups.put_back([first])
+    assert groups.take() == (fourth,)
+    assert groups.take() == (first,)
+    assert groups.take() == ()

@@ -43,9 +43,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "curvature",
         "lower",
         "anchors",
+        "memory",
     ),
     "loop": ("training", "breadth_first", "retention", "engine", "plain"),
-    "edit": ("fold", "export", "transaction", "workspace", "editor", "ingest"),
+    "edit": ("fold", "export", "lora_export", "transaction", "workspace", "editor", "ingest"),
     "use": ("reports", "plots", "bench", "pretrain"),
     "cli": ("cli", "demo", "__main__"),
 }

@@ -163,6 +163,72 @@ def rollback(settings: Settings, /, json_file: Path | None, **given: Any) -> Non
         raise GateFailedError("not everything was as it had been", hint="See the table above.")
 
 
+@bench.command()
+@click.argument("names", nargs=-1)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the base weights.",
+)
+@click.option("--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON.")
+@click.pass_obj
+def architectures(
+    settings: Settings, names: tuple[str, ...], dtype: str, json_file: Path | None
+) -> None:
+    """Take tiny models of every architecture, or of NAMES, through all that a store does.
+
+    Each is built here, without a download: add three facts, recall and retain them, update, remove,
+    roll back to the bit, export, reload. Exit code 4 if any of it fails.
+
+    \b
+    Examples:
+      kvedit bench architectures
+      kvedit bench architectures GPT-2 Mixtral --dtype bfloat16
+    """
+    from kvedit.bench import architectures as bench_architectures
+    from kvedit.cli.progress import make_reporter
+
+    with make_reporter(quiet=settings.quiet) as reporter:
+        result = bench_architectures.run(names, dtype, reporter)
+    _show("Architectures", f"tiny, {dtype}", "", [bench_architectures.sheet(result)])
+    _keep(result, json_file)
+    if not result.passed:
+        raise GateFailedError("not every architecture passed", hint="See the table above.")
+
+
+@bench.command()
+@click.option(
+    "--measure",
+    "shape",
+    type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
+    help="Also teach a random model of this shape for a few steps, on the CPU.",
+)
+@click.option("--steps", type=click.IntRange(min=4), default=8, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.pass_obj
+def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> None:
+    """How much memory editing takes, by model size and setting.
+
+    \b
+    Examples:
+      kvedit bench memory
+      kvedit bench memory --measure 0.5B
+    """
+    import torch
+
+    from kvedit.bench import footprint
+    from kvedit.cli.progress import make_reporter
+
+    sheets = [footprint.computed()]
+    if shape is not None:
+        with make_reporter(quiet=settings.quiet) as reporter:
+            found = footprint.measure(shape, getattr(torch, dtype), steps, reporter)
+        sheets.append(footprint.measured_sheet(found))
+    _show("Memory", "shapes of Qwen2.5, random weights", "", sheets)
+
+
 def _run(settings: Settings, measure: Callable[..., Any], options: Any) -> Any:
     from kvedit.cli.progress import make_reporter
 

@@ -98,6 +98,15 @@ def question(key: str) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A file of text the model must keep to, besides what it says by itself.",
 )
+@click.option(
+    "--targets",
+    metavar="NAMES",
+    help="Linear layers that edits may touch, with commas: last names such as q_proj,v_proj, or"
+    " patterns such as 'model.layers.*.mlp.down_proj'. [those of the model's family]",
+)
+@click.option(
+    "--ignore-memory", is_flag=True, help="Go on even if the model seems too large to be edited."
+)
 @click.pass_obj
 def init(
     settings: Settings,
@@ -105,6 +114,8 @@ def init(
     revision: str | None,
     trust_remote_code: bool,
     protect: Path | None,
+    targets: str | None,
+    ignore_memory: bool,
 ) -> None:
     """Create a store and pin its base model.
 
@@ -117,23 +128,25 @@ def init(
       kvedit init
       kvedit --store poems init --model ./my-model
       kvedit init --model Qwen/Qwen2.5-0.5B-Instruct --revision 7ae5576
+      kvedit init --model ./my-model --targets o_proj,down_proj
     """
     from kvedit.cli.progress import make_reporter
     from kvedit.editor import KnowledgeBase
     from kvedit.store import resolve_store
 
     path = resolve_store(settings.store)
-    options: dict[str, Any] = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "protect": protect,
-    }
+    named = [name.strip() for name in (targets or "").split(",") if name.strip()]
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {"protect": protect, "targets": named, "check_memory": not ignore_memory}
     with (
         make_reporter(quiet=settings.quiet) as reporter,
         KnowledgeBase.create(path, model, on_event=reporter, **options) as base,
     ):
         name = base.store.meta("model_name")
+        lines = base.example_lines()
     click.echo(f"created the store {path} for the model {name}")
+    click.echo("a fact is trained and asked like this (to change it: [prompts] in kvedit.toml):")
+    click.echo("\n".join(f"  {line}" for line in lines))
     next_step(settings, "add", "KEY", "FILE")
 
 

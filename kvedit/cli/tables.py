@@ -229,12 +229,16 @@ def export_fields(report: ExportReport) -> dict[str, Any]:
         "revision": report.revision,
         "probes": report.probes.to_json(),
         "mismatches": list(report.mismatches),
+        "rank": report.rank,
+        "error": report.error,
     }
 
 
 def export_lines(report: ExportReport) -> list[str]:
     """Where the model went and whether it answers as it should."""
     lines = [f"exported revision {report.revision} to {report.path}"]
+    if report.rank is not None:
+        lines.append(f"  adapter       rank {report.rank}, leaves out {report.error:.2%}")
     if report.probes.n:
         lines.append(f"  same answers  {score_text(report.probes)}")
     return [*lines, *(f"  differs: {prompt}" for prompt in report.mismatches[:SHOWN_CHECKS])]

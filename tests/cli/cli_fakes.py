@@ -56,6 +56,8 @@ class FakeExport(NamedTuple):
     revision: int = 1
     probes: Score = Score(9, 9, "generated")
     mismatches: tuple[str, ...] = ()
+    rank: int | None = None
+    error: float | None = None
 
 
 class FakeBase:
@@ -127,9 +129,18 @@ class FakeBase:
         self._did("verify", keys, options)
         return self.verified
 
-    def export(self, directory: Path, *, dtype: str | None = None) -> FakeExport:
-        self._did("export", directory, dtype)
+    def export(
+        self, directory: Path, *, dtype: str | None = None, max_shard_size: str | None = None
+    ) -> FakeExport:
+        self._did("export", directory, dtype, max_shard_size)
         return FakeExport(directory, mismatches=self.mismatches)
+
+    def example_lines(self) -> list[str]:
+        return ["prompt  'What is x?'", "answer  'A.<|end|>'"]
+
+    def export_adapter(self, directory: Path) -> FakeExport:
+        self._did("export_adapter", directory)
+        return FakeExport(directory, mismatches=self.mismatches, rank=4, error=0.125)
 
     def doctor(self, deep: bool = True) -> tuple[Finding, ...]:
         self._did("doctor", deep)

@@ -104,12 +104,21 @@ def test_backup(filled: Path, tmp_path: Path) -> None:
 
 
 def test_export(filled: Path, fake: type[FakeBase]) -> None:
-    result = run("export", "out", "--dtype", "float16")
+    result = run("export", "out", "--dtype", "float16", "--max-shard-size", "2GB")
     assert result.exit_code == 0
     assert "exported revision 1 to out" in result.stdout
     assert FakeBase.last is not None
-    assert FakeBase.last.calls == [("export", Path("out"), "float16")]
+    assert FakeBase.last.calls == [("export", Path("out"), "float16", "2GB")]
     fake.mismatches = ("What is Porto?",)
     result = run("export", "out", "--json")
     assert result.exit_code == 4
     assert json.loads(result.stdout)["mismatches"] == ["What is Porto?"]
+
+
+def test_export_of_an_adapter(filled: Path, fake: type[FakeBase]) -> None:
+    result = run("export", "out", "--format", "peft")
+    assert result.exit_code == 0
+    assert "rank 4, leaves out 12.50%" in result.stdout
+    assert FakeBase.last is not None
+    assert FakeBase.last.calls == [("export_adapter", Path("out"))]
+    assert run("export", "out", "--format", "peft", "--dtype", "float16").exit_code == 2

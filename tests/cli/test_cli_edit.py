@@ -258,10 +258,17 @@ def test_rollback(filled: Path, fake: type[FakeBase]) -> None:
 def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
     words = ("--model", "some/model", "--revision", "abc", "--trust-remote-code")
-    result = run("--store", "s", "init", *words, "--protect", "mine.txt")
+    more = ("--protect", "mine.txt", "--targets", "q_proj, v_proj")
+    result = run("--store", "s", "init", *words, *more)
     assert result.exit_code == 0
     assert FakeBase.last is not None
-    options = {"revision": "abc", "trust_remote_code": True, "protect": Path("mine.txt")}
+    options = {
+        "revision": "abc",
+        "trust_remote_code": True,
+        "protect": Path("mine.txt"),
+        "targets": ["q_proj", "v_proj"],
+        "check_memory": True,
+    }
     assert FakeBase.last.calls == [("create", "some/model", options)]
     assert "created the store" in result.stdout
     assert "kvedit --store s add KEY FILE" in result.stderr

@@ -26,7 +26,7 @@ class LearningBase(FakeBase):
     stops_at: ClassVar[str | None] = None
     learned: ClassVar[list[str]] = []
 
-    def add_group(self, group: Any, *, force: bool = False) -> tuple[EditReport, ...]:
+    def add_group(self, group: Any, **given: bool) -> tuple[EditReport, ...]:
         knowledge = FakeKnowledge(self.store, self.on_event or (lambda e: None), self._before)
         knowledge.refuses = self.refuses
         reports = knowledge.add_group(group)

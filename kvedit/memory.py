@@ -1,0 +1,189 @@
+"""How much memory a model needs to be edited, computed before it is loaded.
+
+Invariants:
+- Nothing is loaded for an estimate: shapes come from the configuration, on the meta device.
+- An estimate counts what the engine holds at once while it teaches, part by part, so that a
+  refusal can say what is too large.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvedit import models
+from kvedit.config import TrainingConfig
+from kvedit.curvature import DENSE_LIMIT
+from kvedit.errors import ModelError
+from kvedit.probes import batch_tokens
+
+_FP32 = 4
+_ADAPTER_COPIES = 7  # PEFT's A and B and their gradients, ours, theirs, and Adam's two moments
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes by what they are for.
+
+    ``weights`` are the model's own; ``master`` the fp32 copies of the touched matrices, before and
+    after edits; ``gradients`` what a lesson begins with, full-size for each touched matrix;
+    ``curvature`` the moments of protected text and their roots; ``adapter`` with its optimiser;
+    ``activations`` those of the largest batch, the logits among them.
+    """
+
+    weights: int
+    master: int
+    gradients: int
+    curvature: int
+    adapter: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it, as on a machine where the model is on the CPU."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+    @property
+    def on_device(self) -> int:
+        """What lies beside the model; the master copies stay on the CPU."""
+        return self.total - self.master
+
+
+def estimate(
+    model: nn.Module,
+    config: TrainingConfig,
+    *,
+    targets: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Estimate:
+    """What editing this model takes; it may be on the meta device.  ``dtype``: as if loaded so."""
+    names = models.target_names(model, targets)
+    shapes = [(name, *_shape(model.get_submodule(name))) for name in names]
+    touched = sum(out * into for _, out, into in shapes)
+    itemsize = {p: (dtype or p.dtype).itemsize for p in model.parameters()}
+    weights = sum(p.numel() * itemsize[p] for p in model.parameters())  # tied ones come once
+    return Estimate(
+        weights=weights,
+        master=2 * touched * _FP32,
+        gradients=3 * touched * _FP32,
+        curvature=_curvature(shapes),
+        adapter=_ADAPTER_COPIES
+        * _FP32
+        * config.init_rank
+        * sum(out + into for _, out, into in shapes),
+        activations=_activations(model, config, dtype),
+    )
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer, whichever way round it keeps them."""
+    first, second = module.weight.shape
+    return (first, second) if isinstance(module, nn.Linear) else (second, first)
+
+
+def _curvature(shapes: Sequence[tuple[str, int, int]]) -> int:
+    """Base moments, those with the facts, and roots; layers that read one input share its side."""
+    outputs = sum(_side(out) for _, out, _ in shapes)
+    shared = {(name.rpartition(".")[0], into) for name, _, into in shapes}
+    return 3 * _FP32 * (outputs + sum(_side(into) for _, into in shared))
+
+
+def _side(width: int) -> int:
+    return width if width > DENSE_LIMIT else width * width
+
+
+def _activations(model: nn.Module, config: TrainingConfig, dtype: torch.dtype | None) -> int:
+    """Of the widest batch: what the upper blocks keep for backward, and the logits in fp32.
+
+    A block keeps about the inputs and outputs of each of its linear layers.
+    """
+    _, layers = models.blocks(model)
+    upper = list(layers)[len(layers) // 2 :]
+    sides = sum(
+        sum(_shape(module)) for block in upper for module in block.modules()
+        if models.is_matrix(module)
+    )  # fmt: skip
+    if config.gradient_checkpointing:
+        sides = sides // max(1, len(upper)) + len(upper) * _shape_of_hidden(model)
+    size = (dtype or next(model.parameters()).dtype).itemsize
+    head = models.vocabulary(model)
+    return batch_tokens(model) * (2 * sides * size + 3 * head * _FP32)
+
+
+def _shape_of_hidden(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "hidden_size", 0))
+
+
+def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model without its weights, on the meta device, in the dtype it is stored in; None where
+    its configuration or code does not allow that.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, **options)
+        with torch.device("meta"):
+            return make.from_config(config, dtype=config.dtype or torch.float32, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError):
+        return None  # loading it in earnest will say what is wrong
+
+
+def require(model: nn.Module, config: TrainingConfig, targets: Sequence[str]) -> None:
+    """Raise ModelError, with the parts and what helps, when editing cannot fit into memory."""
+    needed = estimate(model, config, targets=targets)
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        _refuse_if(needed.on_device, free, "GPU memory", needed)
+        _refuse_if(needed.weights + needed.master, available(), "memory", needed)
+    else:
+        _refuse_if(needed.total, available(), "memory", needed)
+
+
+def _refuse_if(needed: int, free: int, what: str, parts: Estimate) -> None:
+    if needed <= free:
+        return
+    named = ", ".join(
+        f"{item.name} {getattr(parts, item.name) / _GIB:.1f}" for item in fields(parts)
+    )
+    raise ModelError(
+        f"editing this model takes about {needed / _GIB:.1f} GiB of {what}, and"
+        f" {free / _GIB:.1f} are free ({named})",
+        hint="Name fewer layers with --targets, lower [training] init_rank, set"
+        " gradient_checkpointing = true, or take a smaller model. If you know better:"
+        " --ignore-memory.",
+    )
+
+
+def available() -> int:
+    """Bytes that this process may still take: the system's, or its control group's limit."""
+    found = _system()
+    limit, used = (_number(Path("/sys/fs/cgroup") / f"memory.{n}") for n in ("max", "current"))
+    return found if limit is None or used is None else min(found, max(0, limit - used))
+
+
+def _system() -> int:
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return prod(os.sysconf(name) for name in names) if hasattr(os, "sysconf") else 2**62
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is no such file, or it says 'max'."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

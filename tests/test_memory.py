@@ -1,0 +1,124 @@
+"""What editing takes is known before the model is loaded, and a refusal says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import FREE, settings
+
+from kvedit import KnowledgeBase, memory, models, probes
+from kvedit.bench import footprint
+from kvedit.config import TrainingConfig
+from kvedit.errors import ModelError
+from kvedit.models import BaseModel
+
+CONFIG = TrainingConfig()
+
+
+def test_weights_are_counted_to_the_byte(load: Callable[[str], BaseModel]) -> None:
+    for dtype in ("fp32", "bf16"):
+        model = load(dtype).model
+        wanted = sum(p.numel() * p.element_size() for p in model.parameters())
+        assert memory.estimate(model, CONFIG).weights == wanted
+    assert memory.estimate(model, CONFIG, dtype=torch.float32).weights == 2 * wanted
+
+
+def test_the_master_is_of_the_touched_matrices(base: BaseModel) -> None:
+    touched = sum(
+        base.model.get_submodule(name).weight.numel() for name in models.target_names(base.model)
+    )
+    assert memory.estimate(base.model, CONFIG).master == 2 * 4 * touched
+
+
+def test_fewer_layers_ranks_and_activations_take_less(base: BaseModel) -> None:
+    whole = memory.estimate(base.model, CONFIG)
+    few = memory.estimate(base.model, CONFIG, targets=["down_proj"])
+    assert few.master < whole.master and few.curvature < whole.curvature
+    assert memory.estimate(base.model, replace(CONFIG, init_rank=2)).adapter < whole.adapter
+    thrifty = memory.estimate(base.model, replace(CONFIG, gradient_checkpointing=True))
+    assert thrifty.activations < whole.activations and thrifty.weights == whole.weights
+
+
+def test_an_outline_has_shapes_and_no_weights(small: dict[str, Path], base: BaseModel) -> None:
+    outline = memory.outline(str(small["bf16"]), revision=None, trust_remote_code=False)
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in outline.parameters())
+    assert memory.estimate(outline, CONFIG, dtype=torch.float32) == memory.estimate(
+        base.model, CONFIG
+    )
+    assert memory.outline("/nowhere", revision=None, trust_remote_code=False) is None
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(
+    small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 1_000_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with monkeypatch.context() as inside:
+        inside.setattr(models, "load", lambda *a, **b: pytest.fail("it was loaded"))
+        with pytest.raises(ModelError, match="takes about") as raised:
+            KnowledgeBase.create(tmp_path / "store", small["bf16"])
+    assert "weights" in raised.value.message and "--targets" in str(raised.value.hint)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "kvedit.toml").write_text(settings(), encoding="utf-8")
+    KnowledgeBase.create(tmp_path / "store", small["bf16"], check_memory=False).close()
+
+
+def test_available_memory_minds_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert memory.available() > 0
+    numbers = {"memory.max": 5000, "memory.current": 2000}
+    monkeypatch.setattr(memory, "_number", lambda path: numbers[path.name])
+    assert memory.available() == 3000
+    (tmp_path / "max").write_text("max\n", encoding="ascii")
+    monkeypatch.undo()
+    assert memory._number(tmp_path / "max") is None and memory._number(tmp_path / "no") is None
+
+
+def test_batches_shrink_with_the_vocabulary(base: BaseModel) -> None:
+    assert probes.batch_tokens(base.model) == probes.TOKENS_A_BATCH
+    assert probes.batch_tokens(footprint.make("0.5B", torch.float32)) == 441
+
+
+def test_checkpointing_changes_no_number(base: BaseModel) -> None:
+    def gradient(*, on: bool) -> torch.Tensor:
+        weight = base.model.get_submodule("model.layers.1.mlp.up_proj").weight
+        weight.requires_grad_(True)
+        with models.checkpointed(base.model, on=on):
+            answers = probes.answer_logits(base.model, [probes.Example(tuple(range(9, 30)), 4)])
+            (found,) = torch.autograd.grad(answers.logits.logsumexp(1).sum(), weight)
+        weight.requires_grad_(False)
+        return torch.as_tensor(found)
+
+    assert torch.equal(gradient(on=True), gradient(on=False))
+    assert not any("forward" in vars(layer) for layer in models.blocks(base.model)[1])
+
+
+@pytest.mark.slow
+def test_a_fact_is_taught_with_checkpointing(empty_store: Path) -> None:
+    text = settings().replace("[training]", "[training]\ngradient_checkpointing = true")
+    (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
+    with KnowledgeBase.open(empty_store) as knowledge:
+        assert knowledge.add(*FREE[0]).outcome == "committed"
+        assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+
+
+def test_quantised_weights_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(LlamaConfig, "quantization_config", {"quant_method": "gptq"}, raising=False)
+    model = type("Model", (), {"config": LlamaConfig()})()
+    with pytest.raises(ModelError, match="gptq") as raised:
+        models._refuse_quantised("some/model", model)
+    assert "--format peft" in str(raised.value.hint)
+
+
+def test_the_table_has_a_row_for_each_setting() -> None:
+    sheet = footprint.computed()
+    assert len(sheet.rows) == 4 * len(footprint.SHAPES)
+    assert all(len(row) == len(sheet.headers) for row in sheet.rows)
