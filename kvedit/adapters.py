@@ -47,6 +47,7 @@ class _Slot:
     pull: Tensor
     weight: Tensor  # (out, in): what the change is added to
     edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
+    gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
 
     @property
     def lean(self) -> bool:
@@ -58,6 +59,18 @@ class _Slot:
         """(r, 1): PEFT's own singular values."""
         values: Tensor = self.module.lora_E[NAME]
         return values
+
+    def share_out(self) -> None:
+        """The gradients of PEFT's A, B and E from that of the sum ``W + B diag(E) A``."""
+        if self.gradient is None:
+            return
+        a, b = self.module.lora_A[NAME], self.module.lora_B[NAME]
+        inner, scaled = b.T @ self.gradient, self.e.detach() * self.scale  # (r, in), (r, 1)
+        outer = self.gradient @ a.T  # (out, r)
+        a.grad, b.grad = inner * scaled, outer * scaled.T
+        own = (inner * a).sum(1, keepdim=True) * self.scale
+        self.e.grad = own if self.e.grad is None else self.e.grad + own
+        self.gradient = None
 
     @property
     def scale(self) -> float:
@@ -160,6 +173,7 @@ class Adapter:
         """Carry the gradients of PEFT's A and B over to A' and B', after a backward pass."""
         for slot in self._slots.values():
             a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
+            slot.share_out()
             ours = (
                 times(a.grad, _turned(slot.roots.right)),
                 times(b.grad.T, slot.roots.left).T,
@@ -302,26 +316,28 @@ def _run(slot: _Slot, x: Tensor) -> Tensor:
     if slot.module.disable_adapters:
         off: Tensor = layer(x)
         return off
-    a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
-    y: Tensor = _Edited.apply(x, slot.edited, a, b, slot.e * slot.scale)  # type: ignore[no-untyped-call]
+    y: Tensor = _Edited.apply(x, slot.e, slot)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias
 
 
 class _Edited(torch.autograd.Function):
-    """``x M^T``, M = W + B diag(E) A being given: x (..., in), A (r, in), B (out, r), E (r, 1)."""
+    """``x M^T``, M = W + B diag(E) A being given: x (..., in).
+
+    The gradient of M is added up in the slot over all batches of a step; ``read_gradients`` takes
+    those of the factors from it at once.  (``e`` is here so that there is something to be asked
+    for a gradient, even where x has none.)
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, edited: Tensor, a: Tensor, b: Tensor, e: Tensor) -> Tensor:
-        ctx.save_for_backward(x, edited, a, b, e)
-        return x @ edited.T
+    def forward(ctx: Any, x: Tensor, e: Tensor, slot: _Slot) -> Tensor:
+        ctx.save_for_backward(x, slot.edited)
+        ctx.slot = slot
+        return x @ slot.edited.T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, edited, a, b, e = ctx.saved_tensors
-        back = gradient @ edited if ctx.needs_input_grad[0] else None
-        rows, slopes = x.flatten(0, -2), gradient.flatten(0, -2)
-        inner, outer = rows @ a.T.to(x.dtype), slopes @ b.to(x.dtype)  # (n, r) each
-        for_a = (outer.T @ rows).float() * e
-        for_b = (slopes.T @ inner).float() * e.T
-        for_e = (inner.float() * outer.float()).sum(0)[:, None]
-        return back, None, for_a, for_b, for_e
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        x, edited = ctx.saved_tensors
+        whole = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        known = ctx.slot.gradient
+        ctx.slot.gradient = whole.float() if known is None else known.add_(whole)
+        return gradient @ edited if ctx.needs_input_grad[0] else None, None, None

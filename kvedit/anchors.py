@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
-from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, head, last_hidden, padded, projects
+from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
 
 
@@ -63,8 +63,8 @@ class Anchors:
             own = [chosen[i] for i in batch]
             hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
             with torch.no_grad():
-                base = head(model)(torch.cat([self._states[i] for i in own]))
-            parts.append(_Divergence.apply(head(model)(hidden), base))  # type: ignore[no-untyped-call]
+                base = project(model, torch.cat([self._states[i] for i in own]))
+            parts.append(_Divergence.apply(project(model, hidden), base))  # type: ignore[no-untyped-call]
         return torch.cat(parts).mean()
 
 

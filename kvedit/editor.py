@@ -36,7 +36,7 @@ from kvedit.transaction import Plan, Target, Transaction, probe_row
 from kvedit.workspace import Workspace, load_pinned
 
 OnEvent = Callable[[Event], None]
-REPAIR_GROUP = 64
+REPAIR_GROUP, REPAIR_ROUNDS = 64, 3
 _Self = TypeVar("_Self", bound="KnowledgeBase")
 
 
@@ -468,13 +468,16 @@ class KnowledgeBase:
         if sample is not None:
             rows = at_risk(rows, (), sample)
         report = self._check(rows)
-        lost = {check.key for check in report.checks if not check.passed}
-        if repair and lost:
+        repaired: list[EditReport] = []
+        for _ in range(REPAIR_ROUNDS if repair else 0):
+            lost = {check.key for check in report.checks if not check.passed}
             again = [row for row in rows if row.fact.key in lost]
             groups = [again[i : i + REPAIR_GROUP] for i in range(0, len(again), REPAIR_GROUP)]
-            repaired = tuple(self._repair(group) for group in groups)
-            report = replace(self._check(rows), repaired=repaired)
-        return replace(report, seconds=time.monotonic() - began)
+            if not groups:
+                break
+            repaired += [self._repair(group) for group in groups]
+            report = self._check(rows)
+        return replace(report, repaired=tuple(repaired), seconds=time.monotonic() - began)
 
     def _check(self, rows: Sequence[FactRow]) -> VerifyReport:
         """Probe facts teacher-forced under all training prompts, and generate one answer each."""

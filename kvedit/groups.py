@@ -45,7 +45,8 @@ class Groups:
 
     def put_back(self, facts: Sequence[Fact]) -> None:
         """Facts that a group did not learn: for the next one, or by themselves at the end."""
-        again = [[fact] for fact in facts if self._tried[fact.key] < TOGETHER and self._waiting]
+        few = len(facts) > 1 or bool(self._waiting)
+        again = [[fact] for fact in facts if few and self._tried[fact.key] < TOGETHER]
         self._alone.extend(fact for fact in facts if [fact] not in again)
         self._waiting.extendleft(reversed(again))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from kvedit.errors import ModelError
 
 log = logging.getLogger(__name__)
 
+KERNELS = "8192"  # oneDNN's cache holds 1,024 by default, fewer than a store's texts need
 EMBEDDED = "kvedit-tiny"
 EMBEDDED_PATH = Path(__file__).parent / "data" / EMBEDDED
 _CONTEXTS = (
@@ -103,6 +105,8 @@ def load(source: str, *, revision: str | None = None, trust_remote_code: bool = 
     not allowed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kvedit shows its own progress

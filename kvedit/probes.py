@@ -34,6 +34,7 @@ LOGITS_A_BATCH = 64 * 1024 * 1024  # of a large vocabulary they would outweigh t
 LEAST_TOKENS = 256
 ROWS_A_BATCH = 256
 ROWS_A_SLICE = 128
+WIDTHS = 32
 PADDED = 0.2  # of a row, where rows are many: padding costs as much as text
 _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -73,7 +74,7 @@ def answers_of(
     chosen = targets >= 0
     rows = torch.arange(len(examples), device=device)[:, None].expand_as(targets)[chosen]
     if projects(model):
-        logits = _softcap(model, head(model)(last_hidden(model, ids, examples, lower)[chosen]))
+        logits = project(model, last_hidden(model, ids, examples, lower)[chosen])
     else:
         logits = model(input_ids=ids, use_cache=False).logits[chosen]
     return Answers(logits.float() if exact else logits, targets[chosen], rows)
@@ -193,10 +194,14 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right, and the target at each answer position, -1 elsewhere."""
-    width = max(len(e.ids) for e in examples)
+    """Token ids padded on the right, and the target at each answer position, -1 elsewhere.
+
+    Widths are multiples of ``WIDTHS``: on a CPU every new shape of a product costs the time of a
+    hundred products, in which oneDNN writes a kernel for it.
+    """
+    width = -(-max(len(e.ids) for e in examples) // WIDTHS) * WIDTHS
     # Never square: whoever reads activations must see which side the positions are on.
-    width += width == len(examples)
+    width += WIDTHS * (width == len(examples))
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     targets = torch.full((len(examples), width), -1)
     for row, example in enumerate(examples):
@@ -205,6 +210,14 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
             example.ids[example.start :]
         )
     return ids, targets
+
+
+def project(model: Any, hidden: Tensor) -> Tensor:
+    """(N, vocabulary): logits of hidden states (N, hidden), which are padded to few shapes."""
+    count = len(hidden)
+    spare = -count % WIDTHS
+    filled = torch.cat([hidden, hidden.new_zeros(spare, hidden.shape[1])]) if spare else hidden
+    return _softcap(model, head(model)(filled))[:count]
 
 
 def backbone(model: Any) -> nn.Module:

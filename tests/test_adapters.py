@@ -138,6 +138,7 @@ def test_what_mattered_for_one_fact_does_not_choose_the_ranks_of_the_next(
             answers = answer_logits(setting.model, setting.fact(number))
             loss = torch.nn.functional.cross_entropy(answers.logits, answers.targets)
             (steep * loss).backward()
+            setting.adapter.read_gradients()
             with torch.no_grad():
                 for name in setting.names:
                     e = setting.model.get_submodule(name).lora_E[NAME]
