@@ -283,16 +283,17 @@ def plot(result: RetainResult, path: Path) -> bool:
     for method, style in ((KVEDIT, "-"), (PLAIN, "--")):
         points = [point for point in result.points if point.method == method]
         for number, (name, label) in enumerate(lines):
-            _draw(axes, points, name, f"{label}, {method}", f"C{number}", style)
+            draw_held(axes, points, name, f"{label}, {method}", f"C{number}", style)
     axes.set(xlabel="facts added", ylabel="held, % (free generation, 95% interval)", ylim=(-2, 102))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return True
 
 
-def _draw(
+def draw_held(
     axes: Any, points: Sequence[Point], name: str, label: str, colour: str, style: str
 ) -> None:
+    """One measure against the number of facts, its interval shaded."""
     scores = [(point.after, getattr(point, name).generated) for point in points]
     shown = [(after, score) for after, score in scores if score.rate is not None]
     if not shown:

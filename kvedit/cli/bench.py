@@ -32,20 +32,50 @@ _COMMON = (
     click.option("--seed", default=0, show_default=True, help="Which base facts are drawn."),
     click.option("--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON."),
 )
-_ADDED = (
-    click.option(
-        "--facts",
-        type=click.IntRange(min=1),
-        default=20,
-        show_default=True,
-        help="How many facts to add.",
-    ),
+_OTHERS = (
     click.option(
         "--facts-file", type=IN, help="JSON Lines with key and description. [held-out poets]"
     ),
     click.option("--protect", type=IN, help="A file of text to protect besides the model's own."),
     click.option("--store-dir", type=FOLDER, help="Keep the store there. [a temporary one]"),
 )
+
+
+def _facts(default: int) -> Callable[[Any], Any]:
+    return click.option(
+        "--facts",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help="How many facts to add.",
+    )
+
+
+_ADDED = (_facts(20), *_OTHERS)
+_PLAIN = (
+    click.option("--plain/--no-plain", default=True, help="Run the plain recipe too. [yes]"),
+    click.option(
+        "--plain-facts",
+        type=click.IntRange(min=1),
+        default=10,
+        show_default=True,
+        help="On how many of the facts.",
+    ),
+)
+_plot = click.option(
+    "--plot", type=OUT, metavar="FILE", help="Also draw a picture (needs matplotlib)."
+)
+
+
+def _group_sizes(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Numbers from 1, ``all`` or ``auto``."""
+    for text in values:
+        number = text.isascii() and text.isdigit() and int(text) > 0
+        if not number and text not in ("all", "auto"):
+            raise click.BadParameter(f"{text!r} is neither a number from 1, nor all, nor auto")
+    return values
 
 
 def _with(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -85,16 +115,7 @@ def bench() -> None:
 
 
 @bench.command()
-@_with(*_COMMON, *_ADDED, base_sample)
-@click.option("--plain/--no-plain", default=True, help="Run the plain recipe too. [yes]")
-@click.option(
-    "--plain-facts",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="On how many of the facts.",
-)
-@click.option("--plot", type=OUT, metavar="FILE", help="Also draw a picture (needs matplotlib).")
+@_with(*_COMMON, *_ADDED, base_sample, *_PLAIN, _plot)
 @click.pass_obj
 def retain(
     settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
@@ -115,6 +136,44 @@ def retain(
     given["plain_facts"] = given["plain_facts"] if plain else 0
     result = _run(settings, measure, BenchOptions(**given))
     _show("Retention", result.model, report.notes(result), report.retain_sheets(result))
+    _keep(result, json_file)
+    if plot is not None and not report.plot(result, plot):
+        note(settings, "no picture was drawn: matplotlib is not installed")
+
+
+@bench.command()
+@_with(*_COMMON, _facts(64), *_OTHERS, base_sample, *_PLAIN, _plot)
+@click.option(
+    "--group",
+    "groups",
+    callback=_group_sizes,
+    multiple=True,
+    metavar="N|all|auto",
+    help="Facts taught together; may be given more than once. [1, 16, all, auto]",
+)
+@click.pass_obj
+def strategies(
+    settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
+) -> None:
+    """Teach the same facts one by one, in groups, all at once, and by the plain recipe.
+
+    Each way is one run of ingest into a new store. What is held is measured in passing, after 16,
+    32, 64, 128, 256, 300, 512, 1000, ... facts and after the last; each measurement is said at
+    once, and FILE of --json written anew. A kvedit.toml in --store-dir is used for every store.
+
+    \b
+    Examples:
+      kvedit bench strategies --data ../shared/data
+      kvedit bench strategies --data ../shared/data --facts 1000 --group auto --json auto.json
+    """
+    from kvedit.bench import report_strategies as report
+    from kvedit.bench.strategies import StrategyOptions
+    from kvedit.bench.strategies import strategies as measure
+
+    given["plain_facts"] = given["plain_facts"] if plain else 0
+    options = StrategyOptions(**{name: value for name, value in given.items() if value != ()})
+    result = _run_telling(settings, measure, options, json_file, report.line)
+    _show("Strategies", result.model, report.notes(result), report.sheets(result))
     _keep(result, json_file)
     if plot is not None and not report.plot(result, plot):
         note(settings, "no picture was drawn: matplotlib is not installed")
@@ -234,6 +293,25 @@ def _run(settings: Settings, measure: Callable[..., Any], options: Any) -> Any:
 
     with make_reporter(quiet=settings.quiet) as reporter:
         return measure(options, reporter)
+
+
+def _run_telling(
+    settings: Settings,
+    measure: Callable[..., Any],
+    options: Any,
+    json_file: Path | None,
+    line: Callable[[Any], str],
+) -> Any:
+    """Run a long benchmark that says and keeps each measurement as soon as it is made."""
+    from kvedit.cli.progress import make_reporter
+
+    with make_reporter(quiet=settings.quiet) as reporter:
+
+        def tell(result: Any, point: Any) -> None:
+            _keep(result, json_file)
+            reporter.say(line(point))
+
+        return measure(options, reporter, tell)
 
 
 def _command() -> str:
