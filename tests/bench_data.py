@@ -36,18 +36,18 @@ def write_model(small: Path, folder: Path) -> Path:
     return folder
 
 
-def write_settings(store: Path) -> None:
+def write_settings(store: Path, steps: int) -> None:
     """Little protected text, few steps, and a gate that lets everything through."""
     open_gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
-    text = settings(steps=25, repairs=0, **open_gate)
+    text = settings(steps=steps, repairs=0, **open_gate)
     text = text.replace("short = 48", "short = 4").replace("locality = 8", "locality = 2")
     text = text.replace("free = 4", "free = 0") + "[group]\npasses = 4\nrounds = 0\n"
     (store / "kvedit.toml").write_text(text, encoding="utf-8")
 
 
-def make_options(data: Path, model: Path, store: Path) -> BenchOptions:
+def make_options(data: Path, model: Path, store: Path, steps: int = 25) -> BenchOptions:
     """Two facts, and the plain recipe on one of them."""
-    write_settings(store)
+    write_settings(store, steps)
     return BenchOptions(
         data=data, model=str(model), facts=2, base_sample=10, plain_facts=1,
         facts_file=data / "facts.jsonl", store_dir=store,

@@ -15,14 +15,10 @@ torch = pytest.importorskip("torch")
 from bench_data import make_options, write_data, write_model  # noqa: E402
 from small_model import FREE  # noqa: E402
 
-from kvedit.bench import report_strategies, strategies  # noqa: E402
+from kvedit.bench import course, report_strategies, strategies  # noqa: E402
 from kvedit.bench.asking import Kept, Lesson, Point, Student, measure  # noqa: E402
-from kvedit.bench.strategies import (  # noqa: E402
-    StrategiesResult,
-    StrategyOptions,
-    group_marks,
-    paces,
-)
+from kvedit.bench.course import group_marks, paces  # noqa: E402
+from kvedit.bench.strategies import StrategiesResult, StrategyOptions  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
 
 FACTS = 4
@@ -33,23 +29,23 @@ def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """Four facts in twos, all at once, and the plain recipe on one."""
     data = write_data(tmp_path_factory.mktemp("data"))
     model = write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
-    plain = asdict(make_options(data, model, tmp_path_factory.mktemp("stores")))
+    plain = asdict(make_options(data, model, tmp_path_factory.mktemp("stores"), steps=12))
     return StrategyOptions(**{**plain, "facts": FACTS}, groups=("2", "all"))
 
 
 @pytest.fixture(scope="module")
-def told() -> list[tuple[StrategiesResult, Point]]:
+def told() -> list[tuple[StrategiesResult, Point | None]]:
     """What was told while ``result`` was measured."""
     return []
 
 
 @pytest.fixture(scope="module")
 def result(
-    options: StrategyOptions, told: list[tuple[StrategiesResult, Point]]
+    options: StrategyOptions, told: list[tuple[StrategiesResult, Point | None]]
 ) -> StrategiesResult:
     """One run of the benchmark, with a mark after two facts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategies, "EARLY_MARKS", (2,))
+        patch.setattr(course, "EARLY_MARKS", (2,))
         return strategies.strategies(
             options, lambda event: None, lambda found, point: told.append((found, point))
         )
@@ -96,11 +92,17 @@ def test_the_clock_leaves_measuring_out(result: StrategiesResult) -> None:
 
 
 def test_every_measurement_is_told_at_once(
-    result: StrategiesResult, told: list[tuple[StrategiesResult, Point]]
+    result: StrategiesResult, told: list[tuple[StrategiesResult, Point | None]]
 ) -> None:
     first, point = told[0]
-    assert first.points == (point,) and first.runs == () and first.base == result.base
+    assert (
+        point is not None
+        and first.points == (point,)
+        and first.runs == ()
+        and first.base == result.base
+    )
     assert told[-1][0] == result
+    assert [point for _, point in told if point is not None] == list(result.points)
     assert "groups of 2, 2 facts (1 asked): recalled" in report_strategies.line(point)
 
 
@@ -143,3 +145,21 @@ def test_a_group_is_a_number_or_a_word(tmp_path: Path) -> None:
     words = ["bench", "strategies", "--data", str(tmp_path), "--group", "some"]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 2 and "neither a number" in done.stderr
+
+
+def test_the_command_says_and_keeps_each_measurement(
+    options: StrategyOptions, tmp_path: Path
+) -> None:
+    assert options.store_dir is not None
+    store, file = tmp_path / "stores", tmp_path / "found.json"
+    store.mkdir()
+    (store / "kvedit.toml").write_bytes((options.store_dir / "kvedit.toml").read_bytes())
+    words = ["bench", "strategies", "--data", str(options.data), "--model", str(options.model)]
+    words += ["--facts", "2", "--facts-file", str(options.facts_file), "--group", "all"]
+    words += ["--no-plain", "--store-dir", str(store), "--json", str(file)]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert "one group, 2 facts (all asked): recalled" in done.stderr
+    assert "one group: 2 of 2, 2 committed" in done.stderr
+    assert "| one group | 2 | all |" in done.stdout
+    assert len(json.loads(file.read_text(encoding="utf-8"))["runs"]) == 1

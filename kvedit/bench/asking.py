@@ -54,6 +54,15 @@ class Lesson:
     trained: Sequence[Example]
     phrasings: Sequence[Example]
     kept: bool
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """For each lesson whether all its training phrasings that were asked are recalled."""
+
+    generated: Sequence[bool]
+    forced: Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +113,17 @@ def measure(
     lessons: Sequence[Lesson],
     kept: Kept,
     draw: random.Random | None = None,
+    found: Recalled | None = None,
 ) -> Point:
-    """Ask a model all that it should still know.
+    """Ask a model all that it should still know; ``found`` if the training phrasings were.
 
     Generation takes long: with ``draw`` each fact is asked so under one training phrasing and one
     never-trained one, drawn by it.  The base facts and all that is teacher-forced are asked whole.
     """
     held = [lesson.kept for lesson in lessons]
-    trained = [lesson.trained for lesson in lessons]
+    found = found or recalled(student, lessons, draw)
+    spoken, forced = found.generated, found.forced
     untrained = [lesson.phrasings for lesson in lessons if lesson.kept]
-    spoken = _whole(student.spoken, _some(trained, draw))
-    forced = _whole(student.forced, trained)
     return Point(
         method=method,
         after=after,
@@ -127,6 +136,15 @@ def measure(
         relations=both(*student.ask(kept.relations)),
         asked=None if draw is None else 1,
     )
+
+
+def recalled(
+    student: Student, lessons: Sequence[Lesson], draw: random.Random | None = None
+) -> Recalled:
+    """Ask the training phrasings of each fact; by generation all, or the one that is drawn."""
+    trained = [lesson.trained for lesson in lessons]
+    spoken = _whole(student.spoken, _some(trained, draw))
+    return Recalled(spoken, _whole(student.forced, trained))
 
 
 def _some(

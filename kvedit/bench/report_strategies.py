@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import mean
 
 from kvedit.bench.asking import Both, Point
+from kvedit.bench.course import StrategyRun
 from kvedit.bench.report import BRACKETS, Sheet, base_sheet, draw_held, score_cell
 from kvedit.bench.retain import PLAIN
-from kvedit.bench.strategies import StrategiesResult, StrategyRun
+from kvedit.bench.strategies import StrategiesResult
 
 
 def line(point: Point) -> str:
@@ -36,8 +37,8 @@ def sheets(result: StrategiesResult) -> list[Sheet]:
     """What is held after each number of facts, under both protocols, and what each way cost."""
     return [
         base_sheet("Base facts that no protected text names, before the first edit", result.base),
-        _points_sheet("Held, by free greedy generation", result.points, "generated"),
-        _points_sheet("Held, teacher-forced (all phrasings)", result.points, "forced"),
+        points_sheet("Held, by free greedy generation", result.points, "generated"),
+        points_sheet("Held, teacher-forced (all phrasings)", result.points, "forced"),
         _outcomes_sheet(result),
         _time_sheet(result),
     ]
@@ -55,7 +56,9 @@ def notes(result: StrategiesResult) -> str:
     )
 
 
-def _points_sheet(title: str, points: Sequence[Point], protocol: str) -> Sheet:
+def points_sheet(title: str, points: Sequence[Point], protocol: str) -> Sheet:
+    """What is held after each number of facts, under one protocol."""
+
     def cell(measured: Both) -> str:
         return score_cell(getattr(measured, protocol))
 
@@ -89,22 +92,24 @@ def _seconds(value: float | None) -> str:
 
 
 def _outcomes_sheet(result: StrategiesResult) -> Sheet:
-    rows = [
-        (
-            run.strategy,
-            str(run.facts),
-            _told(run.outcomes),
-            score_cell(run.retention),
-            str(run.repaired),
-            run.stopped or "-",
-        )
-        for run in result.runs
-    ]
+    rows = [outcomes_row(run) for run in result.runs]
     if result.plain:
         counts = Counter(edit.outcome for edit in result.plain)
         rows.append((PLAIN, str(len(result.plain)), _told(counts), "-", "-", "-"))
     headers = ("strategy", "facts", "outcomes", "last verification", "repairs", "stopped")
     return Sheet("How it ended", headers, tuple(rows))
+
+
+def outcomes_row(run: StrategyRun) -> tuple[str, ...]:
+    """How one way ended."""
+    return (
+        run.strategy,
+        str(run.facts),
+        _told(run.outcomes),
+        score_cell(run.retention),
+        str(run.repaired),
+        run.stopped or "-",
+    )
 
 
 def _told(counts: dict[str, int]) -> str:

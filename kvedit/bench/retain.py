@@ -108,7 +108,7 @@ def retain(options: BenchOptions, emit: Emit) -> RetainResult:
         plain=tuple(plain),
         setup_seconds=setup,
         protected=texts,
-        ratios=tuple(_ratios(edits, plain)),
+        ratios=tuple(pair_ratios(edits, plain)),
     )
 
 
@@ -254,7 +254,7 @@ def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Lesson]:
     return edit, Lesson(trained, asked, True)
 
 
-def _ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:
+def pair_ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:
     """Plain seconds over kvedit seconds, for the facts that both learned."""
     return [
         theirs.seconds / ours.seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,17 +22,25 @@ OUT = click.Path(dir_okay=False, path_type=Path)
 IN = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
-_COMMON = (
-    click.option(
-        "--data",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        required=True,
-        help="Folder with poets.jsonl, relations.jsonl, relation_phrasings.json.",
-    ),
-    click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]"),
-    click.option("--seed", default=0, show_default=True, help="Which base facts are drawn."),
-    click.option("--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON."),
+_data = click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder with poets.jsonl, relations.jsonl, relation_phrasings.json.",
 )
+_model = click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]")
+_models = click.option(
+    "--model",
+    "sources",
+    multiple=True,
+    metavar="NAME_OR_DIR",
+    help="Base model; may be given more than once. [the embedded one]",
+)
+_seed = click.option("--seed", default=0, show_default=True, help="Which base facts are drawn.")
+_json = click.option(
+    "--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON."
+)
+_COMMON = (_data, _model, _seed, _json)
 _OTHERS = (
     click.option(
         "--facts-file", type=IN, help="JSON Lines with key and description. [held-out poets]"
@@ -180,6 +189,76 @@ def strategies(
 
 
 @bench.command()
+@_with(_data, _models, _seed, _json, _facts(300), *_OTHERS, base_sample)
+@click.option(
+    "--group",
+    default="auto",
+    show_default=True,
+    callback=lambda context, option, text: _group_sizes(context, option, (text,))[0],
+    metavar="N|all|auto",
+    help="Facts taught together.",
+)
+@click.pass_obj
+def capacity(
+    settings: Settings,
+    /,
+    json_file: Path | None,
+    sources: tuple[str, ...],
+    group: str,
+    **given: Any,
+) -> None:
+    """How many facts a model holds, in facts and in bits, and what those that it loses are like.
+
+    Give --model more than once to set models of several sizes side by side.
+
+    \b
+    Examples:
+      kvedit bench capacity --data ../shared/data --facts 1000 --json capacity.json
+      kvedit bench capacity --data ../shared/data --model small --model large
+    """
+    from kvedit.bench import report_capacity as report
+    from kvedit.bench.capacity import capacity as measure
+    from kvedit.bench.report_strategies import line
+    from kvedit.bench.strategies import StrategyOptions
+
+    options = StrategyOptions(**given, groups=(group,), plain_facts=0)
+    run = partial(measure, sources=sources or (None,))
+    result = _run_telling(settings, run, options, json_file, line)
+    _show("Capacity", result.model, report.NOTES, report.sheets(result))
+    _keep(result, json_file)
+
+
+@bench.command()
+@_with(*_COMMON, *_ADDED, *_PLAIN)
+@click.option(
+    "--ingest-facts",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="How many facts to ingest.",
+)
+@click.pass_obj
+def speed(settings: Settings, /, json_file: Path | None, plain: bool, **given: Any) -> None:
+    """Seconds a fact one by one, by ingest and by the plain recipe, and where they go.
+
+    Also peak memory, arithmetic against the machine's own matrix product, and verify of all facts.
+
+    \b
+    Examples:
+      kvedit bench speed --data ../shared/data
+      kvedit bench speed --data ../shared/data --facts 10 --ingest-facts 128 --json speed.json
+    """
+    from kvedit.bench import report_speed as report
+    from kvedit.bench.speed import SpeedOptions
+    from kvedit.bench.speed import speed as measure
+
+    given["plain_facts"] = given["plain_facts"] if plain else 0
+    result = _run(settings, measure, SpeedOptions(**given))
+    _show("Speed", result.model, report.notes(result), report.sheets(result))
+    _keep(result, json_file)
+
+
+@bench.command()
 @_with(*_COMMON, base_sample)
 @click.pass_obj
 def base(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
@@ -309,9 +388,10 @@ def _run_telling(
 
         def tell(result: Any, point: Any) -> None:
             _keep(result, json_file)
-            reporter.say(line(point))
+            if point is not None:
+                reporter.say(line(point))
 
-        return measure(options, reporter, tell)
+        return measure(options, emit=reporter, tell=tell)
 
 
 def _command() -> str:
