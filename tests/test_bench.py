@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,55 +11,28 @@ from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from small_model import FREE, KNOWN, settings  # noqa: E402
+from bench_data import POETS, make_options, write_data, write_model  # noqa: E402
+from small_model import FREE, KNOWN  # noqa: E402
 
 from kvedit.bench import questions, report  # noqa: E402
 from kvedit.bench.asking import Student, both, marks  # noqa: E402
-from kvedit.bench.retain import BenchOptions, RetainResult, retain  # noqa: E402
+from kvedit.bench.retain import RetainResult, retain  # noqa: E402
 from kvedit.bench.undo import served_digest, undo  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
 from kvedit.errors import UsageError  # noqa: E402
 from kvedit.events import Score  # noqa: E402
 
-POETS = {"李白": "字太白。", "杜甫": "字子美。", "王維": "字摩詰。", "无名氏": "無傳。"}
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder: four poets, and what the small model knows as relations."""
-    folder = tmp_path_factory.mktemp("data")
-    poets = [{"key": key, "description": text, "era": "唐"} for key, text in POETS.items()]
-    relations = [{"relation": "P1", "subject": k, "object": v} for k, v in KNOWN.items()]
-    for name, rows in (("poets", poets), ("relations", relations)):
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    table = {"P1": ["[Y] is what [X] is.", "What is [X]? [Y]"]}
-    (folder / "relation_phrasings.json").write_text(json.dumps(table), encoding="utf-8")
-    facts = [json.dumps({"key": key, "description": text}) for key, text in FREE]
-    (folder / "facts.jsonl").write_text("\n".join(facts) + "\n", encoding="utf-8")
-    return folder
+    """A data folder."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def model(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with the lists of what it was pretrained on; one relation is held out."""
-    folder = Path(shutil.copytree(small["bf16"], tmp_path_factory.mktemp("model") / "bf16"))
-    (folder / "pretrained_poets.txt").write_text("李白\n王維\n", encoding="utf-8")
-    listed = "".join(f"P1\t{key}\n" for key in list(KNOWN)[1:])
-    (folder / "pretrained_relations.tsv").write_text(listed, encoding="utf-8")
-    return folder
-
-
-def make_options(data: Path, model: Path, store: Path) -> BenchOptions:
-    """Two facts, little protected text, few steps, and a gate that lets everything through."""
-    open_gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
-    text = settings(steps=25, repairs=0, **open_gate)
-    text = text.replace("short = 48", "short = 4").replace("locality = 8", "locality = 2")
-    (store / "kvedit.toml").write_text(text.replace("free = 4", "free = 0"), encoding="utf-8")
-    return BenchOptions(
-        data=data, model=str(model), facts=2, base_sample=10, plain_facts=1,
-        facts_file=data / "facts.jsonl", store_dir=store,
-    )  # fmt: skip
+    """The small model with the lists of what it was pretrained on."""
+    return write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
 
 
 @pytest.fixture(scope="module")

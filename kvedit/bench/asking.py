@@ -7,7 +7,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,7 +32,8 @@ class Point:
 
     ``tried`` are the facts so far, ``committed`` those among them that were committed (``ERR``);
     each counts only if all its training phrasings are recalled.  ``phrasings`` are the
-    never-trained phrasings of the committed facts.
+    never-trained phrasings of the committed facts.  ``asked`` is how many phrasings of each kind
+    each fact was asked by generation (None: all of them), ``seconds`` what a fact took so far.
     """
 
     method: str
@@ -41,6 +43,8 @@ class Point:
     phrasings: Both
     poets: Both
     relations: Both
+    asked: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,15 @@ class Lesson:
     trained: Sequence[Example]
     phrasings: Sequence[Example]
     kept: bool
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """For each lesson whether all its training phrasings that were asked are recalled."""
+
+    generated: Sequence[bool]
+    forced: Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +85,11 @@ class Student:
 
     def ask(self, examples: Sequence[Example]) -> tuple[list[bool], list[bool]]:
         """Recall under both protocols: generated, teacher-forced."""
-        forced = [outcome.passed for outcome in probes.recall(self.model, examples)]
-        return self.spoken(examples), forced
+        return self.spoken(examples), self.forced(examples)
+
+    def forced(self, examples: Sequence[Example]) -> list[bool]:
+        """Exact recall by one forward pass."""
+        return [outcome.passed for outcome in probes.recall(self.model, examples)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,31 +107,65 @@ def marks(count: int) -> list[int]:
 
 
 def measure(
-    method: str, after: int, student: Student, lessons: Sequence[Lesson], kept: Kept
+    method: str,
+    after: int,
+    student: Student,
+    lessons: Sequence[Lesson],
+    kept: Kept,
+    draw: random.Random | None = None,
+    found: Recalled | None = None,
 ) -> Point:
-    """Ask a model all that it should still know."""
+    """Ask a model all that it should still know; ``found`` if the training phrasings were.
+
+    Generation takes long: with ``draw`` each fact is asked so under one training phrasing and one
+    never-trained one, drawn by it.  The base facts and all that is teacher-forced are asked whole.
+    """
     held = [lesson.kept for lesson in lessons]
-    spoken, forced = _whole(student, lessons)
-    phrasings = [e for lesson in lessons if lesson.kept for e in lesson.phrasings]
+    found = found or recalled(student, lessons, draw)
+    spoken, forced = found.generated, found.forced
+    untrained = [lesson.phrasings for lesson in lessons if lesson.kept]
     return Point(
         method=method,
         after=after,
         tried=both(spoken, forced),
         committed=both(_only(spoken, held), _only(forced, held)),
-        phrasings=both(*student.ask(phrasings)),
+        phrasings=both(
+            student.spoken(_flat(_some(untrained, draw))), student.forced(_flat(untrained))
+        ),
         poets=both(*student.ask(kept.poets)),
         relations=both(*student.ask(kept.relations)),
+        asked=None if draw is None else 1,
     )
 
 
-def _whole(student: Student, lessons: Sequence[Lesson]) -> tuple[list[bool], list[bool]]:
-    """For each lesson whether all its training prompts are recalled, under both protocols."""
-    answers = student.ask([e for lesson in lessons for e in lesson.trained])
-    found = []
-    for flat in answers:
-        rest = iter(flat)
-        found.append([all(list(islice(rest, len(lesson.trained)))) for lesson in lessons])
-    return found[0], found[1]
+def recalled(
+    student: Student, lessons: Sequence[Lesson], draw: random.Random | None = None
+) -> Recalled:
+    """Ask the training phrasings of each fact; by generation all, or the one that is drawn."""
+    trained = [lesson.trained for lesson in lessons]
+    spoken = _whole(student.spoken, _some(trained, draw))
+    return Recalled(spoken, _whole(student.forced, trained))
+
+
+def _some(
+    examples: Sequence[Sequence[Example]], draw: random.Random | None
+) -> Sequence[Sequence[Example]]:
+    """One of each, drawn; all where nothing draws."""
+    if draw is None:
+        return examples
+    return [[draw.choice(list(own))] if own else [] for own in examples]
+
+
+def _flat(examples: Sequence[Sequence[Example]]) -> list[Example]:
+    return [e for own in examples for e in own]
+
+
+def _whole(
+    ask: Callable[[Sequence[Example]], list[bool]], examples: Sequence[Sequence[Example]]
+) -> list[bool]:
+    """For each fact whether all its examples are recalled."""
+    rest = iter(ask(_flat(examples)))
+    return [all(list(islice(rest, len(own)))) for own in examples]
 
 
 def _only(values: Sequence[bool], chosen: Sequence[bool]) -> list[bool]:

@@ -172,10 +172,10 @@ def _outcomes_sheet(result: RetainResult) -> Sheet:
 
 
 def _time_sheet(result: RetainResult) -> Sheet:
-    rows = [_time_row(KVEDIT, result.edits)]
-    rows += [(f"- {name}", *_summary(values), "") for name, values in _parts(result.edits)]
+    rows = [time_row(KVEDIT, result.edits)]
+    rows += [(f"- {name}", *summary(values), "") for name, values in parts_of(result.edits)]
     if result.plain:
-        rows.append(_time_row(PLAIN, result.plain))
+        rows.append(time_row(PLAIN, result.plain))
     ratio = median_ratio(result)
     if ratio is not None:
         pairs = f"over {len(result.ratios)} facts that both learned"
@@ -183,16 +183,19 @@ def _time_sheet(result: RetainResult) -> Sheet:
     return Sheet("Seconds a fact, model loaded", ("what", "median", "mean", "steps"), tuple(rows))
 
 
-def _time_row(name: str, edits: Sequence[Edit]) -> tuple[str, ...]:
+def time_row(name: str, edits: Sequence[Edit]) -> tuple[str, ...]:
+    """Seconds of some edits, median and mean, and their steps."""
     steps = median(edit.steps for edit in edits)
-    return (name, *_summary([edit.seconds for edit in edits]), f"{steps:g} (median)")
+    return (name, *summary([edit.seconds for edit in edits]), f"{steps:g} (median)")
 
 
-def _summary(values: Sequence[float]) -> tuple[str, str]:
+def summary(values: Sequence[float]) -> tuple[str, str]:
+    """Median and mean as text."""
     return f"{median(values):.2f}", f"{mean(values):.2f}"
 
 
-def _parts(edits: Sequence[Edit]) -> list[tuple[str, list[float]]]:
+def parts_of(edits: Sequence[Edit]) -> list[tuple[str, list[float]]]:
+    """The seconds of each part, an item for each edit."""
     names = dict.fromkeys(name for edit in edits for name in edit.timings)
     return [(name, [edit.timings.get(name, 0.0) for edit in edits]) for name in names]
 
@@ -283,16 +286,17 @@ def plot(result: RetainResult, path: Path) -> bool:
     for method, style in ((KVEDIT, "-"), (PLAIN, "--")):
         points = [point for point in result.points if point.method == method]
         for number, (name, label) in enumerate(lines):
-            _draw(axes, points, name, f"{label}, {method}", f"C{number}", style)
+            draw_held(axes, points, name, f"{label}, {method}", f"C{number}", style)
     axes.set(xlabel="facts added", ylabel="held, % (free generation, 95% interval)", ylim=(-2, 102))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return True
 
 
-def _draw(
+def draw_held(
     axes: Any, points: Sequence[Point], name: str, label: str, colour: str, style: str
 ) -> None:
+    """One measure against the number of facts, its interval shaded."""
     scores = [(point.after, getattr(point, name).generated) for point in points]
     shown = [(after, score) for after, score in scores if score.rate is not None]
     if not shown:

@@ -12,9 +12,9 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 
 from kvedit import models, probes
@@ -94,12 +94,12 @@ def retain(options: BenchOptions, emit: Emit) -> RetainResult:
         setup = time.monotonic() - began
         engine = engine_of(knowledge)
         student = Student(engine.base.model, engine.renderer)
-        seen, texts = _seen(knowledge, facts)
-        base, kept = _base(student, data, seen, options, emit)
+        seen, texts = seen_texts(knowledge, facts)
+        base, kept = base_facts(student, data, seen, options, emit)
         edits, points = _add_all(knowledge, student, facts, kept, emit)
         name = engine.base.name
     some = facts[: options.plain_facts]
-    plain, more = _plain_all(source, some, kept, emit) if some else ([], [])
+    plain, more = plain_all(source, some, kept, emit) if some else ([], [])
     return RetainResult(
         model=name,
         base=base,
@@ -108,7 +108,7 @@ def retain(options: BenchOptions, emit: Emit) -> RetainResult:
         plain=tuple(plain),
         setup_seconds=setup,
         protected=texts,
-        ratios=tuple(_ratios(edits, plain)),
+        ratios=tuple(pair_ratios(edits, plain)),
     )
 
 
@@ -128,7 +128,7 @@ def new_store(options: BenchOptions, emit: Emit) -> Iterator[KnowledgeBase]:
             yield knowledge
 
 
-def _seen(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> tuple[Seen, int]:
+def seen_texts(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> tuple[Seen, int]:
     """All that training may see: the store's protected texts and the new facts themselves."""
     rows = [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
     texts = [text for row in rows for text in (row.prompt, row.answer)]
@@ -136,7 +136,7 @@ def _seen(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> tuple[Seen, int]:
     return Seen(texts), len(rows)
 
 
-def _base(
+def base_facts(
     student: Student, data: BenchData, seen: Seen, options: BenchOptions, emit: Emit
 ) -> tuple[tuple[BaseScore, ...], Kept]:
     """Sample base facts that training never sees and keep those that the base model answers."""
@@ -181,7 +181,8 @@ def _add_all(
             lessons.append(Lesson(engine.examples(fact), engine.paraphrases(fact), done))
         if len(edits) in marks(len(facts)):
             emit(Status(phase=f"measuring after {len(edits)} facts"))
-            points.append(measure(KVEDIT, len(edits), student, lessons, kept))
+            point = measure(KVEDIT, len(edits), student, lessons, kept)
+            points.append(replace(point, seconds=mean(edit.seconds for edit in edits)))
     return edits, points
 
 
@@ -208,7 +209,7 @@ def add_timed(knowledge: KnowledgeBase, fact: Fact) -> Edit:
     )
 
 
-def _plain_all(
+def plain_all(
     source: str, facts: Sequence[Fact], kept: Kept, emit: Emit
 ) -> tuple[list[Edit], list[Point]]:
     """The plain recipe on a fresh copy of the base model."""
@@ -223,7 +224,8 @@ def _plain_all(
         lessons.append(lesson)
         if len(edits) in marks(len(facts)):
             emit(Status(phase=f"measuring the plain recipe after {len(edits)} facts"))
-            points.append(measure(PLAIN, len(edits), student, lessons, kept))
+            point = measure(PLAIN, len(edits), student, lessons, kept)
+            points.append(replace(point, seconds=mean(edit.seconds for edit in edits)))
     return edits, points
 
 
@@ -252,7 +254,7 @@ def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Lesson]:
     return edit, Lesson(trained, asked, True)
 
 
-def _ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:
+def pair_ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:
     """Plain seconds over kvedit seconds, for the facts that both learned."""
     return [
         theirs.seconds / ours.seconds

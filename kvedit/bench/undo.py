@@ -84,10 +84,11 @@ def undo(options: BenchOptions, emit: Emit) -> UndoResult:
 
 def served_digest(model: nn.Module) -> str:
     """SHA-256 over all parameters of a model, an adapter's left out."""
-    return models.weights_digest(_own_parameters(model))
+    return models.weights_digest(own_parameters(model))
 
 
-def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters of a model by name, an adapter's left out, shared ones once."""
     for name, parameter in model.named_parameters():
         if not any(mark in name for mark in _ADAPTER):
             yield name.replace(".base_layer.", "."), parameter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,31 +22,69 @@ OUT = click.Path(dir_okay=False, path_type=Path)
 IN = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
-_COMMON = (
-    click.option(
-        "--data",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        required=True,
-        help="Folder with poets.jsonl, relations.jsonl, relation_phrasings.json.",
-    ),
-    click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]"),
-    click.option("--seed", default=0, show_default=True, help="Which base facts are drawn."),
-    click.option("--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON."),
+_data = click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder with poets.jsonl, relations.jsonl, relation_phrasings.json.",
 )
-_ADDED = (
-    click.option(
-        "--facts",
-        type=click.IntRange(min=1),
-        default=20,
-        show_default=True,
-        help="How many facts to add.",
-    ),
+_model = click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]")
+_models = click.option(
+    "--model",
+    "sources",
+    multiple=True,
+    metavar="NAME_OR_DIR",
+    help="Base model; may be given more than once. [the embedded one]",
+)
+_seed = click.option("--seed", default=0, show_default=True, help="Which base facts are drawn.")
+_json = click.option(
+    "--json", "json_file", type=OUT, metavar="FILE", help="Also write all as JSON."
+)
+_COMMON = (_data, _model, _seed, _json)
+_OTHERS = (
     click.option(
         "--facts-file", type=IN, help="JSON Lines with key and description. [held-out poets]"
     ),
     click.option("--protect", type=IN, help="A file of text to protect besides the model's own."),
     click.option("--store-dir", type=FOLDER, help="Keep the store there. [a temporary one]"),
 )
+
+
+def _facts(default: int) -> Callable[[Any], Any]:
+    return click.option(
+        "--facts",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help="How many facts to add.",
+    )
+
+
+_ADDED = (_facts(20), *_OTHERS)
+_PLAIN = (
+    click.option("--plain/--no-plain", default=True, help="Run the plain recipe too. [yes]"),
+    click.option(
+        "--plain-facts",
+        type=click.IntRange(min=1),
+        default=10,
+        show_default=True,
+        help="On how many of the facts.",
+    ),
+)
+_plot = click.option(
+    "--plot", type=OUT, metavar="FILE", help="Also draw a picture (needs matplotlib)."
+)
+
+
+def _group_sizes(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Numbers from 1, ``all`` or ``auto``."""
+    for text in values:
+        number = text.isascii() and text.isdigit() and int(text) > 0
+        if not number and text not in ("all", "auto"):
+            raise click.BadParameter(f"{text!r} is neither a number from 1, nor all, nor auto")
+    return values
 
 
 def _with(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -85,16 +124,7 @@ def bench() -> None:
 
 
 @bench.command()
-@_with(*_COMMON, *_ADDED, base_sample)
-@click.option("--plain/--no-plain", default=True, help="Run the plain recipe too. [yes]")
-@click.option(
-    "--plain-facts",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="On how many of the facts.",
-)
-@click.option("--plot", type=OUT, metavar="FILE", help="Also draw a picture (needs matplotlib).")
+@_with(*_COMMON, *_ADDED, base_sample, *_PLAIN, _plot)
 @click.pass_obj
 def retain(
     settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
@@ -118,6 +148,114 @@ def retain(
     _keep(result, json_file)
     if plot is not None and not report.plot(result, plot):
         note(settings, "no picture was drawn: matplotlib is not installed")
+
+
+@bench.command()
+@_with(*_COMMON, _facts(64), *_OTHERS, base_sample, *_PLAIN, _plot)
+@click.option(
+    "--group",
+    "groups",
+    callback=_group_sizes,
+    multiple=True,
+    metavar="N|all|auto",
+    help="Facts taught together; may be given more than once. [1, 16, all, auto]",
+)
+@click.pass_obj
+def strategies(
+    settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
+) -> None:
+    """Teach the same facts one by one, in groups, all at once, and by the plain recipe.
+
+    Each way is one run of ingest into a new store. What is held is measured in passing, after 16,
+    32, 64, 128, 256, 300, 512, 1000, ... facts and after the last; each measurement is said at
+    once, and FILE of --json written anew. A kvedit.toml in --store-dir is used for every store.
+
+    \b
+    Examples:
+      kvedit bench strategies --data ../shared/data
+      kvedit bench strategies --data ../shared/data --facts 1000 --group auto --json auto.json
+    """
+    from kvedit.bench import report_strategies as report
+    from kvedit.bench.strategies import StrategyOptions
+    from kvedit.bench.strategies import strategies as measure
+
+    given["plain_facts"] = given["plain_facts"] if plain else 0
+    options = StrategyOptions(**{name: value for name, value in given.items() if value != ()})
+    result = _run_telling(settings, measure, options, json_file, report.line)
+    _show("Strategies", result.model, report.notes(result), report.sheets(result))
+    _keep(result, json_file)
+    if plot is not None and not report.plot(result, plot):
+        note(settings, "no picture was drawn: matplotlib is not installed")
+
+
+@bench.command()
+@_with(_data, _models, _seed, _json, _facts(300), *_OTHERS, base_sample)
+@click.option(
+    "--group",
+    default="auto",
+    show_default=True,
+    callback=lambda context, option, text: _group_sizes(context, option, (text,))[0],
+    metavar="N|all|auto",
+    help="Facts taught together.",
+)
+@click.pass_obj
+def capacity(
+    settings: Settings,
+    /,
+    json_file: Path | None,
+    sources: tuple[str, ...],
+    group: str,
+    **given: Any,
+) -> None:
+    """How many facts a model holds, in facts and in bits, and what those that it loses are like.
+
+    Give --model more than once to set models of several sizes side by side.
+
+    \b
+    Examples:
+      kvedit bench capacity --data ../shared/data --facts 1000 --json capacity.json
+      kvedit bench capacity --data ../shared/data --model small --model large
+    """
+    from kvedit.bench import report_capacity as report
+    from kvedit.bench.capacity import capacity as measure
+    from kvedit.bench.report_strategies import line
+    from kvedit.bench.strategies import StrategyOptions
+
+    options = StrategyOptions(**given, groups=(group,), plain_facts=0)
+    run = partial(measure, sources=sources or (None,))
+    result = _run_telling(settings, run, options, json_file, line)
+    _show("Capacity", result.model, report.NOTES, report.sheets(result))
+    _keep(result, json_file)
+
+
+@bench.command()
+@_with(*_COMMON, *_ADDED, *_PLAIN)
+@click.option(
+    "--ingest-facts",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="How many facts to ingest.",
+)
+@click.pass_obj
+def speed(settings: Settings, /, json_file: Path | None, plain: bool, **given: Any) -> None:
+    """Seconds a fact one by one, by ingest and by the plain recipe, and where they go.
+
+    Also peak memory, arithmetic against the machine's own matrix product, and verify of all facts.
+
+    \b
+    Examples:
+      kvedit bench speed --data ../shared/data
+      kvedit bench speed --data ../shared/data --facts 10 --ingest-facts 128 --json speed.json
+    """
+    from kvedit.bench import report_speed as report
+    from kvedit.bench.speed import SpeedOptions
+    from kvedit.bench.speed import speed as measure
+
+    given["plain_facts"] = given["plain_facts"] if plain else 0
+    result = _run(settings, measure, SpeedOptions(**given))
+    _show("Speed", result.model, report.notes(result), report.sheets(result))
+    _keep(result, json_file)
 
 
 @bench.command()
@@ -234,6 +372,26 @@ def _run(settings: Settings, measure: Callable[..., Any], options: Any) -> Any:
 
     with make_reporter(quiet=settings.quiet) as reporter:
         return measure(options, reporter)
+
+
+def _run_telling(
+    settings: Settings,
+    measure: Callable[..., Any],
+    options: Any,
+    json_file: Path | None,
+    line: Callable[[Any], str],
+) -> Any:
+    """Run a long benchmark that says and keeps each measurement as soon as it is made."""
+    from kvedit.cli.progress import make_reporter
+
+    with make_reporter(quiet=settings.quiet) as reporter:
+
+        def tell(result: Any, point: Any) -> None:
+            _keep(result, json_file)
+            if point is not None:
+                reporter.say(line(point))
+
+        return measure(options, emit=reporter, tell=tell)
 
 
 def _command() -> str:

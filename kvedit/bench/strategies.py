@@ -1,0 +1,166 @@
+"""The same facts taught in different ways: one by one, in groups, all at once, by the plain recipe.
+
+Each way gets a new store and one uninterrupted run of ``ingest``; what is held is measured in
+passing, when so many facts are done.
+
+Invariants:
+- What was measured so far is told after every measurement, so that a run that ends early has left
+  it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from kvedit import models
+from kvedit.bench import questions
+from kvedit.bench.asking import Kept, Point, Student
+from kvedit.bench.course import Course, Observer, StrategyRun
+from kvedit.bench.retain import (
+    BaseScore,
+    BenchOptions,
+    Edit,
+    Emit,
+    base_facts,
+    engine_of,
+    new_store,
+    plain_all,
+    seen_texts,
+)
+from kvedit.editor import KnowledgeBase
+from kvedit.errors import Interrupted
+from kvedit.facts import Fact
+
+_Options = TypeVar("_Options", bound=BenchOptions)
+_NAMES = {"1": "one by one", "all": "one group", "auto": "automatic groups"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyOptions(BenchOptions):
+    """``groups`` are sizes: a number, ``all`` or ``auto``."""
+
+    groups: tuple[str, ...] = ("1", "16", "all", "auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategiesResult:
+    """All that was measured so far; ``points`` run ahead of ``runs`` until a way has ended."""
+
+    model: str
+    facts: int
+    base: tuple[BaseScore, ...] = ()
+    protected: int = 0
+    points: tuple[Point, ...] = ()
+    runs: tuple[StrategyRun, ...] = ()
+    plain: tuple[Edit, ...] = ()
+
+
+Tell = Callable[[StrategiesResult, Point | None], None]
+"""Gets all results so far, and the measurement that is new; None when only a way has ended."""
+
+
+def name_of(group: str) -> str:
+    """A way of teaching in words."""
+    return _NAMES.get(group, f"groups of {group}")
+
+
+def strategies(
+    options: StrategyOptions, emit: Emit, tell: Tell = lambda result, point: None
+) -> StrategiesResult:
+    """Teach the same facts in each way; ``tell`` gets all results so far after each measurement.
+
+    Raises Interrupted when a run was stopped by the user.
+    """
+    source = models.locate(options.model)
+    data = questions.load(options.data, source)
+    facts = questions.new_facts(data, options.facts, options.facts_file)
+    ways = Ways(options, data, facts, emit, tell)
+    for group in options.groups:
+        ways.teach(group)
+    some = facts[: options.plain_facts]
+    if some:
+        ways.plain(source, some)
+    return ways.result
+
+
+class Ways:
+    """Several ways, one after the other, and what they have come to so far."""
+
+    def __init__(
+        self,
+        options: StrategyOptions,
+        data: questions.BenchData,
+        facts: Sequence[Fact],
+        emit: Emit,
+        tell: Tell,
+        observer: Observer | None = None,
+    ) -> None:
+        self._observer = observer
+        self._options, self._data, self._facts = options, data, facts
+        self._emit, self._tell = emit, tell
+        self._asked_beside: tuple[str, ...] | None = None
+        self._kept = Kept((), ())
+        self.result = StrategiesResult(model="", facts=len(facts))
+
+    def teach(self, group: str) -> None:
+        """One way, in a store of its own."""
+        options = own_store(self._options, f"group-{group}")
+        course = Course(name_of(group), self._options.seed, self._emit, self._add, self._observer)
+        began = time.monotonic()
+        with new_store(options, course) as knowledge:
+            setup = time.monotonic() - began
+            self._prepare(knowledge)
+            if self._observer is not None:
+                self._observer.begin(knowledge)
+            run = course.run(knowledge, self._facts, _size(group, self._facts), self._kept)
+        run = replace(run, setup_seconds=setup)
+        self.result = replace(self.result, runs=(*self.result.runs, run))
+        self._tell(self.result, None)
+        if run.stopped == "interrupted":
+            raise Interrupted(f"interrupted in {name_of(group)}; what was measured was kept")
+
+    def plain(self, source: str, facts: Sequence[Fact]) -> None:
+        """The plain recipe on some of the facts."""
+        edits, points = plain_all(source, facts, self._kept, self._emit)
+        self.result = replace(self.result, plain=tuple(edits))
+        for point in points:
+            self._add(point)
+
+    def _add(self, point: Point) -> None:
+        self.result = replace(self.result, points=(*self.result.points, point))
+        self._tell(self.result, point)
+
+    def _prepare(self, knowledge: KnowledgeBase) -> None:
+        """What the base model knows: asked once, as long as every store protects the same text."""
+        rows = [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
+        beside = tuple(f"{row.prompt}\n{row.answer}" for row in rows)
+        if beside == self._asked_beside:
+            return
+        engine = engine_of(knowledge)
+        student = Student(engine.base.model, engine.renderer)
+        seen, texts = seen_texts(knowledge, self._facts)
+        base, self._kept = base_facts(student, self._data, seen, self._options, self._emit)
+        self._asked_beside = beside
+        self.result = replace(self.result, model=engine.base.name, base=base, protected=texts)
+
+
+def _size(group: str, facts: Sequence[Fact]) -> int | None:
+    if group == "auto":
+        return None
+    return max(1, len(facts)) if group == "all" else int(group)
+
+
+def own_store(options: _Options, name: str) -> _Options:
+    """A folder of its own below ``store_dir``, with the settings that lie there."""
+    if options.store_dir is None:
+        return options
+    folder = options.store_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = options.store_dir / "kvedit.toml"
+    if settings.is_file():
+        shutil.copy(settings, folder)
+    return replace(options, store_dir=folder)

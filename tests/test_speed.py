@@ -1,0 +1,153 @@
+"""Times and capacity, on the small model: parts that add up, counted operations, single facts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from bench_data import make_options, write_data, write_model  # noqa: E402
+from small_model import FREE  # noqa: E402
+
+from kvedit.bench import report, report_capacity, report_speed  # noqa: E402
+from kvedit.bench.asking import Both, Point, both  # noqa: E402
+from kvedit.bench.capacity import (  # noqa: E402
+    CapacityResult,
+    bits,
+    capacity,
+    difference,
+    largest,
+    nearest,
+)
+from kvedit.bench.retain import BenchOptions  # noqa: E402
+from kvedit.bench.speed import SpeedOptions, SpeedResult, ingest_ratio, matmul_rate, speed  # noqa: E402
+from kvedit.bench.strategies import StrategyOptions  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def given(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options for the small model."""
+    data = write_data(tmp_path_factory.mktemp("data"))
+    model = write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
+    return asdict(make_options(data, model, tmp_path_factory.mktemp("stores"), steps=12))
+
+
+@pytest.fixture(scope="module")
+def timed(given: dict[str, Any]) -> SpeedResult:
+    """Two facts one by one and by ingest, and a lesson taken apart."""
+    return speed(SpeedOptions(**given, ingest_facts=2), lambda event: None)
+
+
+@pytest.fixture(scope="module")
+def held(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> CapacityResult:
+    """Two facts in one group."""
+    options = StrategyOptions(**{**given, "plain_facts": 0, "groups": ("all",)})
+    options = replace(options, store_dir=_copy(options, tmp_path_factory.mktemp("capacity")))
+    return capacity(options, (given["model"],), lambda event: None)
+
+
+def _copy(options: BenchOptions, folder: Path) -> Path:
+    assert options.store_dir is not None
+    text = (options.store_dir / "kvedit.toml").read_text(encoding="utf-8")
+    (folder / "kvedit.toml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_speed_parts_add_up(timed: SpeedResult) -> None:
+    assert [edit.key for edit in timed.edits] == [key for key, _ in FREE[:2]]
+    lesson = timed.lesson
+    assert {"forward", "backward", "optimizer", "other"} == set(lesson.parts)
+    assert all(spent > 0 for spent in lesson.parts.values())
+    assert lesson.operations > 1e6 and lesson.steps > 0 and lesson.rehearsal == 2
+    assert sum(timed.ingested.parts.values()) == pytest.approx(timed.ingested.seconds, rel=0.01)
+    assert timed.verified.facts == 2 and timed.verified.phrasings >= 16
+    assert timed.peaks["one by one"] <= timed.peaks["ingest"] <= timed.peaks["plain recipe"]
+    assert set(timed.matmul) == {"bfloat16", "float32"}
+
+
+def test_instruments_are_taken_off(timed: SpeedResult) -> None:
+    assert torch.autograd.backward.__name__ == "backward"
+    spent = dict(timed.lesson.parts)
+    one = torch.ones(1, requires_grad=True)
+    torch.optim.SGD([one], lr=0.1).step()
+    assert timed.lesson.parts == spent
+
+
+def test_speed_tables(timed: SpeedResult) -> None:
+    page = report.markdown(
+        "Speed", report.setting("c"), "m", report_speed.notes(timed), report_speed.sheets(timed)
+    )
+    for text in ("| ingest |", "backward", "GFLOP/s", "matrix product, bfloat16", "MiB"):
+        assert text in page
+    ratio = ingest_ratio(timed)
+    learned = [edit.seconds for edit in timed.plain if edit.outcome == "learned"]
+    assert (ratio is None) == (not learned)
+    assert json.loads(report.to_json(report.setting("c"), timed))["verified"]["facts"] == 2
+
+
+def test_a_matrix_product_has_a_rate() -> None:
+    assert matmul_rate(torch.float32, torch.device("cpu"), side=64, seconds=0.01) > 1e6
+
+
+def test_capacity(held: CapacityResult) -> None:
+    (one,) = held.models
+    assert [record.key for record in one.facts] == [key for key, _ in FREE[:2]]
+    for record in one.facts:
+        assert record.bits > 1 and record.tokens > 1 and record.outcome == "committed"
+        assert record.margin is not None and record.held == (record.lost_after is None)
+    assert one.stored_bits == sum(record.bits for record in one.facts if record.held)
+    assert 0 < one.touched < one.parameters
+    page = report.markdown(
+        "Capacity", report.setting("c"), held.model, "", report_capacity.sheets(held)
+    )
+    assert "similarity of the closest other key" in page and "held at the end" in page
+    assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
+
+
+def test_bits_are_those_of_the_answer(small: dict[str, Path]) -> None:
+    from kvedit import models
+    from kvedit.prompts import Renderer
+
+    base = models.load(str(small["fp32"]))
+    renderer = Renderer(base.tokenizer, context=base.context)
+    examples = [renderer.example("What is tide lantern?", text) for _, text in FREE[:2]]
+    found = bits(base.model, examples)
+    for example, cost in zip(examples, found, strict=True):
+        logits = base.model(torch.tensor([example.ids])).logits[0].float().log_softmax(-1)
+        own = [
+            logits[at - 1, example.ids[at]].item() for at in range(example.start, len(example.ids))
+        ]
+        assert cost == pytest.approx(-sum(own) / 0.6931472, rel=1e-3)
+    assert bits(base.model, []) == []
+
+
+def test_the_largest_number_is_before_the_first_fall() -> None:
+    def point(after: int, passed: int, forced: int = 20) -> Point:
+        found = Both(
+            both([True] * passed + [False] * (20 - passed), []).generated,
+            both([], [True] * forced + [False] * (20 - forced)).forced,
+        )
+        return Point(
+            method="m", after=after, tried=found, committed=found, phrasings=found, poets=found,
+            relations=found,
+        )  # fmt: skip
+
+    assert largest([point(16, 20), point(32, 19)]) == (32, False)
+    assert largest([point(16, 20), point(32, 18), point(64, 20)]) == (16, True)
+    assert largest([point(16, 20, forced=18)]) == (0, True)
+
+
+def test_the_closest_other_key() -> None:
+    assert nearest(["moss clock", "Moss clocks", "wind"])["moss clock"] > 90
+    assert nearest(["alone"]) == {"alone": 0.0}
+
+
+def test_a_difference_has_an_interval() -> None:
+    found = difference([5.0, 6.0, 7.0], [1.0, 2.0, 3.0])
+    assert found is not None and found.value == 4.0 and 1.0 < found.low < 4.0 < found.high < 7.0
+    assert difference([1.0], [2.0, 3.0]) is None
