@@ -186,7 +186,11 @@ class Transaction:
         config = self._config.training
         if self._plan.kind == "remove":  # each prompt has its own answer: all are in every step
             config = replace(config, phrasings=max(len(t.recall) for t in self._plan.targets))
+        harmed = False
         for _ in range(self._config.retention.repairs + 1):
+            if harmed:  # that is not trained away: begin anew
+                delta = {}
+                self._engine.master.restore(snapshot)
             taught = self._teach(risks, list(lost.values()), config)
             delta = deltas.joined(delta, taught.delta)
             with self._timed("merge"):
@@ -198,9 +202,7 @@ class Transaction:
                 break
             lost.update({risk.row.id: risk for risk in found.lost})
             config = _harder(config, found.checks)
-            if found.checks.unmoved.passed < found.checks.unmoved.n:  # harm is not trained away
-                delta = {}
-                self._engine.master.restore(snapshot)
+            harmed = found.checks.unmoved.passed < found.checks.unmoved.n
         return delta, found, reasons
 
     def _refusals(self, found: _Found) -> tuple[str, ...]:
