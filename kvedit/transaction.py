@@ -159,7 +159,8 @@ class Transaction:
                 report=report.to_json(),
             )
         self._tell_retention(found, revision)
-        return replace(report, revision=revision, seconds=time.monotonic() - self._began)
+        spent = time.monotonic() - self._began
+        return replace(report, revision=revision, seconds=spent, timings=dict(self._timings))
 
     def _narrow(self, found: _Found) -> _Found:
         """Go on with the facts of the group that were learned; the others stay as they were."""

@@ -79,7 +79,11 @@ def test_each_way_is_one_run_in_its_own_store(
     for run in result.runs:
         assert sum(run.outcomes.values()) == run.facts == FACTS and run.stopped == ""
         assert sum(run.parts.values()) == pytest.approx(run.seconds, abs=0.1)
-        assert run.parts["train"] > 0 and run.retention.n == run.outcomes["committed"]
+        assert (
+            run.parts["train"] > 0
+            and run.parts["journal"] > 0
+            and run.retention.n == run.outcomes["committed"]
+        )
     assert options.store_dir is not None
     assert all((options.store_dir / f"group-{g}" / "kvedit.db").is_file() for g in ("2", "all"))
 
