@@ -94,6 +94,9 @@ class BreadthFirst(Loop):
         others = [i for i in range(len(self._lesson.rehearsal)) if i not in set(weak)]
         return [*weak, *self._some(others, count - len(weak))]
 
+    def _ease(self) -> tuple[float, float]:
+        return self._group.lead, self._group.settled
+
     def _held(self) -> Tensor | float:
         anchors, weight = self._lesson.anchors, self._group.anchor_weight
         if anchors is None or not len(anchors) or weight == 0 or self._group.anchors == 0:

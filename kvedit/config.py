@@ -64,7 +64,9 @@ class GroupConfig:
     ``anchors`` protected texts, whose divergence from the base model (nats a token) weighs
     ``anchor_weight``; every fact is seen ``passes`` times, and those not recalled then ``again``
     times in each of ``rounds`` rounds.  ``shift_weight`` weighs the price of one fact's share.
-    ``fact_weight`` and ``learning_rate`` as for single facts; ``largest`` bounds groups of
+    A token that leads by ``lead`` logits counts ``settled`` in the loss: what is pushed further
+    than it needs costs what is not in the group.  ``fact_weight`` and ``learning_rate`` as for
+    single facts; ``largest`` bounds groups of
     automatic size.  A group may lose up to 1 - ``retention`` of the earlier facts that are
     checked: they are repaired after it.
     """
@@ -80,6 +82,8 @@ class GroupConfig:
     learning_rate: float = setting(0.004, low=1e-9, high=1.0)
     shift_weight: float = setting(1000.0)
     fact_weight: float = setting(0.5)
+    lead: float = setting(1.2)
+    settled: float = setting(0.1, high=1.0)
     retention: float = setting(0.9, high=1.0)
 
 

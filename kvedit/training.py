@@ -132,7 +132,7 @@ class Loop:
         with self._accelerator.autocast():
             scores = token_scores(self._model, [*new, *earlier], self._lower)
             held = self._held()
-        loss = _loss(scores, len(new), self._config.lead)
+        loss = _loss(scores, len(new), *self._ease())
         price = self._adapter.price()
         self._accelerator.backward(loss + held + self._weight * price)
         self._adapter.read_gradients()
@@ -152,6 +152,10 @@ class Loop:
             Step(step, self._total, self._phase, self._loss, self._price, recalled, len(new))
         )
         return margins
+
+    def _ease(self) -> tuple[float, float]:
+        """The lead from which a token is pushed less, in logits, and its weight then."""
+        return self._config.lead, SETTLED
 
     def _held(self) -> Tensor | float:
         """What else a step is to keep: a loss."""
@@ -246,13 +250,13 @@ class _DepthFirst(Loop):
         return all(outcome.margin > lead for outcome in recall(self._model, examples, self._lower))
 
 
-def _loss(scores: TokenScores, new: int, lead: float) -> Tensor:
+def _loss(scores: TokenScores, new: int, lead: float, settled: float) -> Tensor:
     """Cross-entropy of the answer tokens that do not lead yet, new facts' plus earlier facts'.
 
     Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
     few that are left count more, each at most as one in ``FEW`` of its side.
     """
-    weight = (lead - scores.leads).clamp(SETTLED, 1.0)
+    weight = (lead - scores.leads).clamp(settled, 1.0)
     mine = scores.rows < new
     loss = _weighted(scores.losses[mine], weight[mine])
     return loss if bool(mine.all()) else loss + _weighted(scores.losses[~mine], weight[~mine])
