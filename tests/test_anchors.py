@@ -1,0 +1,77 @@
+"""Anchors: what the base model said, and how far a model has left it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from small_model import FREE, KNOWN
+from torch.nn import functional
+
+from kvedit import probes
+from kvedit.anchors import Anchors
+from kvedit.engine import Engine
+from kvedit.facts import Fact
+from kvedit.models import BaseModel
+from kvedit.probes import answer_logits
+from kvedit.prompts import Example, Renderer
+from kvedit.training import Lesson
+
+
+@pytest.fixture
+def texts(base: BaseModel) -> list[Example]:
+    make = Renderer(base.tokenizer, context=base.context)
+    return make.examples((f"What is {key}?", answer) for key, answer in KNOWN.items())
+
+
+def test_the_base_model_has_left_nothing(base: BaseModel, texts: list[Example]) -> None:
+    anchors = Anchors.measure(base.model, texts)
+    assert len(anchors) == len(texts)
+    assert float(anchors.divergence(base.model, range(len(texts)))) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
+    texts = engine.renderer.examples((f"What is {k}?", a) for k, a in list(KNOWN.items())[:5])
+    model = engine.base.model
+    anchors = Anchors.measure(model, texts, engine.lower)
+    before = answer_logits(model, texts).logits.detach()
+    fact = [engine.examples(Fact.create(*FREE[0], lang="en"))]
+    engine.master.add(engine.teach(Lesson(fact)).delta)
+    after = answer_logits(model, texts).logits.detach()
+    theirs, ours = before.log_softmax(1), after.log_softmax(1)
+    wanted = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    found = anchors.divergence(model, range(len(texts)), engine.lower)
+    assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
+    assert float(found) > 1e-4
+
+
+def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:
+    logits = torch.randn(200, 30, requires_grad=True)
+    base_logits = torch.randn(200, 30)
+    from kvedit.anchors import _Divergence
+
+    ours = _Divergence.apply(logits, base_logits).sum()  # type: ignore[no-untyped-call]
+    (gradient,) = torch.autograd.grad(ours, logits)
+    again = logits.detach().clone().requires_grad_()
+    wanted = functional.kl_div(
+        again.log_softmax(1), base_logits.log_softmax(1), log_target=True, reduction="sum"
+    )
+    (other,) = torch.autograd.grad(wanted, again)
+    torch.testing.assert_close(ours.detach(), wanted.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_draw_names_each_text_at_most_once(base: BaseModel, texts: list[Example]) -> None:
+    anchors = Anchors.measure(base.model, texts)
+    drawn = anchors.draw(random.Random(0), 6)
+    assert len(set(drawn)) == 6
+    assert sorted(anchors.draw(random.Random(0), 999)) == list(range(len(texts)))
+
+
+def test_a_model_whose_logits_are_no_projection_has_none(
+    base: BaseModel, texts: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvedit.anchors.projects", lambda model: False)
+    assert len(Anchors.measure(base.model, texts)) == 0
+    assert probes.projects(base.model)

@@ -1,0 +1,84 @@
+"""Groups: all facts a little, again and again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from small_model import FREE
+
+from kvedit.config import GroupConfig
+from kvedit.engine import Engine
+from kvedit.facts import Fact
+from kvedit.prompts import Example
+from kvedit.training import Lesson, Step
+
+GROUP = GroupConfig(
+    batch=2, passes=40, again=10, rounds=2, learning_rate=0.003, shift_weight=60.0, lead=2.0
+)
+
+
+def examples(engine: Engine, number: int) -> list[Example]:
+    key, answer = FREE[number]
+    return engine.examples(Fact.create(key, answer, lang="en"))
+
+
+def test_a_group_learns_its_facts(engine: Engine) -> None:
+    new = [examples(engine, number) for number in range(3)]
+    engine.anchor([e for own in (examples(engine, 4), examples(engine, 5)) for e in own])
+    steps: list[Step] = []
+    taught = engine.teach(Lesson(new, (), engine.anchors), None, steps.append, GROUP)
+    engine.master.add(taught.delta)
+    passed = [o.passed for own in new for o in engine.recall(own)]
+    assert sum(passed) >= len(passed) - 3
+    assert taught.trained.learned == all(passed) or sum(passed) >= len(passed) - 3
+    assert taught.trained.steps == steps[-1].step >= 60
+    phases = list(dict.fromkeys(step.phase for step in steps))
+    assert phases[:3] == ["learn", "prune", "hold"]
+
+
+def test_the_ranks_come_down_to_their_budget(engine: Engine) -> None:
+    new = [examples(engine, number) for number in range(3)]
+    short = replace(GROUP, passes=8, rounds=0)
+    taught = engine.teach(Lesson(new), None, lambda step: None, short)
+    init, target = engine._adapter_for(3).ranks
+    assert init > target
+    assert sum(taught.ranks.values()) <= target * len(engine.names)
+    assert engine.teach(Lesson(new[:1])).trained.steps  # a single fact's adapter has its own ranks
+    assert engine.adapter.ranks == (engine.config.init_rank, engine.config.target_rank)
+
+
+def test_every_pass_goes_over_all_facts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvedit.breadth_first import BreadthFirst
+
+    seen: Counter[int] = Counter()
+    teach = BreadthFirst._teach
+
+    def counted(self: BreadthFirst, facts: list[int], share: float) -> None:
+        seen.update(facts)
+        teach(self, facts, share)
+
+    monkeypatch.setattr(BreadthFirst, "_teach", counted)
+    new = [examples(engine, number) for number in range(4)]
+    engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=6, rounds=0))
+    assert set(seen.values()) == {6}
+
+
+def test_nothing_changes_outside_the_lesson(engine: Engine) -> None:
+    before = engine.master.digest()
+    margins = [o.margin for o in engine.recall(examples(engine, 5))]
+    new = [examples(engine, number) for number in range(2)]
+    engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=4, rounds=1))
+    assert engine.master.digest() == before
+    assert [o.margin for o in engine.recall(examples(engine, 5))] == margins
+
+
+def test_the_same_lesson_gives_the_same_delta(engine: Engine) -> None:
+    from kvedit.deltas import to_bytes
+
+    new = [examples(engine, number) for number in range(2)]
+    short = replace(GROUP, passes=4, rounds=0)
+    first = engine.teach(Lesson(new), None, lambda step: None, short)
+    again = engine.teach(Lesson(new), None, lambda step: None, short)
+    assert to_bytes(first.delta) == to_bytes(again.delta)
