@@ -162,6 +162,14 @@ max_price = {price}
 shift_weight = 60.0
 phrasings = 3
 rehearsal = 4
+[group]
+batch = 4
+passes = 40
+learning_rate = 0.003
+shift_weight = 60.0
+anchors = 8
+anchor_weight = 1.0
+lead = 2.0
 [gate]
 recall = {recall}
 paraphrase = {paraphrase}

@@ -33,6 +33,7 @@ from kvedit.errors import (
     UsageError,
 )
 from kvedit.events import RetentionCheck, Score, Status, Warning_
+from kvedit.facts import Fact
 from kvedit.store import Store
 
 OTHER = "Made of silk in Tarn."
@@ -173,6 +174,66 @@ def test_remove_gives_the_earlier_answers_back(taught: KnowledgeBase) -> None:
         taught.remove(key)
     for other, text in FREE[:2]:
         assert taught.ask(f"What is {other}?") == text
+
+
+def grouped(knowledge: KnowledgeBase) -> list[Fact]:
+    """Three facts that were taught together."""
+    facts = [Fact.create(*pair) for pair in FREE[:3]]
+    reports = knowledge.add_group(facts)
+    assert reports[0].outcome == "committed", reports[0].reasons
+    assert {key for report in reports for key in report.keys} == {fact.key for fact in facts}
+    return facts
+
+
+def test_a_group_is_one_revision_and_each_fact_stands_by_itself(empty: KnowledgeBase) -> None:
+    facts = grouped(empty)
+    first = empty.store.history()[-1]
+    assert set(first.keys) | set(first.report["left"]) == {fact.key for fact in facts}
+    assert first.keys and first.revision == 1
+    assert {row.fact.key for row in empty.store.facts("committed")} == {f.key for f in facts}
+    for key in first.keys:
+        text = next(fact.description for fact in facts if fact.key == key)
+        assert empty.ask(f"What is {key}?", at=1) == text
+    assert [finding.level for finding in empty.doctor()] == ["ok"] * len(empty.doctor())
+
+
+def test_a_fact_of_a_group_can_be_taken_out(empty: KnowledgeBase) -> None:
+    """Its earlier answers were not kept; the revision before it gives them."""
+    facts = grouped(empty)
+    row = empty.store.require(facts[1].key)
+    assert empty.store.prior_answers(row.id) == {} or row.revision != 1
+    before = empty.store.before_fact(row.id)
+    prompts = [example.prompt for example in empty.engine.examples(facts[1])]
+    wanted = [empty.ask(prompt, at=before, max_new_tokens=96) for prompt in prompts]
+    report = empty.remove(facts[1].key)
+    assert report.outcome == "committed", report.reasons
+    assert [empty.ask(prompt, max_new_tokens=96) for prompt in prompts] == wanted
+
+
+def test_what_a_group_does_not_learn_is_left_as_it_was(empty_store: Path) -> None:
+    configure(empty_store, repairs=0, rate=1e-8, steps=4)
+    text = (empty_store / "kvedit.toml").read_text(encoding="utf-8")
+    still = text.replace("passes = 40", "passes = 1\nrounds = 0").replace("= 0.003", "= 1e-8")
+    (empty_store / "kvedit.toml").write_text(still, encoding="utf-8")
+    with KnowledgeBase.open(empty_store) as knowledge:
+        before = state(knowledge)
+        reports = knowledge.add_group([Fact.create(*pair) for pair in FREE[:2]])
+        assert [len(report.keys) for report in reports] == [2, 1, 1]  # together, then each alone
+        assert {report.outcome for report in reports} == {"rejected"}
+        assert all(report.reasons for report in reports)
+        assert state(knowledge) == before
+
+
+def test_before_fact_follows_the_line(empty_store: Path, random_lessons: None) -> None:
+    configure(empty_store, recall=0.0, paraphrase=0.0, locality=0.0, retention=0.0)
+    with KnowledgeBase.open(empty_store) as knowledge:
+        for pair in FREE[:3]:
+            assert knowledge.add(*pair).outcome == "committed"
+        ids = [knowledge.store.require(key).id for key, _ in FREE[:3]]
+        assert [knowledge.store.before_fact(i) for i in ids] == [0, 1, 2]
+        knowledge.rollback(1)
+        knowledge.rollback(3)
+        assert [knowledge.store.before_fact(i) for i in ids] == [0, 1, 2]
 
 
 @pytest.mark.slow
