@@ -5,6 +5,10 @@ is trained are ``A'`` and ``B'`` in the coordinates of ``curvature``, with ``A =
 ``B = left B'``, so that ``price`` (the predicted harm to protected text) is the squared Frobenius
 norm of ``B' diag(E) A'``.  PEFT's modules hold the factors and its allocator prunes the ranks.
 
+For a single fact A', B' and E are all trained.  For a group the shorter side is a frame,
+orthonormal and left as it is, with E at one: the change is linear in the side that is trained, and
+its price is that side's squared norm.
+
 A matrix is run as the merge would leave it: ``W + B diag(E) A`` is formed in fp32 and cast once, so
 that what is trained is what will be served (and a product with the sum is quicker than PEFT's own
 forward pass, which makes five passes over the outputs).
@@ -48,6 +52,26 @@ class _Slot:
     weight: Tensor  # (out, in): what the change is added to
     edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
     gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
+
+    def start(self, steep: Tensor, rank: int, *, framed: bool) -> None:
+        """Set A', B' and E to where the gradient ``steep`` (out, in) would have them begin."""
+        u, v = leading(steep, min(rank, *steep.shape))
+        self.a, self.b = (_filled(side, self.e.shape[0]) for side in (v.T, u.T))
+        self.b = self.b.T.contiguous()
+        with torch.no_grad():
+            self.e.fill_(1.0 if framed else 0.0)
+        if framed and steep.shape[0] <= steep.shape[1]:
+            self.a = torch.zeros_like(self.a).requires_grad_()
+        elif framed:
+            self.b = torch.zeros_like(self.b).requires_grad_()
+        else:
+            self.a.requires_grad_()
+            self.b.requires_grad_()
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Of A' and B' what is no frame."""
+        return [side for side in (self.a, self.b) if side.requires_grad]
 
     @property
     def lean(self) -> bool:
@@ -127,6 +151,8 @@ class Adapter:
         gradients: Mapping[str, Tensor],
         drift: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
+        *,
+        framed: bool = False,
     ) -> None:
         """Start an edit: A' and B' span where the fact's own gradient is steepest, E is zero.
 
@@ -135,27 +161,25 @@ class Adapter:
         from the first step on (with A and B at random it would have to find its direction first).
         ``drift`` (out, in) is the slope of the protected text's price where the weights are now:
         what earlier edits moved, a later one may move back.  ``weights`` (out, in) are the matrices
-        as they are, in full precision where there is room for it.
+        as they are, in full precision where there is room for it.  With ``framed`` one side stays
+        what it is at the start, the other begins at zero, and E is one.
         """
         for name, slot in self._slots.items():
             slot.roots = roots[name]
             steep = _into(gradients[name], slot.roots)
             slot.pull = _into(drift[name], slot.roots)
             slot.weight = weights[name]
-            u, v = leading(steep, self.rank)
-            slot.a = v.T.contiguous().requires_grad_()
-            slot.b = u.contiguous().requires_grad_()
-            with torch.no_grad():
-                slot.e.zero_()
+            slot.start(steep, self.rank, framed=framed)
         self._config.tinit, self._config.tfinal = _NEVER - 2, 0
         self._config.total_step = _NEVER
         self._config.rank_pattern = None
         self._tuner.rankallocator.reset_ipt()
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What is trained: the singular values, and the coordinates A' and B'."""
+        """What is trained: the singular values, and the coordinates A' and B', frames left out."""
         slots = self._slots.values()
-        return [slot.e for slot in slots], [p for slot in slots for p in (slot.a, slot.b)]
+        values = [slot.e for slot in slots if len(slot.trained) == 2]  # a frame's E stays at one
+        return values, [side for slot in slots for side in slot.trained]
 
     @torch.no_grad()
     def write(self) -> None:
@@ -178,8 +202,9 @@ class Adapter:
                 times(a.grad, _turned(slot.roots.right)),
                 times(b.grad.T, slot.roots.left).T,
             )
-            for parameter, gradient in zip((slot.a, slot.b), ours, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            for side, gradient in zip((slot.a, slot.b), ours, strict=True):
+                if side.requires_grad:
+                    side.grad = gradient if side.grad is None else side.grad + gradient
         # PEFT's own gradients stay until ``allocate`` has read them.
 
     def price(self) -> Tensor:
@@ -289,6 +314,12 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _into(gradient: Tensor, roots: Roots) -> Tensor:
     """A gradient with respect to D, (out, in), as one with respect to D'."""
     return times(times(gradient.T, roots.left).T, _turned(roots.right))
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """(count, width): rows of zeros added, where a matrix has fewer directions than ranks."""
+    spare = rows.new_zeros(count - len(rows), rows.shape[1])
+    return torch.cat([rows, spare]).contiguous()
 
 
 def _turned(root: Tensor) -> Tensor:

@@ -5,8 +5,12 @@ every pass goes over all facts in a new order, a batch of them at a time, each u
 phrasings; beside them stand earlier facts and, to be said as the base model said it, protected
 text.
 
-    loss = cross-entropy(new) + cross-entropy(earlier) + anchor_weight * KL(base || model)
+    loss = cross-entropy(new) + share * cross-entropy(earlier) + anchor_weight * KL(base || model)
            + shift_weight / facts * price
+
+``share`` is how many earlier facts there are for each new one, within bounds, so that the whole
+stands for a sum over all facts.  The change of each matrix is linear in what is trained, and moves
+by ``Descent``.
 
 Invariants:
 - The number of steps is known from the start: passes over the group, then some for what is not
@@ -20,9 +24,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvedit.config import GroupConfig
+from kvedit.descent import Descent
 from kvedit.probes import recall
 from kvedit.training import Loop, Trained
 
@@ -31,17 +37,24 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
+LEAST_SHARE, MOST_SHARE = 0.5, 2.0  # the weight of earlier facts against the new ones
+
+
+def batch_of(group: GroupConfig, facts: int) -> int:
+    """New facts in a step: ``batch`` of 64, and with the root of their number."""
+    return min(facts, max(1, round(group.batch * math.sqrt(facts / 64))))
+
+
 class BreadthFirst(Loop):
     """A group being taught."""
 
-    vectors_share = 1.0
-
     def __init__(self, group: GroupConfig, *given: Any) -> None:
-        super().__init__(*given)
         self._group = group
+        super().__init__(*given)
         count = len(self._lesson.new)
         self._weight = group.shift_weight / count
-        self._batch = min(group.batch, count)
+        self._batch = batch_of(group, count)
+        self._share = min(max(len(self._lesson.rehearsal) / count, LEAST_SHARE), MOST_SHARE)
         self._total = max(8, math.ceil(group.passes * count / self._batch))
         self._order = self._passes(count)
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
@@ -89,10 +102,16 @@ class BreadthFirst(Loop):
 
     def _earlier(self) -> list[int]:
         """Earlier facts to rehearse: half the weakest when last seen, half at random."""
-        count = min(self._group.rehearsal, len(self._lesson.rehearsal))
+        share = min(1.0, len(self._lesson.rehearsal) / len(self._lesson.new))
+        rows = math.ceil(self._batch * share * self._group.rehearsal)
+        count = min(rows, len(self._lesson.rehearsal))
         weak = sorted(self._margins, key=self._margins.__getitem__)[: count // 2]
         others = [i for i in range(len(self._lesson.rehearsal)) if i not in set(weak)]
         return [*weak, *self._some(others, count - len(weak))]
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        _, vectors = self._adapter.parameters()
+        return Descent(vectors, lr=self._group.learning_rate)
 
     def _ease(self) -> tuple[float, float]:
         return self._group.lead, self._group.settled

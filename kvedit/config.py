@@ -60,27 +60,30 @@ class TrainingConfig:
 class GroupConfig:
     """How facts are trained together, breadth first.
 
-    A step sees ``batch`` new facts under one phrasing each, ``rehearsal`` earlier ones and
+    A step sees ``batch`` new facts of 64 (more of more, with the root of their number) under one
+    phrasing each, ``rehearsal`` times as many earlier ones, where there are so many, and
     ``anchors`` protected texts, whose divergence from the base model (nats a token) weighs
     ``anchor_weight``; every fact is seen ``passes`` times, and those not recalled then ``again``
     times in each of ``rounds`` rounds.  ``shift_weight`` weighs the price of one fact's share.
     A token that leads by ``lead`` logits counts ``settled`` in the loss: what is pushed further
-    than it needs costs what is not in the group.  ``fact_weight`` and ``learning_rate`` as for
-    single facts; ``largest`` bounds groups of
-    automatic size.  A group may lose up to 1 - ``retention`` of the earlier facts that are
-    checked: they are repaired after it.
+    than it needs costs what is not in the group.  ``learning_rate`` is the length of the longest
+    step, in the root of the price's nats; an adapter has ``rank`` directions of each matrix for
+    64 facts, and with the root of their number; ``largest`` bounds groups of automatic size.
+    ``fact_weight`` is as for single facts.  A group may lose up to 1 - ``retention`` of the earlier
+    facts that are checked: they are repaired after it.
     """
 
-    largest: int = setting(64, low=1)
+    largest: int = setting(256, low=1)
+    rank: int = setting(256, low=2)
     batch: int = setting(16, low=1)
     passes: int = setting(30, low=1)
     again: int = setting(12, low=1)
     rounds: int = setting(2)
-    rehearsal: int = setting(12)
-    anchors: int = setting(40)
-    anchor_weight: float = setting(8.0)
-    learning_rate: float = setting(0.004, low=1e-9, high=1.0)
-    shift_weight: float = setting(1000.0)
+    rehearsal: float = setting(1.5)
+    anchors: int = setting(32)
+    anchor_weight: float = setting(6.0)
+    learning_rate: float = setting(0.02, low=1e-9, high=1.0)
+    shift_weight: float = setting(3000.0)
     fact_weight: float = setting(0.5)
     lead: float = setting(1.2)
     settled: float = setting(0.1, high=1.0)

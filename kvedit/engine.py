@@ -92,16 +92,16 @@ class Engine:
         """The adapter for a single fact."""
         return self._adapter_for(1)
 
-    def _adapter_for(self, facts: int) -> Adapter:
+    def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
         """An adapter with room for so many facts, made at first need: PEFT takes long to import.
 
-        Its ranks grow with the root of the number; modules are wrapped anew only for other ranks.
+        A group's ranks grow with the root of its size; modules are wrapped anew for other ranks.
         """
         init, target = self.config.init_rank, self.config.target_rank
-        if facts > 1:
-            sides = (min(matrix.shape) for matrix in self.master.matrices.values())
-            init = max(init, min(min(sides) // 2, math.ceil(target * math.sqrt(facts))))
-            target = max(target, init * 3 // 4)
+        if group is not None:
+            side = min(min(matrix.shape) for matrix in self.master.matrices.values())
+            init = min(side, max(2, math.ceil(group.rank * math.sqrt(facts / 64))))
+            target = max(1, init * 3 // 4)
         if self._adapter is not None and self._adapter.ranks != (init, target):
             self._adapter.unwrap()
             self._adapter = None
@@ -199,10 +199,10 @@ class Engine:
         config = config or self.config
         rng = random.Random(config.seed)
         start = self._steepest(lesson, rng)
-        adapter = self._adapter_for(len(lesson.new) if group else 1)
+        adapter = self._adapter_for(len(lesson.new), group)
         adapter.turn(on=False)
         steep = curvatures.gradients(self.base.model, self.names, start)
-        adapter.reset(self.roots, steep, self._drift(), self._weights())
+        adapter.reset(self.roots, steep, self._drift(), self._weights(), framed=group is not None)
         adapter.turn(on=True)
         given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower)
         try:

@@ -15,17 +15,23 @@ from collections.abc import Sequence
 from kvedit.facts import Fact
 from kvedit.keys import similar_pairs
 
-SMALLEST, LARGEST = 4, 64
+SMALLEST, FIRST = 4, 16
 TOGETHER = 2
 """In so many groups a fact is tried before it is tried by itself."""
 
 
 class Groups:
-    """Hands out facts in groups of ``size``, or of a size that follows success (None)."""
+    """Hands out facts in groups of ``size``, or of a size that grows and follows success (None).
 
-    def __init__(self, facts: Sequence[Fact], size: int | None) -> None:
-        self._size = LARGEST if size is None else size
+    A group that grows is as large as all before it together: its training rehearses as many earlier
+    facts as it has new ones, and the first facts are there to be seen early.
+    """
+
+    def __init__(self, facts: Sequence[Fact], size: int | None, *, largest: int = 256) -> None:
         self._follows = size is None
+        self._size = min(FIRST, largest) if size is None else size
+        self._largest = self._bound = largest
+        self._out = 0
         self._tried: Counter[str] = Counter()
         self._alone: deque[Fact] = deque()
         self._waiting = deque(_clusters(facts) if self._size > 1 else [[fact] for fact in facts])
@@ -41,20 +47,23 @@ class Groups:
         if not group and self._alone:
             group.append(self._alone.popleft())
         self._tried.update(fact.key for fact in group)
+        self._out += len(group)
         return tuple(group)
 
     def put_back(self, facts: Sequence[Fact]) -> None:
         """Facts that a group did not learn: for the next one, or by themselves at the end."""
+        self._out -= len(facts)
         few = len(facts) > 1 or bool(self._waiting)
         again = [[fact] for fact in facts if few and self._tried[fact.key] < TOGETHER]
         self._alone.extend(fact for fact in facts if [fact] not in again)
         self._waiting.extendleft(reversed(again))
 
     def learn(self, *, refused: bool) -> None:
-        """Let the size follow: half as many after a refusal, then twice as many again."""
+        """Let the size follow: half as many after a refusal, then up to twice as many again."""
         if self._follows:
-            wanted = self._size // 2 if refused else self._size * 2
-            self._size = max(SMALLEST, min(LARGEST, wanted))
+            bound = self._size // 2 if refused else self._bound * 2
+            self._bound = min(self._largest, max(SMALLEST, bound))
+            self._size = min(self._bound, max(FIRST, self._out))
 
 
 def _clusters(facts: Sequence[Fact]) -> list[list[Fact]]:

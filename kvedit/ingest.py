@@ -157,7 +157,8 @@ class _Run:
         chosen = wanted[: self._options.limit]
         self._unchanged, self._total = len(intake.unchanged), len(chosen)
         self._mark(chosen)
-        stopped = self._work(Groups(chosen, self._options.group))
+        largest = self._knowledge.store.config.group.largest
+        stopped = self._work(Groups(chosen, self._options.group, largest=largest))
         tried = len(self._tried())
         refused = () if again else intake.refused
         return IngestReport(

@@ -99,8 +99,6 @@ def train(
 class Loop:
     """The state of one run, and one step of it; which examples, and when it ends, is to be said."""
 
-    vectors_share = VECTORS_SHARE
-
     def __init__(
         self,
         model: Any,
@@ -115,16 +113,16 @@ class Loop:
         self._lower = lower
         self._config, self._rng, self._on_step = config, rng, on_step
         self._accelerator = Accelerator()
-        values, vectors = adapter.parameters()
-        self._optimizer = torch.optim.Adam(
-            [{"params": values, "share": 1.0}, {"params": vectors, "share": self.vectors_share}],
-            lr=config.learning_rate,
-            betas=ADAM_BETAS,
-        )
+        self._optimizer = self._make_optimizer()
         self._phase = "learn"
-        self._weight = config.shift_weight
+        self._weight, self._share = config.shift_weight, 1.0
         self._total = config.max_steps
         self._loss = self._price = 0.0
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        values, vectors = self._adapter.parameters()
+        groups = [{"params": values, "share": 1.0}, {"params": vectors, "share": VECTORS_SHARE}]
+        return torch.optim.Adam(groups, lr=self._config.learning_rate, betas=ADAM_BETAS)
 
     def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> Tensor:
         """One update; returns the margins, in logits, that each example had before it."""
@@ -132,7 +130,7 @@ class Loop:
         with self._accelerator.autocast():
             scores = token_scores(self._model, [*new, *earlier], self._lower)
             held = self._held()
-        loss = _loss(scores, len(new), *self._ease())
+        loss = _loss(scores, len(new), *self._ease(), self._share)
         price = self._adapter.price()
         self._accelerator.backward(loss + held + self._weight * price)
         self._adapter.read_gradients()
@@ -166,7 +164,7 @@ class Loop:
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            group["lr"] = rate * group.get("share", 1.0)
 
     def _some(self, items: Sequence[Any], count: int) -> list[Any]:
         return self._rng.sample(list(items), min(count, len(items)))
@@ -250,8 +248,8 @@ class _DepthFirst(Loop):
         return all(outcome.margin > lead for outcome in recall(self._model, examples, self._lower))
 
 
-def _loss(scores: TokenScores, new: int, lead: float, settled: float) -> Tensor:
-    """Cross-entropy of the answer tokens that do not lead yet, new facts' plus earlier facts'.
+def _loss(scores: TokenScores, new: int, lead: float, settled: float, share: float) -> Tensor:
+    """Cross-entropy of the answer tokens that do not lead yet, new facts' plus ``share`` earlier's.
 
     Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
     few that are left count more, each at most as one in ``FEW`` of its side.
@@ -259,7 +257,9 @@ def _loss(scores: TokenScores, new: int, lead: float, settled: float) -> Tensor:
     weight = (lead - scores.leads).clamp(settled, 1.0)
     mine = scores.rows < new
     loss = _weighted(scores.losses[mine], weight[mine])
-    return loss if bool(mine.all()) else loss + _weighted(scores.losses[~mine], weight[~mine])
+    return (
+        loss if bool(mine.all()) else loss + share * _weighted(scores.losses[~mine], weight[~mine])
+    )
 
 
 def _weighted(losses: Tensor, weight: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_the_ranks_come_down_to_their_budget(engine: Engine) -> None:
     new = [examples(engine, number) for number in range(3)]
     short = replace(GROUP, passes=8, rounds=0)
     taught = engine.teach(Lesson(new), None, lambda step: None, short)
-    init, target = engine._adapter_for(3).ranks
+    init, target = engine._adapter_for(3, short).ranks
     assert init > target
     assert sum(taught.ranks.values()) <= target * len(engine.names)
     assert engine.teach(Lesson(new[:1])).trained.steps  # a single fact's adapter has its own ranks

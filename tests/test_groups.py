@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvedit.facts import Fact
-from kvedit.groups import LARGEST, SMALLEST, Groups
+from kvedit.groups import FIRST, SMALLEST, Groups
 
 
 def fact(key: str) -> Fact:
@@ -50,13 +50,32 @@ def test_one_by_one_keeps_the_order() -> None:
     assert all_of(Groups([fact(key) for key in keys], 1)) == [[key] for key in keys]
 
 
-def test_the_size_follows_success() -> None:
+def test_each_group_is_as_large_as_all_before_it() -> None:
+    groups = Groups(facts(81), None, largest=24)
+    sizes = []
+    while group := groups.take():
+        sizes.append(len(group))
+        groups.learn(refused=False)
+    assert sizes == [FIRST, FIRST, 24, 24, 1]
+
+
+def test_what_was_put_back_does_not_count() -> None:
     groups = Groups(facts(81), None)
+    group = groups.take()
+    groups.put_back(group[:8])
+    groups.learn(refused=False)
+    assert len(groups.take()) == FIRST
+    groups.learn(refused=False)
+    assert len(groups.take()) == 2 * FIRST - 8
+
+
+def test_the_size_follows_success() -> None:
+    groups = Groups(facts(81), None, largest=32)
     sizes = []
     for refused in (True, True, False):
         groups.learn(refused=refused)
         sizes.append(len(groups.take()))
-    assert sizes == [LARGEST // 2, LARGEST // 4, LARGEST // 2]
+    assert sizes == [FIRST // 2, SMALLEST, SMALLEST * 2]
     many = Groups(facts(81), None)
     for _ in range(9):
         many.learn(refused=True)
