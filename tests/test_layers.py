@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "anchors",
         "memory",
     ),
-    "loop": ("training", "breadth_first", "retention", "engine", "plain"),
+    "loop": ("training", "descent", "breadth_first", "retention", "engine", "plain"),
     "edit": ("fold", "export", "lora_export", "transaction", "workspace", "editor", "ingest"),
     "use": ("reports", "plots", "bench", "pretrain"),
     "cli": ("cli", "demo", "__main__"),
