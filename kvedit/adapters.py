@@ -169,6 +169,21 @@ class Adapter:
                 slot.edited = whole.to(slot.module.base_layer.weight.dtype)
 
     @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """All that ``read_gradients`` reads, zeros where a backward pass left nothing: processes
+        that share a step sum these in place before.
+        """
+        found = []
+        for slot in self._slots.values():
+            slot.share_out()
+            own = (slot.module.lora_A[NAME], slot.module.lora_B[NAME], slot.e, slot.a, slot.b)
+            for parameter in own:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                found.append(parameter.grad)
+        return found
+
+    @torch.no_grad()
     def read_gradients(self) -> None:
         """Carry the gradients of PEFT's A and B over to A' and B', after a backward pass."""
         for slot in self._slots.values():

@@ -23,7 +23,6 @@ from typing import Any
 from torch import Tensor
 
 from kvedit.config import GroupConfig
-from kvedit.probes import recall
 from kvedit.training import Loop, Trained
 
 WARM_UP = 5
@@ -102,13 +101,13 @@ class BreadthFirst(Loop):
         if anchors is None or not len(anchors) or weight == 0 or self._group.anchors == 0:
             return 0.0
         chosen = anchors.draw(self._rng, self._group.anchors)
-        return weight * anchors.divergence(self._model, chosen, self._lower)
+        return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks."""
         self._adapter.write()
         asked = [(i, example) for i, fact in enumerate(self._lesson.new) for example in fact]
-        outcomes = recall(self._model, [example for _, example in asked], self._lower)
+        outcomes = self._share.recall(self._model, [example for _, example in asked], self._lower)
         pairs = zip(asked, outcomes, strict=True)
         return sorted({fact for (fact, _), outcome in pairs if not outcome.passed})
 

@@ -7,6 +7,7 @@ sqlite-utils, so that `kvedit --help` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -18,6 +19,7 @@ from kvedit.cli.common import (
     KveditGroup,
     Settings,
     configure_logging,
+    fail,
     show_version,
 )
 from kvedit.cli.edit import add, init, remove, rollback, update
@@ -70,7 +72,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
     """
     verbosity = -1 if quiet else min(verbose, 2)
     configure_logging(verbosity)
-    ctx.obj = Settings(store=store, verbosity=verbosity)
+    ctx.obj = Settings(store=store, verbosity=verbosity, crew=ctx.obj)  # the crew that main has met
 
 
 COMMANDS = (
@@ -81,9 +83,39 @@ for command in COMMANDS:
     cli.add_command(command)
 
 
+def several_processes() -> bool:
+    """Whether a launcher started this command more than once (`accelerate launch`, torchrun)."""
+    numbers = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"))
+    return numbers and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def run_together() -> None:
+    """Process 0 runs the command; the others help where it lets them, and end with it."""
+    configure_logging(0)
+    from kvedit.crew import Crew
+    from kvedit.errors import KveditError
+    from kvedit.processes import follow
+
+    try:
+        crew = Crew()
+        if crew.rank:
+            follow(crew)
+            return
+    except KveditError as error:
+        fail(error.message, error.hint)
+        sys.exit(error.exit_code)
+    try:
+        cli(prog_name="kvedit", obj=crew)
+    finally:
+        crew.end()
+
+
 def main() -> None:
     """Entry point of the `kvedit` script."""
     try:
-        cli(prog_name="kvedit")
+        if several_processes():
+            run_together()
+        else:
+            cli(prog_name="kvedit")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
