@@ -17,7 +17,6 @@ Invariants:
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -45,10 +44,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What all processes are to do: the name of an operation and its arguments (picklable)."""
+    """What all processes are to do: the name of an operation and its arguments (picklable).
+
+    For a ``patient`` one all wait without a limit: loading a large model may take its time.
+    """
 
     name: str
     args: tuple[Any, ...] = ()
+    patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Crew:
         self.rank, self.count = _meet(timeout)
         self._calls = dist.new_group(backend="gloo", timeout=FOREVER)
         self._steps = dist.new_group(backend="gloo", timeout=timeout)
+        self._group = self._steps  # of the call at hand
         self.lost = False
         self._inside = False  # a call is being carried out
         self._talking = False
@@ -91,7 +95,7 @@ class Crew:
         try:
             with self._undisturbed():
                 self._announce(call)
-                self._inside = True
+                self._enter(call)
             found = work()
             self._finish()
         except BaseException as error:
@@ -106,7 +110,7 @@ class Crew:
     def follow(self, carry_out: Callable[[Call], object]) -> None:
         """In the other processes: carry out calls until process 0 ends; raises ProcessLostError."""
         while (call := self._next_call()) is not None:
-            self._inside = True
+            self._enter(call)
             try:
                 carry_out(call)
                 self._finish()
@@ -122,6 +126,9 @@ class Crew:
                 self._announce(None)
         if not self.lost:
             dist.destroy_process_group()
+
+    def _enter(self, call: Call) -> None:
+        self._inside, self._group = True, self._calls if call.patient else self._steps
 
     def _announce(self, call: Call | None) -> None:
         with self._noticing():
@@ -168,12 +175,12 @@ class Crew:
 
     def _tell(self, error: BaseException) -> None:
         """Let the others know that this process leaves the call, unless they do already."""
-        if not self._inside or self.lost:
+        if not self._inside:
             return
-        self._inside = False
         if not isinstance(error, KveditError | KeyboardInterrupt) and self.rank:
             log.error("process %d of %d failed", self.rank, self.count, exc_info=error)
         with suppress(KveditError), self._undisturbed():
+            self._inside = False
             self._gather(_Message(failure=self._failure(error)))
 
     def _failure(self, error: BaseException) -> KveditError:
@@ -188,7 +195,7 @@ class Crew:
     def _gather(self, message: _Message) -> list[Any]:
         found: list[Any] = [None] * self.count
         with self._noticing():
-            dist.all_gather_object(found, message, group=self._steps)
+            dist.all_gather_object(found, message, group=self._group)
         failures = [one.failure for one in found if one.failure is not None]
         if failures:
             self._inside = False  # everyone has heard it and leaves
@@ -209,7 +216,7 @@ class Crew:
     def _lost_error(self) -> ProcessLostError:
         return ProcessLostError(
             f"process {self.rank} of {self.count}: another process of the group has ended or does"
-            " not answer; the edit in flight did not happen",
+            " not answer; what was committed stands, the rest did not happen",
             hint=AGAIN,
         )
 
@@ -247,7 +254,7 @@ class Crew:
             raise KeyboardInterrupt
         raise ProcessLostError(
             "this process was told to end (SIGTERM), as launchers do when another one has ended;"
-            " the edit in flight did not happen",
+            " what was committed stands, the rest did not happen",
             hint=AGAIN,
         )
 
@@ -272,10 +279,9 @@ def _meet(timeout: timedelta) -> tuple[int, int]:
             f"the processes did not find each other: {error}",
             hint="Start them with: accelerate launch --num_processes N -m kvedit COMMAND",
         ) from error
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if met.num_processes != wanted:
+    if met.num_processes < 2:
         raise ProcessError(
-            f"{wanted} processes were started and {met.num_processes} found each other",
+            "several processes were started, but this one is alone",
             hint="Start them with: accelerate launch --num_processes N -m kvedit COMMAND",
         )
     return met.process_index, met.num_processes

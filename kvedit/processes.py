@@ -57,7 +57,7 @@ class LedEngine(Engine):
         self._crew = crew
         trusted = models.has_own_code(base.model)
         source = (base.path, base.revision, trusted, base.fingerprint)
-        crew.lead(Call("load", (source, config, tuple(targets))), lambda: None)
+        crew.lead(Call("load", (source, config, tuple(targets)), patient=True), lambda: None)
         super().__init__(base, config, targets=targets, **more)
         self.share = Together(crew)
 

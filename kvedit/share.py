@@ -15,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from torch import Tensor
 from kvedit import probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
-from kvedit.crew import Crew
 from kvedit.lower import LowerHalf
 from kvedit.probes import Outcome, TokenScores
 from kvedit.prompts import Example
+
+if TYPE_CHECKING:
+    from kvedit.crew import Crew
 
 
 class Share:

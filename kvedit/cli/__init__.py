@@ -34,6 +34,13 @@ Exit codes:
   13 model does not match the store    130 interrupted"""
 
 
+LAUNCHED = (
+    ("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)  # fmt: skip
+"""How launchers number the processes that they start: number, and how many there are."""
+
+
 @click.group(
     cls=KveditGroup,
     epilog=EXIT_CODES,
@@ -84,9 +91,11 @@ for command in COMMANDS:
 
 
 def several_processes() -> bool:
-    """Whether a launcher started this command more than once (`accelerate launch`, torchrun)."""
-    numbers = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"))
-    return numbers and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    """Whether a launcher started this command more than once, by what it says in the environment:
+    `accelerate launch`, torchrun, and MPI where accelerate calls it.
+    """
+    counts = [os.environ.get(size, "1") for rank, size in LAUNCHED if rank in os.environ]
+    return "MASTER_ADDR" in os.environ and any(count not in ("", "1") for count in counts)
 
 
 def run_together() -> None:
