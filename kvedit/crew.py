@@ -17,14 +17,16 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -120,12 +122,26 @@ class Crew:
                 self._tell(error)
 
     def end(self) -> None:
-        """In process 0: let the others end; never raises for those that are gone."""
-        if not self.lost:
+        """Leave the group; process 0 lets the others end.  Never raises for those that are gone."""
+        if self.rank == 0 and not self.lost:
             with suppress(ProcessLostError), self._noticing():
                 self._announce(None)
         if not self.lost:
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # else its threads abort a process that exits
+
+    def exit(self, code: int) -> NoReturn:
+        """End this process, after ``end``.
+
+        Connections to a process that is gone cannot be closed in order: torch's threads would keep
+        this one for seconds, or abort it.  All that Python has to do at its end is done here.
+        """
+        if not self.lost:
+            sys.exit(code)
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
     def _enter(self, call: Call) -> None:
         self._inside, self._group = True, self._calls if call.patient else self._steps

@@ -25,6 +25,7 @@ from kvedit.cli.common import (
 from kvedit.cli.edit import add, init, remove, rollback, update
 from kvedit.cli.ingest import ingest
 from kvedit.cli.query import ask, chat, history, list_facts, show, similar, status
+from kvedit.errors import KveditError
 
 EXIT_CODES = """\b
 Exit codes:
@@ -102,21 +103,27 @@ def run_together() -> None:
     """Process 0 runs the command; the others help where it lets them, and end with it."""
     configure_logging(0)
     from kvedit.crew import Crew
-    from kvedit.errors import KveditError
     from kvedit.processes import follow
 
     try:
         crew = Crew()
-        if crew.rank:
-            follow(crew)
-            return
     except KveditError as error:
         fail(error.message, error.hint)
         sys.exit(error.exit_code)
+    code: object = 0
     try:
-        cli(prog_name="kvedit", obj=crew)
+        if crew.rank:
+            follow(crew)
+        else:
+            cli(prog_name="kvedit", obj=crew)
+    except KveditError as error:  # of the others; the command has its own border
+        fail(error.message, error.hint)
+        code = error.exit_code
+    except SystemExit as end:
+        code = end.code
     finally:
         crew.end()
+    crew.exit(code if isinstance(code, int) else int(code is not None))
 
 
 def main() -> None:
