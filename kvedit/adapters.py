@@ -175,6 +175,10 @@ class Adapter:
         self._config.rank_pattern = None
         self._tuner.rankallocator.reset_ipt()
 
+    def starting_values(self) -> list[Tensor]:
+        """What an edit starts from, frames as well."""
+        return [part for slot in self._slots.values() for part in (slot.e, slot.a, slot.b)]
+
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """What is trained: the singular values, and the coordinates A' and B', frames left out."""
         slots = self._slots.values()
@@ -191,6 +195,21 @@ class Adapter:
             if slot.lean:
                 whole = torch.addmm(slot.weight.float(), b * (slot.e.T * slot.scale), a)
                 slot.edited = whole.to(slot.module.base_layer.weight.dtype)
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """All that ``read_gradients`` reads, zeros where a backward pass left nothing: processes
+        that share a step sum these in place before.
+        """
+        found = []
+        for slot in self._slots.values():
+            slot.share_out()
+            own = (slot.module.lora_A[NAME], slot.module.lora_B[NAME], slot.e, *slot.trained)
+            for parameter in own:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                found.append(parameter.grad)
+        return found
 
     @torch.no_grad()
     def read_gradients(self) -> None:

@@ -58,6 +58,12 @@ class Anchors:
         self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
     ) -> Tensor:
         """KL(base || model), the mean over the answer tokens of the chosen texts, nats a token."""
+        return self.divergences(model, chosen, lower).mean()
+
+    def divergences(
+        self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
+    ) -> Tensor:
+        """(N,): the same at each of their answer tokens, in no particular order."""
         parts = []
         for batch in by_length([self._examples[i] for i in chosen], padding=PADDED):
             own = [chosen[i] for i in batch]
@@ -65,7 +71,7 @@ class Anchors:
             with torch.no_grad():
                 base = project(model, torch.cat([self._states[i] for i in own]))
             parts.append(_Divergence.apply(project(model, hidden), base))  # type: ignore[no-untyped-call]
-        return torch.cat(parts).mean()
+        return torch.cat(parts)
 
 
 def _answers(

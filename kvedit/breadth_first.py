@@ -5,10 +5,10 @@ every pass goes over all facts in a new order, a batch of them at a time, each u
 phrasings; beside them stand earlier facts and, to be said as the base model said it, protected
 text.
 
-    loss = cross-entropy(new) + share * cross-entropy(earlier) + anchor_weight * KL(base || model)
+    loss = cross-entropy(new) + weight * cross-entropy(earlier) + anchor_weight * KL(base || model)
            + shift_weight / facts * price
 
-``share`` is how many earlier facts there are for each new one, within bounds, so that the whole
+The weight is how many earlier facts there are for each new one, within bounds, so that the whole
 stands for a sum over all facts.  The change of each matrix is linear in what is trained, and moves
 by ``Descent``.
 
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from kvedit.config import GroupConfig
 from kvedit.descent import Descent
-from kvedit.probes import recall
 from kvedit.training import Loop, Trained
 
 WARM_UP = 5
@@ -54,7 +53,9 @@ class BreadthFirst(Loop):
         count = len(self._lesson.new)
         self._weight = group.shift_weight / count
         self._batch = batch_of(group, count)
-        self._share = min(max(len(self._lesson.rehearsal) / count, LEAST_SHARE), MOST_SHARE)
+        self._earlier_weight = min(
+            max(len(self._lesson.rehearsal) / count, LEAST_SHARE), MOST_SHARE
+        )
         self._total = max(8, math.ceil(group.passes * count / self._batch))
         self._order = self._passes(count)
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
@@ -121,13 +122,13 @@ class BreadthFirst(Loop):
         if anchors is None or not len(anchors) or weight == 0 or self._group.anchors == 0:
             return 0.0
         chosen = anchors.draw(self._rng, self._group.anchors)
-        return weight * anchors.divergence(self._model, chosen, self._lower)
+        return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks."""
         self._adapter.write()
         asked = [(i, example) for i, fact in enumerate(self._lesson.new) for example in fact]
-        outcomes = recall(self._model, [example for _, example in asked], self._lower)
+        outcomes = self._share.recall(self._model, [example for _, example in asked], self._lower)
         pairs = zip(asked, outcomes, strict=True)
         return sorted({fact for (fact, _), outcome in pairs if not outcome.passed})
 

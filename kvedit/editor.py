@@ -13,9 +13,10 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvedit import export, fold, lora_export, memory, models, protect
 from kvedit.config import Config
@@ -34,6 +35,9 @@ from kvedit.retention import at_risk
 from kvedit.store import FactChange, FactRow, Finding, ProbeRow, Store
 from kvedit.transaction import Plan, Target, Transaction, probe_row
 from kvedit.workspace import Workspace, load_pinned
+
+if TYPE_CHECKING:
+    from kvedit.crew import Crew
 
 OnEvent = Callable[[Event], None]
 REPAIR_GROUP, REPAIR_ROUNDS = 64, 3
@@ -78,13 +82,14 @@ class KnowledgeBase:
         targets: Sequence[str] = (),
         check_memory: bool = True,
         on_event: OnEvent | None = None,
+        crew: Crew | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
         ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
-        linear layers that edits may touch (see ``models.target_names``).  Raises UsageError
-        if there is a store already, ModelError if the model cannot be loaded or, with
-        ``check_memory``, would not fit.
+        linear layers that edits may touch (see ``models.target_names``); ``crew`` are processes
+        that share the work, this one being the first.  Raises UsageError if there is a store
+        already, ModelError if the model cannot be loaded or, with ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
@@ -94,7 +99,7 @@ class KnowledgeBase:
         if outline is not None:
             memory.require(outline, settings.training, targets)
         base = models.load(source, **options)
-        engine = Engine(
+        engine = _engine(crew)(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,
         )  # fmt: skip
@@ -120,16 +125,19 @@ class KnowledgeBase:
         return knowledge
 
     @classmethod
-    def open(cls, path: str | Path, *, on_event: OnEvent | None = None) -> KnowledgeBase:
+    def open(
+        cls, path: str | Path, *, on_event: OnEvent | None = None, crew: Crew | None = None
+    ) -> KnowledgeBase:
         """Open a store with its model at the head revision; recovers by itself and says so.
 
-        Raises NoStoreError, StoreTooNewError, CorruptStoreError or ModelMismatchError.
+        ``crew`` are processes that share the work, this one being the first.  Raises NoStoreError,
+        StoreTooNewError, CorruptStoreError or ModelMismatchError.
         """
         store = Store.open(Path(path))
         try:
             base = load_pinned(store)
             targets = (store.meta("targets") or "").split()
-            engine = Engine(
+            engine = _engine(crew)(
                 base, store.config.training, phrasings=store.path / "phrasings", targets=targets,
                 prompts=store.config.prompts,
             )  # fmt: skip
@@ -568,6 +576,15 @@ class KnowledgeBase:
 
     def _say(self, text: str, key: str | None = None) -> None:
         self._work.say(text, key)
+
+
+def _engine(crew: Crew | None) -> Callable[..., Engine]:
+    """What to make an engine with, for one process or several."""
+    if crew is None:
+        return Engine
+    from kvedit.processes import LedEngine  # loads torch.distributed
+
+    return partial(LedEngine, crew)
 
 
 def _protect_file(path: Path | None) -> list[protect.Protected]:

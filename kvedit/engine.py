@@ -20,7 +20,6 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import curvature as curvatures
-from kvedit import probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import BreadthFirst
@@ -32,6 +31,7 @@ from kvedit.lower import LowerHalf
 from kvedit.models import BaseModel, checkpointed, target_names
 from kvedit.probes import Outcome
 from kvedit.prompts import Example, Renderer, paraphrase_prompts, training_prompts
+from kvedit.share import Share
 from kvedit.training import Lesson, OnStep, Trained, train
 
 PRIOR_TOKENS = 96
@@ -78,7 +78,8 @@ class Engine:
             base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
         )
         self.names = target_names(base.model, targets)
-        self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
+        self.master = self._make_master()  # before wrapping: it holds the plain weights
+        self.share = Share()
         self.lower = LowerHalf(base.model, self.names)
         self._adapter: Adapter | None = None
         self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
@@ -86,6 +87,9 @@ class Engine:
         self._curvature: Curvature | None = None
         self._base_curvature: Curvature | None = None
         self._roots: dict[str, Roots] | None = None
+
+    def _make_master(self) -> Master:
+        return Master(self.base.model, self.names)
 
     @property
     def adapter(self) -> Adapter:
@@ -122,13 +126,15 @@ class Engine:
 
     @curvature.setter
     def curvature(self, value: tuple[Curvature, Curvature]) -> None:
-        self._base_curvature, self._curvature = value
-        self._roots = None
+        self._hold(*value)
+
+    def _hold(self, base: Curvature, total: Curvature) -> None:
+        self._base_curvature, self._curvature, self._roots = base, total, None
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay, on the weights as they are."""
         measured = curvatures.measure(self.base.model, self.names, examples)
-        self.curvature = measured, measured
+        self._hold(measured, measured)
 
     def remember(self, examples: Sequence[Example], weight: float | None = None) -> None:
         """Protect committed facts as well; ``weight`` says how often a token counts."""
@@ -136,10 +142,8 @@ class Engine:
             raise RuntimeError("protect comes before remember")
         base, total = self.curvature
         more = curvatures.measure(self.base.model, self.names, examples)
-        self.curvature = (
-            base,
-            total.plus(more, self.config.fact_weight if weight is None else weight),
-        )
+        weight = self.config.fact_weight if weight is None else weight
+        self._hold(base, total.plus(more, weight))
 
     @property
     def roots(self) -> dict[str, Roots]:
@@ -203,8 +207,9 @@ class Engine:
         adapter.turn(on=False)
         steep = curvatures.gradients(self.base.model, self.names, start)
         adapter.reset(self.roots, steep, self._drift(), self._weights(), framed=group is not None)
+        self.share.align(adapter)
         adapter.turn(on=True)
-        given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower)
+        given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower, self.share)
         try:
             with checkpointed(self.base.model, on=config.gradient_checkpointing):
                 trained = BreadthFirst(group, *given).run() if group else train(*given)
@@ -234,7 +239,7 @@ class Engine:
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""
-        return probes.recall(self.base.model, examples, self.lower)
+        return self.share.recall(self.base.model, examples, self.lower)
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
         """Greedy answers, freely generated."""
@@ -243,14 +248,20 @@ class Engine:
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
         """Greedy continuations of token prefixes, as text."""
-        rows = probes.generate(self.base.model, prefixes, end=self.renderer.stops, limit=limit)
+        rows = self.proceed(prefixes, end=self.renderer.stops, limit=limit)
         return [self.renderer.answer_text(row) for row in rows]
+
+    def proceed(
+        self, prefixes: Sequence[Sequence[int]], *, end: int | frozenset[int], limit: int
+    ) -> list[list[int]]:
+        """Greedy continuations of token prefixes, as tokens, up to the end token (left out)."""
+        return self.share.generate(self.base.model, prefixes, end=end, limit=limit)
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""
         limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
         prefixes = [e.ids[: e.start] for e in examples]
-        rows = probes.generate(self.base.model, prefixes, end=self.renderer.end, limit=limit)
+        rows = self.proceed(prefixes, end=self.renderer.end, limit=limit)
         return [
             (*row, self.renderer.end)[: len(e.ids) - e.start] == e.ids[e.start :]
             for row, e in zip(rows, examples, strict=True)

@@ -104,6 +104,14 @@ class TrainingError(KveditError):
     """Training went wrong, for instance the loss is no longer a number."""
 
 
+class ProcessError(KveditError):
+    """One of several processes that work as one failed, or they could not begin."""
+
+
+class ProcessLostError(ProcessError):
+    """One of several processes has ended or no longer answers; no work can be shared any more."""
+
+
 class Interrupted(KveditError):
     """The user stopped the program; nothing of the edit in flight was kept."""
 

@@ -23,6 +23,7 @@ from kvedit.errors import (
     InvalidFactError,
     KveditError,
     LockedError,
+    ProcessLostError,
     TextTooLongError,
 )
 from kvedit.events import EditReport, Event, IngestProgress, Score, Status
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 Emit = Callable[[Event], None]
 
-ENDS_THE_RUN = (LockedError, DiskFullError, CorruptStoreError, Interrupted)
+ENDS_THE_RUN = (LockedError, DiskFullError, CorruptStoreError, Interrupted, ProcessLostError)
 ERRORS_IN_A_ROW = 10
 """So many facts that fail one after the other mean that the trouble is not with the facts."""
 

@@ -34,8 +34,9 @@ from kvedit.anchors import Anchors
 from kvedit.config import TrainingConfig
 from kvedit.errors import TrainingError
 from kvedit.lower import LowerHalf
-from kvedit.probes import TokenScores, recall, token_scores
+from kvedit.probes import TokenScores
 from kvedit.prompts import Example
+from kvedit.share import Share
 
 ADAM_BETAS = (0.9, 0.99)
 VECTORS_SHARE = 0.3  # of the learning rate: directions turn more slowly than they grow
@@ -91,9 +92,10 @@ def train(
     rng: random.Random,
     on_step: OnStep = lambda step: None,
     lower: LowerHalf | None = None,
+    share: Share | None = None,
 ) -> Trained:
     """Run the loop; the adapter must be reset and turned on.  Raises TrainingError for NaN."""
-    return _DepthFirst(model, adapter, lesson, config, rng, on_step, lower).run()
+    return _DepthFirst(model, adapter, lesson, config, rng, on_step, lower, share).run()
 
 
 class Loop:
@@ -108,14 +110,16 @@ class Loop:
         rng: random.Random,
         on_step: OnStep,
         lower: LowerHalf | None,
+        share: Share | None = None,
     ) -> None:
+        self._share = share or Share()
         self._model, self._adapter, self._lesson = model, adapter, lesson
         self._lower = lower
         self._config, self._rng, self._on_step = config, rng, on_step
         self._accelerator = Accelerator()
         self._optimizer = self._make_optimizer()
         self._phase = "learn"
-        self._weight, self._share = config.shift_weight, 1.0
+        self._weight, self._earlier_weight = config.shift_weight, 1.0
         self._total = config.max_steps
         self._loss = self._price = 0.0
 
@@ -128,17 +132,19 @@ class Loop:
         """One update; returns the margins, in logits, that each example had before it."""
         self._adapter.write()
         with self._accelerator.autocast():
-            scores = token_scores(self._model, [*new, *earlier], self._lower)
+            scores = self._share.scores(self._model, [*new, *earlier], self._lower)
             held = self._held()
-        loss = _loss(scores, len(new), *self._ease(), self._share)
+        loss = _loss(scores, len(new), *self._ease(), self._earlier_weight)
         price = self._adapter.price()
-        self._accelerator.backward(loss + held + self._weight * price)
+        self._accelerator.backward(loss + held + self._share.once(self._weight * price))
+        self._share.sum_gradients(self._adapter)
         self._adapter.read_gradients()
         self._optimizer.step()
         self._after_update()
         self._adapter.allocate(step)
         self._optimizer.zero_grad(set_to_none=True)
-        self._loss, self._price = float(loss.detach()), float(price.detach())
+        self._loss = float(loss.detach())
+        self._price = self._share.agreed(float(price.detach()))
         if self._loss != self._loss or self._price != self._price:
             raise TrainingError(
                 f"the training loss became NaN at step {step}",
@@ -245,11 +251,12 @@ class _DepthFirst(Loop):
             return False
         self._adapter.write()
         examples = [e for fact in self._lesson.new for e in fact]
-        return all(outcome.margin > lead for outcome in recall(self._model, examples, self._lower))
+        outcomes = self._share.recall(self._model, examples, self._lower)
+        return all(outcome.margin > lead for outcome in outcomes)
 
 
-def _loss(scores: TokenScores, new: int, lead: float, settled: float, share: float) -> Tensor:
-    """Cross-entropy of the answer tokens that do not lead yet, new facts' plus ``share`` earlier's.
+def _loss(scores: TokenScores, new: int, lead: float, settled: float, earlier: float) -> Tensor:
+    """Cross-entropy of the answer tokens that do not lead yet: new facts', ``earlier`` of the rest.
 
     Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
     few that are left count more, each at most as one in ``FEW`` of its side.
@@ -258,7 +265,9 @@ def _loss(scores: TokenScores, new: int, lead: float, settled: float, share: flo
     mine = scores.rows < new
     loss = _weighted(scores.losses[mine], weight[mine])
     return (
-        loss if bool(mine.all()) else loss + share * _weighted(scores.losses[~mine], weight[~mine])
+        loss
+        if bool(mine.all())
+        else loss + earlier * _weighted(scores.losses[~mine], weight[~mine])
     )
 
 

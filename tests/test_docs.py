@@ -42,6 +42,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S)
 TAGS = {"slow", "no-run"}
+LAUNCHERS = ("accelerate", "torchrun")  # ... -m kvedit COMMAND
 PLAIN_COMMANDS = {
     "cat", "cd", "cp", "curl", "echo", "git", "ls", "mkdir", "pip", "printf", "transformers",
 }  # fmt: skip
@@ -114,6 +115,8 @@ def check_command(words: list[str]) -> None:
     program = words[0]
     if program == "kvedit":
         parse_kvedit(words[1:])
+    elif program in LAUNCHERS:
+        parse_kvedit(words[words.index("-m") + 2 :])
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         for target in (word for word in words[1:] if "=" not in word):

@@ -7,6 +7,7 @@ sqlite-utils, so that `kvedit --help` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -18,11 +19,13 @@ from kvedit.cli.common import (
     KveditGroup,
     Settings,
     configure_logging,
+    fail,
     show_version,
 )
 from kvedit.cli.edit import add, init, remove, rollback, update
 from kvedit.cli.ingest import ingest
 from kvedit.cli.query import ask, chat, history, list_facts, show, similar, status
+from kvedit.errors import KveditError
 
 EXIT_CODES = """\b
 Exit codes:
@@ -30,6 +33,13 @@ Exit codes:
   4 a gate failed (verify --fail-under, doctor, export)
   10 no store    11 locked    12 store newer than the program
   13 model does not match the store    130 interrupted"""
+
+
+LAUNCHED = (
+    ("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)  # fmt: skip
+"""How launchers number the processes that they start: number, and how many there are."""
 
 
 @click.group(
@@ -70,7 +80,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
     """
     verbosity = -1 if quiet else min(verbose, 2)
     configure_logging(verbosity)
-    ctx.obj = Settings(store=store, verbosity=verbosity)
+    ctx.obj = Settings(store=store, verbosity=verbosity, crew=ctx.obj)  # the crew that main has met
 
 
 COMMANDS = (
@@ -81,9 +91,47 @@ for command in COMMANDS:
     cli.add_command(command)
 
 
+def several_processes() -> bool:
+    """Whether a launcher started this command more than once, by what it says in the environment:
+    `accelerate launch`, torchrun, and MPI where accelerate calls it.
+    """
+    counts = [os.environ.get(size, "1") for rank, size in LAUNCHED if rank in os.environ]
+    return "MASTER_ADDR" in os.environ and any(count not in ("", "1") for count in counts)
+
+
+def run_together() -> None:
+    """Process 0 runs the command; the others help where it lets them, and end with it."""
+    configure_logging(0)
+    from kvedit.crew import Crew
+    from kvedit.processes import follow
+
+    try:
+        crew = Crew()
+    except KveditError as error:
+        fail(error.message, error.hint)
+        sys.exit(error.exit_code)
+    code: object = 0
+    try:
+        if crew.rank:
+            follow(crew)
+        else:
+            cli(prog_name="kvedit", obj=crew)
+    except KveditError as error:  # of the others; the command has its own border
+        fail(error.message, error.hint)
+        code = error.exit_code
+    except SystemExit as end:
+        code = end.code
+    finally:
+        crew.end()
+    crew.exit(code if isinstance(code, int) else int(code is not None))
+
+
 def main() -> None:
     """Entry point of the `kvedit` script."""
     try:
-        cli(prog_name="kvedit")
+        if several_processes():
+            run_together()
+        else:
+            cli(prog_name="kvedit")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

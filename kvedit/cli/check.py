@@ -75,7 +75,7 @@ def verify(
 
     require_keys(settings, keys)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter) as base:
+    with knowledge_base(settings, reporter, shared=True) as base:
         report = base.verify(list(keys) or None, sample=sample, repair=repair)
     if junit is not None:
         from kvedit.cli.junit import write_junit

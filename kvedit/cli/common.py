@@ -24,6 +24,7 @@ from kvedit.errors import KveditError
 
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
+    from kvedit.crew import Crew
     from kvedit.editor import KnowledgeBase
     from kvedit.store import Store
 
@@ -36,10 +37,13 @@ LOG_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The global options. `verbosity`: -1 quiet, 0 normal, 1 verbose, 2 debugging."""
+    """The global options. `verbosity`: -1 quiet, 0 normal, 1 verbose, 2 debugging; `crew`: other
+    processes that may share the work.
+    """
 
     store: str | None = None
     verbosity: int = 0
+    crew: Crew | None = None
 
     @property
     def quiet(self) -> bool:
@@ -87,6 +91,11 @@ def _settings(ctx: click.Context) -> Settings:
 def _fail(ctx: click.Context, message: str, hint: str) -> None:
     if _settings(ctx).verbosity >= 2:
         click.echo(traceback.format_exc().rstrip(), err=True)
+    fail(message, hint)
+
+
+def fail(message: str, hint: str) -> None:
+    """An error on stderr, and what to do next."""
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
     for line in hint.splitlines():
         click.echo(f"{click.style('hint:', fg='yellow')} {line}", err=True)
@@ -174,9 +183,11 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
 
 @contextmanager
 def knowledge_base(
-    settings: Settings, reporter: Reporter, *, create: bool = False
+    settings: Settings, reporter: Reporter, *, create: bool = False, shared: bool = False
 ) -> Iterator[KnowledgeBase]:
-    """The opened knowledge base; with `create`, a missing store is made and said so."""
+    """The opened knowledge base; with `create`, a missing store is made and said so; with `shared`,
+    other processes of a launcher help.
+    """
     from kvedit.store import Store, resolve_store
 
     path = resolve_store(settings.store)
@@ -189,7 +200,8 @@ def knowledge_base(
         from kvedit.editor import KnowledgeBase
 
         make = KnowledgeBase.create if missing else KnowledgeBase.open
-        with make(path, on_event=reporter) as base:
+        helped: Any = {"crew": settings.crew} if shared and settings.crew else {}
+        with make(path, on_event=reporter, **helped) as base:
             yield base
 
 

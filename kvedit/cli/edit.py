@@ -33,13 +33,14 @@ def run_edit(
     edit: Callable[[KnowledgeBase], EditReport],
     *,
     create: bool = False,
+    shared: bool = False,
 ) -> None:
     """Open the store, make one edit, show its report, and leave with the right exit code."""
     from kvedit.cli.output import edit_lines, print_json_line, print_lines
     from kvedit.cli.progress import make_reporter
 
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, create=create) as base:
+    with knowledge_base(settings, reporter, create=create, shared=shared) as base:
         report = edit(base)
     code = EXIT_CODES.get(report.outcome, 1)
     if as_json:
@@ -213,6 +214,7 @@ def add(
         as_json,
         lambda base: base.add(key, description, force=force, **details),
         create=True,
+        shared=True,
     )
 
 

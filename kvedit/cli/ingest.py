@@ -217,7 +217,7 @@ def _run(settings: Settings, intake: Intake, options: IngestOptions, as_json: bo
         )  # fmt: skip
     facts = [*(entry.fact for entry in (*intake.new, *intake.unchanged)), *again]
     reporter = make_ingest_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, create=True) as base:
+    with knowledge_base(settings, reporter, create=True, shared=True) as base:
         _tell_near(reporter, [entry.fact for entry in intake.new], base.store.keys())
         return ingest(base, facts, options, reporter)
 

@@ -1,0 +1,169 @@
+"""Which part of a step's work this process does: all of it, or its share among several.
+
+The loops and the engine ask here instead of asking the model; alone, that is the same.  Among
+several, texts are dealt out, each process runs the model on its own, and what all found is put
+together in every process.  A loss is then computed from all tokens everywhere, and its gradient in
+each process is that of the process's own tokens: their sum is the gradient of the whole loss,
+whatever mean over tokens it is.
+
+Invariants:
+- Alone nothing is exchanged and no bit differs from asking the model.
+- Scores, margins and outcomes are the same in all processes: loops that decide by them stay in
+  step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvedit import probes
+from kvedit.adapters import Adapter
+from kvedit.anchors import Anchors
+from kvedit.lower import LowerHalf
+from kvedit.probes import Outcome, TokenScores
+from kvedit.prompts import Example
+
+if TYPE_CHECKING:
+    from kvedit.crew import Crew
+
+
+class Share:
+    """All of the work, by one process."""
+
+    def scores(
+        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+    ) -> TokenScores:
+        """``probes.token_scores``."""
+        return probes.token_scores(model, examples, lower)
+
+    def divergence(
+        self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
+    ) -> Tensor:
+        """``Anchors.divergence``."""
+        return anchors.divergence(model, chosen, lower)
+
+    def recall(
+        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+    ) -> list[Outcome]:
+        """``probes.recall``."""
+        return probes.recall(model, examples, lower)
+
+    def generate(
+        self,
+        model: Any,
+        prefixes: Sequence[Sequence[int]],
+        *,
+        end: int | frozenset[int],
+        limit: int,
+    ) -> list[list[int]]:
+        """``probes.generate``, greedy."""
+        return probes.generate(model, prefixes, end=end, limit=limit)
+
+    def once(self, loss: Tensor) -> Tensor:
+        """A loss that every process computes whole: it counts in one of them."""
+        return loss
+
+    def agreed(self, value: float) -> float:
+        """What all go by when each has computed the same thing."""
+        return value
+
+    def align(self, adapter: Adapter) -> None:
+        """Let the adapter start from the same values everywhere."""
+
+    def sum_gradients(self, adapter: Adapter) -> None:
+        """After a backward pass: what all processes found."""
+
+
+class Together(Share):
+    """One process's share; all must make the same calls in the same order."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    def scores(
+        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+    ) -> TokenScores:
+        """Those of all examples; the losses of this process's own have a gradient."""
+        mine = self._mine([len(example.ids) for example in examples])
+        own = _no_scores(model)
+        if mine:
+            own = probes.token_scores(model, [examples[i] for i in mine], lower)
+        rows = torch.tensor(mine, dtype=torch.long, device=own.rows.device)[own.rows]
+        losses = self._joined(own.losses)
+        told = self._crew.exchange((own.leads.cpu(), rows.cpu()))
+        leads, places = (torch.cat(parts).to(rows.device) for parts in zip(*told, strict=True))
+        return TokenScores(losses, leads, places)
+
+    def divergence(
+        self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
+    ) -> Tensor:
+        """The mean over all tokens; those of this process's own texts have a gradient."""
+        mine = chosen[self._crew.rank :: self._crew.count]
+        own = anchors.divergences(model, mine, lower) if mine else _no_scores(model).losses
+        return self._joined(own).mean()
+
+    def recall(
+        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+    ) -> list[Outcome]:
+        """Each process asks its own; all get to know all outcomes."""
+        mine = self._mine([len(example.ids) for example in examples])
+        own = probes.recall(model, [examples[i] for i in mine], lower)
+        return self._in_order(mine, own)
+
+    def generate(
+        self,
+        model: Any,
+        prefixes: Sequence[Sequence[int]],
+        *,
+        end: int | frozenset[int],
+        limit: int,
+    ) -> list[list[int]]:
+        """Each process continues its own; all get to know all rows."""
+        mine = self._mine([len(prefix) for prefix in prefixes])
+        own = probes.generate(model, [prefixes[i] for i in mine], end=end, limit=limit)
+        return self._in_order(mine, own)
+
+    def once(self, loss: Tensor) -> Tensor:
+        """Zero but in process 0; gradients are summed."""
+        return loss if self._crew.rank == 0 else loss * 0.0
+
+    def agreed(self, value: float) -> float:
+        """Process 0's value: the last bits of a price may differ, decisions must not."""
+        found: float = self._crew.exchange(value)[0]
+        return found
+
+    def align(self, adapter: Adapter) -> None:
+        """On a GPU two runs of one kernel may differ; singular vectors would then differ more."""
+        self._crew.align(adapter.starting_values())
+
+    def sum_gradients(self, adapter: Adapter) -> None:
+        """Before the coordinates are changed: the allocator judges by these gradients too."""
+        self._crew.sum(adapter.gradients())
+
+    def _mine(self, lengths: Sequence[int]) -> list[int]:
+        """The indices of this process's texts: dealt out by length, so that none waits long."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return order[self._crew.rank :: self._crew.count]
+
+    def _joined(self, own: Tensor) -> Tensor:
+        """The values (N,) of all processes; those of this one keep their gradient."""
+        parts = self._crew.exchange(own.detach().cpu())
+        return torch.cat(
+            [own if rank == self._crew.rank else part.to(own.device)
+             for rank, part in enumerate(parts)]
+        )  # fmt: skip
+
+    def _in_order(self, mine: Sequence[int], own: Sequence[Any]) -> list[Any]:
+        told = self._crew.exchange(list(zip(mine, own, strict=True)))
+        found = dict(pair for part in told for pair in part)
+        return [found[i] for i in range(len(found))]
+
+
+def _no_scores(model: Any) -> TokenScores:
+    """Those of no examples, where the model is."""
+    empty = torch.empty(0, device=next(model.parameters()).device)
+    return TokenScores(empty, empty, empty.long())
