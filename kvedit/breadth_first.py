@@ -36,7 +36,8 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
-LEAST_SHARE, MOST_SHARE = 0.5, 2.0  # the weight of earlier facts against the new ones
+LEAST_WEIGHT, MOST_WEIGHT = 0.5, 2.0  # of earlier facts' loss against that of the new ones
+LEAST_REHEARSED = 16  # in each step, where there are so many: a repair is small, the store is not
 
 
 def batch_of(group: GroupConfig, facts: int) -> int:
@@ -53,9 +54,7 @@ class BreadthFirst(Loop):
         count = len(self._lesson.new)
         self._weight = group.shift_weight / count
         self._batch = batch_of(group, count)
-        self._earlier_weight = min(
-            max(len(self._lesson.rehearsal) / count, LEAST_SHARE), MOST_SHARE
-        )
+        self._earlier_weight = min(max(self._lesson.earlier / count, LEAST_WEIGHT), MOST_WEIGHT)
         self._total = max(8, math.ceil(group.passes * count / self._batch))
         self._order = self._passes(count)
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
@@ -104,7 +103,7 @@ class BreadthFirst(Loop):
     def _earlier(self) -> list[int]:
         """Earlier facts to rehearse: half the weakest when last seen, half at random."""
         share = min(1.0, len(self._lesson.rehearsal) / len(self._lesson.new))
-        rows = math.ceil(self._batch * share * self._group.rehearsal)
+        rows = max(LEAST_REHEARSED, math.ceil(self._batch * share * self._group.rehearsal))
         count = min(rows, len(self._lesson.rehearsal))
         weak = sorted(self._margins, key=self._margins.__getitem__)[: count // 2]
         others = [i for i in range(len(self._lesson.rehearsal)) if i not in set(weak)]

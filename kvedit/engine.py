@@ -22,7 +22,7 @@ from torch import Tensor
 from kvedit import curvature as curvatures
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
-from kvedit.breadth_first import BreadthFirst
+from kvedit.breadth_first import MOST_WEIGHT, BreadthFirst
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
@@ -36,6 +36,8 @@ from kvedit.training import Lesson, OnStep, Trained, train
 
 PRIOR_TOKENS = 96
 """How much is kept of what the model answered before a fact came."""
+SPOKEN_FOR = 20
+"""So many earlier facts one fact's lesson can speak for, though it rehearses a few of them."""
 START_FACTS = 64
 """From the gradient of at most so many facts an adapter starts."""
 RENDERED = 8192
@@ -206,7 +208,8 @@ class Engine:
         adapter = self._adapter_for(len(lesson.new), group)
         adapter.turn(on=False)
         steep = curvatures.gradients(self.base.model, self.names, start)
-        adapter.reset(self.roots, steep, self._drift(), self._weights(), framed=group is not None)
+        drift = self._drift(_moved_back(lesson, group))
+        adapter.reset(self.roots, steep, drift, self._weights(), framed=group is not None)
         self.share.align(adapter)
         adapter.turn(on=True)
         given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower, self.share)
@@ -230,12 +233,13 @@ class Engine:
             return dict(self.master.matrices)
         return self.master.served()
 
-    def _drift(self) -> dict[str, Tensor]:
-        """The slope of the protected text's price, after all that earlier edits moved."""
+    def _drift(self, share: float) -> dict[str, Tensor]:
+        """A share of the slope of protected text's price, after all that earlier edits moved."""
         moved = self.master.displacement()
         if self._base_curvature is None:
             raise RuntimeError("protect comes before teach")
-        return curvatures.slopes(self._base_curvature, moved)
+        slopes = curvatures.slopes(self._base_curvature, moved)
+        return {name: share * slope for name, slope in slopes.items()}
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""
@@ -266,3 +270,15 @@ class Engine:
             (*row, self.renderer.end)[: len(e.ids) - e.start] == e.ids[e.start :]
             for row, e in zip(rows, examples, strict=True)
         ]
+
+
+def _moved_back(lesson: Lesson, group: GroupConfig | None) -> float:
+    """How much of what earlier edits moved a lesson may be asked to move back: 0 to 1.
+
+    The price would have all of it back, and only the rehearsal speaks for the facts it was moved
+    for.  Where that counts them for fewer than they are, so must the price: a repair of six facts
+    otherwise takes apart what hundreds need.
+    """
+    earlier = max(lesson.earlier, len(lesson.rehearsal))
+    spoken_for = MOST_WEIGHT * len(lesson.new) if group is not None else SPOKEN_FOR
+    return min(1.0, spoken_for / earlier) if earlier else 1.0

@@ -33,8 +33,6 @@ from kvedit.training import Lesson, Step
 Emit = Callable[[Event], None]
 Snapshot = Mapping[str, Any]
 _FORGET = "forget"
-REHEARSED = 4
-"""For each earlier fact that a group checks, so many are rehearsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +223,10 @@ class Transaction:
         new = [target.recall for target in self._plan.targets]
         again = {risk.row.id for risk in repairing}
         rehearsal = [risk.all for risk in risks if risk.row.id not in again]
-        lesson = Lesson([*new, *(r.all for r in repairing)], rehearsal, self._engine.anchors)
+        earlier = len(self._store.keys("committed"))
+        lesson = Lesson(
+            [*new, *(r.all for r in repairing)], rehearsal, self._engine.anchors, earlier
+        )
         group = self._config.group if self._plan.group else None
         with self._timed("train"):
             taught = self._engine.teach(lesson, config, self._tell_step, group)
@@ -236,8 +237,10 @@ class Transaction:
         """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
         settings = self._config.retention
         probed = max(settings.sample, len(self._plan.targets))
-        count = REHEARSED * probed if self._plan.group else probed
-        rows = at_risk(self._store.facts("committed"), self._plan.keys, count)
+        committed = self._store.facts("committed")
+        # A group rehearses all of them in turn: what no step speaks for is lost.
+        count = len(committed) if self._plan.group else probed
+        rows = at_risk(committed, self._plan.keys, count)
         rng = random.Random(self._store.head())
         risks = []
         for number, row in enumerate(rows):

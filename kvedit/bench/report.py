@@ -24,6 +24,7 @@ import torch
 
 from kvedit import __version__
 from kvedit.bench.asking import Both, Point
+from kvedit.bench.kills import KillsResult
 from kvedit.bench.retain import KVEDIT, PLAIN, BaseScore, Edit, RetainResult, median_ratio
 from kvedit.bench.undo import UndoResult
 from kvedit.events import Score
@@ -215,6 +216,32 @@ def undo_sheets(result: UndoResult) -> list[Sheet]:
         ("prompts answered otherwise", "; ".join(result.mismatches) or "none"),
     )
     return [Sheet("Undone and exported", ("what", "found"), rows)]
+
+
+def kills_sheets(result: KillsResult) -> list[Sheet]:
+    """What is left of an ingest that was killed, and how far each round came."""
+    told = ", ".join(f"{count} {state}" for state, count in sorted(result.outcomes.items()))
+    rows = (
+        ("processes killed", f"{result.killed}, then one that finished"),
+        ("facts at the end", f"{told}, of {result.facts}"),
+        ("edits that were in flight when killed", str(result.interrupted)),
+        ("facts committed after some round and not at the end", _listed(result.lost)),
+        ("facts added more than once", _listed(result.twice)),
+        ("what doctor found, every revision replayed", _listed(result.findings)),
+        ("served weights have the recorded digest", "yes" if result.same_digest else "NO"),
+    )
+    rounds = tuple(
+        (str(number), f"{one.seconds:.1f}", str(one.exit_code), str(one.committed))
+        for number, one in enumerate(result.rounds, 1)
+    )
+    return [
+        Sheet("An ingest that was killed", ("what", "found"), rows),
+        Sheet("Rounds", ("round", "seconds", "exit code", "facts committed"), rounds),
+    ]
+
+
+def _listed(items: Sequence[str]) -> str:
+    return "; ".join(items) or "none"
 
 
 def _of(score: Score) -> str:

@@ -302,6 +302,45 @@ def rollback(settings: Settings, /, json_file: Path | None, **given: Any) -> Non
 
 
 @bench.command()
+@_with(*_COMMON, _facts(300), *_OTHERS)
+@click.option(
+    "--kills",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="How many processes to kill.",
+)
+@click.option(
+    "--within",
+    type=click.FloatRange(min=1.0),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a process is killed at the latest.",
+)
+@click.option("--group", default="16", show_default=True, metavar="N|auto", help="As for ingest.")
+@click.pass_obj
+def kills(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
+    """Kill an ingest (SIGKILL) at random moments, let it finish, and see what is left.
+
+    Exit code 4 if a fact was lost or added twice, or doctor finds anything.
+
+    \b
+    Examples:
+      kvedit bench kills --data ../shared/data
+      kvedit bench kills --data ../shared/data --facts 30 --kills 3 --within 20
+    """
+    from kvedit.bench import report
+    from kvedit.bench.kills import KillOptions
+    from kvedit.bench.kills import kills as measure
+
+    result = _run(settings, measure, KillOptions(**given))
+    _show("Kills", result.model, "", report.kills_sheets(result))
+    _keep(result, json_file)
+    if not result.sound:
+        raise GateFailedError("the store is not as it should be", hint="See the table above.")
+
+
+@bench.command()
 @click.argument("names", nargs=-1)
 @click.option(
     "--dtype",

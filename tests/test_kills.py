@@ -1,0 +1,70 @@
+"""`kvedit bench kills`: what it sees, and what it makes of a store that is not sound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from bench_data import write_data, write_model, write_settings  # noqa: E402
+
+from kvedit.bench import report  # noqa: E402
+from kvedit.bench.kills import KILLED, KillOptions, KillsResult, Round, kills  # noqa: E402
+from kvedit.errors import KveditError  # noqa: E402
+
+SOUND = KillsResult(
+    model="small",
+    facts=2,
+    rounds=(Round(1.0, KILLED, 1), Round(2.0, 0, 2)),
+    outcomes={"committed": 2},
+    interrupted=1,
+    lost=(),
+    twice=(),
+    findings=(),
+    same_digest=True,
+)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lost": ("a",)},
+        {"twice": ("a",)},
+        {"findings": ("a digest differs",)},
+        {"same_digest": False},
+        {"outcomes": {"committed": 1, "pending": 1}},
+        {"rounds": (Round(1.0, KILLED, 1),)},
+    ],
+)
+def test_one_thing_wrong_is_enough(wrong: dict[str, object]) -> None:
+    assert SOUND.sound and SOUND.killed == 1
+    assert not replace(SOUND, **wrong).sound  # type: ignore[arg-type]
+    assert report.kills_sheets(replace(SOUND, **wrong)) != report.kills_sheets(SOUND)  # type: ignore[arg-type]
+
+
+def options(tmp_path: Path, small: Path, **more: object) -> KillOptions:
+    store = tmp_path / "store"
+    store.mkdir()
+    write_settings(store, 4)
+    data = write_data(tmp_path)
+    model = write_model(small, tmp_path / "model")
+    given = {"data": data, "model": str(model), "store_dir": store, "group": "2", **more}
+    return KillOptions(facts_file=data / "facts.jsonl", **given)  # type: ignore[arg-type]
+
+
+def test_a_command_that_fails_is_named(tmp_path: Path, small: dict[str, Path]) -> None:
+    with pytest.raises(KveditError, match="exit code 2") as error:
+        kills(options(tmp_path, small["bf16"], kills=0, group="none"), lambda event: None)
+    assert "ingest" in error.value.hint and "--group none" in error.value.hint
+
+
+@pytest.mark.slow
+def test_an_ingest_survives_its_kills(tmp_path: Path, small: dict[str, Path]) -> None:
+    found = kills(options(tmp_path, small["bf16"], kills=2, within=8.0), lambda event: None)
+    assert found.sound, found
+    assert found.killed == 2
+    assert found.rounds[-1].exit_code in (0, 3)
+    assert found.outcomes["committed"] == found.facts
