@@ -72,6 +72,12 @@ class _Slot:
         self.e.grad = own if self.e.grad is None else self.e.grad + own
         self.gradient = None
 
+    def forget(self) -> None:
+        """Drop gradients: a lesson that was broken off may have left some of a step behind."""
+        self.gradient = None
+        for values in (self.module.lora_A, self.module.lora_B, self.module.lora_E):
+            values[NAME].grad = None
+
     @property
     def scale(self) -> float:
         return float(self.module.scaling[NAME] / (self.module.ranknum[NAME] + 1e-5))
@@ -147,6 +153,7 @@ class Adapter:
             slot.b = u.contiguous().requires_grad_()
             with torch.no_grad():
                 slot.e.zero_()
+            slot.forget()
         self._config.tinit, self._config.tfinal = _NEVER - 2, 0
         self._config.total_step = _NEVER
         self._config.rank_pattern = None
@@ -207,8 +214,7 @@ class Adapter:
         """Let PEFT's allocator see the step's gradients and mask; then forget them."""
         self._tuner.update_and_allocate(step)
         for slot in self._slots.values():
-            for values in (slot.module.lora_A, slot.module.lora_B, slot.module.lora_E):
-                values[NAME].grad = None
+            slot.forget()
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import curvature as curvatures
-from kvedit import probes
+from kvedit import memory, probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import BreadthFirst
@@ -108,6 +108,14 @@ class Engine:
         if self._adapter is None:
             self._adapter = Adapter(self.base.model, self.names, init_rank=init, target_rank=target)
         return self._adapter
+
+    def release(self) -> None:
+        """Give back the memory of all that is made again at need, after it ran out."""
+        if self._adapter is not None:
+            self._adapter.unwrap()
+            self._adapter = None
+        self.lower.forget()
+        memory.give_back()
 
     def anchor(self, examples: Sequence[Example]) -> None:
         """Keep what the model says to protected text; the weights must be the base's."""

@@ -104,6 +104,10 @@ class TrainingError(KveditError):
     """Training went wrong, for instance the loss is no longer a number."""
 
 
+class OutOfMemoryError(KveditError):
+    """There was not enough memory for what was asked; nothing of it was kept."""
+
+
 class Interrupted(KveditError):
     """The user stopped the program; nothing of the edit in flight was kept."""
 

@@ -127,6 +127,11 @@ class LowerHalf:
         while self._bytes > KEPT_BYTES:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
+    def forget(self) -> None:
+        """Give back the memory of what was kept."""
+        self._kept.clear()
+        self._bytes = 0
+
     @contextmanager
     def _handing_on(self, hidden: Tensor) -> Iterator[None]:
         """Let the lower blocks hand on ``hidden`` (rows, width, hidden) instead of computing it."""

@@ -1,15 +1,21 @@
-"""How much memory a model needs to be edited, computed before it is loaded.
+"""How much memory a model needs to be edited, computed before it is loaded; and what to do when it
+ran out all the same.
 
 Invariants:
 - Nothing is loaded for an estimate: shapes come from the configuration, on the meta device.
 - An estimate counts what the engine holds at once while it teaches, part by part, so that a
   refusal can say what is too large.
+- However a library says that memory ran out, it leaves ``watched`` as one error with what helps,
+  and no frame of the attempt holds on to its tensors.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
@@ -21,12 +27,21 @@ from torch import nn
 from kvedit import models
 from kvedit.config import TrainingConfig
 from kvedit.curvature import DENSE_LIMIT
-from kvedit.errors import ModelError
+from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.probes import batch_tokens
 
 _FP32 = 4
 _ADAPTER_COPIES = 7  # PEFT's A and B and their gradients, ours, theirs, and Adam's two moments
 _GIB = 1024**3
+_RAN_OUT = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "alloc_failed",
+)  # fmt: skip
+"""In what torch's allocators and NVIDIA's libraries say; on a CPU it is a plain RuntimeError."""
+LESS = (
+    "Set [training] gradient_checkpointing = true in kvedit.toml, name fewer layers with"
+    " init --targets, or load the model in a smaller dtype."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,3 +202,34 @@ def _number(path: Path) -> int | None:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory left, of a GPU's or the system's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in _RAN_OUT
+    )
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside, running out of memory raises OutOfMemoryError, whoever noticed it first."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        said = str(error).strip().splitlines()
+        # The frames that the error passed through would keep the tensors of the attempt alive.
+        traceback.clear_frames(error.__traceback__)
+        first = f": {said[0]}" if said else ""
+        raise OutOfMemoryError(f"memory ran out{first}", hint=LESS) from None
+
+
+def give_back() -> None:
+    """Let go of what no one refers to any more, on a GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

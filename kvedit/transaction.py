@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvedit import deltas
+from kvedit import deltas, memory
 from kvedit.config import Config, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
@@ -123,7 +123,8 @@ class Transaction:
         snapshot = self._engine.master.snapshot()
         edit_id = self._store.plan_edit(self._plan.kind, self._plan.changes, self._config.to_json())
         try:
-            return self._carry_out(edit_id, head, snapshot, force)
+            with memory.watched():
+                return self._carry_out(edit_id, head, snapshot, force)
         except KeyboardInterrupt as error:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
             state = "was committed before" if committed else "did not happen"

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvedit import fold, models, protect
+from kvedit import fold, memory, models, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
-from kvedit.errors import KveditError, LockedError, ModelMismatchError
+from kvedit.errors import KveditError, LockedError, ModelMismatchError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
 from kvedit.models import BaseModel
 from kvedit.prompts import Example
@@ -41,8 +41,13 @@ class Workspace:
     def editing(self) -> Iterator[None]:
         """The store's lock for the length of one edit, the model brought up to the head."""
         with self.store.lock():
-            self._prepare()
-            yield
+            try:
+                with memory.watched():
+                    self._prepare()
+                    yield
+            except OutOfMemoryError:
+                self.engine.release()  # what is kept for speed must not fail the next edit too
+                raise
 
     def recover(self) -> None:
         """End what a killed process left; skipped while another process is at work."""

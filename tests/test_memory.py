@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from small_model import FREE, settings
 from kvedit import KnowledgeBase, memory, models, probes
 from kvedit.bench import footprint
 from kvedit.config import TrainingConfig
-from kvedit.errors import ModelError
+from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.models import BaseModel
 
 CONFIG = TrainingConfig()
@@ -122,3 +123,42 @@ def test_the_table_has_a_row_for_each_setting() -> None:
     sheet = footprint.computed()
     assert len(sheet.rows) == 4 * len(footprint.SHAPES)
     assert all(len(row) == len(sheet.headers) for row in sheet.rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_one_error_with_what_helps(error: Exception) -> None:
+    with pytest.raises(OutOfMemoryError, match="memory ran out") as raised, memory.watched():
+        raise error
+    assert "gradient_checkpointing" in raised.value.hint
+
+
+def test_other_errors_are_let_through() -> None:
+    for error in (RuntimeError("shapes do not match"), ValueError("out of memory"), ModelError("")):
+        with pytest.raises(type(error)) as raised, memory.watched():
+            raise error
+        assert raised.value is error
+
+
+def test_what_an_attempt_held_is_let_go() -> None:
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+
+    def attempt() -> None:
+        mine = Large()
+        held.append(weakref.ref(mine))
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError) as raised, memory.watched():
+        attempt()
+    assert raised.value.__context__ is not None and held[0]() is None
