@@ -263,7 +263,14 @@ def load_lora(model: nn.Module, folder: Path) -> Any:
     """Put a LoRA adapter over a model, as PEFT does for anyone; the model is wrapped in place."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    # PEFT would spread the model anew, which parts that lie on the disk do not survive; without a
+    # map its layers go where those of the base are.
+    spread = model.__dict__.pop("hf_device_map", None)
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    finally:
+        if spread is not None:
+            model.hf_device_map = spread
 
 
 @torch.no_grad()
@@ -310,8 +317,8 @@ def _slot(module: Any) -> _Slot:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is a floating-point matrix and nothing else: no hooks, no quantisation."""
-    if not is_matrix(layer) or hasattr(layer, "_hf_hook"):
+    """Whether a layer is a floating-point matrix that is really there: no quantisation."""
+    if not is_matrix(layer) or layer.weight.device.type == "meta":
         return False
     return bool(layer.weight.is_floating_point())
 
@@ -322,6 +329,7 @@ def _run(slot: _Slot, x: Tensor) -> Tensor:
     if slot.module.disable_adapters:
         off: Tensor = layer(x)
         return off
+    x = x.to(slot.edited.device)  # what accelerate's hook does for a layer that it is asked through
     y: Tensor = _Edited.apply(x, slot.e, slot)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias
 

@@ -145,6 +145,18 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """How the base model is loaded.
+
+    ``device_map`` spreads it over devices: ``auto``, ``balanced``, ``balanced_low_0``,
+    ``sequential``, a device, or a JSON file of devices by module (its name is taken from the
+    store's folder).  It comes before what ``init --device-map`` was given; "" leaves that as it is.
+    """
+
+    device_map: str = setting("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of a store."""
 
@@ -154,6 +166,7 @@ class Config:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -177,6 +190,7 @@ class Config:
             retention=_section(path, document, "retention", RetentionConfig),
             protect=_section(path, document, "protect", ProtectConfig),
             prompts=_section(path, document, "prompts", PromptsConfig),
+            model=_section(path, document, "model", ModelConfig),
         )
 
     def to_json(self) -> dict[str, dict[str, object]]:

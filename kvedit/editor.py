@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvedit import export, fold, lora_export, memory, models, protect
+from kvedit import export, fold, lora_export, memory, models, placement, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
@@ -79,24 +79,27 @@ class KnowledgeBase:
         trust_remote_code: bool = False,
         protect: Path | None = None,
         targets: Sequence[str] = (),
+        device_map: str = "",
         check_memory: bool = True,
         on_event: OnEvent | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
         ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
-        linear layers that edits may touch (see ``models.target_names``).  Raises UsageError
-        if there is a store already, ModelError if the model cannot be loaded or, with
-        ``check_memory``, would not fit.
+        linear layers that edits may touch (see ``models.target_names``); ``device_map`` spreads
+        the model over devices (see ``placement.read``).  Raises UsageError if there is a store
+        already, ModelError if the model cannot be loaded or, with ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
         settings = Config.load(Path(path) / "kvedit.toml")
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         outline = memory.outline(source, **options) if check_memory else None
+        given = placement.absolute(device_map, Path())
+        used = given or placement.absolute(settings.model.device_map, Path(path))
         if outline is not None:
-            memory.require(outline, settings.training, targets)
-        base = models.load(source, **options)
+            memory.require(outline, settings.training, targets, spread=bool(used))
+        base = models.load(source, **options, device_map=used)
         engine = Engine(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,
@@ -108,6 +111,7 @@ class KnowledgeBase:
             "model_revision": revision or "",
             "trust_remote_code": str(int(trust_remote_code)),
             "targets": " ".join(targets),
+            "device_map": given,
             "prompts": json.dumps(asdict(settings.prompts), sort_keys=True),
             "dtype": str(base.dtype).removeprefix("torch."),
             "weights_digest": engine.master.digest(),

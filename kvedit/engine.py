@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import curvature as curvatures
-from kvedit import memory, probes
+from kvedit import memory, placement, probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import BreadthFirst
@@ -78,6 +78,7 @@ class Engine:
             base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
         )
         self.names = target_names(base.model, targets)
+        placement.require_present(base.model, self.names)
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self.lower = LowerHalf(base.model, self.names)
         self._adapter: Adapter | None = None
@@ -130,7 +131,10 @@ class Engine:
 
     @curvature.setter
     def curvature(self, value: tuple[Curvature, Curvature]) -> None:
-        self._base_curvature, self._curvature = value
+        devices = {name: weight.device for name, weight in self.master.served().items()}
+        base, total = value
+        self._base_curvature = base.placed(devices)  # what was kept on the disk is on the CPU
+        self._curvature = self._base_curvature if total is base else total.placed(devices)
         self._roots = None
 
     def protect(self, examples: Sequence[Example]) -> None:
@@ -229,9 +233,10 @@ class Engine:
 
     def _weights(self) -> dict[str, Tensor]:
         """The touched matrices where the model is; on a GPU as served, to save its memory."""
-        if self.base.device.type == "cpu":
-            return dict(self.master.matrices)
-        return self.master.served()
+        return {
+            name: self.master.matrices[name] if weight.device.type == "cpu" else weight
+            for name, weight in self.master.served().items()
+        }
 
     def _drift(self) -> dict[str, Tensor]:
         """The slope of the protected text's price, after all that earlier edits moved."""

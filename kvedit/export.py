@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvedit import models, probes
+from kvedit import models, placement, probes
 from kvedit.engine import Engine
 from kvedit.errors import UsageError
 from kvedit.events import Score
@@ -65,7 +65,11 @@ def write(
     with building(directory) as folder:
         _save(engine, folder, wanted, shards)
     progress("reloading the export and asking it again")
-    again = models.load(str(directory), trust_remote_code=models.has_own_code(engine.base.model))
+    again = models.load(
+        str(directory),
+        trust_remote_code=models.has_own_code(engine.base.model),
+        device_map=engine.base.loading.device_map,
+    )
     return compare(engine, again.model, examples, directory, revision)
 
 
@@ -108,8 +112,8 @@ def _dtype(name: str) -> torch.dtype:
 def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:
     """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
     base = engine.base
-    trusted = models.has_own_code(base.model)
-    fresh = models.load(base.path, revision=base.revision, trust_remote_code=trusted)
+    # What is offloaded cannot be changed: a model over several devices is written from memory.
+    fresh = models.again(base, device_map="cpu" if placement.is_spread(base.model) else None)
     engine.master.write_into(fresh.model)
     fresh.model.to(dtype)
     settings = getattr(fresh.model, "generation_config", None)

@@ -153,10 +153,19 @@ def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> An
         return None  # loading it in earnest will say what is wrong
 
 
-def require(model: nn.Module, config: TrainingConfig, targets: Sequence[str]) -> None:
-    """Raise ModelError, with the parts and what helps, when editing cannot fit into memory."""
+def require(
+    model: nn.Module, config: TrainingConfig, targets: Sequence[str], *, spread: bool = False
+) -> None:
+    """Raise ModelError, with the parts and what helps, when editing cannot fit into memory.
+
+    With a device map (``spread``) what counts is the sum over all cards and the system: which part
+    goes where is not known before it is loaded.
+    """
     needed = estimate(model, config, targets=targets)
-    if torch.cuda.is_available():
+    if spread and torch.cuda.is_available():
+        cards = (torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
+        _refuse_if(needed.total, sum(cards) + available(), "memory on all devices", needed)
+    elif torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         _refuse_if(needed.on_device, free, "GPU memory", needed)
         _refuse_if(needed.weights + needed.master, available(), "memory", needed)

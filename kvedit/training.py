@@ -133,7 +133,7 @@ class Loop:
             scores = token_scores(self._model, [*new, *earlier], self._lower)
             held = self._held()
         loss = _loss(scores, len(new), *self._ease())
-        price = self._adapter.price()
+        price = self._adapter.price().to(loss.device)
         self._accelerator.backward(loss + held + self._weight * price)
         self._adapter.read_gradients()
         self._optimizer.step()

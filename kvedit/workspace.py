@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvedit import fold, memory, models, protect
+from kvedit import fold, memory, models, placement, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import KveditError, LockedError, ModelMismatchError, OutOfMemoryError
@@ -190,6 +190,9 @@ def load_pinned(store: Store) -> BaseModel:
         source,
         revision=store.meta("model_revision") or None,
         trust_remote_code=store.meta("trust_remote_code") == "1",
+        device_map=placement.absolute(store.config.model.device_map, store.path)
+        or store.meta("device_map")
+        or "",
     )
     if base.fingerprint != store.meta("model_fingerprint"):
         raise ModelMismatchError(

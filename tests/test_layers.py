@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "prompts",
+        "placement",
         "models",
         "adapters",
         "deltas",
