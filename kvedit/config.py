@@ -151,9 +151,12 @@ class ModelConfig:
     ``device_map`` spreads it over devices: ``auto``, ``balanced``, ``balanced_low_0``,
     ``sequential``, a device, or a JSON file of devices by module (its name is taken from the
     store's folder).  It comes before what ``init --device-map`` was given; "" leaves that as it is.
+    ``load_in`` packs the weights with bitsandbytes while they are loaded, ``4bit`` or ``8bit``; it
+    counts when the store is made, which is for those weights from then on.
     """
 
     device_map: str = setting("")
+    load_in: str = setting("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvedit import export, fold, lora_export, memory, models, placement, protect
+from kvedit import export, fold, lora_export, memory, models, placement, protect, quantised
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
@@ -80,6 +80,7 @@ class KnowledgeBase:
         protect: Path | None = None,
         targets: Sequence[str] = (),
         device_map: str = "",
+        load_in: str = "",
         check_memory: bool = True,
         on_event: OnEvent | None = None,
     ) -> KnowledgeBase:
@@ -87,8 +88,9 @@ class KnowledgeBase:
 
         ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
         linear layers that edits may touch (see ``models.target_names``); ``device_map`` spreads
-        the model over devices (see ``placement.read``).  Raises UsageError if there is a store
-        already, ModelError if the model cannot be loaded or, with ``check_memory``, would not fit.
+        the model over devices (see ``placement.read``), ``load_in`` packs it in ``4bit`` or
+        ``8bit`` (see ``quantised``).  Raises UsageError if there is a store already, ModelError if
+        the model cannot be loaded or, with ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
@@ -97,9 +99,11 @@ class KnowledgeBase:
         outline = memory.outline(source, **options) if check_memory else None
         given = placement.absolute(device_map, Path())
         used = given or placement.absolute(settings.model.device_map, Path(path))
+        packed = load_in or settings.model.load_in
         if outline is not None:
-            memory.require(outline, settings.training, targets, spread=bool(used))
-        base = models.load(source, **options, device_map=used)
+            bits = quantised.bits(outline.config, packed)
+            memory.require(outline, settings.training, targets, spread=bool(used), bits=bits)
+        base = models.load(source, **options, device_map=used, load_in=packed)
         engine = Engine(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,
@@ -112,6 +116,7 @@ class KnowledgeBase:
             "trust_remote_code": str(int(trust_remote_code)),
             "targets": " ".join(targets),
             "device_map": given,
+            "load_in": packed,
             "prompts": json.dumps(asdict(settings.prompts), sort_keys=True),
             "dtype": str(base.dtype).removeprefix("torch."),
             "weights_digest": engine.master.digest(),

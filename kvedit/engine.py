@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import curvature as curvatures
-from kvedit import memory, placement, probes
+from kvedit import memory, placement, probes, quantised
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import BreadthFirst
@@ -79,6 +79,7 @@ class Engine:
         )
         self.names = target_names(base.model, targets)
         placement.require_present(base.model, self.names)
+        quantised.unpack(base.model, self.names)
         self.master = Master(base.model, self.names)  # before wrapping: it holds the plain weights
         self.lower = LowerHalf(base.model, self.names)
         self._adapter: Adapter | None = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvedit import models, placement, probes
+from kvedit import models, placement, probes, quantised
 from kvedit.engine import Engine
 from kvedit.errors import UsageError
 from kvedit.events import Score
@@ -57,9 +57,10 @@ def write(
 ) -> ExportReport:
     """Write the engine's weights as they are served, reload them, and compare greedy answers.
 
-    ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for an
-    unknown dtype, a size that is none, or a folder that is not empty.
+    ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for a
+    quantised base, an unknown dtype, a size that is none, or a folder that is not empty.
     """
+    quantised.refuse_whole_export(engine.base.model)
     wanted = _dtype(dtype) if dtype else engine.base.dtype
     shards = {"max_shard_size": _shard_size(max_shard_size)} if max_shard_size else {}
     with building(directory) as folder:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import prod
@@ -78,13 +78,19 @@ def estimate(
     *,
     targets: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    bits: float | None = None,
 ) -> Estimate:
-    """What editing this model takes; it may be on the meta device.  ``dtype``: as if loaded so."""
+    """What editing this model takes; it may be on the meta device.
+
+    ``dtype``: as if loaded so; ``bits``: as if all matrices that no edit touches were packed.
+    """
     names = models.target_names(model, targets)
     shapes = [(name, *_shape(model.get_submodule(name))) for name in names]
     touched = sum(out * into for _, out, into in shapes)
     itemsize = {p: (dtype or p.dtype).itemsize for p in model.parameters()}
     weights = sum(p.numel() * itemsize[p] for p in model.parameters())  # tied ones come once
+    if bits is not None:
+        weights -= _packed(model, set(names), itemsize, bits)
     return Estimate(
         weights=weights,
         master=2 * touched * _FP32,
@@ -98,10 +104,18 @@ def estimate(
     )
 
 
+def _packed(model: nn.Module, touched: set[str], itemsize: Mapping[Any, int], bits: float) -> int:
+    """How much less the matrices that no edit touches take in so many bits a weight."""
+    layers: list[Any] = [model.get_submodule(n) for n in models.matrices(model) if n not in touched]
+    return int(sum(prod(_shape(one)) * (itemsize[one.weight] - bits / 8) for one in layers))
+
+
 def _shape(module: Any) -> tuple[int, int]:
     """(out, in) of a linear layer, whichever way round it keeps them."""
-    first, second = module.weight.shape
-    return (first, second) if isinstance(module, nn.Linear) else (second, first)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features  # a packed weight has another shape
+    into, out = module.weight.shape
+    return out, into
 
 
 def _curvature(shapes: Sequence[tuple[str, int, int]]) -> int:
@@ -154,14 +168,19 @@ def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> An
 
 
 def require(
-    model: nn.Module, config: TrainingConfig, targets: Sequence[str], *, spread: bool = False
+    model: nn.Module,
+    config: TrainingConfig,
+    targets: Sequence[str],
+    *,
+    spread: bool = False,
+    bits: float | None = None,
 ) -> None:
     """Raise ModelError, with the parts and what helps, when editing cannot fit into memory.
 
     With a device map (``spread``) what counts is the sum over all cards and the system: which part
     goes where is not known before it is loaded.
     """
-    needed = estimate(model, config, targets=targets)
+    needed = estimate(model, config, targets=targets, bits=bits)
     if spread and torch.cuda.is_available():
         cards = (torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
         _refuse_if(needed.total, sum(cards) + available(), "memory on all devices", needed)

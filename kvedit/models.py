@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kvedit import placement
+from kvedit import placement, quantised
 from kvedit.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -42,12 +42,14 @@ _EDGE = 16 * 1024 * 1024  # bytes of each end of a file that its fingerprint cov
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
     """How a model is loaded: from a hub at ``revision``, with its own code or without, over the
-    devices of ``device_map`` (see ``placement.read``; "": on one).
+    devices of ``device_map`` (see ``placement.read``; "": on one), packed while it is loaded if
+    ``load_in`` says so (see ``quantised``; "": as it is stored).
     """
 
     revision: str | None = None
     trust_remote_code: bool = False
     device_map: str = ""
+    load_in: str = ""
 
     @property
     def source(self) -> dict[str, Any]:
@@ -120,6 +122,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device_map: str = "",
+    load_in: str = "",
 ) -> BaseModel:
     """Load a model and its tokenizer from a folder or a hub, in the dtype it is stored in.
 
@@ -132,7 +135,12 @@ def load(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kvedit shows its own progress
-    loading = Loading(revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
+    loading = Loading(
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in=load_in,
+    )
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{source} holds no model: config.json is missing", hint=_WHAT_A_MODEL_IS)
@@ -141,7 +149,7 @@ def load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot("tokenizer", source, error) from error
     model = _load_weights(source, loading)
-    _refuse_quantised(source, model)
+    quantised.refuse_unknown(source, model)
     model.eval().requires_grad_(False)
     return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), loading)
 
@@ -150,7 +158,7 @@ def _load_weights(source: str, loading: Loading) -> Any:
     """The model, where it is to be."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = dict(loading.source)
+    options = {**loading.source, **quantised.options(source, loading.load_in, **loading.source)}
     errors: tuple[type[Exception], ...] = (
         OSError, ValueError, KeyError, ImportError, SafetensorError
     )  # fmt: skip
@@ -161,27 +169,14 @@ def _load_weights(source: str, loading: Loading) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
     except errors as error:
         raise _cannot("model", source, error) from error
-    return model if loading.device_map else model.to(_device())
+    placed = loading.device_map or quantised.method(model)  # packed ones are put there as loaded
+    return model if placed else model.to(_device())
 
 
 def again(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
     """Another copy of a base model, on the same devices or by another device map."""
     loading = base.loading if device_map is None else replace(base.loading, device_map=device_map)
     return load(base.path, **{item.name: getattr(loading, item.name) for item in fields(loading)})
-
-
-def _refuse_quantised(source: str, model: Any) -> None:
-    """A delta cannot be added to packed weights, and what is served would not be what was gated."""
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is None and not getattr(model, "is_quantized", False):
-        return
-    method = getattr(settings, "quant_method", None) or dict(settings or {}).get("quant_method")
-    kind = getattr(method, "value", method) or "unknown"
-    raise ModelError(
-        f"the weights of {source} are quantised ({kind}): edits cannot be merged into them",
-        hint="Edit the model in float32, bfloat16 or float16, export it, and quantise the export;"
-        " or export --format peft and put the adapter over the quantised base.",
-    )
 
 
 _WHAT_A_MODEL_IS = (

@@ -186,6 +186,12 @@ def load_pinned(store: Store) -> BaseModel:
     """The model that the store was made for; raises ModelMismatchError if it is another now."""
     name = store.meta("model_name") or models.EMBEDDED
     source = models.locate(None if name == models.EMBEDDED else store.meta("model_path"))
+    packed, wanted = store.meta("load_in") or "", store.config.model.load_in
+    if wanted not in ("", packed):
+        raise ModelMismatchError(
+            f"{store.path} was made for weights in {packed or 'full width'}, not in {wanted}",
+            hint="Take [model] load_in out of kvedit.toml, or make a new store with kvedit init.",
+        )
     base = models.load(
         source,
         revision=store.meta("model_revision") or None,
@@ -193,6 +199,7 @@ def load_pinned(store: Store) -> BaseModel:
         device_map=placement.absolute(store.config.model.device_map, store.path)
         or store.meta("device_map")
         or "",
+        load_in=packed,
     )
     if base.fingerprint != store.meta("model_fingerprint"):
         raise ModelMismatchError(

@@ -109,14 +109,16 @@ def test_a_fact_is_taught_with_checkpointing(empty_store: Path) -> None:
         assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
 
 
-def test_quantised_weights_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaConfig
-
-    monkeypatch.setattr(LlamaConfig, "quantization_config", {"quant_method": "gptq"}, raising=False)
-    model = type("Model", (), {"config": LlamaConfig()})()
-    with pytest.raises(ModelError, match="gptq") as raised:
-        models._refuse_quantised("some/model", model)
-    assert "--format peft" in str(raised.value.hint)
+def test_lessons_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = footprint._qwen(64, 128, 4, 4, 2, True) | {"vocab_size": 100_000}
+    monkeypatch.setattr(footprint, "SHAPES", {"tiny": tiny})
+    found = footprint.measure("tiny", torch.float32, 8, lambda event: None)
+    one, many = found.lessons
+    assert (one.facts, one.steps, one.default_steps) == (1, 8, CONFIG.max_steps)
+    assert (many.facts, many.steps) == (16, 8) and many.default_steps > 8
+    assert all(cost.peak > 0 and cost.projected > cost.step > 0 for cost in found.lessons)
+    sheet = footprint.measured_sheet(found)
+    assert len(sheet.rows) == 2 and all(len(row) == len(sheet.headers) for row in sheet.rows)
 
 
 def test_the_table_has_a_row_for_each_setting() -> None:

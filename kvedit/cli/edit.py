@@ -112,6 +112,11 @@ def question(key: str) -> str:
     " devices by module. [one device]",
 )
 @click.option(
+    "--load-in",
+    type=click.Choice(["4bit", "8bit"]),
+    help="Pack the weights that no edit touches (needs bitsandbytes). [as they are stored]",
+)
+@click.option(
     "--ignore-memory", is_flag=True, help="Go on even if the model seems too large to be edited."
 )
 @click.pass_obj
@@ -123,6 +128,7 @@ def init(
     protect: Path | None,
     targets: str | None,
     device_map: str,
+    load_in: str | None,
     ignore_memory: bool,
 ) -> None:
     """Create a store and pin its base model.
@@ -147,7 +153,7 @@ def init(
     named = [name.strip() for name in (targets or "").split(",") if name.strip()]
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {"protect": protect, "targets": named, "check_memory": not ignore_memory}
-    options["device_map"] = device_map
+    options |= {"device_map": device_map, "load_in": load_in or ""}
     with (
         make_reporter(quiet=settings.quiet) as reporter,
         KnowledgeBase.create(path, model, on_event=reporter, **options) as base,
