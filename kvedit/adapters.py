@@ -96,6 +96,12 @@ class _Slot:
         self.e.grad = own if self.e.grad is None else self.e.grad + own
         self.gradient = None
 
+    def forget(self) -> None:
+        """Drop gradients: a lesson that was broken off may have left some of a step behind."""
+        self.gradient = None
+        for values in (self.module.lora_A, self.module.lora_B, self.module.lora_E):
+            values[NAME].grad = None
+
     @property
     def scale(self) -> float:
         return float(self.module.scaling[NAME] / (self.module.ranknum[NAME] + 1e-5))
@@ -170,6 +176,7 @@ class Adapter:
             slot.pull = _into(drift[name], slot.roots)
             slot.weight = weights[name]
             slot.start(steep, self.rank, framed=framed)
+            slot.forget()
         self._config.tinit, self._config.tfinal = _NEVER - 2, 0
         self._config.total_step = _NEVER
         self._config.rank_pattern = None
@@ -251,8 +258,7 @@ class Adapter:
         """Let PEFT's allocator see the step's gradients and mask; then forget them."""
         self._tuner.update_and_allocate(step)
         for slot in self._slots.values():
-            for values in (slot.module.lora_A, slot.module.lora_B, slot.module.lora_E):
-                values[NAME].grad = None
+            slot.forget()
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
@@ -301,7 +307,14 @@ def load_lora(model: nn.Module, folder: Path) -> Any:
     """Put a LoRA adapter over a model, as PEFT does for anyone; the model is wrapped in place."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    # PEFT would spread the model anew, which parts that lie on the disk do not survive; without a
+    # map its layers go where those of the base are.
+    spread = model.__dict__.pop("hf_device_map", None)
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    finally:
+        if spread is not None:
+            model.hf_device_map = spread
 
 
 @torch.no_grad()
@@ -354,8 +367,8 @@ def _slot(module: Any) -> _Slot:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is a floating-point matrix and nothing else: no hooks, no quantisation."""
-    if not is_matrix(layer) or hasattr(layer, "_hf_hook"):
+    """Whether a layer is a floating-point matrix that is really there: no quantisation."""
+    if not is_matrix(layer) or layer.weight.device.type == "meta":
         return False
     return bool(layer.weight.is_floating_point())
 
@@ -366,6 +379,7 @@ def _run(slot: _Slot, x: Tensor) -> Tensor:
     if slot.module.disable_adapters:
         off: Tensor = layer(x)
         return off
+    x = x.to(slot.edited.device)  # what accelerate's hook does for a layer that it is asked through
     y: Tensor = _Edited.apply(x, slot.e, slot)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias
 

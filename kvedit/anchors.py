@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
+from kvedit.placement import first_device
 from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
 
@@ -78,9 +79,9 @@ def _answers(
     model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None
 ) -> tuple[Tensor, Tensor]:
     """The last hidden states at all answer positions, row by row, and the targets (rows, width)."""
-    device = next(model.parameters()).device
-    ids, targets = (tensor.to(device) for tensor in padded(examples))
-    return last_hidden(model, ids, examples, lower)[targets >= 0], targets
+    ids, targets = padded(examples)
+    hidden = last_hidden(model, ids.to(first_device(model)), examples, lower)
+    return hidden[(targets >= 0).to(hidden.device)], targets
 
 
 class _Divergence(torch.autograd.Function):

@@ -148,6 +148,21 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """How the base model is loaded.
+
+    ``device_map`` spreads it over devices: ``auto``, ``balanced``, ``balanced_low_0``,
+    ``sequential``, a device, or a JSON file of devices by module (its name is taken from the
+    store's folder).  It comes before what ``init --device-map`` was given; "" leaves that as it is.
+    ``load_in`` packs the weights with bitsandbytes while they are loaded, ``4bit`` or ``8bit``; it
+    counts when the store is made, which is for those weights from then on.
+    """
+
+    device_map: str = setting("")
+    load_in: str = setting("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of a store."""
 
@@ -157,6 +172,7 @@ class Config:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -180,6 +196,7 @@ class Config:
             retention=_section(path, document, "retention", RetentionConfig),
             protect=_section(path, document, "protect", ProtectConfig),
             prompts=_section(path, document, "prompts", PromptsConfig),
+            model=_section(path, document, "model", ModelConfig),
         )
 
     def to_json(self) -> dict[str, dict[str, object]]:

@@ -64,6 +64,19 @@ class Curvature:
             added[name] = Moments(shared[at], own.gradients + weight * more.gradients)
         return Curvature(added, self.tokens)
 
+    def placed(self, devices: Mapping[str, torch.device]) -> Curvature:
+        """The same with each matrix's moments on its own device; those shared stay shared."""
+        if all(own.inputs.device == devices[name] for name, own in self.moments.items()):
+            return self
+        shared: dict[tuple[int, torch.device], Tensor] = {}
+        moved = {}
+        for name, own in self.moments.items():
+            at = own.inputs.data_ptr(), devices[name]
+            if at not in shared:
+                shared[at] = own.inputs.to(devices[name])
+            moved[name] = Moments(shared[at], own.gradients.to(devices[name]))
+        return Curvature(moved, self.tokens)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """As flat tensors, to be kept in a file."""
         flat = {"tokens": torch.tensor(self.tokens)}
@@ -148,7 +161,8 @@ class _Recorder:
             self.gradients[name] = gradient
 
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            self.inputs[name] = args[0].detach()
+            # A hook of accelerate may carry the input over only inside the module.
+            self.inputs[name] = args[0].detach().to(output.device)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             output.register_hook(keep)  # type: ignore[no-untyped-call]

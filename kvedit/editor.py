@@ -18,16 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvedit import export, fold, lora_export, memory, models, protect
+from kvedit import export, fold, lora_export, memory, models, placement, protect, quantised
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import (
     DuplicateKeyError,
+    OutOfMemoryError,
     UnknownKeyError,
 )
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
+from kvedit.groups import Room
 from kvedit.keys import Similar, similar, similar_pairs
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
@@ -69,6 +71,7 @@ class KnowledgeBase:
         self.engine = engine
         self._emit: OnEvent = on_event or (lambda event: None)
         self._work = Workspace(store, engine, self._emit)
+        self._room = Room()
 
     @classmethod
     def create(
@@ -80,6 +83,8 @@ class KnowledgeBase:
         trust_remote_code: bool = False,
         protect: Path | None = None,
         targets: Sequence[str] = (),
+        device_map: str = "",
+        load_in: str = "",
         check_memory: bool = True,
         on_event: OnEvent | None = None,
         crew: Crew | None = None,
@@ -87,18 +92,24 @@ class KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
         ``protect`` is a file of the user's own text that must stay; ``targets`` are names of the
-        linear layers that edits may touch (see ``models.target_names``); ``crew`` are processes
-        that share the work, this one being the first.  Raises UsageError if there is a store
-        already, ModelError if the model cannot be loaded or, with ``check_memory``, would not fit.
+        linear layers that edits may touch (see ``models.target_names``); ``device_map`` spreads
+        the model over devices (see ``placement.read``), ``load_in`` packs it in ``4bit`` or
+        ``8bit`` (see ``quantised``); ``crew`` are processes that share the work, this one being
+        the first.  Raises UsageError if there is a store already, ModelError if the model cannot be
+        loaded or, with ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
         source = models.locate(model)
         settings = Config.load(Path(path) / "kvedit.toml")
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         outline = memory.outline(source, **options) if check_memory else None
+        given = placement.absolute(device_map, Path())
+        used = given or placement.absolute(settings.model.device_map, Path(path))
+        packed = load_in or settings.model.load_in
         if outline is not None:
-            memory.require(outline, settings.training, targets)
-        base = models.load(source, **options)
+            bits = quantised.bits(outline.config, packed)
+            memory.require(outline, settings.training, targets, spread=bool(used), bits=bits)
+        base = models.load(source, **options, device_map=used, load_in=packed)
         engine = _engine(crew)(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,
@@ -110,6 +121,8 @@ class KnowledgeBase:
             "model_revision": revision or "",
             "trust_remote_code": str(int(trust_remote_code)),
             "targets": " ".join(targets),
+            "device_map": given,
+            "load_in": packed,
             "prompts": json.dumps(asdict(settings.prompts), sort_keys=True),
             "dtype": str(base.dtype).removeprefix("torch."),
             "weights_digest": engine.master.digest(),
@@ -227,21 +240,71 @@ class KnowledgeBase:
 
         What the group does not learn is tried again by itself, so that no fact costs its
         neighbours; with ``carry`` it stays pending, for the caller to put into a later group.  A
-        group that the gate refuses is split.  Raises what ``add_fact`` raises; what was committed
-        before stands.
+        group that the gate refuses is split, and so is one that memory does not suffice for: a fact
+        that does not fit even alone is reported as ``failed``.  Raises what ``add_fact`` raises;
+        what was committed before stands.
         """
         if len(facts) == 1:
             return (self.add_fact(facts[0], force=force),)
-        report = self._teach_group(facts, force)
+        parts = self._room.parts(facts)
+        if len(parts) > 1:
+            return self._add_parts(parts, force, carry)
+        report = self._fitting(len(facts), lambda: self._teach_group(facts, force))
+        if report is None:
+            return self._add_parts(self._room.parts(facts), force, carry)
         missing = [fact for fact in facts if not self._holds(fact)]
         if report.outcome == "committed" and carry:
             return (report,)
         half = (len(missing) + 1) // 2
         few = report.outcome == "committed" and len(missing) <= len(facts) // 4
         parts = [[f] for f in missing] if few else [missing[:half], missing[half:]]
-        more = [self.add_group(part, force=force, carry=carry) for part in parts if part]
+        more = self._add_parts([part for part in parts if part], force, carry)
         self._warn_apart(facts)
-        return (report, *(one for reports in more for one in reports))
+        return (report, *more)
+
+    def _add_parts(
+        self, parts: Sequence[Sequence[Fact]], force: bool, carry: bool
+    ) -> tuple[EditReport, ...]:
+        """``add_group`` for each; a fact that there is no memory for does not keep the others."""
+        found: list[EditReport] = []
+        for part in parts:
+            try:
+                found += self.add_group(part, force=force, carry=carry)
+            except OutOfMemoryError as error:  # of one fact: more than one are split
+                found.append(self._did_not_fit("add", part[0].key, error))
+        return tuple(found)
+
+    @property
+    def largest_group(self) -> int | None:
+        """How many facts are taught together at most since memory ran out; None if it never did."""
+        return self._room.largest
+
+    def _fitting(self, count: int, teach: Callable[[], EditReport]) -> EditReport | None:
+        """What ``teach`` reports; None if memory ran out with ``count`` facts, which is then known.
+
+        Raises OutOfMemoryError for a single fact.
+        """
+        try:
+            return teach()
+        except OutOfMemoryError as error:
+            if count == 1:
+                raise
+            why = error.message
+        # Only here is the error gone, and with it the frames that hold what the attempt had made.
+        memory.give_back()
+        most = self._room.halve(count)
+        text = f"{why}; {count} facts do not fit together, going on with {most} at most"
+        self._emit(Warning_(text=text, code="out-of-memory"))
+        return None
+
+    def _did_not_fit(self, kind: str, key: str, error: OutOfMemoryError) -> EditReport:
+        """A fact's failure, as a report."""
+        report = EditReport(
+            kind=kind, outcome="failed", key=key, keys=(key,), parent=self.store.head(),
+            reasons=(f"{error.message}. {error.hint}",),
+        )  # fmt: skip
+        self._emit(report)
+        return report
 
     def _teach_group(self, facts: Sequence[Fact], force: bool) -> EditReport:
         """One edit for all facts that the store does not hold yet."""
@@ -365,8 +428,9 @@ class KnowledgeBase:
         finally:
             self._work.revision = self.store.head()  # an interruption may come after the commit
         if report.revision is not None:
-            self._remember(plan, report)
             every = self._work.config.retention.checkpoint_every
+            with self._work.dispensable(), memory.watched():  # measured again before the next edit
+                self._remember(plan, report)
             with self._work.dispensable():
                 fold.checkpoint_if_due(self.store, self.engine.master, every)
         self._emit(report)
@@ -480,10 +544,9 @@ class KnowledgeBase:
         for _ in range(REPAIR_ROUNDS if repair else 0):
             lost = {check.key for check in report.checks if not check.passed}
             again = [row for row in rows if row.fact.key in lost]
-            groups = [again[i : i + REPAIR_GROUP] for i in range(0, len(again), REPAIR_GROUP)]
-            if not groups:
+            if not again:
                 break
-            repaired += [self._repair(group) for group in groups]
+            repaired += self._repair_all(again)
             report = self._check(rows)
         return replace(report, repaired=tuple(repaired), seconds=time.monotonic() - began)
 
@@ -514,6 +577,17 @@ class KnowledgeBase:
             score=Score(sum(held), len(held)),
             generated=Score(sum(spoken), len(spoken), "generated"),
         )
+
+    def _repair_all(self, rows: Sequence[FactRow]) -> list[EditReport]:
+        """Repair in groups, as large as there is memory for."""
+        parts = self._room.parts(rows, REPAIR_GROUP)
+        if len(parts) > 1:
+            return [report for part in parts for report in self._repair_all(part)]
+        try:
+            report = self._fitting(len(rows), lambda: self._repair(rows))
+        except OutOfMemoryError as error:
+            return [self._did_not_fit("repair", rows[0].fact.key, error)]
+        return self._repair_all(rows) if report is None else [report]
 
     def _repair(self, rows: Sequence[FactRow]) -> EditReport:
         with self._work.editing():

@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import curvature as curvatures
+from kvedit import memory, placement, quantised
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import MOST_WEIGHT, BreadthFirst
@@ -80,6 +81,8 @@ class Engine:
             base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
         )
         self.names = target_names(base.model, targets)
+        placement.require_present(base.model, self.names)
+        quantised.unpack(base.model, self.names)
         self.master = self._make_master()  # before wrapping: it holds the plain weights
         self.share = Share()
         self.lower = LowerHalf(base.model, self.names)
@@ -115,6 +118,14 @@ class Engine:
             self._adapter = Adapter(self.base.model, self.names, init_rank=init, target_rank=target)
         return self._adapter
 
+    def release(self) -> None:
+        """Give back the memory of all that is made again at need, after it ran out."""
+        if self._adapter is not None:
+            self._adapter.unwrap()
+            self._adapter = None
+        self.lower.forget()
+        memory.give_back()
+
     def anchor(self, examples: Sequence[Example]) -> None:
         """Keep what the model says to protected text; the weights must be the base's."""
         self.anchors = Anchors.measure(self.base.model, examples, self.lower)
@@ -131,7 +142,10 @@ class Engine:
         self._hold(*value)
 
     def _hold(self, base: Curvature, total: Curvature) -> None:
-        self._base_curvature, self._curvature, self._roots = base, total, None
+        devices = {name: weight.device for name, weight in self.master.served().items()}
+        self._base_curvature = base.placed(devices)  # what was kept on the disk is on the CPU
+        self._curvature = self._base_curvature if total is base else total.placed(devices)
+        self._roots = None
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay, on the weights as they are."""
@@ -229,9 +243,10 @@ class Engine:
 
     def _weights(self) -> dict[str, Tensor]:
         """The touched matrices where the model is; on a GPU as served, to save its memory."""
-        if self.base.device.type == "cpu":
-            return dict(self.master.matrices)
-        return self.master.served()
+        return {
+            name: self.master.matrices[name] if weight.device.type == "cpu" else weight
+            for name, weight in self.master.served().items()
+        }
 
     def _drift(self, share: float) -> dict[str, Tensor]:
         """A share of the slope of protected text's price, after all that earlier edits moved."""

@@ -112,6 +112,10 @@ class ProcessLostError(ProcessError):
     """One of several processes has ended or no longer answers; no work can be shared any more."""
 
 
+class OutOfMemoryError(KveditError):
+    """There was not enough memory for what was asked; nothing of it was kept."""
+
+
 class Interrupted(KveditError):
     """The user stopped the program; nothing of the edit in flight was kept."""
 

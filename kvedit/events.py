@@ -100,7 +100,8 @@ class RetentionCheck:
 class EditReport:
     """How one edit ended; times in seconds, ranks per matrix, keys in ``broke`` were forced.
 
-    ``key`` is for showing; ``keys`` are those of all facts that the edit was about.
+    ``key`` is for showing; ``keys`` are those of all facts that the edit was about.  ``refused``
+    has what the gate said of each attempt that it refused.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -125,6 +126,7 @@ class EditReport:
     text_after: str | None = None
     keys: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields, scores with rate and interval."""

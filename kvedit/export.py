@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvedit import models, probes
+from kvedit import models, placement, probes, quantised
 from kvedit.engine import Engine
 from kvedit.errors import UsageError
 from kvedit.events import Score
@@ -57,15 +57,20 @@ def write(
 ) -> ExportReport:
     """Write the engine's weights as they are served, reload them, and compare greedy answers.
 
-    ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for an
-    unknown dtype, a size that is none, or a folder that is not empty.
+    ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for a
+    quantised base, an unknown dtype, a size that is none, or a folder that is not empty.
     """
+    quantised.refuse_whole_export(engine.base.model)
     wanted = _dtype(dtype) if dtype else engine.base.dtype
     shards = {"max_shard_size": _shard_size(max_shard_size)} if max_shard_size else {}
     with building(directory) as folder:
         _save(engine, folder, wanted, shards)
     progress("reloading the export and asking it again")
-    again = models.load(str(directory), trust_remote_code=models.has_own_code(engine.base.model))
+    again = models.load(
+        str(directory),
+        trust_remote_code=models.has_own_code(engine.base.model),
+        device_map=engine.base.loading.device_map,
+    )
     return compare(engine, again.model, examples, directory, revision)
 
 
@@ -108,8 +113,8 @@ def _dtype(name: str) -> torch.dtype:
 def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:
     """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
     base = engine.base
-    trusted = models.has_own_code(base.model)
-    fresh = models.load(base.path, revision=base.revision, trust_remote_code=trusted)
+    # What is offloaded cannot be changed: a model over several devices is written from memory.
+    fresh = models.again(base, device_map="cpu" if placement.is_spread(base.model) else None)
     engine.master.write_into(fresh.model)
     fresh.model.to(dtype)
     settings = getattr(fresh.model, "generation_config", None)

@@ -211,6 +211,7 @@ class _Run:
                 left, refused = self._teach(group)
                 groups.put_back(left)
                 groups.learn(refused=refused)
+                groups.limit(self._knowledge.largest_group)
                 self._verify_if_due()
                 self._tell()
             if self._count("committed"):
@@ -246,7 +247,8 @@ class _Run:
             self._errors += 1
             self._record(group[0], (), _said(error))
             return [], True
-        self._errors = 0
+        without_room = all(report.outcome == "failed" for report in reports)
+        self._errors = self._errors + len(reports) if without_room else 0
         carried = {key for report in reports for key in report.left}
         left = [fact for fact in group if fact.key in carried and not self._committed(fact)]
         for fact in group:
@@ -326,5 +328,5 @@ def _retention(reports: Sequence[EditReport]) -> Score | None:
 
 def _said(error: Exception) -> str:
     if isinstance(error, KveditError):
-        return error.message
+        return f"{error.message}. {error.hint}".rstrip(". ")
     return f"{type(error).__name__}: {error}"

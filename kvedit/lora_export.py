@@ -128,8 +128,7 @@ def _plain(module: Any) -> Any:
 
 def _loaded(engine: Engine, folder: Path) -> Any:
     """A fresh base model under the adapter, as transformers' own class: PEFT wraps it in place."""
-    trusted = models.has_own_code(engine.base.model)
-    fresh = models.load(engine.base.path, revision=engine.base.revision, trust_remote_code=trusted)
+    fresh = models.again(engine.base)
     adapters.load_lora(fresh.model, folder)
     return fresh.model
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from kvedit.models import blocks
+from kvedit.placement import first_device, instead
 
 KEPT_BYTES = 1 << 30
 NEAR = 0.02  # relative: other batch shapes round otherwise in half precision
@@ -92,7 +93,7 @@ class LowerHalf:
     def _compute(self, backbone: nn.Module, texts: Sequence[_Ids]) -> list[Tensor]:
         if not texts:
             return []
-        device = next(backbone.parameters()).device
+        device = first_device(backbone)
         width = -(-max(map(len, texts)) // 32) * 32  # few shapes, as in ``probes.padded``
         ids = torch.zeros(len(texts), width, dtype=torch.long)
         for row, text in enumerate(texts):
@@ -127,16 +128,16 @@ class LowerHalf:
         while self._bytes > KEPT_BYTES:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
+    def forget(self) -> None:
+        """Give back the memory of what was kept."""
+        self._kept.clear()
+        self._bytes = 0
+
     @contextmanager
     def _handing_on(self, hidden: Tensor) -> Iterator[None]:
         """Let the lower blocks hand on ``hidden`` (rows, width, hidden) instead of computing it."""
-        for index, block in enumerate(self._below):
-            block.forward = _hands_on(hidden if index == 0 else None)
-        try:
+        with instead(self._below, lambda index, _: _hands_on(hidden if index == 0 else None)):
             yield
-        finally:
-            for block in self._below:
-                del block.forward
 
 
 def _hands_on(instead: Tensor | None) -> Any:

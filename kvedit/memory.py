@@ -1,15 +1,21 @@
-"""How much memory a model needs to be edited, computed before it is loaded.
+"""How much memory a model needs to be edited, computed before it is loaded; and what to do when it
+ran out all the same.
 
 Invariants:
 - Nothing is loaded for an estimate: shapes come from the configuration, on the meta device.
 - An estimate counts what the engine holds at once while it teaches, part by part, so that a
   refusal can say what is too large.
+- However a library says that memory ran out, it leaves ``watched`` as one error with what helps,
+  and no frame of the attempt holds on to its tensors.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
@@ -21,12 +27,21 @@ from torch import nn
 from kvedit import models
 from kvedit.config import TrainingConfig
 from kvedit.curvature import DENSE_LIMIT
-from kvedit.errors import ModelError
+from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.probes import batch_tokens
 
 _FP32 = 4
 _ADAPTER_COPIES = 7  # PEFT's A and B and their gradients, ours, theirs, and Adam's two moments
 _GIB = 1024**3
+_RAN_OUT = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "alloc_failed",
+)  # fmt: skip
+"""In what torch's allocators and NVIDIA's libraries say; on a CPU it is a plain RuntimeError."""
+LESS = (
+    "Set [training] gradient_checkpointing = true in kvedit.toml, name fewer layers with"
+    " init --targets, or load the model in a smaller dtype."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +78,19 @@ def estimate(
     *,
     targets: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    bits: float | None = None,
 ) -> Estimate:
-    """What editing this model takes; it may be on the meta device.  ``dtype``: as if loaded so."""
+    """What editing this model takes; it may be on the meta device.
+
+    ``dtype``: as if loaded so; ``bits``: as if all matrices that no edit touches were packed.
+    """
     names = models.target_names(model, targets)
     shapes = [(name, *_shape(model.get_submodule(name))) for name in names]
     touched = sum(out * into for _, out, into in shapes)
     itemsize = {p: (dtype or p.dtype).itemsize for p in model.parameters()}
     weights = sum(p.numel() * itemsize[p] for p in model.parameters())  # tied ones come once
+    if bits is not None:
+        weights -= _packed(model, set(names), itemsize, bits)
     return Estimate(
         weights=weights,
         master=2 * touched * _FP32,
@@ -83,10 +104,18 @@ def estimate(
     )
 
 
+def _packed(model: nn.Module, touched: set[str], itemsize: Mapping[Any, int], bits: float) -> int:
+    """How much less the matrices that no edit touches take in so many bits a weight."""
+    layers: list[Any] = [model.get_submodule(n) for n in models.matrices(model) if n not in touched]
+    return int(sum(prod(_shape(one)) * (itemsize[one.weight] - bits / 8) for one in layers))
+
+
 def _shape(module: Any) -> tuple[int, int]:
     """(out, in) of a linear layer, whichever way round it keeps them."""
-    first, second = module.weight.shape
-    return (first, second) if isinstance(module, nn.Linear) else (second, first)
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features  # a packed weight has another shape
+    into, out = module.weight.shape
+    return out, into
 
 
 def _curvature(shapes: Sequence[tuple[str, int, int]]) -> int:
@@ -138,10 +167,24 @@ def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> An
         return None  # loading it in earnest will say what is wrong
 
 
-def require(model: nn.Module, config: TrainingConfig, targets: Sequence[str]) -> None:
-    """Raise ModelError, with the parts and what helps, when editing cannot fit into memory."""
-    needed = estimate(model, config, targets=targets)
-    if torch.cuda.is_available():
+def require(
+    model: nn.Module,
+    config: TrainingConfig,
+    targets: Sequence[str],
+    *,
+    spread: bool = False,
+    bits: float | None = None,
+) -> None:
+    """Raise ModelError, with the parts and what helps, when editing cannot fit into memory.
+
+    With a device map (``spread``) what counts is the sum over all cards and the system: which part
+    goes where is not known before it is loaded.
+    """
+    needed = estimate(model, config, targets=targets, bits=bits)
+    if spread and torch.cuda.is_available():
+        cards = (torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
+        _refuse_if(needed.total, sum(cards) + available(), "memory on all devices", needed)
+    elif torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         _refuse_if(needed.on_device, free, "GPU memory", needed)
         _refuse_if(needed.weights + needed.master, available(), "memory", needed)
@@ -187,3 +230,34 @@ def _number(path: Path) -> int | None:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory left, of a GPU's or the system's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in _RAN_OUT
+    )
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside, running out of memory raises OutOfMemoryError, whoever noticed it first."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        said = str(error).strip().splitlines()
+        # The frames that the error passed through would keep the tensors of the attempt alive.
+        traceback.clear_frames(error.__traceback__)
+        first = f": {said[0]}" if said else ""
+        raise OutOfMemoryError(f"memory ran out{first}", hint=LESS) from None
+
+
+def give_back() -> None:
+    """Let go of what no one refers to any more, on a GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

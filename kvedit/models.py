@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kvedit import placement, quantised
 from kvedit.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,24 @@ _CONTEXTS = (
 _EDGE = 16 * 1024 * 1024  # bytes of each end of a file that its fingerprint covers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How a model is loaded: from a hub at ``revision``, with its own code or without, over the
+    devices of ``device_map`` (see ``placement.read``; "": on one), packed while it is loaded if
+    ``load_in`` says so (see ``quantised``; "": as it is stored).
+    """
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device_map: str = ""
+    load_in: str = ""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What transformers wants to know for any part of a model."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """A loaded model: in evaluation mode, all parameters frozen."""
@@ -47,7 +66,7 @@ class BaseModel:
     name: str
     path: str
     fingerprint: str
-    revision: str | None = None
+    loading: Loading = Loading()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,9 +76,8 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its first parameter lies."""
-        found: torch.device = next(self.model.parameters()).device
-        return found
+        """Where tokens are handed in."""
+        return placement.first_device(self.model)
 
     @property
     def context(self) -> int:
@@ -98,49 +116,67 @@ def locate(model: str | Path | None) -> str:
     return str(path.resolve()) if path.is_dir() else str(model)
 
 
-def load(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> BaseModel:
+def load(
+    source: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str = "",
+    load_in: str = "",
+) -> BaseModel:
     """Load a model and its tokenizer from a folder or a hub, in the dtype it is stored in.
 
-    Raises ModelError, with what to do, when there is none, no tokenizer, or custom code that was
-    not allowed.
+    Raises ModelError, with what to do, when there is none, no tokenizer, custom code that was not
+    allowed, or a device map that does not fit.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kvedit shows its own progress
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loading = Loading(
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        load_in=load_in,
+    )
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{source} holds no model: config.json is missing", hint=_WHAT_A_MODEL_IS)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **loading.source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _cannot("tokenizer", source, error) from error
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise _cannot("model", source, error) from error
-    model: Any = loaded
-    _refuse_quantised(source, model)
+    model = _load_weights(source, loading)
+    quantised.refuse_unknown(source, model)
     model.eval().requires_grad_(False)
-    model.to(_device())
-    return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), revision)
+    return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), loading)
 
 
-def _refuse_quantised(source: str, model: Any) -> None:
-    """A delta cannot be added to packed weights, and what is served would not be what was gated."""
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is None and not getattr(model, "is_quantized", False):
-        return
-    method = getattr(settings, "quant_method", None) or dict(settings or {}).get("quant_method")
-    kind = getattr(method, "value", method) or "unknown"
-    raise ModelError(
-        f"the weights of {source} are quantised ({kind}): edits cannot be merged into them",
-        hint="Edit the model in float32, bfloat16 or float16, export it, and quantise the export;"
-        " or export --format peft and put the adapter over the quantised base.",
-    )
+def _load_weights(source: str, loading: Loading) -> Any:
+    """The model, where it is to be."""
+    from transformers import AutoModelForCausalLM
+
+    options = {**loading.source, **quantised.options(source, loading.load_in, **loading.source)}
+    errors: tuple[type[Exception], ...] = (
+        OSError, ValueError, KeyError, ImportError, SafetensorError
+    )  # fmt: skip
+    if loading.device_map:
+        options["device_map"] = placement.read(loading.device_map)
+        errors = (*errors, RuntimeError, AssertionError)  # a device that is not there
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+    except errors as error:
+        raise _cannot("model", source, error) from error
+    placed = loading.device_map or quantised.method(model)  # packed ones are put there as loaded
+    return model if placed else model.to(_device())
+
+
+def again(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
+    """Another copy of a base model, on the same devices or by another device map."""
+    loading = base.loading if device_map is None else replace(base.loading, device_map=device_map)
+    return load(base.path, **{item.name: getattr(loading, item.name) for item in fields(loading)})
 
 
 _WHAT_A_MODEL_IS = (
@@ -323,13 +359,8 @@ def checkpointed(model: nn.Module, *, on: bool) -> Iterator[None]:
     Done here and not by transformers, which couples it to training mode and so to dropout.
     """
     layers = list(blocks(model)[1]) if on else []
-    for layer in layers:
-        layer.forward = partial(_twice, layer.forward)  # hides the method of the class
-    try:
+    with placement.instead(layers, lambda _, forward: partial(_twice, forward)):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _twice(forward: Callable[..., Any], *args: Any, **more: Any) -> Any:

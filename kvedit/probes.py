@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
 from kvedit.models import context_of, has_own_code, vocabulary
+from kvedit.placement import first_device, is_spread
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
@@ -69,15 +70,17 @@ def answers_of(
     model: Any, examples: Sequence[Example], lower: LowerHalf | None = None, *, exact: bool = True
 ) -> Answers:
     """One forward pass; ``lower`` may save its lower half; logits in float only if ``exact``."""
-    device = next(model.parameters()).device
-    ids, targets = (tensor.to(device) for tensor in padded(examples))
-    chosen = targets >= 0
-    rows = torch.arange(len(examples), device=device)[:, None].expand_as(targets)[chosen]
+    ids, targets = padded(examples)
+    ids, chosen = ids.to(first_device(model)), targets >= 0
     if projects(model):
-        logits = project(model, last_hidden(model, ids, examples, lower)[chosen])
+        hidden = last_hidden(model, ids, examples, lower)
+        logits = project(model, hidden[chosen.to(hidden.device)])
     else:
-        logits = model(input_ids=ids, use_cache=False).logits[chosen]
-    return Answers(logits.float() if exact else logits, targets[chosen], rows)
+        whole = model(input_ids=ids, use_cache=False).logits
+        logits = whole[chosen.to(whole.device)]
+    rows = torch.arange(len(examples))[:, None].expand_as(targets)[chosen]
+    wanted, rows = targets[chosen].to(logits.device), rows.to(logits.device)
+    return Answers(logits.float() if exact else logits, wanted, rows)
 
 
 def projects(model: Any) -> bool:
@@ -95,7 +98,7 @@ def projects(model: Any) -> bool:
 def _try_projection(model: Any) -> bool:
     if backbone(model) is model or head(model) is None:
         return False
-    ids = torch.tensor([[5, 6, 7], [7, 5, 6]], device=next(model.parameters()).device)
+    ids = torch.tensor([[5, 6, 7], [7, 5, 6]], device=first_device(model))
     training = model.training
     model.eval()  # dropout would tell two equal ways apart
     try:
@@ -105,7 +108,8 @@ def _try_projection(model: Any) -> bool:
     finally:
         model.train(training)
     close = 0.01 * float(whole.std()) + 1e-4
-    return short.shape == whole.shape and bool((short - whole).abs().max() <= close)
+    alike = short.shape == whole.shape
+    return alike and bool((short.to(whole.device) - whole).abs().max() <= close)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +324,7 @@ class _Decoding:
     ) -> None:
         self._model = model
         self._ends = frozenset({end}) if isinstance(end, int) else end
-        device = next(model.parameters()).device
+        device = first_device(model)
         width = max(len(prefix) for prefix in prefixes)
         ids = torch.zeros(len(prefixes), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -358,7 +362,7 @@ class _Decoding:
         extra: dict[str, Tensor] = {}
         if self._padded:
             extra["attention_mask"] = self._mask
-            if _takes_positions(self._model.forward.__func__):
+            if _takes_positions(type(self._model).forward):  # its own may be a hook
                 positions = self._mask.cumsum(1).sub(1).clamp_min(0)
                 extra["position_ids"] = positions[:, -self._current.shape[1] :]
         out = self._model(
@@ -378,7 +382,8 @@ class _Decoding:
         if self._cache and not hasattr(self._cache, "batch_select_indices"):
             return  # custom code's tuples: which of their sides is the row is not for us to guess
         if self._cache:
-            self._cache.batch_select_indices(keep)
+            # A cache over several devices takes indices from the CPU alone.
+            self._cache.batch_select_indices(keep.cpu() if is_spread(self._model) else keep)
         self._current, self._mask = self._current[keep], self._mask[keep]
         self._alive = [self._alive[at] for at in going]
 

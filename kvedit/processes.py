@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from kvedit.curvature import Curvature
 from kvedit.deltas import Delta, Master
 from kvedit.engine import Engine, Taught
 from kvedit.errors import ModelMismatchError, ProcessError
-from kvedit.models import BaseModel
+from kvedit.models import BaseModel, Loading
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.share import Together
@@ -55,8 +55,7 @@ class LedEngine(Engine):
         what they find under its name is another one.
         """
         self._crew = crew
-        trusted = models.has_own_code(base.model)
-        source = (base.path, base.revision, trusted, base.fingerprint)
+        source = (base.path, base.fingerprint, base.loading)
         crew.lead(Call("load", (source, config, tuple(targets)), patient=True), lambda: None)
         super().__init__(base, config, targets=targets, **more)
         self.share = Together(crew)
@@ -209,13 +208,13 @@ class Replica:
 
     def load(
         self,
-        source: tuple[str, str | None, bool, str],
+        source: tuple[str, str, Loading],
         config: TrainingConfig,
         targets: Sequence[str],
     ) -> None:
         """The leader's model.  Texts come as tokens, so its prompts need not be known."""
-        path, revision, trusted, fingerprint = source
-        base = models.load(path, revision=revision, trust_remote_code=trusted)
+        path, fingerprint, loading = source
+        base = models.load(path, **asdict(loading))
         if base.fingerprint != fingerprint:
             raise ModelMismatchError(
                 f"process {self._crew.rank} finds another model at {path} than process 0",

@@ -138,7 +138,7 @@ class Loop:
             scores = self._share.scores(self._model, [*new, *earlier], self._lower)
             held = self._held()
         loss = _loss(scores, len(new), *self._ease(), self._earlier_weight)
-        price = self._adapter.price()
+        price = self._adapter.price().to(loss.device)
         self._accelerator.backward(loss + held + self._share.once(self._weight * price))
         self._share.sum_gradients(self._adapter)
         self._adapter.read_gradients()

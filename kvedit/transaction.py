@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvedit import deltas
+from kvedit import deltas, memory
 from kvedit.config import Config, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
@@ -114,6 +114,7 @@ class Transaction:
         self._timings: dict[str, float] = {}
         self._steps = 0
         self._left: tuple[str, ...] = ()
+        self._refused: tuple[str, ...] = ()
 
     def run(self, *, force: bool = False) -> EditReport:
         """Commit, or reject with reasons; anything raised leaves the model as it was."""
@@ -121,7 +122,8 @@ class Transaction:
         snapshot = self._engine.master.snapshot()
         edit_id = self._store.plan_edit(self._plan.kind, self._plan.changes, self._config.to_json())
         try:
-            return self._carry_out(edit_id, head, snapshot, force)
+            with memory.watched():
+                return self._carry_out(edit_id, head, snapshot, force)
         except KeyboardInterrupt as error:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
             state = "was committed before" if committed else "did not happen"
@@ -199,6 +201,7 @@ class Transaction:
             reasons = self._refusals(found)
             if not reasons:
                 break
+            self._refused = (*self._refused, "; ".join(reasons))
             lost.update({risk.row.id: risk for risk in found.lost})
             config = _harder(config, found.checks)
             harmed = found.checks.unmoved.passed < found.checks.unmoved.n
@@ -320,6 +323,7 @@ class Transaction:
             key=self._plan.key,
             keys=self._plan.keys,
             left=self._left,
+            refused=self._refused,
             parent=parent,
             reasons=tuple(reasons),
             reliability=found.checks.recall,

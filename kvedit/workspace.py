@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvedit import fold, models, protect
+from kvedit import fold, memory, models, placement, protect
 from kvedit.config import Config
 from kvedit.engine import Engine
-from kvedit.errors import KveditError, LockedError, ModelMismatchError
+from kvedit.errors import KveditError, LockedError, ModelMismatchError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
 from kvedit.models import BaseModel
 from kvedit.prompts import Example
@@ -41,8 +41,13 @@ class Workspace:
     def editing(self) -> Iterator[None]:
         """The store's lock for the length of one edit, the model brought up to the head."""
         with self.store.lock():
-            self._prepare()
-            yield
+            try:
+                with memory.watched():
+                    self._prepare()
+                    yield
+            except OutOfMemoryError:
+                self.engine.release()  # what is kept for speed must not fail the next edit too
+                raise
 
     def recover(self) -> None:
         """End what a killed process left; skipped while another process is at work."""
@@ -181,10 +186,20 @@ def load_pinned(store: Store) -> BaseModel:
     """The model that the store was made for; raises ModelMismatchError if it is another now."""
     name = store.meta("model_name") or models.EMBEDDED
     source = models.locate(None if name == models.EMBEDDED else store.meta("model_path"))
+    packed, wanted = store.meta("load_in") or "", store.config.model.load_in
+    if wanted not in ("", packed):
+        raise ModelMismatchError(
+            f"{store.path} was made for weights in {packed or 'full width'}, not in {wanted}",
+            hint="Take [model] load_in out of kvedit.toml, or make a new store with kvedit init.",
+        )
     base = models.load(
         source,
         revision=store.meta("model_revision") or None,
         trust_remote_code=store.meta("trust_remote_code") == "1",
+        device_map=placement.absolute(store.config.model.device_map, store.path)
+        or store.meta("device_map")
+        or "",
+        load_in=packed,
     )
     if base.fingerprint != store.meta("model_fingerprint"):
         raise ModelMismatchError(

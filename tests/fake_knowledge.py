@@ -59,6 +59,7 @@ class FakeKnowledge:
     before: Callable[[Fact], None] = lambda fact: None
     refuses: set[str] = field(default_factory=set)
     together: bool = False
+    largest_group: int | None = None
     loses: set[str] = field(default_factory=set)
     retention: Score = field(default_factory=Score)
     engine: FakeEngine = field(default_factory=FakeEngine)

@@ -35,7 +35,8 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
 
 def test_json_holds_every_section() -> None:
     document = json.loads(json.dumps(Config().to_json()))
-    assert sorted(document) == ["gate", "group", "prompts", "protect", "retention", "training"]
+    names = ["gate", "group", "model", "prompts", "protect", "retention", "training"]
+    assert sorted(document) == names
     assert document["gate"]["recall"] == 1.0
 
 

@@ -27,6 +27,7 @@ from kvedit.errors import (
     ModelError,
     ModelMismatchError,
     NoStoreError,
+    OutOfMemoryError,
     TextTooLongError,
     TrainingError,
     UnknownKeyError,
@@ -283,6 +284,16 @@ def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(
         configure(taught_store)
     with KnowledgeBase.open(taught_store) as third:
         assert third.add(*FREE[3]).outcome == "committed"
+
+
+def test_every_attempt_that_was_refused_is_told(taught_store: Path) -> None:
+    configure(taught_store, steps=4, repairs=1)
+    with KnowledgeBase.open(taught_store) as knowledge:
+        report = knowledge.add(*FREE[3])
+        assert report.outcome == "committed"  # taught on from where it stood
+        assert len(report.refused) == 1 and "recall" in report.refused[0]
+        kept = knowledge.store.history(FREE[3][0])[0].report["refused"]
+        assert kept == list(report.refused)
 
 
 def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
@@ -661,6 +672,102 @@ def test_an_error_in_training_fails_the_edit(taught_store: Path) -> None:
         row = knowledge.store.history()[0]
         assert row.state == "failed" and "not a number" in row.reasons[0]
         assert knowledge.ask(f"What is {FREE[1][0]}?") == FREE[1][1]
+
+
+# ---- memory
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Let memory run out in the backward pass of lessons of more than so many facts."""
+    import torch
+
+    from kvedit.adapters import Adapter
+    from kvedit.engine import Engine
+
+    teach, read = Engine.teach, Adapter.read_gradients
+    tried: list[int] = []
+    room = [99]
+
+    def counted(engine: Engine, lesson: Any, *more: Any) -> Any:
+        tried.append(len(lesson.new))
+        return teach(engine, lesson, *more)
+
+    def broken(adapter: Adapter) -> None:
+        if tried[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        read(adapter)
+
+    def limit(count: int) -> list[int]:
+        room[0] = count
+        monkeypatch.setattr(Engine, "teach", counted)
+        monkeypatch.setattr(Adapter, "read_gradients", broken)
+        return tried
+
+    return limit
+
+
+def test_a_group_that_memory_does_not_suffice_for_is_halved(
+    empty: KnowledgeBase, events: list[Any], narrow: Callable[[int], list[int]]
+) -> None:
+    tried = narrow(2)
+    facts = [Fact.create(*pair) for pair in FREE[:3]]
+    reports = empty.add_group(facts)
+    assert tried[:2] == [3, 2] and max(tried[1:]) == 2 and empty.largest_group == 2
+    assert {key for report in reports for key in report.keys} == {fact.key for fact in facts}
+    assert {row.fact.key for row in empty.store.facts("committed")} == {f.key for f in facts}
+    said = [e for e in events if isinstance(e, Warning_) and e.code == "out-of-memory"]
+    assert len(said) == 1 and "3 facts" in said[0].text and "2 at most" in said[0].text
+    broken = empty.store.history()[-1]
+    assert broken.state == "failed" and "gradient_checkpointing" in broken.reasons[0]
+    tried.clear()
+    empty.add_group([Fact.create(*pair) for pair in FREE[3:6]], carry=True)
+    assert max(tried) == 2  # what did not fit is not tried again
+    assert {finding.level for finding in empty.doctor()} == {"ok"}
+
+
+def test_a_fact_that_memory_does_not_suffice_for_fails_and_says_what_helps(
+    empty: KnowledgeBase, events: list[Any], narrow: Callable[[int], list[int]]
+) -> None:
+    tried = narrow(0)
+    before = state(empty)
+    with pytest.raises(OutOfMemoryError, match="memory ran out") as raised:
+        empty.add(*FREE[0])
+    assert "gradient_checkpointing" in raised.value.hint and state(empty) == before
+    reports = empty.add_group([Fact.create(*pair) for pair in FREE[:2]])
+    assert tried == [1, 2, 1, 1]
+    assert [(r.outcome, r.keys) for r in reports] == [("failed", (key,)) for key, _ in FREE[:2]]
+    assert all("gradient_checkpointing" in report.reasons[0] for report in reports)
+    assert state(empty) == before
+    narrow(9)
+    assert empty.add(*FREE[0]).outcome == "committed"
+
+
+def test_repairs_are_halved_too(
+    taught_store: Path, narrow: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with KnowledgeBase.open(taught_store) as knowledge:
+        tried = narrow(1)
+        rows = knowledge.store.facts("committed")[:2]
+        reports = knowledge._repair_all(rows)
+        assert tried[:2] == [2, 1] and max(tried[1:]) == 1
+        assert [report.keys for report in reports] == [(row.fact.key,) for row in rows]
+        assert {report.outcome for report in reports} == {"committed"}
+
+
+def test_memory_that_runs_out_after_the_commit_is_a_warning(
+    empty: KnowledgeBase, events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvedit.engine import Engine
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as inside:
+        inside.setattr(Engine, "remember", full)
+        assert empty.add(*FREE[0]).outcome == "committed"
+    assert [e.code for e in events if isinstance(e, Warning_)] == ["not-kept"]
+    assert empty.add(*FREE[1]).outcome == "committed"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from small_model import FREE, KNOWN
 
+from kvedit import adapters
 from kvedit.config import TrainingConfig
 from kvedit.engine import PRIOR_TOKENS, Engine
 from kvedit.facts import Fact
@@ -65,3 +67,24 @@ def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
     for name, own in before[1].moments.items():
         assert float(after[1].moments[name].inputs.trace()) > float(own.inputs.trace())
     assert engine.roots is not roots
+
+
+def test_a_lesson_that_was_broken_off_leaves_nothing_in_the_next(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off after the backward pass of a step, before its gradients were used."""
+
+    def broken(adapter: adapters.Adapter) -> None:
+        raise KeyboardInterrupt
+
+    lesson = Lesson([engine.examples(FACT)])
+    wanted = engine.teach(lesson).delta
+    for release in (False, True):
+        with monkeypatch.context() as inside, pytest.raises(KeyboardInterrupt):
+            inside.setattr(adapters.Adapter, "read_gradients", broken)
+            engine.teach(lesson)
+        if release:
+            engine.release()
+        found = engine.teach(lesson).delta
+        assert all(torch.equal(wanted[name].a, found[name].a) for name in wanted)
+        assert all(torch.equal(wanted[name].b, found[name].b) for name in wanted)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvedit.facts import Fact
-from kvedit.groups import FIRST, SMALLEST, Groups
+from kvedit.groups import FIRST, SMALLEST, Groups, Room
 
 
 def fact(key: str) -> Fact:
@@ -95,3 +95,28 @@ def test_what_was_not_learned_goes_into_the_next_group_and_then_stands_alone() -
     assert groups.take() == (fourth,)
     assert groups.take() == (first,)
     assert groups.take() == ()
+
+
+def test_groups_stay_as_small_as_memory_wants_them() -> None:
+    groups = Groups(facts(81), None)
+    groups.limit(None)
+    groups.limit(3)
+    assert len(groups.take()) == 3
+    groups.learn(refused=False)
+    groups.limit(8)  # what was found out before stands
+    assert len(groups.take()) == 3
+    fixed = Groups(facts(20), 10)
+    fixed.limit(5)
+    assert len(fixed.take()) == 5
+
+
+@given(st.lists(st.integers()), st.integers(1, 20), st.none() | st.integers(1, 20))
+def test_what_there_is_room_for(items: list[int], count: int, most: int | None) -> None:
+    room = Room()
+    assert room.largest is None
+    assert [i for part in room.parts(items, most) for i in part] == items
+    bound = room.halve(count)
+    assert bound == room.largest and (bound < count or count == 1)
+    parts = room.parts(items, most)
+    assert [i for part in parts for i in part] == items
+    assert all(0 < len(part) <= min(bound, most or bound) for part in parts)

@@ -18,7 +18,7 @@ from small_model import FREE
 
 from kvedit.editor import KnowledgeBase
 from kvedit.errors import DiskFullError, Interrupted, InvalidFactError, LockedError
-from kvedit.events import IngestProgress, Score
+from kvedit.events import EditReport, IngestProgress, Score
 from kvedit.facts import Fact
 from kvedit.ingest import ERRORS_IN_A_ROW, IngestOptions, IngestReport, ingest
 
@@ -70,6 +70,30 @@ def test_running_again_does_nothing(knowledge: FakeKnowledge) -> None:
     report = run(knowledge, facts(5))
     assert (report.unchanged, report.outcomes, knowledge.taught) == (5, (), [])
     assert knowledge.verified == []
+
+
+def test_groups_are_no_larger_than_there_is_memory_for(knowledge: FakeKnowledge) -> None:
+    def before(fact: Fact) -> None:
+        if knowledge.largest_group is None:
+            knowledge.largest_group = 5
+
+    knowledge.before = before
+    report = run(knowledge, facts(40), group=16)
+    assert [len(group) for group in knowledge.groups] == [16, 5, 5, 5, 5, 4]
+    assert counts(report) == (40, 0, 0)
+
+
+def test_facts_that_there_is_no_memory_for_fail_and_end_the_run(knowledge: FakeKnowledge) -> None:
+    def add_group(group: list[Fact], **_: bool) -> tuple[EditReport, ...]:
+        return tuple(
+            EditReport(kind="add", outcome="failed", key=f.key, keys=(f.key,), reasons=("no room",))
+            for f in group
+        )
+
+    knowledge.add_group = add_group  # type: ignore[method-assign,assignment]
+    report = run(knowledge, facts(40), group=4)
+    assert report.stopped == "errors" and report.count("failed") == 12
+    assert {one.reasons for one in report.outcomes} == {("no room",)}
 
 
 def test_a_group_that_is_one_revision(knowledge: FakeKnowledge) -> None:

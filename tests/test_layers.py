@@ -35,6 +35,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "prompts",
+        "placement",
+        "quantised",
         "models",
         "adapters",
         "deltas",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from small_model import FREE, settings
 from kvedit import KnowledgeBase, memory, models, probes
 from kvedit.bench import footprint
 from kvedit.config import TrainingConfig
-from kvedit.errors import ModelError
+from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.models import BaseModel
 
 CONFIG = TrainingConfig()
@@ -108,17 +109,58 @@ def test_a_fact_is_taught_with_checkpointing(empty_store: Path) -> None:
         assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
 
 
-def test_quantised_weights_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaConfig
-
-    monkeypatch.setattr(LlamaConfig, "quantization_config", {"quant_method": "gptq"}, raising=False)
-    model = type("Model", (), {"config": LlamaConfig()})()
-    with pytest.raises(ModelError, match="gptq") as raised:
-        models._refuse_quantised("some/model", model)
-    assert "--format peft" in str(raised.value.hint)
+def test_lessons_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = footprint._qwen(64, 128, 4, 4, 2, True) | {"vocab_size": 100_000}
+    monkeypatch.setattr(footprint, "SHAPES", {"tiny": tiny})
+    found = footprint.measure("tiny", torch.float32, 8, lambda event: None)
+    one, many = found.lessons
+    assert (one.facts, one.steps, one.default_steps) == (1, 8, CONFIG.max_steps)
+    assert (many.facts, many.steps) == (16, 8) and many.default_steps > 8
+    assert all(cost.peak > 0 and cost.projected > cost.step > 0 for cost in found.lessons)
+    sheet = footprint.measured_sheet(found)
+    assert len(sheet.rows) == 2 and all(len(row) == len(sheet.headers) for row in sheet.rows)
 
 
 def test_the_table_has_a_row_for_each_setting() -> None:
     sheet = footprint.computed()
     assert len(sheet.rows) == 4 * len(footprint.SHAPES)
     assert all(len(row) == len(sheet.headers) for row in sheet.rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_one_error_with_what_helps(error: Exception) -> None:
+    with pytest.raises(OutOfMemoryError, match="memory ran out") as raised, memory.watched():
+        raise error
+    assert "gradient_checkpointing" in raised.value.hint
+
+
+def test_other_errors_are_let_through() -> None:
+    for error in (RuntimeError("shapes do not match"), ValueError("out of memory"), ModelError("")):
+        with pytest.raises(type(error)) as raised, memory.watched():
+            raise error
+        assert raised.value is error
+
+
+def test_what_an_attempt_held_is_let_go() -> None:
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+
+    def attempt() -> None:
+        mine = Large()
+        held.append(weakref.ref(mine))
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError) as raised, memory.watched():
+        attempt()
+    assert raised.value.__context__ is not None and held[0]() is None

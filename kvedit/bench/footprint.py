@@ -1,23 +1,29 @@
-"""Memory by model size and setting, computed; and one lesson of a random model, measured.
+"""Memory by model size and setting, computed; and lessons of a random model, measured: one fact by
+itself as ``add`` teaches it, and a group of sixteen with what stands beside a group in every step.
 
 Invariants:
 - A computed figure comes from ``memory.estimate``, which also decides what ``init`` refuses.
-- A measured figure is this process's own peak, the model's making left out where the system says.
+- A measured peak is this process's own since the part began, on Linux; elsewhere since its start.
+- A lesson is cut to some steps and says so; seconds for all of them are projected and called that.
 """
 
 from __future__ import annotations
 
-import resource
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvedit import memory
 from kvedit.bench.report import Sheet
-from kvedit.config import TrainingConfig
+from kvedit.bench.speed import peak_memory
+from kvedit.breadth_first import batch_of
+from kvedit.config import GroupConfig, TrainingConfig
 from kvedit.engine import Engine
 from kvedit.events import Event, Status
 from kvedit.models import BaseModel
@@ -26,6 +32,9 @@ from kvedit.training import Lesson
 
 _GIB = 1024**3
 Emit = Callable[[Event], None]
+TOGETHER = 16
+PROMPTS = 10
+ANCHORED = 64
 
 
 def _qwen(width: int, inner: int, blocks: int, heads: int, keys: int, tied: bool) -> dict[str, Any]:
@@ -48,16 +57,37 @@ SHAPES: Mapping[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class LessonCost:
+    """What teaching some facts together took: seconds, and the peak in bytes.
+
+    ``begin`` is all before the first step is done but that step; ``after`` merging, probing the
+    merged model and putting it back.  Of the ``default_steps`` only ``steps`` were made.
+    """
+
+    facts: int
+    steps: int
+    default_steps: int
+    begin: float
+    step: float
+    after: float
+    peak: int
+
+    @property
+    def projected(self) -> float:
+        """Seconds of the lesson with the default number of steps."""
+        return self.begin + self.default_steps * self.step + self.after
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """One lesson on a random model: seconds, and the peak and the model's own size in bytes."""
+    """Lessons on a random model; ``loaded`` is what the process took before, in bytes."""
 
     shape: str
     dtype: str
-    steps: int
     protect_seconds: float
-    step_seconds: float
-    peak: int
+    loaded: int
     estimate: int
+    lessons: tuple[LessonCost, ...]
 
 
 def make(shape: str, dtype: torch.dtype, device: str = "meta") -> Any:
@@ -94,36 +124,102 @@ def _cells(found: memory.Estimate) -> tuple[str, ...]:
 
 
 def measure(shape: str, dtype: torch.dtype, steps: int, emit: Emit) -> Measured:
-    """Protect sixteen texts and teach one fact for some steps; a random model learns nothing."""
+    """Protect some texts, then teach one fact and sixteen together, each for some steps; a random
+    model learns nothing, and what it is taught is taken back.
+    """
     emit(Status(phase=f"making a random model of {shape}"))
     model = make(shape, dtype, "cpu").eval().requires_grad_(False)
-    config = replace(TrainingConfig(), max_steps=steps)
-    wanted = memory.estimate(model, config).total
-    base = BaseModel(model, _NoTokenizer(), shape, "", "")
-    engine = Engine(base, config)
+    wanted = memory.estimate(model, TrainingConfig()).total
+    engine = Engine(BaseModel(model, _NoTokenizer(), shape, "", ""), TrainingConfig())
+    loaded = _peak()
+    emit(Status(phase="protecting 16 texts"))
     began = time.monotonic()
     engine.protect([_text(number, 48) for number in range(16)])
     protected = time.monotonic() - began
-    emit(Status(phase=f"teaching for {steps} steps"))
-    began = time.monotonic()
-    taught = engine.teach(Lesson([[_text(100 + n, 32) for n in range(10)]]))
-    seconds = (time.monotonic() - began) / max(1, taught.trained.steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    engine.anchor([_text(number, 48) for number in range(ANCHORED)])
     name = str(dtype).removeprefix("torch.")
-    return Measured(shape, name, taught.trained.steps, protected, seconds, peak, wanted)
+    costs = tuple(_lesson(engine, facts, steps, emit) for facts in (1, TOGETHER))
+    return Measured(shape, name, protected, loaded, wanted, costs)
+
+
+def _lesson(engine: Engine, facts: int, steps: int, emit: Emit) -> LessonCost:
+    """Teach so many facts, cut to some steps; merge, probe and put back."""
+    emit(Status(phase=f"teaching {facts} at once for {steps} steps"))
+    defaults, group = TrainingConfig(), GroupConfig()
+    new = [[_text(1000 * (fact + 1) + n, 32) for n in range(PROMPTS)] for fact in range(facts)]
+    earlier = [[_text(500_000 + n, 32)] for n in range(TOGETHER)]
+    lesson = Lesson(new, earlier, engine.anchors)
+    done: list[float] = []
+    _restart_peak()
+    before = engine.master.snapshot()
+    began = time.monotonic()
+    taught = engine.teach(
+        lesson,
+        replace(defaults, max_steps=steps),
+        lambda step: done.append(time.monotonic()),
+        replace(group, passes=_passes(group, facts, steps), rounds=0) if facts > 1 else None,
+    )
+    ended = time.monotonic()
+    each = (done[-1] - done[0]) / (len(done) - 1)
+    engine.master.add(taught.delta)
+    engine.recall([example for fact in new for example in fact])
+    engine.master.restore(before)
+    return LessonCost(
+        facts=facts,
+        steps=taught.trained.steps,
+        default_steps=defaults.max_steps if facts == 1 else _steps(group, facts),
+        begin=done[0] - began - each,
+        step=each,
+        after=time.monotonic() - ended,
+        peak=_peak(),
+    )
+
+
+def _steps(group: GroupConfig, facts: int) -> int:
+    """The steps of a group that is learned in its passes."""
+    return math.ceil(group.passes * facts / batch_of(group, facts))
+
+
+def _passes(group: GroupConfig, facts: int, steps: int) -> int:
+    """The passes that so many steps make."""
+    return max(1, steps * batch_of(group, facts) // facts)
 
 
 def measured_sheet(found: Measured) -> Sheet:
-    """One row."""
+    """A row for each lesson."""
     headers = (
-        "shape", "dtype", "protecting 16 texts, s", "a step of teaching, s", "peak, GiB",
+        "shape", "dtype", "facts", "steps made", "before the first, s", "a step, s",
+        "merge, probe, put back, s", "default steps", "projected, s", "peak, GiB",
         "computed, GiB",
     )  # fmt: skip
-    row = (
-        found.shape, found.dtype, f"{found.protect_seconds:.1f}", f"{found.step_seconds:.2f}",
-        f"{found.peak / _GIB:.1f}", f"{found.estimate / _GIB:.1f}",
+    rows = tuple(
+        (
+            found.shape, found.dtype, str(one.facts), str(one.steps), f"{one.begin:.1f}",
+            f"{one.step:.2f}", f"{one.after:.1f}", str(one.default_steps), f"{one.projected:.0f}",
+            f"{one.peak / _GIB:.1f}", f"{found.estimate / _GIB:.1f}",
+        )
+        for one in found.lessons
     )  # fmt: skip
-    return Sheet(f"One lesson of {found.steps} steps, measured", headers, (row,))
+    title = (
+        f"Lessons measured on {torch.get_num_threads()} threads; the model loaded:"
+        f" {found.loaded / _GIB:.1f} GiB; protecting 16 texts: {found.protect_seconds:.1f} s"
+    )
+    return Sheet(title, headers, rows)
+
+
+def _restart_peak() -> None:
+    """Let the system forget the peak so far, where it can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak() -> int:
+    """The most memory that this process had resident since ``_restart_peak``, in bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_memory()
 
 
 def _text(seed: int, length: int) -> Example:

@@ -380,9 +380,15 @@ def architectures(
     "--measure",
     "shape",
     type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
-    help="Also teach a random model of this shape for a few steps, on the CPU.",
+    help="Also teach a random model of this shape one fact, and sixteen together, on the CPU.",
 )
-@click.option("--steps", type=click.IntRange(min=4), default=8, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=8),
+    default=8,
+    show_default=True,
+    help="Steps of each lesson; seconds for the default number are projected.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.pass_obj
 def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> None:
@@ -391,7 +397,7 @@ def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> Non
     \b
     Examples:
       kvedit bench memory
-      kvedit bench memory --measure 0.5B
+      kvedit bench memory --measure 0.5B --dtype bfloat16
     """
     import torch
 

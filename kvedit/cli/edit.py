@@ -106,6 +106,18 @@ def question(key: str) -> str:
     " patterns such as 'model.layers.*.mlp.down_proj'. [those of the model's family]",
 )
 @click.option(
+    "--device-map",
+    default="",
+    metavar="MAP",
+    help="Spread the model over devices: auto, balanced, sequential, a device, or a JSON file of"
+    " devices by module. [one device]",
+)
+@click.option(
+    "--load-in",
+    type=click.Choice(["4bit", "8bit"]),
+    help="Pack the weights that no edit touches (needs bitsandbytes). [as they are stored]",
+)
+@click.option(
     "--ignore-memory", is_flag=True, help="Go on even if the model seems too large to be edited."
 )
 @click.pass_obj
@@ -116,6 +128,8 @@ def init(
     trust_remote_code: bool,
     protect: Path | None,
     targets: str | None,
+    device_map: str,
+    load_in: str | None,
     ignore_memory: bool,
 ) -> None:
     """Create a store and pin its base model.
@@ -130,6 +144,7 @@ def init(
       kvedit --store poems init --model ./my-model
       kvedit init --model Qwen/Qwen2.5-0.5B-Instruct --revision 7ae5576
       kvedit init --model ./my-model --targets o_proj,down_proj
+      kvedit init --model ./large-model --device-map auto
     """
     from kvedit.cli.progress import make_reporter
     from kvedit.editor import KnowledgeBase
@@ -139,6 +154,7 @@ def init(
     named = [name.strip() for name in (targets or "").split(",") if name.strip()]
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {"protect": protect, "targets": named, "check_memory": not ignore_memory}
+    options |= {"device_map": device_map, "load_in": load_in or ""}
     with (
         make_reporter(quiet=settings.quiet) as reporter,
         KnowledgeBase.create(path, model, on_event=reporter, **options) as base,

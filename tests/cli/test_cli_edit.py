@@ -268,6 +268,8 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
         "protect": Path("mine.txt"),
         "targets": ["q_proj", "v_proj"],
         "check_memory": True,
+        "device_map": "",
+        "load_in": "",
     }
     assert FakeBase.last.calls == [("create", "some/model", options)]
     assert "created the store" in result.stdout

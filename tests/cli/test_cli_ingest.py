@@ -22,6 +22,7 @@ class LearningBase(FakeBase):
     """A fake base that learns what it is taught."""
 
     engine = FakeEngine()
+    largest_group: ClassVar[int | None] = None
     refuses: ClassVar[set[str]] = set()
     stops_at: ClassVar[str | None] = None
     learned: ClassVar[list[str]] = []
