@@ -195,8 +195,8 @@ def measured_sheet(found: Measured) -> Sheet:
         for one in found.lessons
     )  # fmt: skip
     title = (
-        f"Lessons measured, {torch.get_num_threads()} threads (loaded: {found.loaded / _GIB:.1f} GiB;"
-        f" protecting 16 texts: {found.protect_seconds:.1f} s)"
+        f"Lessons measured on {torch.get_num_threads()} threads; the model loaded:"
+        f" {found.loaded / _GIB:.1f} GiB; protecting 16 texts: {found.protect_seconds:.1f} s"
     )
     return Sheet(title, headers, rows)
 
