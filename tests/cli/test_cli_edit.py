@@ -258,8 +258,8 @@ def test_rollback(filled: Path, fake: type[FakeBase]) -> None:
 def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
     words = ("--model", "some/model", "--revision", "abc", "--trust-remote-code")
-    more = ("--protect", "mine.txt", "--targets", "q_proj, v_proj")
-    result = run("--store", "s", "init", *words, *more)
+    more = ("--protect", "mine.txt", "--targets", "q_proj, v_proj", "--device-map", "auto")
+    result = run("--store", "s", "init", *words, *more, "--load-in", "4bit")
     assert result.exit_code == 0
     assert FakeBase.last is not None
     options = {
@@ -267,9 +267,9 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
         "trust_remote_code": True,
         "protect": Path("mine.txt"),
         "targets": ["q_proj", "v_proj"],
+        "device_map": "auto",
+        "load_in": "4bit",
         "check_memory": True,
-        "device_map": "",
-        "load_in": "",
     }
     assert FakeBase.last.calls == [("create", "some/model", options)]
     assert "created the store" in result.stdout
