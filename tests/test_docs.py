@@ -206,7 +206,8 @@ def test_commands_named_in_the_text_exist(page: Path) -> None:
                 break
             command = command.get_command(click.Context(command), word)
         assert command is not None, f"{name_of(page)}: `kvedit {span}`: no such command"
-        known = {option for param in command.params for option in param.opts} | {"--help"}
+        known = {o for param in command.params for o in (*param.opts, *param.secondary_opts)}
+        known.add("--help")
         used = set(re.findall(r"--[a-z-]+", span))
         assert used <= known, f"{name_of(page)}: `kvedit {span}`: no {sorted(used - known)}"
 
