@@ -57,7 +57,7 @@ def refusals(checks: Checks, gate: GateConfig) -> tuple[str, ...]:
         _below("never-trained phrasings", checks.paraphrase, gate.paraphrase),
         _below("locality probes", checks.unmoved, gate.locality),
     ]
-    if _misses(checks.retention, gate.retention):
+    if misses(checks.retention, gate.retention):
         named = ", ".join(checks.lost[:5]) + (" and others" if len(checks.lost) > 5 else "")
         reasons.append(
             f"earlier facts lost: {named} ({checks.retention.passed} of {checks.retention.n} kept,"
@@ -67,10 +67,11 @@ def refusals(checks: Checks, gate: GateConfig) -> tuple[str, ...]:
 
 
 def _below(what: str, score: Score, wanted: float) -> str:
-    if not _misses(score, wanted):
+    if not misses(score, wanted):
         return ""
     return f"{what}: {score.passed} of {score.n} passed, {wanted:.0%} needed"
 
 
-def _misses(score: Score, wanted: float) -> bool:
+def misses(score: Score, wanted: float) -> bool:
+    """Whether a score is below the share that is wanted; an empty one never is."""
     return score.rate is not None and score.rate < wanted

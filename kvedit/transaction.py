@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvedit import deltas, memory
-from kvedit.config import Config, TrainingConfig
+from kvedit.config import Config, GroupConfig, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
 from kvedit.errors import Interrupted
@@ -26,7 +26,7 @@ from kvedit.files import put
 from kvedit.keys import Similar
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
-from kvedit.retention import Checks, at_risk, refusals
+from kvedit.retention import Checks, at_risk, misses, refusals
 from kvedit.store import FactChange, FactRow, ProbeRow, Store
 from kvedit.training import Lesson, Step
 
@@ -185,6 +185,7 @@ class Transaction:
         lost: dict[int, _Risk] = {}
         delta: dict[str, Factors] = {}
         config = self._config.training
+        group = self._config.group if self._plan.group else None
         if self._plan.kind == "remove":  # each prompt has its own answer: all are in every step
             config = replace(config, phrasings=max(len(t.recall) for t in self._plan.targets))
         harmed = False
@@ -192,7 +193,7 @@ class Transaction:
             if harmed:  # that is not trained away: begin anew
                 delta = {}
                 self._engine.master.restore(snapshot)
-            taught = self._teach(risks, list(lost.values()), config)
+            taught = self._teach(risks, list(lost.values()), config, group)
             delta = deltas.joined(delta, taught.delta)
             with self._timed("merge"):
                 self._engine.master.restore(snapshot)
@@ -203,8 +204,12 @@ class Transaction:
                 break
             self._refused = (*self._refused, "; ".join(reasons))
             lost.update({risk.row.id: risk for risk in found.lost})
-            config = _harder(config, found.checks)
-            harmed = found.checks.unmoved.passed < found.checks.unmoved.n
+            harmed = self._harmed(found.checks)
+            if group is None:
+                config = _harder(config, found.checks)
+            else:
+                config = replace(config, seed=config.seed + 1)
+                group = _milder(group) if harmed else replace(group, passes=group.again)
         return delta, found, reasons
 
     def _refusals(self, found: _Found) -> tuple[str, ...]:
@@ -220,8 +225,20 @@ class Transaction:
             )
         return refusals(found.checks, gate)
 
+    def _harmed(self, checks: Checks) -> bool:
+        """Whether locality probes were lost; a group, which always costs a little, may lose some
+        within the gate.
+        """
+        if self._plan.group:
+            return misses(checks.unmoved, self._config.gate.locality)
+        return checks.unmoved.passed < checks.unmoved.n
+
     def _teach(
-        self, risks: Sequence[_Risk], repairing: Sequence[_Risk], config: TrainingConfig
+        self,
+        risks: Sequence[_Risk],
+        repairing: Sequence[_Risk],
+        config: TrainingConfig,
+        group: GroupConfig | None,
     ) -> Taught:
         new = [target.recall for target in self._plan.targets]
         again = {risk.row.id for risk in repairing}
@@ -230,7 +247,6 @@ class Transaction:
         lesson = Lesson(
             [*new, *(r.all for r in repairing)], rehearsal, self._engine.anchors, earlier
         )
-        group = self._config.group if self._plan.group else None
         with self._timed("train"):
             taught = self._engine.teach(lesson, config, self._tell_step, group)
         self._steps += taught.trained.steps
@@ -420,6 +436,11 @@ def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:
 def _score(rows: Sequence[ProbeRow], kind: str) -> Score:
     chosen = [row.passed for row in rows if row.kind == kind]
     return Score(sum(chosen), len(chosen))
+
+
+def _milder(group: GroupConfig) -> GroupConfig:
+    """How to teach a group that harmed the locality probes: at twice the price."""
+    return replace(group, shift_weight=group.shift_weight * 2)
 
 
 def _harder(config: TrainingConfig, checks: Checks) -> TrainingConfig:
