@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_engine import Kept
 from small_model import FREE, KNOWN, settings
 
 from kvedit import KnowledgeBase
 from kvedit.deltas import Factors
+from kvedit.engine import Taught
 from kvedit.errors import (
     CorruptStoreError,
     DiskFullError,
@@ -36,6 +38,7 @@ from kvedit.errors import (
 from kvedit.events import RetentionCheck, Score, Status, Warning_
 from kvedit.facts import Fact
 from kvedit.store import Store
+from kvedit.training import Trained
 
 OTHER = "Made of silk in Tarn."
 
@@ -294,6 +297,44 @@ def test_every_attempt_that_was_refused_is_told(taught_store: Path) -> None:
         assert len(report.refused) == 1 and "recall" in report.refused[0]
         kept = knowledge.store.history(FREE[3][0])[0].report["refused"]
         assert kept == list(report.refused)
+
+
+@pytest.mark.parametrize(
+    ("locality", "prices", "passes"), [(0.5, [1, 2, 4], [40, 40, 40]), (0.0, [1, 1, 1], [40, 12, 12])]
+)
+def test_a_refused_group_is_taught_otherwise(
+    taught_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    locality: float,
+    prices: list[int],
+    passes: list[int],
+) -> None:
+    """At twice the price when it harmed the locality probes, else on from where it stands."""
+    configure(taught_store, locality=locality)
+    lessons = []
+    with KnowledgeBase.open(taught_store) as knowledge:
+        before = state(knowledge)
+        whole = knowledge.engine.master.displacement()
+
+        def wreck(lesson: Any, config: Any, on_step: Any, group: Any) -> Taught:
+            lessons.append(group)
+            noise = torch.Generator().manual_seed(len(lessons))
+            delta = {
+                name: Factors(
+                    torch.randn(m.shape[0], 2, generator=noise), torch.ones(2, m.shape[1])
+                )
+                for name, m in whole.items()
+            }
+            return Taught(delta, Trained(1, True, 0.0, 0.0), 0.0)
+
+        monkeypatch.setattr(knowledge.engine, "teach", wreck)
+        plan = [Fact.create(*pair) for pair in FREE[3:5]]
+        first = knowledge.add_group(plan)[0]
+        assert first.outcome == "rejected" and len(first.refused) == 3
+        assert state(knowledge) == before
+    of_pair = lessons[:3]
+    assert [g.shift_weight / of_pair[0].shift_weight for g in of_pair] == prices
+    assert [g.passes for g in of_pair] == passes
 
 
 def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
