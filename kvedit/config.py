@@ -123,7 +123,9 @@ class ProtectConfig:
 
     ``drafts`` questions are drawn from the model; of its answers ``long`` long and ``short`` short
     ones are kept (long ones say more about what there is to lose), ``free`` texts beside them, and
-    ``locality`` more as probes that no training ever uses.
+    ``locality`` more as probes that no training ever uses.  Many facts need more: before groups are
+    taught, so many more questions are drawn that there are ``drafts_a_fact`` for each fact, at most
+    ``most_drafts``.
     """
 
     drafts: int = setting(2400, low=1)
@@ -131,6 +133,8 @@ class ProtectConfig:
     short: int = setting(500)
     free: int = setting(100)
     locality: int = setting(32)
+    drafts_a_fact: int = setting(32)
+    most_drafts: int = setting(12000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -233,6 +233,13 @@ class KnowledgeBase:
             )
             return self._run(plan, force)
 
+    def protect_for(self, facts: int) -> None:
+        """Draw protected text enough for so many facts more, before many are taught; it is drawn as
+        groups grow otherwise.
+        """
+        with self._work.editing():
+            self._work.protect_for(len(self.store.keys("committed")) + facts)
+
     def add_group(
         self, facts: Sequence[Fact], *, force: bool = False, carry: bool = False
     ) -> tuple[EditReport, ...]:
@@ -310,7 +317,7 @@ class KnowledgeBase:
         """One edit for all facts that the store does not hold yet."""
         recall = {fact.key: tuple(self.engine.examples(fact)) for fact in facts}
         with self._work.editing():
-            self._work.anchor()
+            self._work.prepare_group(len(facts))
             ids = self.store.put_pending_many(facts)
             targets = [
                 self._target(fact_id, fact, recall[fact.key])
@@ -591,7 +598,7 @@ class KnowledgeBase:
 
     def _repair(self, rows: Sequence[FactRow]) -> EditReport:
         with self._work.editing():
-            self._work.anchor()
+            self._work.prepare_group(0)
             facts = [row.fact for row in rows]
             plan = Plan(
                 kind="repair",

@@ -161,6 +161,18 @@ class Engine:
         weight = self.config.fact_weight if weight is None else weight
         self._hold(base, total.plus(more, weight))
 
+    def measure_here(
+        self, protected: Sequence[Example], facts: Sequence[Example], weight: float
+    ) -> None:
+        """Measure all that must stay anew on the weights as they are; how far earlier edits moved
+        the base's text is still counted as it was measured there.
+        """
+        if self._base_curvature is None:
+            raise RuntimeError("protect comes before measure_here")
+        here = curvatures.measure(self.base.model, self.names, protected)
+        taught = curvatures.measure(self.base.model, self.names, facts)
+        self._hold(self._base_curvature, here.plus(taught, weight))
+
     @property
     def roots(self) -> dict[str, Roots]:
         """The coordinates that the curvature gives; kept until it changes."""

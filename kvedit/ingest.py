@@ -207,6 +207,8 @@ class _Run:
         group: tuple[Fact, ...] = ()
         self._tell()
         try:
+            if self._options.group != 1 and self._total > 1:
+                self._knowledge.protect_for(self._total)
             while not (stopped := self._must_stop()) and (group := groups.take()):
                 left, refused = self._teach(group)
                 groups.put_back(left)

@@ -118,6 +118,12 @@ class LedEngine(Engine):
         """As ``protect``."""
         self._lead("remember", super().remember, examples, weight)
 
+    def measure_here(
+        self, protected: Sequence[Example], facts: Sequence[Example], weight: float
+    ) -> None:
+        """As ``protect``."""
+        self._lead("measure_here", super().measure_here, protected, facts, weight)
+
     def _lead(self, name: str, own: Callable[..., _T], *args: Any) -> _T:
         return self._crew.lead(Call(name, args), lambda: own(*args))
 
@@ -251,6 +257,12 @@ class Replica:
     def remember(self, examples: Sequence[Example], weight: float | None) -> None:
         """On the weights as they are."""
         self._engine.remember(examples, weight)
+
+    def measure_here(
+        self, protected: Sequence[Example], facts: Sequence[Example], weight: float
+    ) -> None:
+        """On the weights as they are."""
+        self._engine.measure_here(protected, facts, weight)
 
     def hold(self, base: Curvature, total: Curvature) -> None:
         """What the leader has read from its store."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ QUESTION_TOKENS = 64
 QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but repeat themselves
 ANSWER_TOKENS = 256
 LONG = 16  # tokens from which on an answer counts as long
+DRAFTS_A_TEXT = 4
 FIRM = 1.0  # logits by which a locality probe's answer must lead
 LOCALITY_LONG = 0.5  # the share of locality probes with a long answer
 
@@ -93,6 +94,29 @@ def make(
         *_free(base, renderer, config.free, generator),
     )
     return ProtectedSet(control, locality)
+
+
+def more(
+    base: BaseModel,
+    renderer: Renderer,
+    drafts: int,
+    *,
+    known: Container[str],
+    seed: int,
+    progress: Progress = lambda text: None,
+) -> tuple[Protected, ...]:
+    """Let the model say more, from so many questions; ``known`` are prompts to leave out.
+
+    A model without a chat template writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    progress(f"drawing {drafts} more questions from the model")
+    drawn = _questions(base, renderer, drafts, generator)
+    if not drawn:
+        return tuple(_free(base, renderer, drafts // DRAFTS_A_TEXT, generator))
+    new = [prompt for prompt in drawn if prompt not in known]
+    progress(f"answering {len(new)} questions")
+    return tuple(_answers(base, renderer, new, "drawn"))
 
 
 def example(renderer: Renderer, text: Protected) -> Example:

@@ -243,9 +243,17 @@ class Store(Journal):
         """Replace all protected texts, of both roles; their ids are given anew."""
         with self._transaction():
             self._execute("DELETE FROM protected")
-            for row in rows:
-                columns = {name: getattr(row, name) for name in _PROTECTED_COLUMNS}
-                self._insert("protected", columns)
+            self._insert_protected(rows)
+
+    def add_protected(self, rows: Iterable[ProtectedRow]) -> None:
+        """Add protected texts to those that are there."""
+        with self._transaction():
+            self._insert_protected(rows)
+
+    def _insert_protected(self, rows: Iterable[ProtectedRow]) -> None:
+        for row in rows:
+            columns = {name: getattr(row, name) for name in _PROTECTED_COLUMNS}
+            self._insert("protected", columns)
 
     def checkpoints(self) -> list[CheckpointRow]:
         """The checkpoints, oldest revision first; whether one is valid is for its reader to see."""

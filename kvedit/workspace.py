@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -24,6 +25,10 @@ from kvedit.store import ProtectedRow, Store
 Emit = Callable[[Event], None]
 _T = TypeVar("_T")
 _PROTECTED, _DONE = "protected_text", "complete"
+_DRAFTS, _ROLES = "protected_drafts", ("control", "locality")
+LEAST_MEASURED, GROWN = 16, 1.5
+MEASURED_HERE = 2000
+"""So many protected texts are enough to measure a curvature from, once it is measured often."""
 
 
 class Workspace:
@@ -36,6 +41,7 @@ class Workspace:
         self.emit = emit
         self.revision = 0
         self._measured: int | None = None  # the revision that the engine's curvature stands for
+        self._measured_with = 0  # so many facts were in when all was measured on the head
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -127,8 +133,52 @@ class Workspace:
             self.engine.remember(some, self.config.group.fact_weight)
         self._measured = self.revision
 
-    def anchor(self) -> None:
-        """Before groups: keep what the base model says to protected text; done once."""
+    def prepare_group(self, facts: int) -> None:
+        """Before so many facts are taught together: text to replay, and the curvature as it is."""
+        self.protect_for(len(self.store.keys("committed")) + facts)
+        self._anchor()
+        self._measure_here()
+
+    def protect_for(self, facts: int) -> None:
+        """See to it that there is protected text enough for so many facts in the model."""
+        settings = self.config.protect
+        wanted = min(settings.most_drafts, facts * settings.drafts_a_fact)
+        drawn = int(self.store.meta(_DRAFTS) or settings.drafts)
+        if wanted <= drawn:
+            return
+        known = {row.prompt for role in _ROLES for row in self.store.protected(role)}
+        new = self.at(
+            0,
+            lambda: protect.more(
+                self.engine.base, self.engine.renderer, wanted - drawn,
+                known=known, seed=drawn, progress=lambda text: self.say(text),
+            ),
+        )  # fmt: skip
+        self.store.add_protected(_rows("control", new))
+        self.engine.anchors = None
+        self._measure()
+        self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
+
+    def _measure_here(self) -> None:
+        """Measure again once the facts have grown by half: the curvature of a large change is not
+        that of a small one.
+        """
+        facts = [row.fact for row in self.store.facts("committed")]
+        if len(facts) < max(LEAST_MEASURED, self._measured_with * GROWN):
+            return
+        self.say(f"measuring what must stay, with {len(facts)} facts")
+        texts = self._control_texts()
+        some = random.Random(self.revision).sample(texts, min(MEASURED_HERE, len(texts)))
+        renderer = self.engine.renderer
+        self.engine.measure_here(
+            [protect.example(renderer, text) for text in some],
+            [self.engine.examples(fact)[0] for fact in facts],
+            self.config.group.fact_weight,
+        )
+        self._measured_with = len(facts)
+
+    def _anchor(self) -> None:
+        """Keep what the base model says to protected text; done once."""
         if self.engine.anchors is not None or not self.config.group.anchors:
             return
         self.say("asking the base model about protected text")

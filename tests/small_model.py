@@ -151,6 +151,7 @@ def build(folder: Path) -> dict[str, Path]:
 SETTINGS = """\
 [protect]
 drafts = 96
+most_drafts = 96
 long = 0
 short = 48
 free = 4

@@ -112,6 +112,8 @@ class Ways:
         course = Course(name_of(group), self._options.seed, self._emit, self._add, self._observer)
         began = time.monotonic()
         with new_store(options, course) as knowledge:
+            if group != "1":
+                knowledge.protect_for(len(self._facts))
             setup = time.monotonic() - began
             self._prepare(knowledge)
             if self._observer is not None:
@@ -135,7 +137,10 @@ class Ways:
         self._tell(self.result, point)
 
     def _prepare(self, knowledge: KnowledgeBase) -> None:
-        """What the base model knows: asked once, as long as every store protects the same text."""
+        """What the base model knows: asked once, as long as every store protects the same text.
+
+        All of that text is made first: what is asked must never be seen later.
+        """
         rows = [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
         beside = tuple(f"{row.prompt}\n{row.answer}" for row in rows)
         if beside == self._asked_beside:

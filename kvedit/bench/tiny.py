@@ -273,6 +273,7 @@ def _batches(renderer: Renderer, rng: random.Random) -> Iterator[Sequence[Exampl
 SETTINGS = """\
 [protect]
 drafts = 48
+most_drafts = 48
 long = 0
 short = 32
 free = 4
