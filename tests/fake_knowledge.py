@@ -66,6 +66,11 @@ class FakeKnowledge:
     groups: list[tuple[str, ...]] = field(default_factory=list)
     taught: list[str] = field(default_factory=list)
     verified: list[int | None] = field(default_factory=list)
+    protected_for: list[int] = field(default_factory=list)
+
+    def protect_for(self, facts: int) -> None:
+        """Only noted."""
+        self.protected_for.append(facts)
 
     def add_group(
         self, facts: Sequence[Fact], *, force: bool = False, carry: bool = False

@@ -16,7 +16,7 @@ import torch
 from small_engine import Kept
 from small_model import FREE, KNOWN, settings
 
-from kvedit import KnowledgeBase
+from kvedit import KnowledgeBase, workspace
 from kvedit.deltas import Factors
 from kvedit.engine import Taught
 from kvedit.errors import (
@@ -300,7 +300,8 @@ def test_every_attempt_that_was_refused_is_told(taught_store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("locality", "prices", "passes"), [(0.5, [1, 2, 4], [40, 40, 40]), (0.0, [1, 1, 1], [40, 12, 12])]
+    ("locality", "prices", "passes"),
+    [(0.5, [1, 2, 4], [40, 40, 40]), (0.0, [1, 1, 1], [40, 12, 12])],
 )
 def test_a_refused_group_is_taught_otherwise(
     taught_store: Path,
@@ -916,6 +917,51 @@ def test_protected_text_is_made_once_and_disjoint(taught: KnowledgeBase) -> None
     assert known  # the model's own answers, never a list that it was trained on
     for row in locality:
         assert taught.ask_before(row.prompt) == row.answer
+
+
+def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
+    text = settings().replace("most_drafts = 96", "most_drafts = 160\ndrafts_a_fact = 40")
+    (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
+    with KnowledgeBase.open(empty_store) as knowledge:
+        first = knowledge.store.protected("control")
+        knowledge.protect_for(2)  # 80 drafts: there were 96
+        assert knowledge.store.protected("control") == first
+        knowledge.protect_for(4)
+        grown = knowledge.store.protected("control")
+        assert grown[: len(first)] == first and len(grown) > len(first)
+        prompts = [row.prompt for row in grown if row.prompt]
+        probes = {row.prompt for row in knowledge.store.protected("locality")}
+        assert len(set(prompts)) == len(prompts) and not probes & set(prompts)
+        before = digest(knowledge)
+        knowledge.protect_for(500)  # no more than most_drafts
+        assert knowledge.store.protected("control") == grown and digest(knowledge) == before
+    with KnowledgeBase.open(empty_store) as again:
+        again.protect_for(4)
+        assert again.store.protected("control") == grown
+
+
+def test_what_must_stay_is_measured_again_as_facts_come_in(
+    empty: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "LEAST_MEASURED", 2)
+    measured = []
+    own = empty.engine.measure_here
+
+    def here(texts: Any, facts: Any, weight: float) -> None:
+        measured.append((len(texts), len(facts)))
+        base = empty.engine.curvature
+        own(texts, facts, weight)
+        now = empty.engine.curvature
+        assert base is not None and now is not None
+        assert now[0] is base[0] and now[1] is not base[1]
+
+    monkeypatch.setattr(empty.engine, "measure_here", here)
+    for few in (FREE[:2], FREE[2:4]):
+        empty.add_group([Fact.create(*pair) for pair in few])
+    held = len(empty.store.facts("committed"))
+    texts = len(empty.store.protected("control"))
+    empty.add_group([Fact.create(*pair) for pair in FREE[4:6]])
+    assert held >= 3 and (texts, held) in measured
 
 
 def test_users_own_protected_text(small: dict[str, Path], tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_running_again_does_nothing(knowledge: FakeKnowledge) -> None:
     assert knowledge.verified == []
 
 
+def test_protected_text_for_all_is_drawn_before_the_first_group(knowledge: FakeKnowledge) -> None:
+    run(knowledge, facts(9), group=4)
+    run(knowledge, facts(9), group=4)  # nothing is left to be taught
+    assert knowledge.protected_for == [9]
+    run(knowledge, facts(12), group=1)  # one by one: as `add`
+    assert knowledge.protected_for == [9]
+
+
 def test_groups_are_no_larger_than_there_is_memory_for(knowledge: FakeKnowledge) -> None:
     def before(fact: Fact) -> None:
         if knowledge.largest_group is None:

@@ -63,6 +63,24 @@ def test_the_users_texts_are_all_kept_and_not_asked_again(base: BaseModel) -> No
     assert prompts.count(shipped) == prompts.count(drawn) == 1
 
 
+def test_more_leaves_out_what_is_known(base: BaseModel) -> None:
+    renderer = Renderer(base.tokenizer, context=base.context)
+    first = protect.more(base, renderer, 64, known=(), seed=1)
+    assert first and first == protect.more(base, renderer, 64, known=(), seed=1)
+    known = {text.prompt for text in first[::2]}
+    second = protect.more(base, renderer, 64, known=known, seed=1)
+    assert {text.prompt for text in second} == {text.prompt for text in first} - known
+    outcomes = probes.recall(base.model, [protect.example(renderer, text) for text in first])
+    assert all(outcome.passed for outcome in outcomes)
+
+
+def test_without_a_chat_template_more_is_written_freely(base: BaseModel) -> None:
+    base.tokenizer.chat_template = None
+    renderer = Renderer(base.tokenizer, context=base.context)
+    found = protect.more(base, renderer, 40, known=(), seed=1)
+    assert 0 < len(found) <= 10 and {text.source for text in found} == {"free"}
+
+
 def test_without_a_chat_template_nothing_is_drawn(base: BaseModel) -> None:
     base.tokenizer.chat_template = None
     found = made(base)

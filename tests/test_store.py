@@ -289,6 +289,12 @@ def test_protected_texts_are_replaced_as_a_whole(store: Store) -> None:
     assert [row.answer for row in store.protected("locality")] == ["b"]
 
 
+def test_protected_texts_are_added(store: Store) -> None:
+    store.set_protected([ProtectedRow(role="control", prompt="", answer="old")])
+    store.add_protected([ProtectedRow(role="control", prompt="q", answer="new")])
+    assert [row.answer for row in store.protected("control")] == ["old", "new"]
+
+
 def test_checkpoints_move_with_the_store(store: Store, tmp_path: Path) -> None:
     add(store, "a")
     folder = store.checkpoint_path(1)
