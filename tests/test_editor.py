@@ -289,9 +289,18 @@ def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(
         assert third.add(*FREE[3]).outcome == "committed"
 
 
-def test_every_attempt_that_was_refused_is_told(taught_store: Path) -> None:
-    configure(taught_store, steps=4, repairs=1)
+def test_every_attempt_that_was_refused_is_told(
+    taught_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the first attempt teaches nothing; the second is a lesson like any other."""
     with KnowledgeBase.open(taught_store) as knowledge:
+        teach = knowledge.engine.teach
+
+        def idle(*lesson: Any) -> Taught:
+            monkeypatch.setattr(knowledge.engine, "teach", teach)
+            return Taught({}, Trained(1, False, 1.0, 0.0), 0.0)
+
+        monkeypatch.setattr(knowledge.engine, "teach", idle)
         report = knowledge.add(*FREE[3])
         assert report.outcome == "committed"  # taught on from where it stood
         assert len(report.refused) == 1 and "recall" in report.refused[0]

@@ -94,6 +94,9 @@ class FakeBase:
     def __exit__(self, *exception: object) -> None:
         self.store.close()
 
+    def protect_for(self, facts: int) -> None:
+        """Not told among the calls: only ingest asks for it, before its first group."""
+
     def _did(self, *call: Any) -> EditReport:
         self.calls.append(call)
         for event in self.events:
