@@ -113,6 +113,8 @@ def test_killing_one_leaves_a_clean_store(empty_store: Path, facts_file: Path, v
             found = json.loads(line)
             if found.get("loss") is not None and found["key"] == FREE[1][0]:
                 break
+        else:
+            pytest.fail("the second fact was never seen being trained: " + line)
         made[victim].send_signal(signal.SIGKILL)
         _, said = made[1 - victim].communicate(timeout=60)
         assert made[1 - victim].returncode == 1
