@@ -36,7 +36,7 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
-LEAST_WEIGHT, MOST_WEIGHT = 0.5, 2.0  # of earlier facts' loss against that of the new ones
+LEAST_WEIGHT, MOST_WEIGHT = 0.5, 4.0  # of earlier facts' loss against that of the new ones
 LEAST_REHEARSED = 16  # in each step, where there are so many: a repair is small, the store is not
 
 
