@@ -42,7 +42,16 @@ LEAST_REHEARSED = 16  # in each step, where there are so many: a repair is small
 
 def batch_of(group: GroupConfig, facts: int) -> int:
     """New facts in a step: ``batch`` of 64, and with the root of their number."""
-    return min(facts, max(1, round(group.batch * math.sqrt(facts / 64))))
+    return min(facts, _scaled(group.batch, facts))
+
+
+def anchors_of(group: GroupConfig, facts: int) -> int:
+    """Protected texts in a step: ``anchors`` for 64 facts, and with the root of their number."""
+    return _scaled(group.anchors, facts) if group.anchors else 0
+
+
+def _scaled(number: int, facts: int) -> int:
+    return max(1, round(number * math.sqrt(facts / 64)))
 
 
 class BreadthFirst(Loop):
@@ -53,7 +62,7 @@ class BreadthFirst(Loop):
         super().__init__(*given)
         count = len(self._lesson.new)
         self._weight = group.shift_weight / count
-        self._batch = batch_of(group, count)
+        self._batch, self._anchors = batch_of(group, count), anchors_of(group, count)
         self._earlier_weight = min(max(self._lesson.earlier / count, LEAST_WEIGHT), MOST_WEIGHT)
         self._total = max(8, math.ceil(group.passes * count / self._batch))
         self._order = self._passes(count)
@@ -118,9 +127,9 @@ class BreadthFirst(Loop):
 
     def _held(self) -> Tensor | float:
         anchors, weight = self._lesson.anchors, self._group.anchor_weight
-        if anchors is None or not len(anchors) or weight == 0 or self._group.anchors == 0:
+        if anchors is None or not len(anchors) or weight == 0 or self._anchors == 0:
             return 0.0
-        chosen = anchors.draw(self._rng, self._group.anchors)
+        chosen = anchors.draw(self._rng, self._anchors)
         return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
     def _missing(self) -> list[int]:

@@ -60,10 +60,10 @@ class TrainingConfig:
 class GroupConfig:
     """How facts are trained together, breadth first.
 
-    A step sees ``batch`` new facts of 64 (more of more, with the root of their number) under one
-    phrasing each, ``rehearsal`` times as many earlier ones, where there are so many, and
-    ``anchors`` protected texts, whose divergence from the base model (nats a token) weighs
-    ``anchor_weight``; every fact is seen ``passes`` times, and those not recalled then ``again``
+    A step sees ``batch`` new facts of 64 under one phrasing each, ``rehearsal`` times as many
+    earlier ones, where there are so many, and ``anchors`` protected texts, whose divergence from
+    the base model (nats a token) weighs ``anchor_weight``; batch and anchors grow with the root of
+    the group's size; every fact is seen ``passes`` times, and those not recalled then ``again``
     times in each of ``rounds`` rounds.  ``shift_weight`` weighs the price of one fact's share.
     A token that leads by ``lead`` logits counts ``settled`` in the loss: what is pushed further
     than it needs costs what is not in the group.  ``learning_rate`` is the length of the longest
@@ -73,14 +73,14 @@ class GroupConfig:
     facts that are checked: they are repaired after it.
     """
 
-    largest: int = setting(256, low=1)
+    largest: int = setting(128, low=1)
     rank: int = setting(256, low=2)
     batch: int = setting(16, low=1)
     passes: int = setting(30, low=1)
     again: int = setting(12, low=1)
     rounds: int = setting(2)
     rehearsal: float = setting(3.0)
-    anchors: int = setting(96)
+    anchors: int = setting(64)
     anchor_weight: float = setting(40.0)
     learning_rate: float = setting(0.02, low=1e-9, high=1.0)
     shift_weight: float = setting(3000.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from kvedit.bench.asking import Kept, Lesson, Point, Student, measure  # noqa: E
 from kvedit.bench.course import group_marks, paces  # noqa: E402
 from kvedit.bench.strategies import StrategiesResult, StrategyOptions  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
+from kvedit.errors import Interrupted  # noqa: E402
 
 FACTS = 4
 
@@ -167,3 +168,32 @@ def test_the_command_says_and_keeps_each_measurement(
     assert "one group: 2 of 2, 2 committed" in done.stderr
     assert "| one group | 2 | all |" in done.stdout
     assert len(json.loads(file.read_text(encoding="utf-8"))["runs"]) == 1
+
+
+def test_a_run_that_was_stopped_goes_on_in_its_store(
+    options: StrategyOptions, tmp_path: Path
+) -> None:
+    """Stopped when the first of two groups has been measured; the second run knows that one."""
+    told: list[Point] = []
+
+    def stop(_: StrategiesResult, point: Point | None) -> None:
+        raise KeyboardInterrupt
+
+    def tell(_: StrategiesResult, point: Point | None) -> None:
+        told.extend([] if point is None else [point])
+
+    here = replace(options, store_dir=tmp_path, groups=("2",), plain_facts=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(course, "EARLY_MARKS", (2,))
+        with pytest.raises((KeyboardInterrupt, Interrupted)):
+            strategies.strategies(here, lambda event: None, stop)
+        left = json.loads((tmp_path / "group-2" / course.LOG).read_text(encoding="utf-8"))
+        again = replace(here, resume=True)
+        found = strategies.strategies(again, lambda event: None, tell)
+    assert [point.after for point in told] == [FACTS]
+    (run,) = found.runs
+    assert run.facts == sum(run.outcomes.values()) == FACTS
+    done, seconds = left["trail"][-1]
+    assert done == 2 and run.trail[: len(left["trail"])][-1] == (2, round(seconds, 3))
+    assert run.seconds > seconds
+    assert [score.found.generated.n for score in found.base] > [0, 0]

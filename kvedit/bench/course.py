@@ -3,16 +3,20 @@
 Invariants:
 - The clock stands still while something is measured: seconds are those of teaching alone.
 - The last measurement comes after the run's own last verification and its repairs.
+- A run that goes on in a store where another was stopped counts the seconds of both, but not those
+  of the group that was lost.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from kvedit.bench.asking import Kept, Lesson, Point, Recalled, Student, measure, recalled
@@ -20,10 +24,12 @@ from kvedit.bench.retain import Emit, engine_of
 from kvedit.editor import KnowledgeBase
 from kvedit.events import EditReport, Event, IngestProgress, Score, Status, Warning_
 from kvedit.facts import Fact
+from kvedit.files import write_atomic
 from kvedit.ingest import IngestOptions, IngestReport, ingest
 
 EARLY_MARKS = (16, 32, 64, 128, 256, 300, 512)
 WINDOW = 500
+LOG = "course.json"
 NOISE = ("similar-key", "apart")
 """Warnings that a run over poets' names gives by the hundred."""
 
@@ -91,16 +97,27 @@ class Course:
         self._taught: dict[str, float] = {}
         self._trail: list[tuple[int, float]] = []
         self._progress = IngestProgress(done=0, total=0)
+        self._before = 0
         self._measure: Callable[[int, bool], None] | None = None
         self._marks: list[int] = []
+        self._log: Path | None = None
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep the clock in the store's folder, and go on from what another run left there."""
+        self._log = folder / LOG
+        if self._log.is_file():
+            left = json.loads(self._log.read_text(encoding="utf-8"))
+            self._trail = [(done, at) for done, at in left["trail"]]
+            self._parts = dict(left["parts"])
 
     def run(
         self, knowledge: KnowledgeBase, facts: Sequence[Fact], size: int | None, kept: Kept
     ) -> StrategyRun:
         """Ingest everything; measured at each mark, and once more after the last verification."""
-        self._marks = group_marks(len(facts))
+        self._before = len(lessons_of(knowledge, facts))
+        self._marks = [mark for mark in group_marks(len(facts)) if mark > self._before]
         self._measure = lambda done, last: self._ask(knowledge, facts, kept, done, last)
-        self._clock.start()
+        self._clock.start(self._trail[-1][1] if self._trail else 0.0)
         report = ingest(knowledge, facts, IngestOptions(group=size, skip_invalid=True), self)
         seconds = self._clock.seconds
         self._ask(knowledge, facts, kept, self._progress.done, last=True)
@@ -124,9 +141,14 @@ class Course:
         return f"{self._name}: {at.done} of {at.total}, {counts}" if at.total else self._name
 
     def _advance(self, event: IngestProgress) -> None:
+        """Take the run's word; what a stopped run did before counts as done."""
+        event = replace(event, done=event.done + self._before, total=event.total + self._before)
         self._progress = event
         self._trail.append((event.done, self._clock.seconds))
         self._taught = dict(self._parts)  # the last verification's repairs come after the last
+        if self._log is not None:
+            left = {"trail": self._trail, "parts": self._parts}
+            write_atomic(self._log, json.dumps(left).encode())
         pace = f"{self._clock.seconds / event.done:.2f} s a fact" if event.done else ""
         self._emit(Status(phase=self._place(), step=event.done, total=event.total, text=pace))
         passed = [mark for mark in self._marks if mark <= event.done]
@@ -151,7 +173,9 @@ class Course:
         self._add(replace(point, seconds=seconds / done if done else None))
 
     def _summary(self, report: IngestReport, seconds: float) -> StrategyRun:
-        facts = len(report.outcomes)
+        outcomes = Counter(one.outcome for one in (*report.outcomes, *report.refused))
+        outcomes.update(committed=report.unchanged)  # by a run that was stopped
+        facts = outcomes.total()
         window = max(1, min(WINDOW, facts // 2))
         first, last = paces(self._trail, window)
         taught = self._trail[-1][1] if self._trail else seconds
@@ -161,7 +185,7 @@ class Course:
         return StrategyRun(
             strategy=self._name,
             facts=facts,
-            outcomes=dict(Counter(one.outcome for one in report.outcomes)),
+            outcomes={outcome: count for outcome, count in outcomes.items() if count},
             seconds=seconds,
             setup_seconds=0.0,
             parts=parts,
@@ -178,13 +202,13 @@ class Course:
 
 @dataclass(slots=True)
 class _Clock:
-    """Seconds since ``start``, without those in which it was stopped."""
+    """Seconds since ``start``, and those from before it, without those in which it was stopped."""
 
     _began: float = field(default_factory=time.monotonic)
     _stopped: float = 0.0
 
-    def start(self) -> None:
-        self._began, self._stopped = time.monotonic(), 0.0
+    def start(self, at: float) -> None:
+        self._began, self._stopped = time.monotonic() - at, 0.0
 
     @property
     def seconds(self) -> float:

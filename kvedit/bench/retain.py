@@ -21,6 +21,7 @@ from kvedit import models, probes
 from kvedit.bench import questions
 from kvedit.bench.asking import Both, Kept, Lesson, Point, Student, both, marks, measure
 from kvedit.bench.questions import BaseFact, BenchData, Seen
+from kvedit.database import DB_NAME
 from kvedit.editor import KnowledgeBase
 from kvedit.engine import Engine
 from kvedit.errors import DuplicateKeyError, InvalidFactError, TextTooLongError, TrainingError
@@ -118,13 +119,17 @@ def engine_of(knowledge: KnowledgeBase) -> Engine:
 
 
 @contextmanager
-def new_store(options: BenchOptions, emit: Emit) -> Iterator[KnowledgeBase]:
-    """A new store, kept only where ``store_dir`` says so."""
+def new_store(options: BenchOptions, emit: Emit, *, go_on: bool = False) -> Iterator[KnowledgeBase]:
+    """A new store, kept only where ``store_dir`` says so; ``go_on`` takes one that is there."""
     with TemporaryDirectory(prefix="kvedit-bench-") as folder:
         path = options.store_dir or Path(folder) / "store"
-        with KnowledgeBase.create(
-            path, options.model, protect=options.protect, on_event=emit
-        ) as knowledge:
+        if go_on and (path / DB_NAME).is_file():
+            opened = KnowledgeBase.open(path, on_event=emit)
+        else:
+            opened = KnowledgeBase.create(
+                path, options.model, protect=options.protect, on_event=emit
+            )
+        with opened as knowledge:
             yield knowledge
 
 

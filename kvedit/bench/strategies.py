@@ -41,9 +41,12 @@ _NAMES = {"1": "one by one", "all": "one group", "auto": "automatic groups"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyOptions(BenchOptions):
-    """``groups`` are sizes: a number, ``all`` or ``auto``."""
+    """``groups`` are sizes: a number, ``all`` or ``auto``; ``resume`` goes on with runs that were
+    stopped, where ``store_dir`` has their stores.
+    """
 
     groups: tuple[str, ...] = ("1", "16", "all", "auto")
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,8 @@ class Ways:
         options = own_store(self._options, f"group-{group}")
         course = Course(name_of(group), self._options.seed, self._emit, self._add, self._observer)
         began = time.monotonic()
-        with new_store(options, course) as knowledge:
+        with new_store(options, course, go_on=self._options.resume) as knowledge:
+            course.keep_in(knowledge.store.path)
             if group != "1":
                 knowledge.protect_for(len(self._facts))
             setup = time.monotonic() - began
@@ -146,11 +150,14 @@ class Ways:
         if beside == self._asked_beside:
             return
         engine = engine_of(knowledge)
-        student = Student(engine.base.model, engine.renderer)
+        base = models.load(
+            models.locate(self._options.model)
+        )  # the engine's may know facts already
+        student = Student(base.model, engine.renderer)
         seen, texts = seen_texts(knowledge, self._facts)
-        base, self._kept = base_facts(student, self._data, seen, self._options, self._emit)
+        scores, self._kept = base_facts(student, self._data, seen, self._options, self._emit)
         self._asked_beside = beside
-        self.result = replace(self.result, model=engine.base.name, base=base, protected=texts)
+        self.result = replace(self.result, model=base.name, base=scores, protected=texts)
 
 
 def _size(group: str, facts: Sequence[Fact]) -> int | None:

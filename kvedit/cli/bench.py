@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvedit.cli.common import Settings, note
-from kvedit.errors import GateFailedError
+from kvedit.errors import GateFailedError, UsageError
 
 if TYPE_CHECKING:
     from kvedit.bench.report import Sheet
@@ -160,6 +160,9 @@ def retain(
     metavar="N|all|auto",
     help="Facts taught together; may be given more than once. [1, 16, all, auto]",
 )
+@click.option(
+    "--resume", is_flag=True, help="Go on with runs that were stopped, in the stores they left."
+)
 @click.pass_obj
 def strategies(
     settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
@@ -169,6 +172,7 @@ def strategies(
     Each way is one run of ingest into a new store. What is held is measured in passing, after 16,
     32, 64, 128, 256, 300, 512, 1000, ... facts and after the last; each measurement is said at
     once, and FILE of --json written anew. A kvedit.toml in --store-dir is used for every store.
+    With --resume a run that was stopped goes on in --store-dir; what was measured is not retold.
 
     \b
     Examples:
@@ -179,6 +183,8 @@ def strategies(
     from kvedit.bench.strategies import StrategyOptions
     from kvedit.bench.strategies import strategies as measure
 
+    if given["resume"] and given["store_dir"] is None:
+        raise UsageError("--resume needs the --store-dir of the run that was stopped")
     given["plain_facts"] = given["plain_facts"] if plain else 0
     options = StrategyOptions(**{name: value for name, value in given.items() if value != ()})
     result = _run_telling(settings, measure, options, json_file, report.line)
