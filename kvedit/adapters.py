@@ -52,9 +52,11 @@ class _Slot:
     weight: Tensor  # (out, in): what the change is added to
     edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
     gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
+    fresh: bool = True  # started, and not carried over into PEFT's modules yet
 
     def start(self, steep: Tensor, rank: int, *, framed: bool) -> None:
         """Set A', B' and E to where the gradient ``steep`` (out, in) would have them begin."""
+        self.fresh = True
         u, v = leading(steep, min(rank, *steep.shape))
         self.a, self.b = (_filled(side, self.e.shape[0]) for side in (v.T, u.T))
         self.b = self.b.T.contiguous()
@@ -83,6 +85,26 @@ class _Slot:
         """(r, 1): PEFT's own singular values."""
         values: Tensor = self.module.lora_E[NAME]
         return values
+
+    def carry_over(self) -> None:
+        """A' and B' as PEFT's A and B; a frame once, when it is set."""
+        a, b = self.module.lora_A[NAME], self.module.lora_B[NAME]
+        if self.fresh or self.a.requires_grad:
+            a.copy_(times(self.a, self.roots.right))
+        if self.fresh or self.b.requires_grad:
+            b.copy_(times(self.b.T, _turned(self.roots.left)).T)
+        self.fresh = False
+        if self.lean:
+            whole = torch.addmm(self.weight.float(), b * (self.e.T * self.scale), a)
+            self.edited = whole.to(self.module.base_layer.weight.dtype)
+
+    def carry_back(self) -> None:
+        """The gradients of PEFT's A and B as those of A' and B', of what is trained alone."""
+        a, b = self.module.lora_A[NAME], self.module.lora_B[NAME]
+        if self.a.requires_grad:
+            _gather(self.a, times(a.grad, _turned(self.roots.right)))
+        if self.b.requires_grad:
+            _gather(self.b, times(b.grad.T, self.roots.left).T)
 
     def share_out(self) -> None:
         """The gradients of PEFT's A, B and E from that of the sum ``W + B diag(E) A``."""
@@ -196,12 +218,7 @@ class Adapter:
     def write(self) -> None:
         """Carry A' and B' over into PEFT's A and B, before the forward passes of a step."""
         for slot in self._slots.values():
-            a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
-            a.copy_(times(slot.a, slot.roots.right))
-            b.copy_(times(slot.b.T, _turned(slot.roots.left)).T)
-            if slot.lean:
-                whole = torch.addmm(slot.weight.float(), b * (slot.e.T * slot.scale), a)
-                slot.edited = whole.to(slot.module.base_layer.weight.dtype)
+            slot.carry_over()
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
@@ -222,15 +239,8 @@ class Adapter:
     def read_gradients(self) -> None:
         """Carry the gradients of PEFT's A and B over to A' and B', after a backward pass."""
         for slot in self._slots.values():
-            a, b = slot.module.lora_A[NAME], slot.module.lora_B[NAME]
             slot.share_out()
-            ours = (
-                times(a.grad, _turned(slot.roots.right)),
-                times(b.grad.T, slot.roots.left).T,
-            )
-            for side, gradient in zip((slot.a, slot.b), ours, strict=True):
-                if side.requires_grad:
-                    side.grad = gradient if side.grad is None else side.grad + gradient
+            slot.carry_back()
         # PEFT's own gradients stay until ``allocate`` has read them.
 
     def price(self) -> Tensor:
@@ -346,6 +356,11 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _into(gradient: Tensor, roots: Roots) -> Tensor:
     """A gradient with respect to D, (out, in), as one with respect to D'."""
     return times(times(gradient.T, roots.left).T, _turned(roots.right))
+
+
+def _gather(side: Tensor, gradient: Tensor) -> None:
+    """Add to a gradient."""
+    side.grad = gradient if side.grad is None else side.grad + gradient
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
 from kvedit.placement import first_device
-from kvedit.probes import PADDED, ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
+from kvedit.probes import ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
 
 
@@ -43,7 +43,7 @@ class Anchors:
         if not projects(model):
             return cls([], [])
         states: dict[int, Tensor] = {}
-        for batch in by_length(examples, padding=PADDED):
+        for batch in by_length(examples, alike=True):
             part = [examples[i] for i in batch]
             with torch.no_grad():
                 hidden, targets = _answers(model, part, lower)
@@ -66,7 +66,7 @@ class Anchors:
     ) -> Tensor:
         """(N,): the same at each of their answer tokens, in no particular order."""
         parts = []
-        for batch in by_length([self._examples[i] for i in chosen], padding=PADDED):
+        for batch in by_length([self._examples[i] for i in chosen], alike=True):
             own = [chosen[i] for i in batch]
             hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
             with torch.no_grad():

@@ -76,10 +76,10 @@ class GroupConfig:
     largest: int = setting(128, low=1)
     rank: int = setting(256, low=2)
     batch: int = setting(16, low=1)
-    passes: int = setting(30, low=1)
+    passes: int = setting(24, low=1)
     again: int = setting(12, low=1)
     rounds: int = setting(2)
-    rehearsal: float = setting(3.0)
+    rehearsal: float = setting(2.0)
     anchors: int = setting(64)
     anchor_weight: float = setting(40.0)
     learning_rate: float = setting(0.02, low=1e-9, high=1.0)
@@ -125,7 +125,7 @@ class ProtectConfig:
     ones are kept (long ones say more about what there is to lose), ``free`` texts beside them, and
     ``locality`` more as probes that no training ever uses.  Many facts need more: before groups are
     taught, so many more questions are drawn that there are ``drafts_a_fact`` for each fact, at most
-    ``most_drafts``.
+    ``most_drafts``, and of the answers those are kept that the model is sure of.
     """
 
     drafts: int = setting(2400, low=1)
@@ -134,7 +134,7 @@ class ProtectConfig:
     free: int = setting(100)
     locality: int = setting(32)
     drafts_a_fact: int = setting(32)
-    most_drafts: int = setting(12000)
+    most_drafts: int = setting(32000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
 from kvedit.facts import Fact
 from kvedit.lower import LowerHalf
-from kvedit.models import BaseModel, checkpointed, target_names
+from kvedit.models import BaseModel, checkpointed, quick_attention, target_names
 from kvedit.probes import Outcome
 from kvedit.prompts import Example, Renderer, paraphrase_prompts, training_prompts
 from kvedit.share import Share
@@ -240,7 +240,8 @@ class Engine:
         adapter.turn(on=True)
         given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower, self.share)
         try:
-            with checkpointed(self.base.model, on=config.gradient_checkpointing):
+            on = config.gradient_checkpointing
+            with checkpointed(self.base.model, on=on), quick_attention(self.base.model):
                 trained = BreadthFirst(group, *given).run() if group else train(*given)
             delta = adapter.factors()
         finally:

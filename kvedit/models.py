@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from kvedit import placement, quantised
@@ -361,6 +362,27 @@ def checkpointed(model: nn.Module, *, on: bool) -> Iterator[None]:
     layers = list(blocks(model)[1]) if on else []
     with placement.instead(layers, lambda _, forward: partial(_twice, forward)):
         yield
+
+
+@contextmanager
+def quick_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a CPU computes attention as plain products instead of by its fused kernel.
+
+    That kernel saves memory and is quick forwards; backwards it took five times as long in half
+    precision, more than all matrices of the model together.  An accelerator's kernels are left
+    alone.
+    """
+    if placement.first_device(model).type != "cpu":
+        yield
+        return
+    cuda: Any = torch.backends.cuda  # the setting counts on the CPU as well, whatever its name
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def _twice(forward: Callable[..., Any], *args: Any, **more: Any) -> Any:

@@ -36,7 +36,6 @@ LEAST_TOKENS = 256
 ROWS_A_BATCH = 256
 ROWS_A_SLICE = 128
 WIDTHS = 32
-PADDED = 0.2  # of a row, where rows are many: padding costs as much as text
 _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -135,7 +134,7 @@ def token_scores(
     model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
 ) -> TokenScores:
     """Score every answer token, examples of like length together so that little is padded."""
-    batches = by_length(examples, batch_tokens(model), padding=PADDED)
+    batches = by_length(examples, batch_tokens(model), alike=True)
     parts = [_scores(model, examples, batch, lower) for batch in batches]
     names = ("losses", "leads", "rows")
     return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
@@ -203,7 +202,7 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     Widths are multiples of ``WIDTHS``: on a CPU every new shape of a product costs the time of a
     hundred products, in which oneDNN writes a kernel for it.
     """
-    width = -(-max(len(e.ids) for e in examples) // WIDTHS) * WIDTHS
+    width = _wide(max(len(e.ids) for e in examples))
     # Never square: whoever reads activations must see which side the positions are on.
     width += WIDTHS * (width == len(examples))
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -214,6 +213,11 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
             example.ids[example.start :]
         )
     return ids, targets
+
+
+def _wide(tokens: int) -> int:
+    """How wide a row of so many tokens is."""
+    return -(-tokens // WIDTHS) * WIDTHS
 
 
 def project(model: Any, hidden: Tensor) -> Tensor:
@@ -247,17 +251,19 @@ def batch_tokens(model: nn.Module) -> int:
 
 
 def by_length(
-    examples: Sequence[Example], tokens: int = TOKENS_A_BATCH, *, padding: float = 1.0
+    examples: Sequence[Example], tokens: int = TOKENS_A_BATCH, *, alike: bool = False
 ) -> Iterator[list[int]]:
     """Batches of indices of similar length, each of a bounded number of padded tokens.
 
-    ``padding`` is the largest share of a row that may be padding.
+    Those ``alike`` are as wide once they are padded: where rows are many, padding costs as much as
+    text.
     """
     batch: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
         width = len(examples[index].ids)
         full = (len(batch) + 1) * width > tokens or len(batch) >= ROWS_A_BATCH
-        if batch and (full or len(examples[batch[0]].ids) < width * (1 - padding)):
+        wider = alike and batch and _wide(width) > _wide(len(examples[batch[0]].ids))
+        if batch and (full or wider):
             yield batch
             batch = []
         batch.append(index)

@@ -22,7 +22,7 @@ import torch
 from kvedit.config import ProtectConfig
 from kvedit.errors import InvalidFactError
 from kvedit.models import BaseModel
-from kvedit.probes import generate, recall
+from kvedit.probes import generate, recall, token_scores
 from kvedit.prompts import Example, Renderer
 
 SHIPPED = Path(__file__).parent / "data" / "protected_prompts.txt"
@@ -31,6 +31,11 @@ QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but 
 ANSWER_TOKENS = 256
 LONG = 16  # tokens from which on an answer counts as long
 DRAFTS_A_TEXT = 4
+RECITED = "recited"  # the source of texts that are there to be replayed, not measured
+RECITED_TEMPERATURES = (0.7, 0.8, 0.9)  # each names things that the others do not
+OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
+MADE = frozenset({"drawn", "shipped", "free", RECITED})  # sources of what no user gave
+SURE = 0.1  # nats a token: an answer that costs the model less is one that it knows
 FIRM = 1.0  # logits by which a locality probe's answer must lead
 LOCALITY_LONG = 0.5  # the share of locality probes with a long answer
 
@@ -96,7 +101,7 @@ def make(
     return ProtectedSet(control, locality)
 
 
-def more(
+def recite(
     base: BaseModel,
     renderer: Renderer,
     drafts: int,
@@ -105,18 +110,45 @@ def more(
     seed: int,
     progress: Progress = lambda text: None,
 ) -> tuple[Protected, ...]:
-    """Let the model say more, from so many questions; ``known`` are prompts to leave out.
+    """Let the model say what it knows, from so many questions more: one text for each answer.
 
+    ``known`` are prompts to leave out.  Most questions are dropped after the first tokens of their
+    answer: those that the model is not sure of, and those whose answer begins as another's does.
     A model without a chat template writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
     """
     generator = torch.Generator().manual_seed(seed)
     progress(f"drawing {drafts} more questions from the model")
-    drawn = _questions(base, renderer, drafts, generator)
+    share = -(-drafts // len(RECITED_TEMPERATURES))
+    drawn = [
+        prompt
+        for temperature in RECITED_TEMPERATURES
+        for prompt in _questions(base, renderer, share, generator, temperature)
+    ]
     if not drawn:
         return tuple(_free(base, renderer, drafts // DRAFTS_A_TEXT, generator))
-    new = [prompt for prompt in drawn if prompt not in known]
-    progress(f"answering {len(new)} questions")
-    return tuple(_answers(base, renderer, new, "drawn"))
+    new = [prompt for prompt in dict.fromkeys(drawn) if prompt not in known]
+    progress(f"looking for what the model knows among {len(new)} questions")
+    asked = _promising(base, renderer, new)
+    progress(f"answering {len(asked)} questions")
+    return _sure(base, renderer, _answers(base, renderer, asked, RECITED))
+
+
+def _promising(base: BaseModel, renderer: Renderer, prompts: Sequence[str]) -> list[str]:
+    """The questions whose answers begin surely, one for each beginning."""
+    prefixes = [renderer.prefix(prompt) for prompt in prompts]
+    openings = generate(base.model, prefixes, end=renderer.end, limit=OPENING_TOKENS)
+    begun = [
+        (prompt, Example((*prefix, *ids), len(prefix), prompt, ""))
+        for prompt, prefix, ids in zip(prompts, prefixes, openings, strict=True)
+        if ids
+    ]
+    costs = _costs(base, [made for _, made in begun])
+    bound = _bound(costs)
+    found: dict[tuple[int, ...], str] = {}
+    for (prompt, made), cost in zip(begun, costs.tolist(), strict=True):
+        if cost < bound:
+            found.setdefault(made.ids[made.start :], prompt)
+    return list(found.values())
 
 
 def example(renderer: Renderer, text: Protected) -> Example:
@@ -125,6 +157,50 @@ def example(renderer: Renderer, text: Protected) -> Example:
         return renderer.example(text.prompt, text.answer)
     ids = (renderer.begin, *renderer.tokens(text.answer)[: renderer.context - 2], renderer.end)
     return Example(ids, 1, "", text.answer)
+
+
+def known(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tuple[Protected, ...]:
+    """What the model says because it knows it: answers that it is sure of, one text for each.
+
+    Much of what is drawn from a model is made up, and to hold it to that costs more than holding it
+    to what it knows, since a guess hangs on near-ties.  A model that is sure of little is held to
+    the surer half; what a user gave is left as it is.
+    """
+    given = [text for text in texts if text.source not in MADE]
+    answers = {text.answer for text in given}
+    made = [text for text in texts if text.source in MADE and text.answer not in answers]
+    return (*given, *_sure(base, renderer, made))
+
+
+def _sure(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tuple[Protected, ...]:
+    """The texts whose answers the model is sure of, one for each answer."""
+    costs = _costs(base, [example(renderer, text) for text in texts])
+    bound = _bound(costs)
+    found: dict[str, Protected] = {}
+    for text, cost in zip(texts, costs.tolist(), strict=True):
+        if cost < bound:
+            found.setdefault(text.answer, text)
+    return tuple(found.values())
+
+
+def _bound(costs: torch.Tensor) -> float:
+    """What an answer costs at most that the model is sure of; for a model that is sure of little,
+    the median.
+    """
+    return max(SURE, float(costs.median())) if len(costs) else SURE
+
+
+@torch.no_grad()
+def _costs(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
+    """(N,): the mean cross-entropy of each answer's tokens, nats a token."""
+    if not examples:
+        return torch.empty(0)
+    scores = token_scores(base.model, examples)
+    rows, losses = scores.rows.cpu(), scores.losses.cpu()
+    sums, counts = torch.zeros(2, len(examples))
+    sums.index_add_(0, rows, losses)
+    counts.index_add_(0, rows, torch.ones_like(losses))
+    return sums / counts
 
 
 def _firm(
@@ -141,7 +217,11 @@ def _firm(
 
 
 def _questions(
-    base: BaseModel, renderer: Renderer, count: int, generator: torch.Generator
+    base: BaseModel,
+    renderer: Renderer,
+    count: int,
+    generator: torch.Generator,
+    temperature: float = QUESTION_TEMPERATURE,
 ) -> list[str]:
     """What the model would have a user ask: its own continuation of an empty user turn."""
     opening = renderer.empty_user_turn()
@@ -153,7 +233,7 @@ def _questions(
         [before] * count,
         end=after,
         limit=QUESTION_TOKENS,
-        temperature=QUESTION_TEMPERATURE,
+        temperature=temperature,
         generator=generator,
     )
     whole = (renderer.text(ids).strip() for ids in drawn if len(ids) < QUESTION_TOKENS)

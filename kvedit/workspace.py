@@ -115,11 +115,15 @@ class Workspace:
         rows = self.store.protected("control")
         return [protect.Protected(row.prompt, row.answer, row.source) for row in rows]
 
+    def _measured_texts(self) -> list[protect.Protected]:
+        """What the curvature is measured on: guesses say more of it than what is known by heart."""
+        return [text for text in self._control_texts() if text.source != protect.RECITED]
+
     def _measure(self) -> None:
         """The curvature of the protected text on the base model, and of the facts on the head."""
         self.say("measuring what must stay")
         renderer = self.engine.renderer
-        examples = [protect.example(renderer, text) for text in self._control_texts()]
+        examples = [protect.example(renderer, text) for text in self._measured_texts()]
         self.at(0, lambda: self.engine.protect(examples))
         self._measure_facts()
         self.save_curvature()
@@ -149,14 +153,13 @@ class Workspace:
         known = {row.prompt for role in _ROLES for row in self.store.protected(role)}
         new = self.at(
             0,
-            lambda: protect.more(
+            lambda: protect.recite(
                 self.engine.base, self.engine.renderer, wanted - drawn,
                 known=known, seed=drawn, progress=lambda text: self.say(text),
             ),
         )  # fmt: skip
         self.store.add_protected(_rows("control", new))
         self.engine.anchors = None
-        self._measure()
         self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
 
     def _measure_here(self) -> None:
@@ -167,7 +170,7 @@ class Workspace:
         if len(facts) < max(LEAST_MEASURED, self._measured_with * GROWN):
             return
         self.say(f"measuring what must stay, with {len(facts)} facts")
-        texts = self._control_texts()
+        texts = self._measured_texts()
         some = random.Random(self.revision).sample(texts, min(MEASURED_HERE, len(texts)))
         renderer = self.engine.renderer
         self.engine.measure_here(
@@ -178,13 +181,16 @@ class Workspace:
         self._measured_with = len(facts)
 
     def _anchor(self) -> None:
-        """Keep what the base model says to protected text; done once."""
+        """Keep what the base model says to the protected text that it knows; done once."""
         if self.engine.anchors is not None or not self.config.group.anchors:
             return
         self.say("asking the base model about protected text")
+        self.at(0, self._anchor_base)
+
+    def _anchor_base(self) -> None:
         renderer = self.engine.renderer
-        examples = [protect.example(renderer, text) for text in self._control_texts()]
-        self.at(0, lambda: self.engine.anchor(examples))
+        texts = protect.known(self.engine.base, renderer, self._control_texts())
+        self.engine.anchor([protect.example(renderer, text) for text in texts])
 
     def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned, and note that the curvature is up to date."""
