@@ -93,3 +93,22 @@ def test_a_digest_sees_names_dtypes_shapes_and_bits() -> None:
     others = [digest("b", plain), digest("a", plain.reshape(3, 2)), digest("a", changed)]
     others += [digest("a", plain.bfloat16()), digest("a", -plain)]
     assert len({same, *others}) == 6
+
+
+def test_quick_attention_says_the_same_and_leaves_nothing_behind(base: BaseModel) -> None:
+    ids = torch.randint(5, 200, (3, 24), generator=torch.Generator().manual_seed(0))
+    embedded = base.model.get_input_embeddings()(ids).detach()
+
+    def asked() -> list[torch.Tensor]:
+        given = embedded.clone().requires_grad_()
+        logits = base.model(inputs_embeds=given, use_cache=False).logits
+        (slope,) = torch.autograd.grad(logits.logsumexp(-1).sum(), given)
+        return [logits.detach(), slope]
+
+    fused = asked()
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    with models.quick_attention(base.model):
+        for ours, theirs in zip(asked(), fused, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == allowed
+    assert torch.backends.cuda.flash_sdp_enabled()

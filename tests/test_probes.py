@@ -141,6 +141,10 @@ def test_batches_are_bounded_and_complete() -> None:
         width = max(len(examples[i].ids) for i in batch)
         assert len(batch) <= probes.ROWS_A_BATCH
         assert len(batch) == 1 or len(batch) * width <= probes.TOKENS_A_BATCH
+    alike = list(probes.by_length(examples, alike=True))
+    assert sorted(i for batch in alike for i in batch) == list(range(400))
+    for batch in alike:
+        assert len({-(-len(examples[i].ids) // probes.WIDTHS) for i in batch}) == 1
     assert list(probes.by_length([])) == []
     assert probes.recall(torch.nn.Linear(1, 1), []) == []
 

@@ -63,22 +63,57 @@ def test_the_users_texts_are_all_kept_and_not_asked_again(base: BaseModel) -> No
     assert prompts.count(shipped) == prompts.count(drawn) == 1
 
 
-def test_more_leaves_out_what_is_known(base: BaseModel) -> None:
+def test_what_is_recited_is_known_and_said_once(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=base.context)
-    first = protect.more(base, renderer, 64, known=(), seed=1)
-    assert first and first == protect.more(base, renderer, 64, known=(), seed=1)
-    known = {text.prompt for text in first[::2]}
-    second = protect.more(base, renderer, 64, known=known, seed=1)
-    assert {text.prompt for text in second} == {text.prompt for text in first} - known
-    outcomes = probes.recall(base.model, [protect.example(renderer, text) for text in first])
+    found = protect.recite(base, renderer, 96, known=(), seed=1)
+    assert found and found == protect.recite(base, renderer, 96, known=(), seed=1)
+    answers = [text.answer for text in found]
+    assert len(set(answers)) == len(answers)
+    assert {text.source for text in found} == {protect.RECITED}
+    # Hearsay has an answer of the same form; what the model is sure of is mostly what it knows.
+    assert len(set(answers) & set(KNOWN.values())) >= len(answers) / 2
+    outcomes = probes.recall(base.model, [protect.example(renderer, text) for text in found])
     assert all(outcome.passed for outcome in outcomes)
+
+
+def test_what_was_asked_before_is_not_asked_again(base: BaseModel) -> None:
+    renderer = Renderer(base.tokenizer, context=base.context)
+    first = protect.recite(base, renderer, 96, known=(), seed=1)
+    known = {text.prompt for text in first[::2]}
+    second = protect.recite(base, renderer, 96, known=known, seed=1)
+    assert second and not {text.prompt for text in second} & known
 
 
 def test_without_a_chat_template_more_is_written_freely(base: BaseModel) -> None:
     base.tokenizer.chat_template = None
     renderer = Renderer(base.tokenizer, context=base.context)
-    found = protect.more(base, renderer, 40, known=(), seed=1)
+    found = protect.recite(base, renderer, 40, known=(), seed=1)
     assert 0 < len(found) <= 10 and {text.source for text in found} == {"free"}
+
+
+def test_guesses_are_not_known_and_a_users_texts_always_are(base: BaseModel) -> None:
+    renderer = Renderer(base.tokenizer, context=base.context)
+    own = [Protected("What is bread?", "Something that nobody says.", "own.txt")]
+    key, answer = next(iter(KNOWN.items()))
+    heart = [Protected(f"What is {name}?", text, "drawn") for name, text in KNOWN.items()]
+    again = Protected(f"Tell me about {key}.", answer, "drawn")
+    guess = Protected("What is a moth?", "Made of oak. Or of glass, or paper.", "drawn")
+    found = protect.known(base, renderer, [guess, *heart, again, *own])
+    assert found[0] == own[0] and guess not in found
+    said = [text.answer for text in found[1:]]
+    assert len(said) == len(set(said)) > len(set(KNOWN.values())) / 2
+    assert protect.known(base, renderer, []) == ()
+
+
+def test_a_model_that_is_sure_of_little_keeps_its_surer_half(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protect, "SURE", 0.0)
+    renderer = Renderer(base.tokenizer, context=base.context)
+    texts = [Protected(f"What is {key}?", said, "drawn") for key, said in KNOWN.items()]
+    told = {text.answer for text in texts}
+    found = protect.known(base, renderer, texts)
+    assert 0 < len(found) <= len(texts) // 2 and {text.answer for text in found} < told
 
 
 def test_without_a_chat_template_nothing_is_drawn(base: BaseModel) -> None:
