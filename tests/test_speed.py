@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from bench_data import make_options, write_data, write_model  # noqa: E402
 from small_model import FREE  # noqa: E402
 
+from kvedit import plots  # noqa: E402
 from kvedit.bench import report, report_capacity, report_speed  # noqa: E402
 from kvedit.bench.asking import Both, Point, both  # noqa: E402
 from kvedit.bench.capacity import (  # noqa: E402
@@ -24,8 +25,15 @@ from kvedit.bench.capacity import (  # noqa: E402
     largest,
     nearest,
 )
-from kvedit.bench.retain import BenchOptions  # noqa: E402
-from kvedit.bench.speed import SpeedOptions, SpeedResult, ingest_ratio, matmul_rate, speed  # noqa: E402
+from kvedit.bench.retain import BenchOptions, Edit  # noqa: E402
+from kvedit.bench.speed import (  # noqa: E402
+    IngestTime,
+    SpeedOptions,
+    SpeedResult,
+    ingest_ratio,
+    matmul_rate,
+    speed,
+)
 from kvedit.bench.strategies import StrategyOptions  # noqa: E402
 
 
@@ -84,10 +92,26 @@ def test_speed_tables(timed: SpeedResult) -> None:
     )
     for text in ("| ingest |", "backward", "GFLOP/s", "matrix product, bfloat16", "MiB"):
         assert text in page
-    ratio = ingest_ratio(timed)
     learned = [edit.seconds for edit in timed.plain if edit.outcome == "learned"]
-    assert (ratio is None) == (not learned)
+    assert (timed.ingest_ratio is None) == (not learned)
+    document = plots.read(report.to_json(report.setting("c"), timed), "result")
+    shares = plots.figure(document).axes[2]
+    assert [t.get_text() for t in shares.get_yticklabels()] == ["one by one", "a lesson", "ingest"]
     assert json.loads(report.to_json(report.setting("c"), timed))["verified"]["facts"] == 2
+
+
+def test_a_ratio_is_of_medians_and_has_an_interval() -> None:
+    plain = [
+        Edit(key="k", outcome=outcome, seconds=seconds, steps=1)
+        for outcome, seconds in (("learned", 4.0), ("learned", 6.0), ("learned", 9.0))
+    ]
+    plain.append(Edit(key="k", outcome="not learned", seconds=100.0, steps=1))
+    run = IngestTime(facts=5, committed=4, seconds=8.0, parts={})
+    found = ingest_ratio(run, plain)
+    assert found is not None and found.value == 3.0, "6 s against 2 s a committed fact"
+    assert 2.0 <= found.low < found.value < found.high <= 4.5
+    assert ingest_ratio(replace(run, committed=0), plain) is None
+    assert ingest_ratio(run, plain[3:]) is None
 
 
 def test_a_matrix_product_has_a_rate() -> None:
@@ -105,6 +129,8 @@ def test_capacity(held: CapacityResult) -> None:
     page = report.markdown(
         "Capacity", report.setting("c"), held.model, "", report_capacity.sheets(held)
     )
+    document = plots.read(report.to_json(report.setting("c"), held), "result")
+    assert len(plots.figure(document).axes[0].containers) == 2, "under both protocols"
     assert "similarity of the closest other key" in page and "held at the end" in page
     assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
 

@@ -34,6 +34,7 @@ from kvedit.engine import Engine
 from kvedit.errors import TextTooLongError
 from kvedit.facts import Fact
 from kvedit.keys import normalise
+from kvedit.metrics import bootstrap
 from kvedit.prompts import Example
 
 HOLDS = 0.95
@@ -124,7 +125,7 @@ def capacity(
 def _capacity(options: StrategyOptions, emit: Emit, tell: Tell) -> Capacity:
     source = models.locate(options.model)
     data = questions.load(options.data, source)
-    facts = questions.new_facts(data, options.facts, options.facts_file)
+    facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ledger = _Ledger(facts)
     ways = Ways(options, data, facts, emit, tell, ledger)
     ways.teach(options.groups[0])
@@ -265,12 +266,11 @@ def difference(
     """The mean of ``one`` less that of ``other``, percentile bootstrap; None below two values."""
     if min(len(one), len(other)) < 2:
         return None
-    rng = random.Random(seed)
-    drawn = sorted(
-        mean(rng.choices(one, k=len(one))) - mean(rng.choices(other, k=len(other)))
-        for _ in range(rounds)
-    )
-    low, high = drawn[round(0.025 * rounds)], drawn[round(0.975 * rounds) - 1]
+
+    def draw(rng: random.Random) -> float:
+        return mean(rng.choices(one, k=len(one))) - mean(rng.choices(other, k=len(other)))
+
+    low, high = bootstrap(draw, seed, rounds)
     return Difference(mean(one) - mean(other), low, high)
 
 

@@ -92,11 +92,11 @@ def kills(options: KillOptions, emit: Emit) -> KillsResult:
     """Ingest facts into a new store, killed ``options.kills`` times, then left to finish."""
     source = models.locate(options.model)
     facts = questions.new_facts(
-        questions.load(options.data, source), options.facts, options.facts_file
+        questions.load(options.data, source), options.facts, options.facts_file, options.kind
     )
     with _made(options, emit) as folder, TemporaryDirectory(prefix="kvedit-kills-") as scratch:
         file = Path(scratch) / "facts.jsonl"
-        file.write_text("".join(_line(fact) for fact in facts), encoding="utf-8")
+        file.write_text("".join(line(fact) for fact in facts), encoding="utf-8")
         rounds, lost = _run(folder, file, options, emit)
         return _judge(folder, facts, rounds, lost, emit)
 
@@ -109,9 +109,9 @@ def _made(options: KillOptions, emit: Emit) -> Iterator[Path]:
         yield folder
 
 
-def _line(fact: Fact) -> str:
-    row = {"key": fact.key, "description": fact.description, "lang": fact.lang}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def line(fact: Fact) -> str:
+    """A fact as a line of JSON, with all that it is trained on and asked."""
+    return json.dumps(fact.to_json(), ensure_ascii=False) + "\n"
 
 
 def _run(

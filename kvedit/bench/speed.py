@@ -44,6 +44,7 @@ from kvedit.errors import InvalidFactError
 from kvedit.events import EditReport, Event, Score, Status
 from kvedit.facts import Fact
 from kvedit.ingest import IngestOptions, ingest
+from kvedit.metrics import bootstrap
 from kvedit.training import Lesson
 
 MATMUL_SIDE = 1024
@@ -96,10 +97,23 @@ class VerifyTime:
     held: Score
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure with its bootstrap 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedResult:
     """All that ``speed`` measured; ``peaks`` are the process's largest memory so far, in bytes,
     after each stage; ``matmul`` floating-point operations a second by dtype.
+
+    ``ratios`` pair the plain recipe's seconds with kvedit's, for facts that both learned; ``ratio``
+    is their median.  ``ingest_ratio`` is the plain recipe's median over ingest's mean, in seconds a
+    fact that was learned; there is one run of ingest, so its interval is that of the plain recipe.
     """
 
     model: str
@@ -109,6 +123,8 @@ class SpeedResult:
     ingested: IngestTime
     plain: tuple[Edit, ...]
     ratios: tuple[float, ...]
+    ratio: Estimate | None
+    ingest_ratio: Estimate | None
     lesson: LessonTime
     matmul: dict[str, float]
     verified: VerifyTime
@@ -120,7 +136,7 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     source = models.locate(options.model)
     data = questions.load(options.data, source)
     count = max(options.facts + 1, options.ingest_facts)
-    facts = questions.new_facts(data, count, options.facts_file)
+    facts = questions.new_facts(data, count, options.facts_file, options.kind)
     if len(facts) < 2:
         raise InvalidFactError("two facts are needed: one to add, one to take a lesson apart")
     single = facts[: min(options.facts, len(facts) - 1)]
@@ -140,6 +156,7 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     plain = plain_all(source, some, Kept((), ()), emit)[0] if some else []
     if plain:
         peaks["plain recipe"] = peak_memory()
+    ratios = pair_ratios(edits, plain)
     return SpeedResult(
         model=base.name,
         dtype=_name(base.dtype),
@@ -147,7 +164,9 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
         edits=tuple(edits),
         ingested=ingested,
         plain=tuple(plain),
-        ratios=tuple(pair_ratios(edits, plain)),
+        ratios=tuple(ratios),
+        ratio=middle(ratios),
+        ingest_ratio=ingest_ratio(ingested, plain),
         lesson=lesson,
         matmul=matmul,
         verified=verified,
@@ -155,12 +174,20 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     )
 
 
-def ingest_ratio(result: SpeedResult) -> float | None:
-    """The plain recipe's median over ingest's mean, in seconds a fact that was learned."""
-    learned = [edit.seconds for edit in result.plain if edit.outcome == "learned"]
-    if not learned or not result.ingested.committed:
+def middle(values: Sequence[float], scale: float = 1.0) -> Estimate | None:
+    """The median of some values times ``scale``; None of no values."""
+    if not values:
         return None
-    return median(learned) * result.ingested.committed / result.ingested.seconds
+    low, high = bootstrap(lambda rng: median(rng.choices(values, k=len(values))))
+    return Estimate(scale * median(values), scale * low, scale * high)
+
+
+def ingest_ratio(ingested: IngestTime, plain: Sequence[Edit]) -> Estimate | None:
+    """The plain recipe's median over ingest's mean, in seconds a fact that was learned."""
+    if not ingested.committed:
+        return None
+    learned = [edit.seconds for edit in plain if edit.outcome == "learned"]
+    return middle(learned, ingested.committed / ingested.seconds)
 
 
 def shares(edits: Sequence[Edit]) -> dict[str, float]:
