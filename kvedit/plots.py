@@ -315,14 +315,17 @@ def _ratios(axes: Axes, document: Document) -> None:
 
 
 def _divided(document: Document) -> dict[str, dict[str, float]]:
-    """Each kind of work, and the seconds of its parts."""
+    """Each kind of work, its lessons (train) taken apart below it: the seconds of its parts."""
     edits = document["edits"]
     names = dict.fromkeys(name for edit in edits for name in edit["timings"])
     single = {n: mean(edit["timings"].get(n, 0.0) for edit in edits) for n in names}
+    ingested = document["ingested"]
+    group = ingested.get("lesson") or {"facts": 0, "parts": {}}
     rows = {
         "one by one": single,
-        "a lesson": document["lesson"]["parts"],
-        "ingest": document["ingested"]["parts"],
+        "- its lesson": document["lesson"]["parts"],
+        "ingest": ingested["parts"],
+        f"- of {group['facts']} facts": group["parts"],
     }
     return {name: parts for name, parts in rows.items() if sum(parts.values()) > 0}
 

@@ -70,7 +70,13 @@ SPEED = {
     "model": "tiny",
     "edits": [edit(2.0), edit(4.0), edit(5.0)],
     "plain": [{"seconds": value, "timings": {}} for value in (8.0, 9.0)],
-    "ingested": {"facts": 4, "committed": 3, "seconds": 3.0, "parts": {"train": 2.0, "other": 1.0}},
+    "ingested": {
+        "facts": 4,
+        "committed": 3,
+        "seconds": 3.0,
+        "parts": {"train": 2.0, "other": 1.0},
+        "lesson": {"facts": 2, "parts": {"forward": 1.0, "other": 1.0}},
+    },
     "lesson": {"parts": {"forward": 1.0, "backward": 3.0}},
     "ratios": [4.0, 2.0],
     "ratio": {"value": 3.0, "low": 2.0, "high": 4.0},
@@ -168,12 +174,13 @@ def test_speed_shows_every_fact_its_median_and_the_shares() -> None:
         bar.get_label(): [p.get_width() for p in bar]
         for bar in drawn["Where the time goes"].containers
     }
-    assert bars["train"] == pytest.approx([75.0, 0.0, 100 * 2 / 3])
-    assert [sum(widths) for widths in zip(*bars.values(), strict=True)] == pytest.approx([100] * 3)
+    assert bars["train"] == pytest.approx([75.0, 0.0, 100 * 2 / 3, 0.0])
+    assert [sum(widths) for widths in zip(*bars.values(), strict=True)] == pytest.approx([100] * 4)
 
 
-def test_an_older_result_without_intervals_of_ratios_is_drawn() -> None:
+def test_an_older_result_with_less_in_it_is_drawn() -> None:
     older = {name: value for name, value in SPEED.items() if "ratio" not in name}
+    older["ingested"] = {n: v for n, v in SPEED["ingested"].items() if n != "lesson"}
     assert panels({**older, "ratios": [], "plain": []})
 
 

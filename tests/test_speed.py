@@ -72,6 +72,9 @@ def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert {"forward", "backward", "optimizer", "other"} == set(lesson.parts)
     assert all(spent > 0 for spent in lesson.parts.values())
     assert lesson.operations > 1e6 and lesson.steps > 0 and lesson.rehearsal == 2
+    group = timed.ingested.lesson
+    assert group is not None and (group.facts, group.rehearsal) == (2, 0)
+    assert group.operations > lesson.operations / lesson.steps and group.parts["backward"] > 0
     assert sum(timed.ingested.parts.values()) == pytest.approx(timed.ingested.seconds, rel=0.01)
     assert timed.verified.facts == 2 and timed.verified.phrasings >= 16
     assert timed.peaks["one by one"] <= timed.peaks["ingest"] <= timed.peaks["plain recipe"]
@@ -90,13 +93,25 @@ def test_speed_tables(timed: SpeedResult) -> None:
     page = report.markdown(
         "Speed", report.setting("c"), "m", report_speed.notes(timed), report_speed.sheets(timed)
     )
-    for text in ("| ingest |", "backward", "GFLOP/s", "matrix product, bfloat16", "MiB"):
+    for text in (
+        "| ingest |",
+        "backward",
+        "GFLOP/s",
+        "a lesson of 2 facts",
+        "matrix product, bfloat16",
+        "MiB",
+    ):
         assert text in page
     learned = [edit.seconds for edit in timed.plain if edit.outcome == "learned"]
     assert (timed.ingest_ratio is None) == (not learned)
     document = plots.read(report.to_json(report.setting("c"), timed), "result")
     shares = plots.figure(document).axes[2]
-    assert [t.get_text() for t in shares.get_yticklabels()] == ["one by one", "a lesson", "ingest"]
+    assert [t.get_text() for t in shares.get_yticklabels()] == [
+        "one by one",
+        "- its lesson",
+        "ingest",
+        "- of 2 facts",
+    ]
     assert json.loads(report.to_json(report.setting("c"), timed))["verified"]["facts"] == 2
 
 

@@ -66,15 +66,19 @@ def _estimate(value: Estimate) -> str:
 
 
 def _shares(result: SpeedResult) -> Sheet:
-    lesson = sum(result.lesson.parts.values()) or 1.0
+    ingested = result.ingested
     rows = [(f"{KVEDIT}, one by one", name, _share(part)) for name, part in _of(result.edits)]
-    rows += [
-        ("- of a lesson (train)", name, _share(spent / lesson))
-        for name, spent in result.lesson.parts.items()
-    ]
-    whole = result.ingested.seconds or 1.0
-    rows += [(INGEST, name, _share(spent / whole)) for name, spent in result.ingested.parts.items()]
+    rows += _parts("- of a lesson (train)", result.lesson.parts)
+    rows += _parts(INGEST, ingested.parts)
+    if ingested.lesson is not None:
+        name = f"- of a lesson of {ingested.lesson.facts} facts (train)"
+        rows += _parts(name, ingested.lesson.parts)
     return Sheet("Where the time goes", ("what", "part", "share"), tuple(rows))
+
+
+def _parts(what: str, parts: dict[str, float]) -> list[tuple[str, str, str]]:
+    whole = sum(parts.values()) or 1.0
+    return [(what, name, _share(spent / whole)) for name, spent in parts.items()]
 
 
 def _of(edits: Sequence[Edit]) -> list[tuple[str, float]]:
@@ -86,20 +90,23 @@ def _share(value: float) -> str:
 
 
 def _arithmetic(result: SpeedResult) -> Sheet:
-    lesson = result.lesson
+    lessons = [one for one in (result.lesson, result.ingested.lesson) if one is not None]
+    names = [f"share of {dtype}" for dtype in result.matmul]
     rows = [
         (
-            f"a lesson of {lesson.steps} steps, {lesson.rehearsal} facts to rehearse",
-            f"{lesson.seconds:.2f}",
-            f"{lesson.operations / 1e9:.2f}",
-            f"{lesson.rate / 1e9:.2f}",
-            "",
+            f"a lesson of {one.facts} facts, {one.steps} steps, {one.rehearsal} to rehearse",
+            f"{one.seconds:.2f}",
+            f"{one.operations / 1e9:.2f}",
+            f"{one.rate / 1e9:.2f}",
+            *[_share(one.rate / rate) for rate in result.matmul.values()],
         )
+        for one in lessons
     ]
     for dtype, rate in result.matmul.items():
-        share = _share(lesson.rate / rate)
-        rows.append((f"matrix product, {dtype}", "-", "-", f"{rate / 1e9:.2f}", share))
-    headers = ("what", "seconds", "GFLOP", "GFLOP/s", "the lesson's share of it")
+        rows.append(
+            (f"matrix product, {dtype}", "-", "-", f"{rate / 1e9:.2f}", *["-"] * len(names))
+        )
+    headers = ("what", "seconds", "GFLOP", "GFLOP/s", *names)
     return Sheet("Arithmetic", headers, tuple(rows))
 
 
