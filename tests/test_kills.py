@@ -15,6 +15,7 @@ from bench_data import write_data, write_model, write_settings  # noqa: E402
 from kvedit.bench import report  # noqa: E402
 from kvedit.bench.kills import KILLED, KillOptions, KillsResult, Round, kills, line  # noqa: E402
 from kvedit.errors import KveditError  # noqa: E402
+from kvedit.events import Event, Warning_  # noqa: E402
 from kvedit.facts import Fact  # noqa: E402
 
 SOUND = KillsResult(
@@ -66,8 +67,10 @@ def options(tmp_path: Path, small: Path, **more: object) -> KillOptions:
 
 
 def test_a_command_that_fails_is_named(tmp_path: Path, small: dict[str, Path]) -> None:
+    events: list[Event] = []
     with pytest.raises(KveditError, match="exit code 2") as error:
-        kills(options(tmp_path, small["bf16"], kills=0, group="none"), lambda event: None)
+        kills(options(tmp_path, small["bf16"], kills=0, group="none"), events.append)
+    assert events and not any(isinstance(event, Warning_) for event in events), "a closed store"
     assert "ingest" in error.value.hint and "--group none" in error.value.hint
 
 

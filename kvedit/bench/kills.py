@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -103,9 +103,11 @@ def kills(options: KillOptions, emit: Emit) -> KillsResult:
 
 @contextmanager
 def _made(options: KillOptions, emit: Emit) -> Iterator[Path]:
-    with new_store(options, emit) as knowledge:
-        folder = knowledge.store.path
-        knowledge.close()  # what follows is for other processes
+    """A new store that nobody has open: what follows is for other processes."""
+    with TemporaryDirectory(prefix="kvedit-kills-") as scratch:
+        folder = options.store_dir or Path(scratch) / "store"
+        with new_store(replace(options, store_dir=folder), emit):
+            pass
         yield folder
 
 
