@@ -100,6 +100,20 @@ def test_a_relations_phrasings_are_trained_on_or_asked_never_both(
     assert not {*fact.prompts} & {*fact.paraphrases}
 
 
+def test_models_side_by_side_are_taught_what_none_of_them_saw(
+    data: Path, model: Path, small: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_model(small["bf16"], tmp_path / "other")
+    (other / "pretrained_poets.txt").write_text("杜甫\n", encoding="utf-8")
+    listed = "".join(f"P1\t{key}\n" for key in list(KNOWN)[2:])
+    (other / "pretrained_relations.tsv").write_text(listed, encoding="utf-8")
+    found = questions.in_common([questions.load(data, str(one)) for one in (model, other)])
+    for one in found:
+        assert [poet.key for poet in one.held_out] == ["无名氏"]
+        assert [r.subject for r in one.held_out_relations] == list(KNOWN)[:1]
+    assert [poet.key for poet in found[0].known] == ["李白", "王維"]
+
+
 def test_known_poets_can_be_taken_as_facts(data: Path, model: Path) -> None:
     found = questions.load(data, str(model))
     known = questions.new_facts(found, 5, kind=questions.KNOWN)

@@ -15,6 +15,7 @@ from bench_data import make_options, write_data, write_model  # noqa: E402
 from small_model import FREE  # noqa: E402
 
 from kvedit import plots  # noqa: E402
+from kvedit.bench import capacity as capacities  # noqa: E402
 from kvedit.bench import report, report_capacity, report_speed  # noqa: E402
 from kvedit.bench.asking import Both, Point, both  # noqa: E402
 from kvedit.bench.capacity import (  # noqa: E402
@@ -35,6 +36,7 @@ from kvedit.bench.speed import (  # noqa: E402
     speed,
 )
 from kvedit.bench.strategies import StrategyOptions  # noqa: E402
+from kvedit.errors import Interrupted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,25 @@ def test_capacity(held: CapacityResult) -> None:
     assert len(plots.figure(document).axes[0].containers) == 2, "under both protocols"
     assert "similarity of the closest other key" in page and "held at the end" in page
     assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
+
+
+def test_all_models_are_taught_the_same_facts(
+    given: dict[str, Any], small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_model(small["bf16"], tmp_path / "other")
+    (other / "pretrained_poets.txt").write_text("杜甫\n", encoding="utf-8")
+    taught: list[list[str]] = []
+
+    def teach(ways: capacities.Ways, group: str) -> None:
+        taught.append([fact.key for fact in ways._facts])
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(capacities.Ways, "teach", teach)
+    options = StrategyOptions(**{**given, "plain_facts": 0, "facts_file": None, "store_dir": None})
+    for sources in ((given["model"], str(other)), (str(other), given["model"])):
+        with pytest.raises(Interrupted):
+            capacity(options, sources, lambda event: None)
+    assert taught == [["无名氏"], ["无名氏"]]
 
 
 def test_bits_are_those_of_the_answer(small: dict[str, Path]) -> None:

@@ -114,17 +114,20 @@ def capacity(
     tell: Tell = lambda result, point: None,
 ) -> CapacityResult:
     """Teach the same facts to each model in the way that ``options.groups`` names first."""
+    folders = [questions.load(options.data, models.locate(source)) for source in sources]
     found = []
-    for number, source in enumerate(sources, 1):
+    for number, (source, data) in enumerate(
+        zip(sources, questions.in_common(folders), strict=True), 1
+    ):
         own = replace(options, model=source)
         own = own_store(own, f"model-{number}") if len(sources) > 1 else own
-        found.append(_capacity(own, emit, tell))
+        found.append(_capacity(own, data, emit, tell))
     return CapacityResult(models=tuple(found))
 
 
-def _capacity(options: StrategyOptions, emit: Emit, tell: Tell) -> Capacity:
-    source = models.locate(options.model)
-    data = questions.load(options.data, source)
+def _capacity(
+    options: StrategyOptions, data: questions.BenchData, emit: Emit, tell: Tell
+) -> Capacity:
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ledger = _Ledger(facts)
     ways = Ways(options, data, facts, emit, tell, ledger)

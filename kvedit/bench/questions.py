@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +87,20 @@ def load(data: Path, model: str) -> BenchData:
         relations=tuple(_relations(data, listed)),
         held_out_relations=tuple(_held_out_relations(data, listed)),
     )
+
+
+def in_common(found: Sequence[BenchData]) -> list[BenchData]:
+    """The same, but held out is only what no model was pretrained on: they are taught alike."""
+    poets = set.intersection(*(set(one.held_out) for one in found))
+    relations = set.intersection(*(set(one.held_out_relations) for one in found))
+    return [
+        replace(
+            one,
+            held_out=tuple(poet for poet in one.held_out if poet in poets),
+            held_out_relations=tuple(r for r in one.held_out_relations if r in relations),
+        )
+        for one in found
+    ]
 
 
 def new_facts(
@@ -161,9 +175,9 @@ def _held_out_relations(data: Path, known: set[str]) -> list[Relation]:
     """Those that the model was not pretrained on, in an order of their own: the file's goes by
     relation, and a few hundred facts would all be of one kind.
     """
-    found = [one for name, one in _phrased(data) if known and name not in known]
-    random.Random(0).shuffle(found)
-    return found
+    found = list(_phrased(data))
+    random.Random(0).shuffle(found)  # before any is left out: the order is that of all models
+    return [one for name, one in found if known and name not in known]
 
 
 def _phrased(data: Path) -> Iterator[tuple[str, Relation]]:
