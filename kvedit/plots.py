@@ -39,6 +39,10 @@ HELD = (
     ("relations", "Base relations kept"),
 )
 ASKED = "%, free generation"
+SOME_ASKED = (
+    "Before the last mark of a line each new fact is asked\n"
+    "one phrasing that was trained and one that was not."
+)
 APART = 1.025
 """By so much lines stand apart, or those that hold alike would hide each other."""
 FORCED_STYLE: dict[str, Any] = {"linestyle": ":", "marker": "", "alpha": 0.7}
@@ -114,7 +118,9 @@ def _strategies(document: Document) -> Figure:
         _curves(axes, points, name, title)
     _seconds_curves(panels[4], points)
     panels[5].set_axis_off()
-    _legend(found, panels[5], panels[0])
+    _legend(panels[5], panels[0])
+    if any(point.get("asked") is not None for point in points):
+        panels[5].text(0.5, 0, SOME_ASKED, ha="center", fontsize="small")
     return found
 
 
@@ -203,7 +209,7 @@ def _percent_axis(axes: Axes, title: str) -> None:
     axes.set_ylim(max(0.0, 100.0 - span) - 0.05 * span, 100.0 + 0.05 * span)
 
 
-def _legend(found: Figure, where: Axes, source: Axes) -> None:
+def _legend(where: Axes, source: Axes) -> None:
     """The lines' names in a panel of their own."""
     handles, labels = source.get_legend_handles_labels()
     if handles:

@@ -131,6 +131,14 @@ def test_seconds_leave_out_what_was_not_timed() -> None:
     assert drawn == {"groups of 4": [2.0, 3.0], "one group": [], "plain recipe": [2.0]}
 
 
+def test_it_is_said_where_not_all_phrasings_were_asked() -> None:
+    some = {**STRATEGIES, "points": [{**point("one group", 16, 20), "asked": 1}]}
+    told = [text.get_text() for axes in plots.figure(some).axes for text in axes.texts]
+    assert plots.SOME_ASKED in told
+    told = [text.get_text() for axes in plots.figure(STRATEGIES).axes for text in axes.texts]
+    assert plots.SOME_ASKED not in told
+
+
 def test_a_measure_that_nobody_was_asked_is_left_out() -> None:
     asked = {**point("one group", 16, 20), "poets": both(0, 0)}
     drawn = panels({**STRATEGIES, "points": [asked]})
