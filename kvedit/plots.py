@@ -100,10 +100,16 @@ def _new(width: float, height: float) -> Figure:
 def _title(kind: str, document: Document) -> str:
     """What, of which model, and when and at which commit it was measured."""
     models = document["models"] if kind == "capacity" else (document,)
-    names = ", ".join(dict.fromkeys(str(one.get("model", "")) for one in models))
+    names = ", ".join(dict.fromkeys(_name(one) for one in models))
     made = document.get("setting", {})
     told = " · ".join(str(made[name]) for name in ("date", "commit") if name in made)
     return f"kvedit bench {kind}: {names}" + (f"\n{told}" if told else "")
+
+
+def _name(result: Document) -> str:
+    """The model's name; of a folder its own name alone."""
+    name = str(result.get("model", ""))
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 # ---- what is held against the number of facts
@@ -241,7 +247,7 @@ def _capacity(document: Document) -> Figure:
 
 def _both_protocols(axes: Axes, one: Document, colour: str, shift: float) -> None:
     """What a model holds, by free generation and teacher-forced."""
-    label = f"{one['model']}, {one['parameters'] / 1e6:.1f}M"
+    label = f"{_name(one)}, {one['parameters'] / 1e6:.1f}M"
     forced = {"label": f"{label}, teacher-forced", "color": colour, **FORCED_STYLE}
     _curve(axes, one["points"], "committed", "generated", shift, label=label, color=colour)
     _curve(axes, one["points"], "committed", "forced", shift * APART, **forced)

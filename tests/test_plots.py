@@ -57,7 +57,10 @@ def capacity_of(name: str, parameters: int, fell: bool) -> dict[str, Any]:
 
 CAPACITY = {
     "setting": SETTING,
-    "models": [capacity_of("small", 1_000_000, True), capacity_of("large", 4_000_000, False)],
+    "models": [
+        capacity_of("/models/small", 1_000_000, True),
+        capacity_of("large", 4_000_000, False),
+    ],
 }
 
 
