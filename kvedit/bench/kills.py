@@ -135,6 +135,7 @@ def _run(
         keys = _committed(folder)
         seen |= keys
         rounds.append(Round(time.monotonic() - began, code, len(keys)))
+        left -= code == KILLED
         emit(Status(phase=f"{left} kills to go", step=len(keys), total=options.facts))
         if code not in (KILLED, *DONE):
             raise KveditError(
