@@ -43,9 +43,11 @@ SOME_ASKED = (
     "Before the last mark of a line each new fact is asked\n"
     "one phrasing that was trained and one that was not."
 )
+MARGIN = 1.3
+"""Left and right of the first and the last mark; of one mark the axis would show the gaps alone."""
 APART = 1.025
 """By so much lines stand apart, or those that hold alike would hide each other."""
-FORCED_STYLE: dict[str, Any] = {"linestyle": ":", "marker": "", "alpha": 0.7}
+FORCED_STYLE: dict[str, Any] = {"linestyle": ":", "marker": ".", "alpha": 0.7}
 HOLDS = 95
 DOTS: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5, "alpha": 0.6}
 DPI = 150
@@ -190,7 +192,10 @@ def _facts_axis(axes: Axes, points: Sequence[Document]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(_spaced(sorted({p["after"] for p in points}))))
+    marks = sorted({point["after"] for point in points})
+    axes.xaxis.set_major_locator(FixedLocator(_spaced(marks)))
+    if marks:
+        axes.set_xlim(marks[0] / MARGIN, marks[-1] * MARGIN)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("facts taught")
@@ -237,7 +242,7 @@ def _capacity(document: Document) -> Figure:
     _percent_axis(held, "New facts held (ERR)")
     held.set_ylabel("%")
     held.legend(fontsize="small", loc="best")
-    _bars(a_parameter, models, [one["stored_bits"] / one["touched"] for one in models], "{:.4f}")
+    _bars(a_parameter, models, [one["stored_bits"] / one["touched"] for one in models], "{:.2g}")
     a_parameter.set_title("Bits stored a touched parameter", fontsize="medium")
     _bars(most, models, [one["largest"] for one in models], "{:.0f}")
     _more(most, models)

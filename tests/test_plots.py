@@ -149,6 +149,12 @@ def test_a_measure_that_nobody_was_asked_is_left_out() -> None:
     assert list(lines(drawn["Base relations kept"])) == ["one group"]
 
 
+def test_one_mark_alone_is_not_zoomed_into() -> None:
+    axes = panels({**STRATEGIES, "points": [point("one group", 8, 20)]})["Base poets kept"]
+    left, right = axes.get_xlim()
+    assert left < 7 and right > 9
+
+
 def test_a_run_with_nothing_measured_yet_is_drawn() -> None:
     assert len(panels({**STRATEGIES, "points": []})) == 5
 
@@ -166,6 +172,7 @@ def test_capacity_has_a_line_under_each_protocol_and_bits() -> None:
     assert held["small, 1.0M, teacher-forced"][1] == pytest.approx([100 * 15 / 16, 100 * 31 / 32])
     bits = drawn["Bits stored a touched parameter"]
     assert [bar.get_height() for bar in bits.patches] == [0.004, 0.001]
+    assert [text.get_text() for text in bits.texts] == ["0.004", "0.001"]
     most = drawn["Most facts with 95% held"]
     assert [text.get_text() for text in most.texts] == ["32", "32 or more"]
 

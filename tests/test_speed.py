@@ -149,6 +149,7 @@ def test_capacity(held: CapacityResult) -> None:
     document = plots.read(report.to_json(report.setting("c"), held), "result")
     assert len(plots.figure(document).axes[0].containers) == 2, "under both protocols"
     assert "similarity of the closest other key" in page and "held at the end" in page
+    assert f"| {one.bits_per_touched:.2g} |" in page and one.bits_per_touched > 0
     assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
 
 
