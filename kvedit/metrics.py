@@ -8,8 +8,10 @@ Invariants:
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter
+from collections.abc import Callable
 
 Z_95 = 1.959963984540054
 """The 97.5% quantile of the standard normal distribution, for two-sided 95% intervals."""
@@ -36,6 +38,18 @@ def wilson(passed: int, n: int) -> tuple[float, float]:
     low = 0.0 if passed == 0 else (center - spread) / scale
     high = 1.0 if passed == n else (center + spread) / scale
     return (max(0.0, low), min(1.0, high))
+
+
+def bootstrap(
+    draw: Callable[[random.Random], float], seed: int = 0, rounds: int = 2000
+) -> tuple[float, float]:
+    """Return the percentile bootstrap 95% interval of a statistic.
+
+    ``draw`` computes it from one resample, made with the generator it is given.
+    """
+    rng = random.Random(seed)
+    found = sorted(draw(rng) for _ in range(rounds))
+    return found[round(0.025 * rounds)], found[max(0, round(0.975 * rounds) - 1)]
 
 
 def exact(answer: str, expected: str) -> bool:

@@ -276,10 +276,35 @@ def recall(
     model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
 ) -> list[Outcome]:
     """Exact recall of each example by one forward pass (teacher-forced)."""
-    if not examples:
-        return []
-    margins = token_scores(model, examples, lower).margins(len(examples))
-    return [Outcome(margin > 0, margin) for margin in margins.tolist()]
+    margins = [float("inf")] * len(examples)
+    for batch in by_length(examples, batch_tokens(model), padding=PADDED):
+        answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
+        found = _margins(answers, len(batch)).tolist()
+        for index, margin in zip(batch, found, strict=True):
+            margins[index] = margin
+    return [Outcome(margin > 0, margin) for margin in margins]
+
+
+def _margins(answers: Answers, count: int) -> Tensor:
+    """(count,): the smallest lead of each row's targets, as ``TokenScores`` has it.
+
+    Without the losses, and the target taken out of the logits themselves, which are used up: that
+    is a quarter of the time.
+    """
+    logits = answers.logits
+    places = torch.arange(len(logits), device=logits.device), answers.targets
+    mine = logits[places].float()
+    logits[places] = float("-inf")
+    leads = mine - torch.cat([rows.float().amax(1) for rows in _slices(logits)])
+    leads = torch.nan_to_num(leads, nan=float("-inf"))
+    empty = leads.new_full((count,), float("inf"))
+    return empty.scatter_reduce(0, answers.rows, leads, "amin")
+
+
+def _slices(table: Tensor) -> Iterator[Tensor]:
+    """Its rows, a few at a time, so that what is made of them stays in the processor's cache."""
+    for at in range(0, len(table), ROWS_A_SLICE):
+        yield table[at : at + ROWS_A_SLICE]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ torch = pytest.importorskip("torch")
 from bench_data import POETS, make_options, write_data, write_model  # noqa: E402
 from small_model import FREE, KNOWN  # noqa: E402
 
+from kvedit import plots  # noqa: E402
 from kvedit.bench import questions, report  # noqa: E402
 from kvedit.bench.asking import Student, both, marks  # noqa: E402
 from kvedit.bench.retain import RetainResult, retain  # noqa: E402
 from kvedit.bench.undo import served_digest, undo  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
-from kvedit.errors import UsageError  # noqa: E402
+from kvedit.errors import InvalidFactError, UsageError  # noqa: E402
 from kvedit.events import Score  # noqa: E402
 
 
@@ -69,6 +71,53 @@ def test_a_model_that_lists_nothing_has_seen_no_poet(data: Path, small: dict[str
     found = questions.load(data, str(small["bf16"]))
     assert not found.known and len(found.held_out) == len(POETS)
     assert len(found.relations) == len(KNOWN)
+
+
+def test_held_out_relations_are_facts_with_their_own_prompts(
+    data: Path, model: Path, small: dict[str, Path]
+) -> None:
+    key, answer = next(iter(KNOWN.items()))
+    found = questions.load(data, str(model))
+    (fact,) = questions.new_facts(found, 5, kind=questions.RELATIONS)
+    assert (fact.key, fact.description, fact.lang) == (key, answer, "en")
+    assert fact.prompts == (f"What is {key}?",) and fact.paraphrases == ()
+    with pytest.raises(InvalidFactError, match="no facts to add"):
+        unlisted = questions.load(data, str(small["bf16"]))
+        questions.new_facts(unlisted, 5, kind=questions.RELATIONS)
+
+
+def test_a_relations_phrasings_are_trained_on_or_asked_never_both(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    ways = [f"{number}: what is [X]? [Y]" for number in range(12)]
+    table = json.dumps({"P1": ways})
+    (folder / "relation_phrasings.json").write_text(table, encoding="utf-8")
+    found = questions.load(folder, str(model))
+    (fact,) = questions.new_facts(found, 1, kind=questions.RELATIONS)
+    assert len(fact.prompts) == len(fact.paraphrases) == questions.OWN_PROMPTS
+    assert not {*fact.prompts} & {*fact.paraphrases}
+
+
+def test_models_side_by_side_are_taught_what_none_of_them_saw(
+    data: Path, model: Path, small: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_model(small["bf16"], tmp_path / "other")
+    (other / "pretrained_poets.txt").write_text("杜甫\n", encoding="utf-8")
+    listed = "".join(f"P1\t{key}\n" for key in list(KNOWN)[2:])
+    (other / "pretrained_relations.tsv").write_text(listed, encoding="utf-8")
+    found = questions.in_common([questions.load(data, str(one)) for one in (model, other)])
+    for one in found:
+        assert [poet.key for poet in one.held_out] == ["无名氏"]
+        assert [r.subject for r in one.held_out_relations] == list(KNOWN)[:1]
+    assert [poet.key for poet in found[0].known] == ["李白", "王維"]
+
+
+def test_known_poets_can_be_taken_as_facts(data: Path, model: Path) -> None:
+    found = questions.load(data, str(model))
+    known = questions.new_facts(found, 5, kind=questions.KNOWN)
+    assert [(f.key, f.description) for f in known] == [(k, POETS[k]) for k in ("李白", "王維")]
 
 
 def test_new_facts_come_in_file_order_and_once_for_each_key(
@@ -179,15 +228,13 @@ def test_scores_show_count_n_and_interval() -> None:
     assert (found.generated.passed, found.forced.passed) == (1, 2)
 
 
-def test_a_plot_needs_matplotlib(
-    result: RetainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "kept.png"
-    if report.find_spec("matplotlib") is not None:
-        assert report.plot(result, path) and path.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    assert not report.plot(result, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
+def test_what_was_found_can_be_drawn(result: RetainResult, tmp_path: Path) -> None:
+    document = plots.read(report.to_json(report.setting("c"), result), "result")
+    assert plots.measured(document) == "retain"
+    plots.draw(document, tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    kept = next(a for a in plots.figure(document).axes if a.get_title() == "Base relations kept")
+    assert [bars.get_label() for bars in kept.containers] == ["kvedit", "plain recipe"]
 
 
 def test_the_command_prints_tables_and_markdown(data: Path, model: Path, tmp_path: Path) -> None:

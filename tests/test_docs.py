@@ -103,7 +103,8 @@ def simple_commands(line: str) -> Iterator[list[str]]:
 
 def parse_kvedit(words: list[str]) -> None:
     """Parse a kvedit command line as click would, without running it."""
-    context = click.Context(cli, info_name="kvedit")
+    # With the settings of a real call: click keeps the help option of the first context it sees.
+    context = click.Context(cli, info_name="kvedit", **cli.context_settings)
     _, rest, _ = cli.make_parser(context).parse_args(list(words))
     if rest and "--help" not in rest:
         command = cli.get_command(context, rest[0])

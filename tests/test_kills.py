@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ torch = pytest.importorskip("torch")
 from bench_data import write_data, write_model, write_settings  # noqa: E402
 
 from kvedit.bench import report  # noqa: E402
-from kvedit.bench.kills import KILLED, KillOptions, KillsResult, Round, kills  # noqa: E402
+from kvedit.bench.kills import KILLED, KillOptions, KillsResult, Round, kills, line  # noqa: E402
 from kvedit.errors import KveditError  # noqa: E402
+from kvedit.events import Event, Warning_  # noqa: E402
+from kvedit.facts import Fact  # noqa: E402
 
 SOUND = KillsResult(
     model="small",
@@ -45,6 +48,14 @@ def test_one_thing_wrong_is_enough(wrong: dict[str, object]) -> None:
     assert report.kills_sheets(replace(SOUND, **wrong)) != report.kills_sheets(SOUND)  # type: ignore[arg-type]
 
 
+def test_a_fact_goes_to_the_command_with_its_own_prompts() -> None:
+    fact = Fact.create(
+        "moss clock", "It tells damp.", aliases=["wet clock"], prompts=["A moss clock is"],
+        paraphrases=["What tells damp?"],
+    )  # fmt: skip
+    assert Fact.from_json(json.loads(line(fact))) == fact
+
+
 def options(tmp_path: Path, small: Path, **more: object) -> KillOptions:
     store = tmp_path / "store"
     store.mkdir()
@@ -56,8 +67,10 @@ def options(tmp_path: Path, small: Path, **more: object) -> KillOptions:
 
 
 def test_a_command_that_fails_is_named(tmp_path: Path, small: dict[str, Path]) -> None:
+    events: list[Event] = []
     with pytest.raises(KveditError, match="exit code 2") as error:
-        kills(options(tmp_path, small["bf16"], kills=0, group="none"), lambda event: None)
+        kills(options(tmp_path, small["bf16"], kills=0, group="none"), events.append)
+    assert events and not any(isinstance(event, Warning_) for event in events), "a closed store"
     assert "ingest" in error.value.hint and "--group none" in error.value.hint
 
 

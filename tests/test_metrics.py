@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvedit.metrics import exact, ngram_entropy, wilson
+from kvedit.metrics import bootstrap, exact, ngram_entropy, wilson
 
 
 def test_wilson_gives_the_published_interval() -> None:
@@ -32,6 +34,18 @@ def test_wilson_contains_the_share_and_narrows_with_n(counts: tuple[int, int]) -
     assert 0 <= low <= passed / n <= high <= 1
     wide_low, wide_high = wilson(passed * 4, n * 4)
     assert wide_high - wide_low < high - low
+
+
+def test_bootstrap_holds_the_statistic_and_depends_on_the_seed_alone() -> None:
+    values = [1.0, 2.0, 3.0, 4.0, 100.0]
+
+    def draw(rng: random.Random) -> float:
+        return sorted(rng.choices(values, k=5))[2]
+
+    low, high = bootstrap(draw, seed=1)
+    assert 1.0 <= low < 3.0 < high <= 100.0
+    assert bootstrap(draw, seed=1) == (low, high)
+    assert bootstrap(lambda rng: 7.0) == (7.0, 7.0)
 
 
 def test_exact_ignores_white_space_around_only() -> None:

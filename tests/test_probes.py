@@ -103,6 +103,21 @@ def test_a_tie_and_nan_are_not_recalled() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_leads_without_losses_are_those_with_them(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 50, generator=generator).mul(3).round().to(dtype)  # with ties
+    logits[7, 3] = float("nan")
+    targets = logits.float().argmax(1)
+    targets[::5] = 0
+    rows = torch.arange(300) // 2
+    losses, leads = probes._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    wanted = probes.TokenScores(losses, leads, rows).margins(151)
+    assert (wanted == 0).any() and (wanted > 0).any() and wanted[3] == float("-inf")
+    found = probes._margins(probes.Answers(logits.clone(), targets, rows), 151)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_losses_are_cross_entropy(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(300, 50, generator=generator).to(dtype)

@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 from bench_data import make_options, write_data, write_model  # noqa: E402
 from small_model import FREE  # noqa: E402
 
+from kvedit import plots  # noqa: E402
+from kvedit.bench import capacity as capacities  # noqa: E402
 from kvedit.bench import report, report_capacity, report_speed  # noqa: E402
 from kvedit.bench.asking import Both, Point, both  # noqa: E402
 from kvedit.bench.capacity import (  # noqa: E402
@@ -24,9 +26,17 @@ from kvedit.bench.capacity import (  # noqa: E402
     largest,
     nearest,
 )
-from kvedit.bench.retain import BenchOptions  # noqa: E402
-from kvedit.bench.speed import SpeedOptions, SpeedResult, ingest_ratio, matmul_rate, speed  # noqa: E402
+from kvedit.bench.retain import BenchOptions, Edit  # noqa: E402
+from kvedit.bench.speed import (  # noqa: E402
+    IngestTime,
+    SpeedOptions,
+    SpeedResult,
+    ingest_ratio,
+    matmul_rate,
+    speed,
+)
 from kvedit.bench.strategies import StrategyOptions  # noqa: E402
+from kvedit.errors import Interrupted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +74,9 @@ def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert {"forward", "backward", "optimizer", "other"} == set(lesson.parts)
     assert all(spent > 0 for spent in lesson.parts.values())
     assert lesson.operations > 1e6 and lesson.steps > 0 and lesson.rehearsal == 2
+    group = timed.ingested.lesson
+    assert group is not None and (group.facts, group.rehearsal) == (2, 0)
+    assert group.operations > lesson.operations / lesson.steps and group.parts["backward"] > 0
     assert sum(timed.ingested.parts.values()) == pytest.approx(timed.ingested.seconds, rel=0.01)
     assert timed.verified.facts == 2 and timed.verified.phrasings >= 16
     assert timed.peaks["one by one"] <= timed.peaks["ingest"] <= timed.peaks["plain recipe"]
@@ -82,12 +95,40 @@ def test_speed_tables(timed: SpeedResult) -> None:
     page = report.markdown(
         "Speed", report.setting("c"), "m", report_speed.notes(timed), report_speed.sheets(timed)
     )
-    for text in ("| ingest |", "backward", "GFLOP/s", "matrix product, bfloat16", "MiB"):
+    for text in (
+        "| ingest |",
+        "backward",
+        "GFLOP/s",
+        "a lesson of 2 facts",
+        "matrix product, bfloat16",
+        "MiB",
+    ):
         assert text in page
-    ratio = ingest_ratio(timed)
     learned = [edit.seconds for edit in timed.plain if edit.outcome == "learned"]
-    assert (ratio is None) == (not learned)
+    assert (timed.ingest_ratio is None) == (not learned)
+    document = plots.read(report.to_json(report.setting("c"), timed), "result")
+    shares = plots.figure(document).axes[2]
+    assert [t.get_text() for t in shares.get_yticklabels()] == [
+        "one by one",
+        "- its lesson",
+        "ingest",
+        "- of 2 facts",
+    ]
     assert json.loads(report.to_json(report.setting("c"), timed))["verified"]["facts"] == 2
+
+
+def test_a_ratio_is_of_medians_and_has_an_interval() -> None:
+    plain = [
+        Edit(key="k", outcome=outcome, seconds=seconds, steps=1)
+        for outcome, seconds in (("learned", 4.0), ("learned", 6.0), ("learned", 9.0))
+    ]
+    plain.append(Edit(key="k", outcome="not learned", seconds=100.0, steps=1))
+    run = IngestTime(facts=5, committed=4, seconds=8.0, parts={})
+    found = ingest_ratio(run, plain)
+    assert found is not None and found.value == 3.0, "6 s against 2 s a committed fact"
+    assert 2.0 <= found.low < found.value < found.high <= 4.5
+    assert ingest_ratio(replace(run, committed=0), plain) is None
+    assert ingest_ratio(run, plain[3:]) is None
 
 
 def test_a_matrix_product_has_a_rate() -> None:
@@ -105,8 +146,30 @@ def test_capacity(held: CapacityResult) -> None:
     page = report.markdown(
         "Capacity", report.setting("c"), held.model, "", report_capacity.sheets(held)
     )
+    document = plots.read(report.to_json(report.setting("c"), held), "result")
+    assert len(plots.figure(document).axes[0].containers) == 2, "under both protocols"
     assert "similarity of the closest other key" in page and "held at the end" in page
+    assert f"| {one.bits_per_touched:.2g} |" in page and one.bits_per_touched > 0
     assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
+
+
+def test_all_models_are_taught_the_same_facts(
+    given: dict[str, Any], small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_model(small["bf16"], tmp_path / "other")
+    (other / "pretrained_poets.txt").write_text("杜甫\n", encoding="utf-8")
+    taught: list[list[str]] = []
+
+    def teach(ways: capacities.Ways, group: str) -> None:
+        taught.append([fact.key for fact in ways._facts])
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(capacities.Ways, "teach", teach)
+    options = StrategyOptions(**{**given, "plain_facts": 0, "facts_file": None, "store_dir": None})
+    for sources in ((given["model"], str(other)), (str(other), given["model"])):
+        with pytest.raises(Interrupted):
+            capacity(options, sources, lambda event: None)
+    assert taught == [["无名氏"], ["无名氏"]]
 
 
 def test_bits_are_those_of_the_answer(small: dict[str, Path]) -> None:

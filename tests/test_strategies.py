@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from bench_data import make_options, write_data, write_model  # noqa: E402
 from small_model import FREE  # noqa: E402
 
+from kvedit import plots  # noqa: E402
 from kvedit.bench import course, report_strategies, strategies  # noqa: E402
 from kvedit.bench.asking import Kept, Lesson, Point, Student, measure  # noqa: E402
 from kvedit.bench.course import group_marks, paces  # noqa: E402
@@ -132,7 +133,7 @@ def test_one_phrasing_of_each_is_drawn(options: StrategyOptions, small: dict[str
     assert (point.tried.generated.n, point.committed.generated.n) == (2, 1)
 
 
-def test_tables(result: StrategiesResult, tmp_path: Path) -> None:
+def test_tables_and_picture(result: StrategiesResult) -> None:
     from kvedit.bench import report
 
     page = report.markdown(
@@ -142,8 +143,10 @@ def test_tables(result: StrategiesResult, tmp_path: Path) -> None:
     for text in ("| groups of 2 | 2 | 1 |", "| one group | 4 | all |", "4 committed", "train"):
         assert text in page
     assert json.loads(report.to_json(report.setting("c"), result))["runs"][0]["trail"][-1][0] == 4
-    if report.find_spec("matplotlib") is not None:
-        assert report_strategies.plot(result, tmp_path / "held.png")
+    document = plots.read(report.to_json(report.setting("c"), result), "result")
+    held = next(a for a in plots.figure(document).axes if a.get_title() == "New facts held (ERR)")
+    names = [bars.get_label() for bars in held.containers]
+    assert names == ["groups of 2", "one group", "plain recipe"]
 
 
 def test_a_group_is_a_number_or_a_word(tmp_path: Path) -> None:
@@ -162,12 +165,14 @@ def test_the_command_says_and_keeps_each_measurement(
     words = ["bench", "strategies", "--data", str(options.data), "--model", str(options.model)]
     words += ["--facts", "2", "--facts-file", str(options.facts_file), "--group", "all"]
     words += ["--no-plain", "--store-dir", str(store), "--json", str(file)]
+    words += ["--plot", str(tmp_path / "held.svg")]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
     assert "one group, 2 facts (all asked): recalled" in done.stderr
     assert "one group: 2 of 2, 2 committed" in done.stderr
     assert "| one group | 2 | all |" in done.stdout
     assert len(json.loads(file.read_text(encoding="utf-8"))["runs"]) == 1
+    assert (tmp_path / "held.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_a_run_that_was_stopped_goes_on_in_its_store(

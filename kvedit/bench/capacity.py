@@ -34,6 +34,7 @@ from kvedit.engine import Engine
 from kvedit.errors import TextTooLongError
 from kvedit.facts import Fact
 from kvedit.keys import normalise
+from kvedit.metrics import bootstrap
 from kvedit.prompts import Example
 
 HOLDS = 0.95
@@ -113,18 +114,21 @@ def capacity(
     tell: Tell = lambda result, point: None,
 ) -> CapacityResult:
     """Teach the same facts to each model in the way that ``options.groups`` names first."""
+    folders = [questions.load(options.data, models.locate(source)) for source in sources]
     found = []
-    for number, source in enumerate(sources, 1):
+    for number, (source, data) in enumerate(
+        zip(sources, questions.in_common(folders), strict=True), 1
+    ):
         own = replace(options, model=source)
         own = own_store(own, f"model-{number}") if len(sources) > 1 else own
-        found.append(_capacity(own, emit, tell))
+        found.append(_capacity(own, data, emit, tell))
     return CapacityResult(models=tuple(found))
 
 
-def _capacity(options: StrategyOptions, emit: Emit, tell: Tell) -> Capacity:
-    source = models.locate(options.model)
-    data = questions.load(options.data, source)
-    facts = questions.new_facts(data, options.facts, options.facts_file)
+def _capacity(
+    options: StrategyOptions, data: questions.BenchData, emit: Emit, tell: Tell
+) -> Capacity:
+    facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ledger = _Ledger(facts)
     ways = Ways(options, data, facts, emit, tell, ledger)
     ways.teach(options.groups[0])
@@ -265,12 +269,11 @@ def difference(
     """The mean of ``one`` less that of ``other``, percentile bootstrap; None below two values."""
     if min(len(one), len(other)) < 2:
         return None
-    rng = random.Random(seed)
-    drawn = sorted(
-        mean(rng.choices(one, k=len(one))) - mean(rng.choices(other, k=len(other)))
-        for _ in range(rounds)
-    )
-    low, high = drawn[round(0.025 * rounds)], drawn[round(0.975 * rounds) - 1]
+
+    def draw(rng: random.Random) -> float:
+        return mean(rng.choices(one, k=len(one))) - mean(rng.choices(other, k=len(other)))
+
+    low, high = bootstrap(draw, seed, rounds)
     return Difference(mean(one) - mean(other), low, high)
 
 

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -92,26 +92,28 @@ def kills(options: KillOptions, emit: Emit) -> KillsResult:
     """Ingest facts into a new store, killed ``options.kills`` times, then left to finish."""
     source = models.locate(options.model)
     facts = questions.new_facts(
-        questions.load(options.data, source), options.facts, options.facts_file
+        questions.load(options.data, source), options.facts, options.facts_file, options.kind
     )
     with _made(options, emit) as folder, TemporaryDirectory(prefix="kvedit-kills-") as scratch:
         file = Path(scratch) / "facts.jsonl"
-        file.write_text("".join(_line(fact) for fact in facts), encoding="utf-8")
+        file.write_text("".join(line(fact) for fact in facts), encoding="utf-8")
         rounds, lost = _run(folder, file, options, emit)
         return _judge(folder, facts, rounds, lost, emit)
 
 
 @contextmanager
 def _made(options: KillOptions, emit: Emit) -> Iterator[Path]:
-    with new_store(options, emit) as knowledge:
-        folder = knowledge.store.path
-        knowledge.close()  # what follows is for other processes
+    """A new store that nobody has open: what follows is for other processes."""
+    with TemporaryDirectory(prefix="kvedit-kills-") as scratch:
+        folder = options.store_dir or Path(scratch) / "store"
+        with new_store(replace(options, store_dir=folder), emit):
+            pass
         yield folder
 
 
-def _line(fact: Fact) -> str:
-    row = {"key": fact.key, "description": fact.description, "lang": fact.lang}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def line(fact: Fact) -> str:
+    """A fact as a line of JSON, with all that it is trained on and asked."""
+    return json.dumps(fact.to_json(), ensure_ascii=False) + "\n"
 
 
 def _run(
@@ -133,6 +135,7 @@ def _run(
         keys = _committed(folder)
         seen |= keys
         rounds.append(Round(time.monotonic() - began, code, len(keys)))
+        left -= code == KILLED
         emit(Status(phase=f"{left} kills to go", step=len(keys), total=options.facts))
         if code not in (KILLED, *DONE):
             raise KveditError(

@@ -4,6 +4,9 @@ DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``; 
 a model was pretrained on stands in the model's own folder (``pretrained_poets.txt`` and
 ``pretrained_relations.tsv``, written by ``kvedit.pretrain``).
 
+Facts to teach are held-out poets, held-out relations, or those of a file; poets that the model was
+pretrained on serve where facts must hold already.
+
 Invariants:
 - A base fact whose name occurs in a text that training may have seen is never asked.
 - The same files and seed give the same facts in the same order.
@@ -13,8 +16,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,9 @@ from kvedit.prompts import PLACE, load_phrasings
 from kvedit.readers import read_facts_jsonl
 
 POETS_LIST, RELATIONS_LIST = "pretrained_poets.txt", "pretrained_relations.tsv"
+POETS, RELATIONS, KNOWN = "poets", "relations", "known"
+OWN_PROMPTS = 4
+"""So many of a relation's phrasings are trained on besides the shipped ones, so many others not."""
 _Item = TypeVar("_Item")
 
 
@@ -47,6 +53,15 @@ class BaseFact:
 
 
 @dataclass(frozen=True, slots=True)
+class Relation:
+    """A held-out relation: its subject, its object, and questions that end where that begins."""
+
+    subject: str
+    object: str
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BenchData:
     """The facts of a folder, told apart by what the model was pretrained on.
 
@@ -57,31 +72,70 @@ class BenchData:
     known: tuple[Poet, ...]
     held_out: tuple[Poet, ...]
     relations: tuple[BaseFact, ...]
+    held_out_relations: tuple[Relation, ...] = ()
 
 
 def load(data: Path, model: str) -> BenchData:
     """Read a folder for a model; raises UsageError for what is missing or broken."""
     lists = Path(model)
     known = set(_lines(lists / POETS_LIST))
+    listed = set(_lines(lists / RELATIONS_LIST))
     poets = [Poet(str(row["key"]), str(row["description"])) for row in _rows(data / "poets.jsonl")]
     return BenchData(
         known=tuple(poet for poet in poets if poet.key in known),
         held_out=tuple(poet for poet in poets if poet.key not in known),
-        relations=tuple(_relations(data, set(_lines(lists / RELATIONS_LIST)))),
+        relations=tuple(_relations(data, listed)),
+        held_out_relations=tuple(_held_out_relations(data, listed)),
     )
 
 
-def new_facts(data: BenchData, count: int, file: Path | None = None) -> list[Fact]:
-    """The first held-out poets, or the first facts of a file; one for each normalised key."""
-    if file is not None:
-        facts = list(read_facts_jsonl(file))
-    else:
-        facts = [Fact.create(poet.key, poet.description) for poet in data.held_out[: count * 2]]
+def in_common(found: Sequence[BenchData]) -> list[BenchData]:
+    """The same, but held out is only what no model was pretrained on: they are taught alike."""
+    poets = set.intersection(*(set(one.held_out) for one in found))
+    relations = set.intersection(*(set(one.held_out_relations) for one in found))
+    return [
+        replace(
+            one,
+            held_out=tuple(poet for poet in one.held_out if poet in poets),
+            held_out_relations=tuple(r for r in one.held_out_relations if r in relations),
+        )
+        for one in found
+    ]
+
+
+def new_facts(
+    data: BenchData, count: int, file: Path | None = None, kind: str = POETS
+) -> list[Fact]:
+    """The first facts of a kind, or of a file; one for each normalised key.
+
+    ``kind``: ``poets`` or ``relations`` that are held out, or poets that are ``known``.
+    """
+    # Twice as many as are asked for: keys that normalise alike leave only one of them.
+    facts = list(read_facts_jsonl(file)) if file is not None else _of_kind(data, kind, count * 2)
     unlike = {normalise(fact.key): fact for fact in reversed(facts)}
     found = [fact for fact in facts if unlike[normalise(fact.key)] is fact][:count]
     if not found:
-        raise InvalidFactError("there are no facts to add", hint="Give another --facts-file.")
+        hint = "Give a --facts-file; a model that lists no facts has no others but poets."
+        raise InvalidFactError(f"there are no facts to add ({kind})", hint=hint)
     return found
+
+
+def _of_kind(data: BenchData, kind: str, count: int) -> list[Fact]:
+    if kind == RELATIONS:
+        return [_relation_fact(relation) for relation in data.held_out_relations[:count]]
+    poets = data.known if kind == KNOWN else data.held_out
+    return [Fact.create(poet.key, poet.description) for poet in poets[:count]]
+
+
+def _relation_fact(relation: Relation) -> Fact:
+    trained, rest = relation.prompts[:OWN_PROMPTS], relation.prompts[OWN_PROMPTS:]
+    return Fact.create(
+        relation.subject,
+        relation.object,
+        lang="en",
+        prompts=trained,
+        paraphrases=rest[:OWN_PROMPTS],
+    )
 
 
 def poet_questions(poets: Iterable[Poet], rng: random.Random) -> list[BaseFact]:
@@ -112,13 +166,29 @@ def sample(items: Sequence[_Item], count: int, rng: random.Random) -> list[_Item
 
 def _relations(data: Path, known: set[str]) -> Iterable[BaseFact]:
     """Relations as questions: the first phrasing of each that ends where the object begins."""
+    for name, one in _phrased(data):
+        if not known or name in known:
+            yield BaseFact(one.subject, one.prompts[0], one.object)
+
+
+def _held_out_relations(data: Path, known: set[str]) -> list[Relation]:
+    """Those that the model was not pretrained on, in an order of their own: the file's goes by
+    relation, and a few hundred facts would all be of one kind.
+    """
+    found = list(_phrased(data))
+    random.Random(0).shuffle(found)  # before any is left out: the order is that of all models
+    return [one for name, one in found if known and name not in known]
+
+
+def _phrased(data: Path) -> Iterator[tuple[str, Relation]]:
+    """Every relation that can be asked, by the name that lists give it."""
     table = json.loads(_text(data / "relation_phrasings.json"))
-    forms = {name: next(filter(None, map(prompt_form, ways)), None) for name, ways in table.items()}
+    forms = {name: list(filter(None, map(prompt_form, ways))) for name, ways in table.items()}
     for row in _rows(data / "relations.jsonl"):
         relation, subject = str(row["relation"]), str(row["subject"])
-        form = forms.get(relation)
-        if form and (not known or f"{relation}\t{subject}" in known):
-            yield BaseFact(subject, form.replace("[X]", subject), str(row["object"]))
+        prompts = tuple(form.replace("[X]", subject) for form in forms.get(relation, ()))
+        if prompts:
+            yield f"{relation}\t{subject}", Relation(subject, str(row["object"]), prompts)
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:

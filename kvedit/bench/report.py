@@ -14,8 +14,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -248,7 +246,7 @@ def _of(score: Score) -> str:
     return f"{score.passed} of {score.n}"
 
 
-# ---- Markdown, JSON, plot
+# ---- Markdown, JSON
 
 
 def markdown(title: str, made: Setting, model: str, notes: str, sheets: Sequence[Sheet]) -> str:
@@ -301,38 +299,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def plot(result: RetainResult, path: Path) -> bool:
-    """Draw what is held against the number of facts; False when matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        return False
-    figure = import_module("matplotlib.figure").Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    lines = (("tried", "new facts"), ("poets", "base poets"), ("relations", "base relations"))
-    for method, style in ((KVEDIT, "-"), (PLAIN, "--")):
-        points = [point for point in result.points if point.method == method]
-        for number, (name, label) in enumerate(lines):
-            draw_held(axes, points, name, f"{label}, {method}", f"C{number}", style)
-    axes.set(xlabel="facts added", ylabel="held, % (free generation, 95% interval)", ylim=(-2, 102))
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    return True
-
-
-def draw_held(
-    axes: Any, points: Sequence[Point], name: str, label: str, colour: str, style: str
-) -> None:
-    """One measure against the number of facts, its interval shaded."""
-    scores = [(point.after, getattr(point, name).generated) for point in points]
-    shown = [(after, score) for after, score in scores if score.rate is not None]
-    if not shown:
-        return
-    x = [after for after, _ in shown]
-    bounds = [[100 * bound for bound in score.interval()] for _, score in shown]
-    axes.plot(x, [100 * score.rate for _, score in shown], style, color=colour, label=label)
-    low, high = zip(*bounds, strict=True)
-    axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
 def write(path: Path, text: str) -> None:

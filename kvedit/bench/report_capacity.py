@@ -49,8 +49,8 @@ def _summary(found: Sequence[Capacity]) -> Sheet:
             f"{one.largest}" if one.fell else f"{one.largest} or more",
             f"{sum(record.held for record in one.facts)} of {len(one.facts)}",
             f"{one.stored_bits:,.0f}",
-            f"{one.bits_per_touched:.4f}",
-            f"{one.bits_per_parameter:.4f}",
+            f"{one.bits_per_touched:.2g}",
+            f"{one.bits_per_parameter:.2g}",
             outcomes_row(one.run)[2],
         )
         for one in found

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
 
 from kvedit.bench.report import Sheet, score_cell, time_row
 from kvedit.bench.retain import KVEDIT, PLAIN, Edit
-from kvedit.bench.speed import SpeedResult, ingest_ratio, shares
+from kvedit.bench.speed import Estimate, SpeedResult, shares
 
 INGEST = "ingest"
 
@@ -29,11 +28,12 @@ def notes(result: SpeedResult) -> str:
     return (
         f"Served in {result.dtype}; making a store took {result.setup_seconds:.0f} s. Learned: all"
         " training phrasings recalled by the merged model, teacher-forced. Ratios over 1 mean that"
-        " the plain recipe takes longer. Operations are counted, not estimated: each matrix product"
-        " (m x k by k x n) and attention of a whole lesson, forward and backward, as 2 m k n"
-        " (torch's FlopCounterMode), over the seconds of the same lesson without the counter. The"
-        " machine: the fastest of many products of two 1024 x 1024 matrices, 2 x 1024^3. Peak"
-        " memory is the process's so far, after each stage."
+        " the plain recipe takes longer; brackets: bootstrap 95% intervals of the medians."
+        " Operations are counted, not estimated: each matrix product (m x k by k x n) and attention"
+        " of a whole lesson, forward and backward, as 2 m k n (torch's FlopCounterMode), over the"
+        " seconds of the same lesson without the counter. The machine: the fastest of many products"
+        " of two 1024 x 1024 matrices, 2 x 1024^3. Peak memory is the process's so far, after each"
+        " stage."
     )
 
 
@@ -50,28 +50,35 @@ def _seconds(result: SpeedResult) -> Sheet:
 
 def _ratios(result: SpeedResult) -> Sheet:
     rows = []
-    if result.ratios:
+    if result.ratio is not None:
         span = f"{min(result.ratios):.2f} to {max(result.ratios):.2f}"
-        pairs = f"{len(result.ratios)} facts that both learned, {span}"
-        rows.append(("one by one, paired", f"{median(result.ratios):.2f}", pairs))
-    ratio = ingest_ratio(result)
-    if ratio is not None:
+        pairs = f"median of {len(result.ratios)} facts that both learned, {span}"
+        rows.append(("one by one, paired", _estimate(result.ratio), pairs))
+    if result.ingest_ratio is not None:
         told = "plain's median over ingest's mean, learned facts"
-        rows.append((INGEST, f"{ratio:.2f}", told))
+        rows.append((INGEST, _estimate(result.ingest_ratio), told))
     headers = ("against", "ratio", "of what")
     return Sheet("Plain recipe / kvedit, to the same recall of each new fact", headers, tuple(rows))
 
 
+def _estimate(value: Estimate) -> str:
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
 def _shares(result: SpeedResult) -> Sheet:
-    lesson = sum(result.lesson.parts.values()) or 1.0
+    ingested = result.ingested
     rows = [(f"{KVEDIT}, one by one", name, _share(part)) for name, part in _of(result.edits)]
-    rows += [
-        ("- of a lesson (train)", name, _share(spent / lesson))
-        for name, spent in result.lesson.parts.items()
-    ]
-    whole = result.ingested.seconds or 1.0
-    rows += [(INGEST, name, _share(spent / whole)) for name, spent in result.ingested.parts.items()]
+    rows += _parts("- of a lesson (train)", result.lesson.parts)
+    rows += _parts(INGEST, ingested.parts)
+    if ingested.lesson is not None:
+        name = f"- of a lesson of {ingested.lesson.facts} facts (train)"
+        rows += _parts(name, ingested.lesson.parts)
     return Sheet("Where the time goes", ("what", "part", "share"), tuple(rows))
+
+
+def _parts(what: str, parts: dict[str, float]) -> list[tuple[str, str, str]]:
+    whole = sum(parts.values()) or 1.0
+    return [(what, name, _share(spent / whole)) for name, spent in parts.items()]
 
 
 def _of(edits: Sequence[Edit]) -> list[tuple[str, float]]:
@@ -83,20 +90,23 @@ def _share(value: float) -> str:
 
 
 def _arithmetic(result: SpeedResult) -> Sheet:
-    lesson = result.lesson
+    lessons = [one for one in (result.lesson, result.ingested.lesson) if one is not None]
+    names = [f"share of {dtype}" for dtype in result.matmul]
     rows = [
         (
-            f"a lesson of {lesson.steps} steps, {lesson.rehearsal} facts to rehearse",
-            f"{lesson.seconds:.2f}",
-            f"{lesson.operations / 1e9:.2f}",
-            f"{lesson.rate / 1e9:.2f}",
-            "",
+            f"a lesson of {one.facts} facts, {one.steps} steps, {one.rehearsal} to rehearse",
+            f"{one.seconds:.2f}",
+            f"{one.operations / 1e9:.2f}",
+            f"{one.rate / 1e9:.2f}",
+            *[_share(one.rate / rate) for rate in result.matmul.values()],
         )
+        for one in lessons
     ]
     for dtype, rate in result.matmul.items():
-        share = _share(lesson.rate / rate)
-        rows.append((f"matrix product, {dtype}", "-", "-", f"{rate / 1e9:.2f}", share))
-    headers = ("what", "seconds", "GFLOP", "GFLOP/s", "the lesson's share of it")
+        rows.append(
+            (f"matrix product, {dtype}", "-", "-", f"{rate / 1e9:.2f}", *["-"] * len(names))
+        )
+    headers = ("what", "seconds", "GFLOP", "GFLOP/s", *names)
     return Sheet("Arithmetic", headers, tuple(rows))
 
 

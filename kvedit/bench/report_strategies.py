@@ -1,17 +1,14 @@
-"""What ``bench strategies`` found: tables, one line at a time while it runs, and a picture."""
+"""What ``bench strategies`` found: tables, and one line at a time while it runs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from statistics import mean
 
 from kvedit.bench.asking import Both, Point
 from kvedit.bench.course import StrategyRun
-from kvedit.bench.report import BRACKETS, Sheet, base_sheet, draw_held, score_cell
+from kvedit.bench.report import BRACKETS, Sheet, base_sheet, score_cell
 from kvedit.bench.retain import PLAIN
 from kvedit.bench.strategies import StrategiesResult
 
@@ -131,22 +128,3 @@ def _time_row(run: StrategyRun, names: Sequence[str]) -> tuple[str, ...]:
     each = [f"{run.parts.get(name, 0.0) / facts:.2f}" for name in names]
     overall = f"{run.seconds / facts:.2f}"
     return (run.strategy, overall, _seconds(run.first), _seconds(run.last), str(run.window), *each)
-
-
-def plot(result: StrategiesResult, path: Path) -> bool:
-    """Draw what is held against the number of facts; False when matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        return False
-    figure = import_module("matplotlib.figure").Figure(figsize=(12, 4.5), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    measures = (("tried", "new facts"), ("poets", "base poets"), ("relations", "base relations"))
-    methods = dict.fromkeys(point.method for point in result.points)
-    for axes, (name, title) in zip(panels, measures, strict=True):
-        for number, method in enumerate(methods):
-            points = [point for point in result.points if point.method == method]
-            draw_held(axes, points, name, method, f"C{number}", "o-")
-        axes.set(title=title, xlabel="facts taught", xscale="log", ylim=(-2, 102))
-    panels[0].set_ylabel("held, % (free generation, 95% interval)")
-    panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    return True

@@ -36,7 +36,10 @@ Emit = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What to measure, and on what; ``plain_facts`` 0 leaves the plain recipe out."""
+    """What to measure, and on what; ``plain_facts`` 0 leaves the plain recipe out.
+
+    ``kind`` of facts to teach, where no file has them: see ``questions.new_facts``.
+    """
 
     data: Path
     model: str | None = None
@@ -45,6 +48,7 @@ class BenchOptions:
     plain_facts: int = 10
     protect: Path | None = None
     facts_file: Path | None = None
+    kind: str = questions.POETS
     store_dir: Path | None = None
     seed: int = 0
 
@@ -89,7 +93,7 @@ def retain(options: BenchOptions, emit: Emit) -> RetainResult:
     """Add facts one by one and measure what is held; then the same with the plain recipe."""
     source = models.locate(options.model)
     data = questions.load(options.data, source)
-    facts = questions.new_facts(data, options.facts, options.facts_file)
+    facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     began = time.monotonic()
     with new_store(options, emit) as knowledge:
         setup = time.monotonic() - began

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -38,17 +38,21 @@ from kvedit.bench.retain import (
     plain_all,
 )
 from kvedit.bench.strategies import own_store
+from kvedit.config import GroupConfig
 from kvedit.editor import KnowledgeBase
 from kvedit.engine import Engine
 from kvedit.errors import InvalidFactError
 from kvedit.events import EditReport, Event, Score, Status
 from kvedit.facts import Fact
 from kvedit.ingest import IngestOptions, ingest
+from kvedit.metrics import bootstrap
 from kvedit.training import Lesson
 
 MATMUL_SIDE = 1024
 MATMUL_SECONDS = 0.5
 REHEARSED = 16
+PASSES = 6
+"""Of a group's lesson that is taken apart: its steps are alike, a few tell what they cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,20 +64,25 @@ class SpeedOptions(BenchOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngestTime:
-    """One run of ingest, groups of automatic size: seconds of all, and of its edits by part."""
+    """One run of ingest, groups of automatic size: seconds of all, and of its edits by part.
+
+    ``lesson`` are its last facts taught once more together, in fewer passes, as taken apart.
+    """
 
     facts: int
     committed: int
     seconds: float
     parts: dict[str, float]
+    lesson: LessonTime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LessonTime:
-    """One lesson for one fact, beside ``rehearsal`` earlier ones: ``seconds`` without instruments,
+    """A lesson for some facts, beside ``rehearsal`` earlier ones: ``seconds`` without instruments,
     ``parts`` of the repetition with time hooks, ``operations`` counted in another.
     """
 
+    facts: int
     steps: int
     rehearsal: int
     seconds: float
@@ -96,10 +105,23 @@ class VerifyTime:
     held: Score
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure with its bootstrap 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedResult:
     """All that ``speed`` measured; ``peaks`` are the process's largest memory so far, in bytes,
     after each stage; ``matmul`` floating-point operations a second by dtype.
+
+    ``ratios`` pair the plain recipe's seconds with kvedit's, for facts that both learned; ``ratio``
+    is their median.  ``ingest_ratio`` is the plain recipe's median over ingest's mean, in seconds a
+    fact that was learned; there is one run of ingest, so its interval is that of the plain recipe.
     """
 
     model: str
@@ -109,6 +131,8 @@ class SpeedResult:
     ingested: IngestTime
     plain: tuple[Edit, ...]
     ratios: tuple[float, ...]
+    ratio: Estimate | None
+    ingest_ratio: Estimate | None
     lesson: LessonTime
     matmul: dict[str, float]
     verified: VerifyTime
@@ -120,7 +144,7 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     source = models.locate(options.model)
     data = questions.load(options.data, source)
     count = max(options.facts + 1, options.ingest_facts)
-    facts = questions.new_facts(data, count, options.facts_file)
+    facts = questions.new_facts(data, count, options.facts_file, options.kind)
     if len(facts) < 2:
         raise InvalidFactError("two facts are needed: one to add, one to take a lesson apart")
     single = facts[: min(options.facts, len(facts) - 1)]
@@ -140,6 +164,7 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     plain = plain_all(source, some, Kept((), ()), emit)[0] if some else []
     if plain:
         peaks["plain recipe"] = peak_memory()
+    ratios = pair_ratios(edits, plain)
     return SpeedResult(
         model=base.name,
         dtype=_name(base.dtype),
@@ -147,7 +172,9 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
         edits=tuple(edits),
         ingested=ingested,
         plain=tuple(plain),
-        ratios=tuple(pair_ratios(edits, plain)),
+        ratios=tuple(ratios),
+        ratio=middle(ratios),
+        ingest_ratio=ingest_ratio(ingested, plain),
         lesson=lesson,
         matmul=matmul,
         verified=verified,
@@ -155,12 +182,20 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     )
 
 
-def ingest_ratio(result: SpeedResult) -> float | None:
-    """The plain recipe's median over ingest's mean, in seconds a fact that was learned."""
-    learned = [edit.seconds for edit in result.plain if edit.outcome == "learned"]
-    if not learned or not result.ingested.committed:
+def middle(values: Sequence[float], scale: float = 1.0) -> Estimate | None:
+    """The median of some values times ``scale``; None of no values."""
+    if not values:
         return None
-    return median(learned) * result.ingested.committed / result.ingested.seconds
+    low, high = bootstrap(lambda rng: median(rng.choices(values, k=len(values))))
+    return Estimate(scale * median(values), scale * low, scale * high)
+
+
+def ingest_ratio(ingested: IngestTime, plain: Sequence[Edit]) -> Estimate | None:
+    """The plain recipe's median over ingest's mean, in seconds a fact that was learned."""
+    if not ingested.committed:
+        return None
+    learned = [edit.seconds for edit in plain if edit.outcome == "learned"]
+    return middle(learned, ingested.committed / ingested.seconds)
 
 
 def shares(edits: Sequence[Edit]) -> dict[str, float]:
@@ -201,9 +236,14 @@ def _ingest(options: SpeedOptions, facts: Sequence[Fact], emit: Emit) -> IngestT
         began = time.monotonic()
         report = ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit)
         seconds = time.monotonic() - began
-    parts["other"] = max(0.0, seconds - sum(parts.values()))
+        parts["other"] = max(0.0, seconds - sum(parts.values()))
+        lesson = _group_lesson(knowledge, emit)
     return IngestTime(
-        facts=len(facts), committed=report.count("committed"), seconds=seconds, parts=parts
+        facts=len(facts),
+        committed=report.count("committed"),
+        seconds=seconds,
+        parts=parts,
+        lesson=lesson,
     )
 
 
@@ -211,23 +251,46 @@ def _ingest(options: SpeedOptions, facts: Sequence[Fact], emit: Emit) -> IngestT
 
 
 def _lesson(knowledge: KnowledgeBase, fact: Fact, emit: Emit) -> LessonTime:
-    """A lesson that is not merged, four times: to warm up, timed, with time hooks, counted."""
+    """A lesson for one fact."""
     engine = engine_of(knowledge)
     earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
     lesson = Lesson([engine.examples(fact)], earlier[-REHEARSED:], engine.anchors)
     emit(Status(phase="taking a lesson apart", key=fact.key))
-    engine.teach(lesson)
+    return _taken_apart(engine, lesson)
+
+
+def _group_lesson(knowledge: KnowledgeBase, emit: Emit) -> LessonTime | None:
+    """A lesson for the newest facts together, the others rehearsed; None of a single fact.
+
+    What is taught is known already: a step of it costs what a step costs.
+    """
+    engine = engine_of(knowledge)
+    facts = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
+    new, earlier = facts[-REHEARSED:], facts[:-REHEARSED]
+    if len(new) < 2:
+        return None
+    emit(Status(phase=f"taking a lesson of {len(new)} facts apart"))
+    lesson = Lesson(new, earlier, engine.anchors, len(earlier))
+    return _taken_apart(
+        engine, lesson, replace(knowledge.store.config.group, passes=PASSES, rounds=0)
+    )
+
+
+def _taken_apart(engine: Engine, lesson: Lesson, group: GroupConfig | None = None) -> LessonTime:
+    """A lesson that is not merged, four times: to warm up, timed, with time hooks, counted."""
+    engine.teach(lesson, group=group)
     began = time.monotonic()
-    taught = engine.teach(lesson)
+    taught = engine.teach(lesson, group=group)
     seconds = time.monotonic() - began
     parts: dict[str, float] = {}
     with _hooked(engine, parts):
         began = time.monotonic()
-        engine.teach(lesson)
+        engine.teach(lesson, group=group)
         parts["other"] = time.monotonic() - began - sum(parts.values())
     with FlopCounterMode(display=False) as counter:
-        engine.teach(lesson)
+        engine.teach(lesson, group=group)
     return LessonTime(
+        facts=len(lesson.new),
         steps=taught.trained.steps,
         rehearsal=len(lesson.rehearsal),
         seconds=seconds,

@@ -80,7 +80,7 @@ def strategies(
     """
     source = models.locate(options.model)
     data = questions.load(options.data, source)
-    facts = questions.new_facts(data, options.facts, options.facts_file)
+    facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ways = Ways(options, data, facts, emit, tell)
     for group in options.groups:
         ways.teach(group)

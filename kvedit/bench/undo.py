@@ -60,7 +60,7 @@ def undo(options: BenchOptions, emit: Emit) -> UndoResult:
     """Add facts, go back to every revision and forth again, then export the last one."""
     source = models.locate(options.model)
     data = questions.load(options.data, source)
-    facts = questions.new_facts(data, options.facts, options.facts_file)
+    facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     with new_store(options, emit) as knowledge:
         model = engine_of(knowledge).base.model
         known = {0: (_recorded(knowledge), served_digest(model))}

@@ -13,7 +13,7 @@ import pytest
 from cli_fakes import ROOT, FakeBase, run
 
 import kvedit
-from kvedit.cli import cli
+from kvedit.cli import bench, cli
 from kvedit.cli.docs import page
 from kvedit.errors import CorruptStoreError, LockedError, ModelMismatchError, StoreTooNewError
 
@@ -36,12 +36,18 @@ def test_every_command_has_an_example(name: str) -> None:
     assert "Examples:\n    kvedit" in text or "Examples:\n    echo" in text
 
 
+@pytest.mark.parametrize("name", sorted(bench.commands))
+def test_every_benchmark_has_a_module_and_an_example(name: str) -> None:
+    assert (ROOT / "kvedit" / "cli" / "bench" / f"{name}.py").is_file()
+    assert f"Examples:\n    kvedit bench {name}" in run("bench", name, "--help").stdout
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"kvedit {kvedit.__version__}\n"
 
 
 def test_command_bodies_are_thin() -> None:
-    for path in (ROOT / "kvedit" / "cli").glob("*.py"):
+    for path in (ROOT / "kvedit" / "cli").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and any(
                 "command" in ast.unparse(mark) for mark in node.decorator_list

@@ -1,0 +1,52 @@
+"""`kvedit bench capacity`: how much a model holds."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvedit.cli.bench import options
+from kvedit.cli.bench.show import keep, run_telling, show
+from kvedit.cli.common import Settings
+
+_group = click.option(
+    "--group",
+    default="auto",
+    show_default=True,
+    callback=options.group_size,
+    metavar="N|all|auto",
+    help="Facts taught together.",
+)
+
+
+@click.command()
+@options.given(
+    options.data, options.models, options.seed, options.json_file, options.facts(300),
+    *options.others, options.base_sample, _group, options.plot,
+)  # fmt: skip
+@click.pass_obj
+def capacity(
+    settings: Settings, /, json_file: Path | None, plot: Path | None, group: str, **given: Any
+) -> None:
+    """How many facts a model holds, in facts and in bits, and what those that it loses are like.
+
+    Give --model more than once to set models of several sizes side by side.
+
+    \b
+    Examples:
+      kvedit bench capacity --data ../shared/data --facts 1000 --json capacity.json
+      kvedit bench capacity --data ../shared/data --model small --model large --plot both.png
+    """
+    from kvedit.bench import report_capacity as report
+    from kvedit.bench.capacity import capacity as measure
+    from kvedit.bench.report_strategies import line
+    from kvedit.bench.strategies import StrategyOptions
+
+    sources = given.pop("sources") or (None,)
+    chosen = StrategyOptions(**given, groups=(group,), plain_facts=0)
+    result = run_telling(settings, partial(measure, sources=sources), chosen, json_file, line)
+    show("Capacity", result.model, report.NOTES, report.sheets(result))
+    keep(result, json_file, plot)

@@ -1,0 +1,50 @@
+"""`kvedit bench kills`: an ingest that is killed again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvedit.cli.bench import options
+from kvedit.cli.bench.show import keep, require, run, show
+from kvedit.cli.common import Settings
+
+
+@click.command()
+@options.given(*options.common, options.facts(300), *options.others)
+@click.option(
+    "--kills",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="How many processes to kill.",
+)
+@click.option(
+    "--within",
+    type=click.FloatRange(min=1.0),
+    default=60.0,
+    show_default=True,
+    help="Seconds after which a process is killed at the latest.",
+)
+@click.option("--group", default="16", show_default=True, metavar="N|auto", help="As for ingest.")
+@click.pass_obj
+def kills(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
+    """Kill an ingest (SIGKILL) at random moments, let it finish, and see what is left.
+
+    Exit code 4 if a fact was lost or added twice, or doctor finds anything.
+
+    \b
+    Examples:
+      kvedit bench kills --data ../shared/data --kind relations
+      kvedit bench kills --data ../shared/data --facts 30 --kills 3 --within 20
+    """
+    from kvedit.bench import report
+    from kvedit.bench.kills import KillOptions
+    from kvedit.bench.kills import kills as measure
+
+    result = run(settings, measure, KillOptions(**given))
+    show("Kills", result.model, "", report.kills_sheets(result))
+    keep(result, json_file)
+    require(result.sound, "the store is not as it should be")

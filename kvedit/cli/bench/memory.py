@@ -1,0 +1,45 @@
+"""`kvedit bench memory`: how much memory editing takes."""
+
+from __future__ import annotations
+
+import click
+
+from kvedit.cli.bench.show import show
+from kvedit.cli.common import Settings
+
+
+@click.command()
+@click.option(
+    "--measure",
+    "shape",
+    type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
+    help="Also teach a random model of this shape one fact, and sixteen together, on the CPU.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=8),
+    default=8,
+    show_default=True,
+    help="Steps of each lesson; seconds for the default number are projected.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.pass_obj
+def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> None:
+    """How much memory editing takes, by model size and setting.
+
+    \b
+    Examples:
+      kvedit bench memory
+      kvedit bench memory --measure 0.5B --dtype bfloat16
+    """
+    import torch
+
+    from kvedit.bench import footprint
+    from kvedit.cli.progress import make_reporter
+
+    sheets = [footprint.computed()]
+    if shape is not None:
+        with make_reporter(quiet=settings.quiet) as reporter:
+            found = footprint.measure(shape, getattr(torch, dtype), steps, reporter)
+        sheets.append(footprint.measured_sheet(found))
+    show("Memory", "shapes of Qwen2.5, random weights", "", sheets)

@@ -1,0 +1,39 @@
+"""`kvedit bench retain`: facts one by one, and what stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvedit.cli.bench import options
+from kvedit.cli.bench.show import keep, run, show
+from kvedit.cli.common import Settings
+
+
+@click.command()
+@options.given(
+    *options.common, options.facts(20), *options.others, options.base_sample, *options.plain,
+    options.plot,
+)  # fmt: skip
+@click.pass_obj
+def retain(
+    settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
+) -> None:
+    """Add facts one by one; measure what stays, what it costs, and the plain recipe beside it.
+
+    What was known before is asked again after 1, 2, 5, 10, 20, ... facts, by free generation.
+
+    \b
+    Examples:
+      kvedit bench retain --data ../shared/data
+      kvedit bench retain --data ../shared/data --facts 5 --no-plain --plot kept.png
+    """
+    from kvedit.bench import report
+    from kvedit.bench.retain import BenchOptions
+    from kvedit.bench.retain import retain as measure
+
+    result = run(settings, measure, BenchOptions(**options.without_plain(plain, given)))
+    show("Retention", result.model, report.notes(result), report.retain_sheets(result))
+    keep(result, json_file, plot)
