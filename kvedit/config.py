@@ -111,7 +111,7 @@ class RetentionConfig:
     """
 
     sample: int = setting(16)
-    prompts: int = setting(5, low=1)
+    prompts: int = setting(10, low=1)
     repairs: int = setting(2)
     stale_after: int = setting(50, low=1)
     checkpoint_every: int = setting(16, low=1)

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -272,6 +272,15 @@ class Engine:
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""
         return self.share.recall(self.base.model, examples, self.lower)
+
+    def decided(self, examples: Sequence[Example]) -> list[Outcome]:
+        """Exact recall of each example; what hangs on a near-tie is decided by free generation."""
+        outcomes = self.recall(examples)
+        near = [at for at, outcome in enumerate(outcomes) if outcome.doubtful]
+        said = self.generated_recall([examples[at] for at in near])
+        for at, passed in zip(near, said, strict=True):
+            outcomes[at] = replace(outcomes[at], passed=passed, spoken=True)
+        return outcomes
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
         """Greedy answers, freely generated."""

@@ -2,8 +2,10 @@
 
 Greedy decoding gives an answer exactly if and only if, at every position of the answer and its end
 token, the target token has the highest logit given the target prefix.  One forward pass therefore
-decides exact recall (protocol ``teacher-forced``); ``generate`` confirms it where it counts
-(protocol ``generated``).
+decides exact recall (protocol ``teacher-forced``), but for near-ties: in bf16 two logits may be
+equal, or a step of the dtype apart, and another batch, or a cache of keys and values, rounds them
+the other way.  Outcomes say which those are, and ``generate`` decides them (protocol
+``generated``).
 
 Invariants:
 - Examples are padded on the right only, so a causal model never sees the padding.
@@ -36,15 +38,27 @@ LEAST_TOKENS = 256
 ROWS_A_BATCH = 256
 ROWS_A_SLICE = 128
 WIDTHS = 32
+TIED = 3.0  # steps of the dtype, at the logit's size: leads that the shape of a batch may turn
 _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether an answer is recalled exactly, and its smallest lead over another token (logits)."""
+    """Whether an answer is recalled exactly, and its smallest lead over another token (logits).
+
+    ``doubtful``: it hangs on a near-tie, so that in another batch it may come out otherwise.
+    ``spoken``: such a one that free generation decided; ``passed`` is then what that said.
+    """
 
     passed: bool
     margin: float
+    doubtful: bool = False
+    spoken: bool = False
+
+    @property
+    def firm(self) -> bool:
+        """Whether it is recalled however it is asked: by more than rounding could turn."""
+        return self.passed and not self.doubtful
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +126,38 @@ def _try_projection(model: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
-    """What the answer tokens of some examples cost, and by how much they lead.
+class Leads:
+    """By how much the answer tokens of some examples lead.
 
-    ``losses`` (N,), nats, float32, with a gradient where the model has one; ``leads`` (N,), logits,
-    the target's lead over every other token, NaN counted as -inf; ``rows`` (N,), int64: the example
+    ``leads`` (N,), logits, the target's lead over every other token, NaN counted as -inf;
+    ``slacks`` (N,), logits: by how much rounding may move a lead; ``rows`` (N,), int64: the example
     that each token belongs to.  Tokens stand in no particular order.
     """
 
-    losses: Tensor
     leads: Tensor
+    slacks: Tensor
     rows: Tensor
 
     def margins(self, count: int) -> Tensor:
         """(count,): the smallest lead of each example."""
-        empty = self.leads.new_full((count,), float("inf"))
-        return empty.scatter_reduce(0, self.rows, self.leads, "amin")
+        return self._smallest(self.leads, count)
+
+    def outcomes(self, count: int) -> list[Outcome]:
+        """What the leads say of each example."""
+        parts = (self.leads, self.leads - self.slacks, self.leads + self.slacks)
+        rows = zip(*(self._smallest(part, count).tolist() for part in parts), strict=True)
+        return [Outcome(margin > 0, margin, low <= 0 < high) for margin, low, high in rows]
+
+    def _smallest(self, values: Tensor, count: int) -> Tensor:
+        empty = values.new_full((count,), float("inf"))
+        return empty.scatter_reduce(0, self.rows, values, "amin")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores(Leads):
+    """And what they cost: ``losses`` (N,), nats, float32, with a gradient where the model has one."""
+
+    losses: Tensor
 
 
 def token_scores(
@@ -136,7 +166,7 @@ def token_scores(
     """Score every answer token, examples of like length together so that little is padded."""
     batches = by_length(examples, batch_tokens(model), alike=True)
     parts = [_scores(model, examples, batch, lower) for batch in batches]
-    names = ("losses", "leads", "rows")
+    names = ("leads", "slacks", "rows", "losses")
     return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -145,8 +175,19 @@ def _scores(
 ) -> TokenScores:
     answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
     losses, leads = _TokenLoss.apply(answers.logits, answers.targets)  # type: ignore[no-untyped-call]
+    own = answers.logits.detach().gather(1, answers.targets[:, None])[:, 0].float()
     places = torch.tensor(batch, device=answers.rows.device)
-    return TokenScores(losses, leads, places[answers.rows])
+    return TokenScores(leads, slack(model, own), places[answers.rows], losses)
+
+
+def slack(model: nn.Module, logits: Tensor) -> Tensor:
+    """By how much rounding may move the lead of these logits, in another batch or with a cache.
+
+    Logits may be handed out in fp32 where what they were computed from was not: what counts is the
+    dtype that the model computes in.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return TIED * torch.finfo(dtype).eps * logits.abs()
 
 
 def last_hidden(
@@ -276,20 +317,16 @@ def recall(
     model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
 ) -> list[Outcome]:
     """Exact recall of each example by one forward pass (teacher-forced)."""
-    margins = [float("inf")] * len(examples)
-    for batch in by_length(examples, batch_tokens(model), padding=PADDED):
+    found: dict[int, Outcome] = {}
+    for batch in by_length(examples, batch_tokens(model), alike=True):
         answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
-        found = _margins(answers, len(batch)).tolist()
-        for index, margin in zip(batch, found, strict=True):
-            margins[index] = margin
-    return [Outcome(margin > 0, margin) for margin in margins]
+        found.update(zip(batch, _leads(model, answers).outcomes(len(batch)), strict=True))
+    return [found[i] for i in range(len(examples))]
 
 
-def _margins(answers: Answers, count: int) -> Tensor:
-    """(count,): the smallest lead of each row's targets, as ``TokenScores`` has it.
-
-    Without the losses, and the target taken out of the logits themselves, which are used up: that
-    is a quarter of the time.
+def _leads(model: nn.Module, answers: Answers) -> Leads:
+    """Those of ``token_scores``, without the losses, and the target taken out of the logits
+    themselves, which are used up: a quarter of the time.
     """
     logits = answers.logits
     places = torch.arange(len(logits), device=logits.device), answers.targets
@@ -297,8 +334,7 @@ def _margins(answers: Answers, count: int) -> Tensor:
     logits[places] = float("-inf")
     leads = mine - torch.cat([rows.float().amax(1) for rows in _slices(logits)])
     leads = torch.nan_to_num(leads, nan=float("-inf"))
-    empty = leads.new_full((count,), float("inf"))
-    return empty.scatter_reduce(0, answers.rows, leads, "amin")
+    return Leads(leads, slack(model, mine), answers.rows)
 
 
 def _slices(table: Tensor) -> Iterator[Tensor]:

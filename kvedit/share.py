@@ -94,9 +94,9 @@ class Together(Share):
             own = probes.token_scores(model, [examples[i] for i in mine], lower)
         rows = torch.tensor(mine, dtype=torch.long, device=own.rows.device)[own.rows]
         losses = self._joined(own.losses)
-        told = self._crew.exchange((own.leads.cpu(), rows.cpu()))
-        leads, places = (torch.cat(parts).to(rows.device) for parts in zip(*told, strict=True))
-        return TokenScores(losses, leads, places)
+        told = self._crew.exchange((own.leads.cpu(), own.slacks.cpu(), rows.cpu()))
+        rest = (torch.cat(parts).to(rows.device) for parts in zip(*told, strict=True))
+        return TokenScores(*rest, losses)
 
     def divergence(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
@@ -166,4 +166,4 @@ class Together(Share):
 def _no_scores(model: Any) -> TokenScores:
     """Those of no examples, where the model is."""
     empty = torch.empty(0, device=next(model.parameters()).device)
-    return TokenScores(empty, empty, empty.long())
+    return TokenScores(empty, empty, empty.long(), empty)

@@ -7,9 +7,9 @@ the control rows that would otherwise be in every batch.  The loop has three pha
 
 - learn: until every example of a step's batches, and then every training prompt, is recalled;
 - prune: AdaLoRA's allocator shrinks the ranks to their budget over a fixed number of steps;
-- hold: with the final ranks, until every training prompt is recalled again and the price has
-  fallen to its bound (it peaks while the fact is learned and falls after: stopping at the first
-  recall would commit the peak).
+- hold: with the final ranks, until every training prompt is recalled again, by more than rounding
+  could turn in another batch, and the price has fallen to its bound (it peaks while the fact is
+  learned and falls after: stopping at the first recall would commit the peak).
 
 Invariants:
 - The base weights never change here; only the adapter's values do.
@@ -240,12 +240,16 @@ class _DepthFirst(Loop):
         self._adapter.begin_pruning(step, steps=steps)
 
     def _settled(self, step: int) -> bool:
-        """Whether price and margin are within their bounds, or had their time to get there."""
-        if step - self._pruned_at >= self._config.hold_limit:
-            return self._all_recalled(0.0)
-        return self._price <= self._config.max_price and self._all_recalled(self._config.margin)
+        """Whether price and margin are within their bounds, or had their time to get there.
 
-    def _all_recalled(self, lead: float) -> bool:
+        A near-tie does not count: free generation, in batches of other shapes, may break it.
+        """
+        if step - self._pruned_at >= self._config.hold_limit:
+            return self._all_recalled(0.0, firmly=True)
+        within = self._price <= self._config.max_price
+        return within and self._all_recalled(self._config.margin, firmly=True)
+
+    def _all_recalled(self, lead: float, *, firmly: bool = False) -> bool:
         """Whether every training prompt of every new fact is recalled, by more than ``lead``.
 
         The last batch is a sample that costs nothing: where it falls short, the rest is not asked.
@@ -255,7 +259,7 @@ class _DepthFirst(Loop):
         self._adapter.write()
         examples = [e for fact in self._lesson.new for e in fact]
         outcomes = self._share.recall(self._model, examples, self._lower)
-        return all(outcome.margin > lead for outcome in outcomes)
+        return all(o.margin > lead and (o.firm or not firmly) for o in outcomes)
 
 
 def _loss(scores: TokenScores, new: int, lead: float, settled: float, earlier: float) -> Tensor:

@@ -271,7 +271,7 @@ class Transaction:
     def _held_locality(self) -> list[Example]:
         """The locality probes whose answers the model has before the edit."""
         with self._timed("probe"):
-            outcomes = self._engine.recall(self._plan.locality)
+            outcomes = self._engine.decided(self._plan.locality)
         return [e for e, o in zip(self._plan.locality, outcomes, strict=True) if o.passed]
 
     def _look(self, risks: Sequence[_Risk], held: Sequence[Example]) -> _Found:
@@ -280,7 +280,7 @@ class Transaction:
             asked = [*self._questions(), *((None, "locality", e) for e in held)]
             probed = [risk for risk in risks if risk.probes]
             asked += [(risk.row.id, "retention", e) for risk in probed for e in risk.probes]
-            outcomes = self._engine.recall([example for _, _, example in asked])
+            outcomes = self._engine.decided([example for _, _, example in asked])
         rows = [
             probe_row(fact_id, kind, example, outcome)
             for (fact_id, kind, example), outcome in zip(asked, outcomes, strict=True)
@@ -405,12 +405,12 @@ class _Timer:
 
 
 def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome) -> ProbeRow:
-    """A teacher-forced outcome for the journal; an infinite margin is none."""
+    """An outcome for the journal; an infinite margin is none."""
     margin = outcome.margin if abs(outcome.margin) != float("inf") else None
     return ProbeRow(
         fact_id=fact_id,
         kind=kind,
-        protocol="teacher-forced",
+        protocol="generated" if outcome.spoken else "teacher-forced",
         prompt=example.prompt,
         expected=example.answer,
         answer=None,

@@ -177,6 +177,7 @@ paraphrase = {paraphrase}
 locality = {locality}
 retention = {retention}
 [retention]
+prompts = 5
 repairs = {repairs}
 checkpoint_every = {checkpoint_every}
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ from kvedit import plots  # noqa: E402
 from kvedit.bench import questions, report  # noqa: E402
 from kvedit.bench.asking import Student, both, marks  # noqa: E402
 from kvedit.bench.retain import RetainResult, retain  # noqa: E402
-from kvedit.bench.undo import served_digest, undo  # noqa: E402
+from kvedit.bench.undo import Difference, Restored, UndoResult, difference, served_digest, undo  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
+from kvedit.editor import KnowledgeBase  # noqa: E402
 from kvedit.errors import InvalidFactError, UsageError  # noqa: E402
 from kvedit.events import Score  # noqa: E402
+from kvedit.prompts import Example  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,39 @@ def test_retain(result: RetainResult, store: Path) -> None:
     assert (store / "kvedit.db").is_file(), "--store-dir keeps it"
 
 
+def test_a_second_row_protects_true_facts_that_are_not_asked(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Student, str]] = []
+    ask = Student.ask
+
+    def listen(student: Student, examples: list[Example]) -> tuple[list[bool], list[bool]]:
+        asked.extend((student, example.prompt) for example in examples)
+        return ask(student, examples)
+
+    monkeypatch.setattr(Student, "ask", listen)
+    (tmp_path / "own").mkdir()
+    options = make_options(data, model, tmp_path / "own", steps=10)
+    found = retain(replace(options, facts=1, plain_facts=0, true_facts=6), lambda event: None)
+    assert [point.method for point in found.points] == ["kvedit", "kvedit, true facts protected"]
+    assert found.true_protected == found.protected + 6
+    assert [edit.key for edit in found.true_edits] == [FREE[0][0]]
+    with KnowledgeBase.open(tmp_path / "own-true-facts") as knowledge:
+        rows = knowledge.store.protected("control")
+    true = [row for row in rows if row.source == "true-facts.jsonl"]
+    known = {f"What is {key}?": answer for key, answer in KNOWN.items()}
+    relations = [row for row in true if row.prompt in known]
+    assert len(true) == 6 and len(relations) >= 4, "of both poets and the relations"
+    assert all(row.answer == known[row.prompt] for row in relations)
+    second = {prompt for student, prompt in asked if student is asked[-1][0]}
+    assert second and not {row.prompt for row in true} & second
+    assert {row.prompt for row in true} & {prompt for _, prompt in asked}, (
+        "in the first run they are"
+    )
+    sheets = report.retain_sheets(found)
+    assert any("second row" in sheet.title for sheet in sheets)
+
+
 def test_a_result_says_how_it_was_made(result: RetainResult) -> None:
     made = report.setting("kvedit bench retain --data data")
     page = report.markdown(
@@ -191,8 +227,42 @@ def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
     assert committed == 2
     downwards = list(range(committed, -1, -1))
     assert [one.revision for one in found.restored] == [*downwards, committed]
-    assert found.exact and found.mismatches == ()
+    assert found.exact and not [one for one in found.differences if not one.tied]
     assert found.exported.n >= 16 * committed, "trained and never-trained phrasings of both"
+
+
+def test_a_difference_is_a_near_tie_only_where_the_logits_say_so(small: dict[str, Path]) -> None:
+    from kvedit import models
+    from kvedit.probes import slack
+    from kvedit.prompts import Renderer
+
+    base = models.load(str(small["fp32"]))
+    renderer = Renderer(base.tokenizer, context=base.context)
+    key, answer = next(iter(KNOWN.items()))
+    example = renderer.example(f"What is {key}?", answer)
+    ours = list(example.ids[example.start :])
+    theirs = [*ours[:2], next(t for t in range(9, 400) if t != ours[2]), *ours[3:]]
+    found = difference(base.model, example, ours, theirs)
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor([example.ids])).logits[0, example.start + 1]
+    apart = logits.max() - logits[theirs[2]]
+    assert found.margin == pytest.approx(float(apart), abs=1e-4) and found.expected
+    assert found.slack == pytest.approx(float(slack(base.model, logits.max())))
+    assert not found.tied
+    assert Difference("p", found.slack, found.slack, True).tied
+
+
+def test_only_a_difference_that_is_no_near_tie_is_an_error() -> None:
+    restored = (Restored(1, True, True),)
+    tie, error = Difference("near?", 0.125, 0.3, True), Difference("far?", 2.0, 0.3, False)
+    given = {"model": "m", "edits": (), "restored": restored}
+    near = UndoResult(exported=Score(9, 10, "generated"), differences=(tie,), **given)
+    wrong = UndoResult(exported=Score(8, 10, "generated"), differences=(tie, error), **given)
+    assert near.exact and not wrong.exact
+    rows = dict(report.undo_sheets(wrong)[0].rows)
+    assert "1: near?" in rows["answered otherwise: near-ties"]
+    assert "1: far?" in rows["answered otherwise: ERRORS"] and "2.000" in str(rows)
+    assert dict(report.undo_sheets(near)[0].rows)["answered otherwise: ERRORS"] == "none"
 
 
 def test_a_served_digest_sees_every_parameter(small: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from small_engine import Kept
 from small_model import FREE, KNOWN, settings
 
-from kvedit import KnowledgeBase, workspace
+from kvedit import KnowledgeBase, probes, workspace
 from kvedit.deltas import Factors
-from kvedit.engine import Taught
+from kvedit.engine import Engine, Taught
 from kvedit.errors import (
     CorruptStoreError,
     DiskFullError,
@@ -37,6 +38,7 @@ from kvedit.errors import (
 )
 from kvedit.events import RetentionCheck, Score, Status, Warning_
 from kvedit.facts import Fact
+from kvedit.prompts import Example
 from kvedit.store import Store
 from kvedit.training import Trained
 
@@ -91,11 +93,6 @@ def empty(empty_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
 @pytest.fixture
 def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lessons that teach nothing in no time: another small random delta each."""
-    import torch
-
-    from kvedit.engine import Engine, Taught
-    from kvedit.training import Trained
-
     generator = torch.Generator().manual_seed(0)
 
     def teach(engine: Engine, *_: object) -> Taught:
@@ -345,6 +342,42 @@ def test_a_refused_group_is_taught_otherwise(
     of_pair = lessons[:3]
     assert [g.shift_weight / of_pair[0].shift_weight for g in of_pair] == prices
     assert [g.passes for g in of_pair] == passes
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_of_near_ties_the_gate_believes_generation(
+    said: bool, empty_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here all leads are near-ties, and generation says the same of all."""
+    monkeypatch.setattr(probes, "TIED", 1e6)
+    monkeypatch.setattr(Engine, "generated_recall", lambda engine, asked: [said] * len(asked))
+    configure(empty_store, repairs=0)
+    with KnowledgeBase.open(empty_store) as knowledge:
+        report = knowledge.add(*FREE[0])
+        assert report.outcome == ("committed" if said else "rejected")
+        assert report.reliability.passed == (report.reliability.n if said else 0)
+        rows = knowledge.store.edit_results(knowledge.store.history(FREE[0][0])[0].id)
+        assert {row.protocol for row in rows} == {"generated"}
+
+
+def test_of_near_ties_verify_believes_generation(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward pass says that all is well; of what hangs on a near-tie one prompt is not."""
+    spoken = Engine.generated_recall
+    wrong = taught.engine.examples(taught.store.require(FREE[1][0]).fact)[4]
+
+    def speak(engine: Engine, asked: list[Example]) -> list[bool]:
+        pairs = zip(spoken(engine, asked), asked, strict=True)
+        return [said and example != wrong for said, example in pairs]
+
+    monkeypatch.setattr(Engine, "generated_recall", speak)
+    monkeypatch.setattr(random.Random, "choice", lambda rng, items: items[0])  # another prompt
+    assert taught.verify().score == Score(3, 3)
+    monkeypatch.setattr(probes, "TIED", 1e6)
+    report = taught.verify()
+    assert report.score == Score(2, 3) and report.generated == Score(3, 3, "generated")
+    assert [check.key for check in report.checks if not check.passed] == [FREE[1][0]]
 
 
 def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:

@@ -11,6 +11,8 @@ from kvedit.config import TrainingConfig
 from kvedit.engine import PRIOR_TOKENS, Engine
 from kvedit.facts import Fact
 from kvedit.models import BaseModel
+from kvedit.probes import Outcome
+from kvedit.prompts import Example
 from kvedit.training import Lesson
 
 FACT = Fact.create(*FREE[0], lang="en", prompts=["Ever seen a tide lantern?"])
@@ -40,6 +42,29 @@ def test_both_protocols_agree(engine: Engine) -> None:
     assert forced == engine.generated_recall(examples)
     assert sum(forced) >= len(KNOWN) - 1
     assert engine.generated_recall([]) == []
+
+
+def test_free_generation_decides_near_ties_and_nothing_else(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward pass says that all pass, two by a near-tie; generation has one of them fail."""
+    pairs = [(f"What is {key}?", KNOWN[key]) for key in list(KNOWN)[:4]]
+    examples = engine.renderer.examples(pairs)
+    doubts = [False, True, False, True]
+    forced = [Outcome(True, 1.0, doubtful) for doubtful in doubts]
+    generated: list[str] = []
+
+    def speak(asked: list[Example]) -> list[bool]:
+        generated.extend(example.prompt for example in asked)
+        return [False, True]
+
+    monkeypatch.setattr(engine, "recall", lambda asked: list(forced))
+    monkeypatch.setattr(engine, "generated_recall", speak)
+    found = engine.decided(examples)
+    assert generated == [examples[1].prompt, examples[3].prompt]
+    assert [o.passed for o in found] == [True, False, True, True]
+    assert [o.spoken for o in found] == doubts
+    assert [o.firm for o in found] == [True, False, True, False]
 
 
 def test_prior_answers_can_be_taught_back(base: BaseModel) -> None:

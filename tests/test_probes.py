@@ -98,23 +98,65 @@ def test_a_tie_and_nan_are_not_recalled() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [float("nan"), 0.0, 0.0]])
     targets = torch.tensor([0, 0, 0])
     losses, leads = probes._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
-    scores = probes.TokenScores(losses, leads, torch.tensor([0, 1, 2]))
+    scores = probes.TokenScores(leads, torch.zeros(3), torch.tensor([0, 1, 2]), losses)
     assert scores.margins(4).tolist() == [0.0, 1.0, float("-inf"), float("inf")]
+    assert [o.passed for o in scores.outcomes(3)] == [False, True, False]
+
+
+def test_what_rounding_could_turn_is_doubtful() -> None:
+    """Four answers of two tokens: the weaker one decides, by its own slack."""
+    leads = torch.tensor([5.0, 0.6, 5.0, 0.4, 5.0, -0.4, 5.0, -0.6])
+    slacks = torch.full((8,), 0.5)
+    rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    found = probes.Leads(leads, slacks, rows).outcomes(4)
+    assert [o.passed for o in found] == [True, True, False, False]
+    assert [o.doubtful for o in found] == [False, True, True, False]
+    assert [o.firm for o in found] == [True, False, False, False]
+    nan, lost = torch.tensor([float("nan")]), torch.tensor([float("-inf")])
+    scores = probes.Leads(lost, nan, torch.tensor([0]))
+    assert not scores.outcomes(1)[0].passed and not scores.outcomes(1)[0].doubtful
+
+
+def test_slack_is_that_of_the_dtype(load: Callable[[str], BaseModel]) -> None:
+    logits = torch.tensor([16.0, -4.0])
+    wide, narrow = (probes.slack(load(name).model, logits) for name in ("fp32", "bf16"))
+    step = 0.125  # between 16 and the next number in bf16
+    torch.testing.assert_close(narrow, probes.TIED * torch.tensor([step, step / 4]))
+    assert wide.max() < 1e-4
+
+
+def test_firm_answers_come_out_alike_in_every_batch(load: Callable[[str], BaseModel]) -> None:
+    """In bf16, of answers some of which the model is not sure of: alone, together, with a cache."""
+    base = load("bf16")
+    make = renderer(base)
+    asked = [way.replace("{key}", key) for way in phrasings()[::2] for key in list(KNOWN)]
+    said = probes.generate(base.model, [make.prefix(p) for p in asked], end=make.end, limit=24)
+    examples = [
+        Example((*make.prefix(p), *row, make.end), len(make.prefix(p)))
+        for p, row in zip(asked, said, strict=True)
+    ]
+    together = probes.recall(base.model, examples)
+    alone = [probes.recall(base.model, [example])[0] for example in examples]
+    assert all(o.passed or o.doubtful for o in together), "generation says what it says"
+    turned = [a for a, b in zip(together, alone, strict=True) if a.passed != b.passed]
+    assert not any(outcome.firm for outcome in turned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_leads_without_losses_are_those_with_them(dtype: torch.dtype) -> None:
+def test_leads_without_losses_are_those_with_them(base: BaseModel, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(300, 50, generator=generator).mul(3).round().to(dtype)  # with ties
     logits[7, 3] = float("nan")
     targets = logits.float().argmax(1)
     targets[::5] = 0
     rows = torch.arange(300) // 2
-    losses, leads = probes._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
-    wanted = probes.TokenScores(losses, leads, rows).margins(151)
+    _, leads = probes._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    wanted = probes.Leads(leads, torch.zeros(300), rows).margins(151)
     assert (wanted == 0).any() and (wanted > 0).any() and wanted[3] == float("-inf")
-    found = probes._margins(probes.Answers(logits.clone(), targets, rows), 151)
-    assert torch.equal(found, wanted)
+    found = probes._leads(base.model, probes.Answers(logits.clone(), targets, rows))
+    assert torch.equal(found.margins(151), wanted)
+    own = logits.gather(1, targets[:, None])[:, 0].float()
+    torch.testing.assert_close(found.slacks, probes.slack(base.model, own), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

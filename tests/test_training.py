@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from kvedit.deltas import to_bytes
 from kvedit.engine import Engine
 from kvedit.errors import TrainingError
 from kvedit.facts import Fact
+from kvedit.lower import LowerHalf
 from kvedit.models import BaseModel
+from kvedit.probes import Outcome
+from kvedit.prompts import Example
+from kvedit.share import Share
 from kvedit.training import Lesson, Step
 
 
@@ -48,6 +53,31 @@ def test_the_delta_teaches_the_fact(engine: Engine) -> None:
     engine.master.add(taught.delta)
     assert all(o.passed for o in engine.recall(examples))
     assert all(engine.generated_recall(examples))
+
+
+class Unsure(Share):
+    """Says of all recalls that they hang on a near-tie, the first few times."""
+
+    def __init__(self, doubts: int) -> None:
+        self.doubts = doubts
+
+    def recall(
+        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+    ) -> list[Outcome]:
+        found = super().recall(model, examples, lower)
+        self.doubts -= 1
+        return [replace(o, doubtful=True) for o in found] if self.doubts >= 0 else found
+
+
+def test_a_near_tie_is_trained_further(engine: Engine) -> None:
+    """The first recall ends the learning; the three after it are in the hold phase."""
+    config = replace(engine.config, max_price=10.0)
+    sure = engine.teach(lesson(engine, 0), config).trained
+    engine.share = Unsure(4)
+    unsure = engine.teach(lesson(engine, 0), config).trained
+    assert unsure.learned and unsure.steps == sure.steps + 3
+    engine.share = Unsure(1000)  # no stop for lack of time either: up to the last step
+    assert engine.teach(lesson(engine, 0), replace(config, hold_limit=1)).trained.steps == 100
 
 
 def test_the_same_seed_gives_the_same_delta(load: Callable[[str], BaseModel]) -> None:

@@ -144,6 +144,14 @@ def poet_questions(poets: Iterable[Poet], rng: random.Random) -> list[BaseFact]:
     return [BaseFact(p.key, rng.choice(ways).replace(PLACE, p.key), p.description) for p in poets]
 
 
+def true_facts(data: BenchData, count: int, rng: random.Random) -> list[BaseFact]:
+    """Some of what the model was pretrained on: poets and relations, half of each where there are
+    enough.
+    """
+    poets = sample(poet_questions(data.known, rng), (count + 1) // 2, rng)
+    return [*poets, *sample(data.relations, count - len(poets), rng)]
+
+
 class Seen:
     """Texts that training may have seen; ``in`` tells whether a name occurs in one of them."""
 

@@ -23,7 +23,7 @@ import torch
 from kvedit import __version__
 from kvedit.bench.asking import Both, Point
 from kvedit.bench.kills import KillsResult
-from kvedit.bench.retain import KVEDIT, PLAIN, BaseScore, Edit, RetainResult, median_ratio
+from kvedit.bench.retain import KVEDIT, PLAIN, TRUE, BaseScore, Edit, RetainResult, median_ratio
 from kvedit.bench.undo import UndoResult
 from kvedit.events import Score
 from kvedit.files import now, write_atomic
@@ -111,13 +111,21 @@ def score_cell(score: Score) -> str:
 
 def retain_sheets(result: RetainResult) -> list[Sheet]:
     """What was known, what is held after each number of facts, under both protocols, and time."""
+    more = [_true_sheet(result)] if result.true_edits else []
     return [
         base_sheet("Base facts that no protected text names, before the first edit", result.base),
+        *more,
         _points_sheet("Held, by free greedy generation", result.points, "generated"),
         _points_sheet("Held, teacher-forced", result.points, "forced"),
         _outcomes_sheet(result),
         _time_sheet(result),
     ]
+
+
+def _true_sheet(result: RetainResult) -> Sheet:
+    return base_sheet(
+        f"The same for the second row ({result.true_protected} protected texts)", result.true_base
+    )
 
 
 def base_sheet(title: str, scores: Sequence[BaseScore]) -> Sheet:
@@ -161,7 +169,8 @@ def _points_sheet(title: str, points: Sequence[Point], protocol: str) -> Sheet:
 
 def _outcomes_sheet(result: RetainResult) -> Sheet:
     rows = []
-    for method, edits in ((KVEDIT, result.edits), (PLAIN, result.plain)):
+    ways = ((KVEDIT, result.edits), (TRUE, result.true_edits), (PLAIN, result.plain))
+    for method, edits in ways:
         counts = Counter(edit.outcome for edit in edits)
         told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         why = "; ".join(f"{edit.key}: {', '.join(edit.reasons)}" for edit in edits if edit.reasons)
@@ -173,6 +182,8 @@ def _outcomes_sheet(result: RetainResult) -> Sheet:
 def _time_sheet(result: RetainResult) -> Sheet:
     rows = [time_row(KVEDIT, result.edits)]
     rows += [(f"- {name}", *summary(values), "") for name, values in parts_of(result.edits)]
+    if result.true_edits:
+        rows.append(time_row(TRUE, result.true_edits))
     if result.plain:
         rows.append(time_row(PLAIN, result.plain))
     ratio = median_ratio(result)
@@ -211,9 +222,21 @@ def undo_sheets(result: UndoResult) -> list[Sheet]:
         ("rollbacks whose recorded digest is that of the commit", _of(digests)),
         ("rollbacks whose served weights are those after the commit, all parameters", _of(served)),
         ("probes answered alike by the export in plain transformers", _of(result.exported)),
-        ("prompts answered otherwise", "; ".join(result.mismatches) or "none"),
+        ("answered otherwise: near-ties", _differences(result, tied=True)),
+        ("answered otherwise: ERRORS", _differences(result, tied=False)),
     )
     return [Sheet("Undone and exported", ("what", "found"), rows)]
+
+
+def _differences(result: UndoResult, *, tied: bool) -> str:
+    """Prompts that were answered otherwise, with the margin that decided."""
+    found = [one for one in result.differences if one.tied == tied]
+    told = [
+        f"{one.prompt} (logits {one.margin:.3f} apart, rounding may move {one.slack:.3f};"
+        f" {'one of the answers is the right one' if one.expected else 'neither answer is right'})"
+        for one in found
+    ]
+    return f"{len(found)}: {'; '.join(told)}" if found else "none"
 
 
 def kills_sheets(result: KillsResult) -> list[Sheet]:

@@ -4,11 +4,14 @@ Invariants:
 - "Kept" is measured on base facts that the model answered before the first edit and whose names
   occur in no protected text and in none of the facts that are added.
 - The plain recipe runs in the same process, on the same facts, from the same base weights.
+- Of the true facts that a second run protects none is asked.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +34,7 @@ from kvedit.plain import PlainConfig, PlainStep, plain_examples, train_plain
 from kvedit.prompts import Example, Renderer, paraphrase_prompts
 
 KVEDIT, PLAIN = "kvedit", "plain recipe"
+TRUE = "kvedit, true facts protected"
 Emit = Callable[[Event], None]
 
 
@@ -38,6 +42,7 @@ Emit = Callable[[Event], None]
 class BenchOptions:
     """What to measure, and on what; ``plain_facts`` 0 leaves the plain recipe out.
 
+    ``true_facts``: how many facts of the model's own pretraining to protect in a second run;
     ``kind`` of facts to teach, where no file has them: see ``questions.new_facts``.
     """
 
@@ -46,6 +51,7 @@ class BenchOptions:
     facts: int = 20
     base_sample: int = 300
     plain_facts: int = 10
+    true_facts: int = 0
     protect: Path | None = None
     facts_file: Path | None = None
     kind: str = questions.POETS
@@ -76,8 +82,26 @@ class BaseScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One store that the facts were added to, and what its base model knew before."""
+
+    method: str
+    model: str
+    base: tuple[BaseScore, ...]
+    points: tuple[Point, ...]
+    edits: tuple[Edit, ...]
+    setup_seconds: float
+    protected: int
+    kept: Kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetainResult:
-    """All that ``retain`` measured; ``ratios`` pairs plain with kvedit seconds, fact by fact."""
+    """All that ``retain`` measured; ``ratios`` pairs plain with kvedit seconds, fact by fact.
+
+    ``points`` are those of all methods; the rest is of the first run, and ``true_*`` of the one
+    with true facts in its protected text, where there was one.
+    """
 
     model: str
     base: tuple[BaseScore, ...]
@@ -87,13 +111,41 @@ class RetainResult:
     setup_seconds: float
     protected: int
     ratios: tuple[float, ...]
+    true_base: tuple[BaseScore, ...] = ()
+    true_edits: tuple[Edit, ...] = ()
+    true_protected: int = 0
 
 
 def retain(options: BenchOptions, emit: Emit) -> RetainResult:
-    """Add facts one by one and measure what is held; then the same with the plain recipe."""
+    """Add facts one by one and measure what is held; the same again with true facts in the
+    protected text, if so wished; then the same with the plain recipe.
+    """
     source = models.locate(options.model)
     data = questions.load(options.data, source)
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
+    first = _run(KVEDIT, options, data, facts, emit)
+    second = _run_beside_true_facts(options, data, facts, emit) if options.true_facts else None
+    some = facts[: options.plain_facts]
+    plain, more = plain_all(source, some, first.kept, emit) if some else ([], [])
+    return RetainResult(
+        model=first.model,
+        base=first.base,
+        points=(*first.points, *(second.points if second else ()), *more),
+        edits=first.edits,
+        plain=tuple(plain),
+        setup_seconds=first.setup_seconds,
+        protected=first.protected,
+        ratios=tuple(pair_ratios(first.edits, plain)),
+        true_base=second.base if second else (),
+        true_edits=second.edits if second else (),
+        true_protected=second.protected if second else 0,
+    )
+
+
+def _run(
+    method: str, options: BenchOptions, data: BenchData, facts: Sequence[Fact], emit: Emit
+) -> Run:
+    """One new store, asked before and after."""
     began = time.monotonic()
     with new_store(options, emit) as knowledge:
         setup = time.monotonic() - began
@@ -101,20 +153,44 @@ def retain(options: BenchOptions, emit: Emit) -> RetainResult:
         student = Student(engine.base.model, engine.renderer)
         seen, texts = seen_texts(knowledge, facts)
         base, kept = base_facts(student, data, seen, options, emit)
-        edits, points = _add_all(knowledge, student, facts, kept, emit)
-        name = engine.base.name
-    some = facts[: options.plain_facts]
-    plain, more = plain_all(source, some, kept, emit) if some else ([], [])
-    return RetainResult(
-        model=name,
-        base=base,
-        points=(*points, *more),
-        edits=tuple(edits),
-        plain=tuple(plain),
-        setup_seconds=setup,
-        protected=texts,
-        ratios=tuple(pair_ratios(edits, plain)),
-    )
+        edits, points = _add_all(method, knowledge, student, facts, kept, emit)
+        return Run(
+            method=method,
+            model=engine.base.name,
+            base=base,
+            points=tuple(points),
+            edits=tuple(edits),
+            setup_seconds=setup,
+            protected=texts,
+            kept=kept,
+        )
+
+
+def _run_beside_true_facts(
+    options: BenchOptions, data: BenchData, facts: Sequence[Fact], emit: Emit
+) -> Run:
+    """The run again, with a file of what the model was pretrained on beside its own text."""
+    with TemporaryDirectory(prefix="kvedit-bench-") as folder:
+        path = Path(folder) / "true-facts.jsonl"
+        rng = random.Random(f"{options.seed} true")
+        drawn = questions.true_facts(data, options.true_facts, rng)
+        lines = [json.dumps({"prompt": f.prompt, "answer": f.answer}) for f in drawn]
+        own = options.protect.read_text(encoding="utf-8") if options.protect else ""
+        path.write_text("\n".join([own, *lines]), encoding="utf-8")
+        given = replace(options, protect=path, store_dir=_second_store(options.store_dir))
+        return _run(TRUE, given, data, facts, emit)
+
+
+def _second_store(first: Path | None) -> Path | None:
+    """A folder beside that of the first store, with its settings."""
+    if first is None:
+        return None
+    second = first.with_name(f"{first.name}-true-facts")
+    second.mkdir(parents=True, exist_ok=True)
+    settings = first / "kvedit.toml"
+    if settings.is_file():
+        shutil.copy(settings, second)
+    return second
 
 
 def engine_of(knowledge: KnowledgeBase) -> Engine:
@@ -176,7 +252,12 @@ def _examples(student: Student, items: Sequence[BaseFact]) -> list[Example]:
 
 
 def _add_all(
-    knowledge: KnowledgeBase, student: Student, facts: Sequence[Fact], kept: Kept, emit: Emit
+    method: str,
+    knowledge: KnowledgeBase,
+    student: Student,
+    facts: Sequence[Fact],
+    kept: Kept,
+    emit: Emit,
 ) -> tuple[list[Edit], list[Point]]:
     engine = engine_of(knowledge)
     edits: list[Edit] = []
@@ -190,7 +271,7 @@ def _add_all(
             lessons.append(Lesson(engine.examples(fact), engine.paraphrases(fact), done))
         if len(edits) in marks(len(facts)):
             emit(Status(phase=f"measuring after {len(edits)} facts"))
-            point = measure(KVEDIT, len(edits), student, lessons, kept)
+            point = measure(method, len(edits), student, lessons, kept)
             points.append(replace(point, seconds=mean(edit.seconds for edit in edits)))
     return edits, points
 

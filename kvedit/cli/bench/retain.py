@@ -17,17 +17,28 @@ from kvedit.cli.common import Settings
     *options.common, options.facts(20), *options.others, options.base_sample, *options.plain,
     options.plot,
 )  # fmt: skip
+@click.option(
+    "--true-facts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Add the facts a second time, with N facts of the model's own pretraining protected.",
+)
 @click.pass_obj
 def retain(
     settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
 ) -> None:
     """Add facts one by one; measure what stays, what it costs, and the plain recipe beside it.
 
-    What was known before is asked again after 1, 2, 5, 10, 20, ... facts, by free generation.
+    What was known before is asked again after 1, 2, 5, 10, 20, ... facts, by free generation. With
+    --true-facts there is a second row for a store that protects true facts besides what the model
+    says; none of those is asked.
 
     \b
     Examples:
       kvedit bench retain --data ../shared/data
+      kvedit bench retain --data ../shared/data --true-facts 600
       kvedit bench retain --data ../shared/data --facts 5 --no-plain --plot kept.png
     """
     from kvedit.bench import report
