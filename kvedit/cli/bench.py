@@ -347,6 +347,44 @@ def kills(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
 
 
 @bench.command()
+@_with(*_COMMON, _facts(16), *_OTHERS)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=2),
+    default=2,
+    show_default=True,
+    help="How many are compared with one.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Of each process, the single one too.",
+)
+@click.option("--group", default="8", show_default=True, metavar="N|auto", help="As for ingest.")
+@click.pass_obj
+def several(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
+    """Ingest the same facts in one process and in several; kill one of several.
+
+    Exit code 4 if the runs did not commit and recall the same, or a kill left anything behind.
+
+    \b
+    Examples:
+      kvedit bench several --data ../shared/data
+      kvedit bench several --data ../shared/data --facts 32 --processes 4
+    """
+    from kvedit.bench.several import SeveralOptions, sheets
+    from kvedit.bench.several import several as measure
+
+    result = _run(settings, measure, SeveralOptions(**given))
+    _show("Several processes", given["model"] or "kvedit-tiny", "", sheets(result))
+    _keep(result, json_file)
+    if not (result.equal and result.clean):
+        raise GateFailedError("several processes did not do what one does", hint="See the tables.")
+
+
+@bench.command()
 @click.argument("names", nargs=-1)
 @click.option(
     "--dtype",
