@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvedit import export, fold, lora_export, memory, models, placement, protect, quantised
-from kvedit.config import Config
+from kvedit.config import Config, ModelConfig
 from kvedit.engine import Engine
 from kvedit.errors import (
     DuplicateKeyError,
@@ -110,7 +110,7 @@ class KnowledgeBase:
             bits = quantised.bits(outline.config, packed)
             memory.require(outline, settings.training, targets, spread=bool(used), bits=bits)
         base = models.load(source, **options, device_map=used, load_in=packed)
-        engine = _engine(crew)(
+        engine = _engine(crew, settings.model)(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,
         )  # fmt: skip
@@ -150,7 +150,7 @@ class KnowledgeBase:
         try:
             base = load_pinned(store)
             targets = (store.meta("targets") or "").split()
-            engine = _engine(crew)(
+            engine = _engine(crew, store.config.model)(
                 base, store.config.training, phrasings=store.path / "phrasings", targets=targets,
                 prompts=store.config.prompts,
             )  # fmt: skip
@@ -677,13 +677,13 @@ class KnowledgeBase:
         self._work.say(text, key)
 
 
-def _engine(crew: Crew | None) -> Callable[..., Engine]:
+def _engine(crew: Crew | None, settings: ModelConfig) -> Callable[..., Engine]:
     """What to make an engine with, for one process or several."""
     if crew is None:
         return Engine
     from kvedit.processes import LedEngine  # loads torch.distributed
 
-    return partial(LedEngine, crew)
+    return partial(LedEngine, crew, shard=settings.shard)
 
 
 def _protect_file(path: Path | None) -> list[protect.Protected]:
