@@ -68,7 +68,7 @@ class _Block:
     def gather(self) -> Tensor:
         """The whole row, from the pieces of all processes, which do this together."""
         whole = self.own.new_empty(self._count * len(self.own))
-        dist.all_gather_into_tensor(whole, self.own)
+        dist.all_gather(list(whole.chunk(self._count)), self.own)
         return whole
 
     def fill(self, whole: Tensor) -> None:

@@ -205,6 +205,8 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
         assert cost.peak > 0 and cost.tokens > 12 and cost.seconds > cost.timings["train"] > 0
         missing = max(0, cost.default_steps - cost.steps)
         assert cost.projected == pytest.approx(cost.seconds + missing * cost.step)
+        assert cost.projected_cpu == pytest.approx(cost.cpu + missing * cost.cpu_step)
+        assert cost.cpu > cost.cpu_step > 0
     sheet = footprint.measured_sheet(found)
     assert len(sheet.rows) == 2 and all(len(row) == len(sheet.headers) for row in sheet.rows)
 

@@ -92,7 +92,9 @@ class EditCost:
     """What one edit took, from the call to its end: seconds, and the peak in bytes.
 
     ``tokens`` is the length of a text, question and answer; of the ``default_steps`` only ``steps``
-    were made, each of ``step`` seconds; ``estimate`` is what was computed, in bytes.
+    were made, each of ``step`` seconds; ``cpu`` and ``cpu_step`` are the same in seconds of all its
+    threads together, which other work on the machine does not lengthen; ``estimate`` is what was
+    computed, in bytes.
     """
 
     facts: int
@@ -102,6 +104,8 @@ class EditCost:
     default_steps: int
     step: float
     seconds: float
+    cpu_step: float
+    cpu: float
     timings: Mapping[str, float]
     peak: int
     estimate: int
@@ -109,7 +113,16 @@ class EditCost:
     @property
     def projected(self) -> float:
         """Seconds of the edit with the default number of steps."""
-        return self.seconds + max(0, self.default_steps - self.steps) * self.step
+        return self.seconds + self._missing * self.step
+
+    @property
+    def projected_cpu(self) -> float:
+        """The same in seconds of all threads together."""
+        return self.cpu + self._missing * self.cpu_step
+
+    @property
+    def _missing(self) -> int:
+        return max(0, self.default_steps - self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +228,28 @@ class _Clock:
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self.steps: list[float] = []
+        self.steps: list[_Now] = []
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Status) and event.loss is not None:
-            self.steps.append(time.monotonic())
+            self.steps.append(_now())
         self._emit(event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """A moment, in seconds of the clock and of all threads of this process."""
+
+    clock: float
+    cpu: float
+
+    def since(self, other: _Now) -> _Now:
+        """What passed between two moments."""
+        return _Now(self.clock - other.clock, self.cpu - other.cpu)
+
+
+def _now() -> _Now:
+    return _Now(time.monotonic(), time.process_time())
 
 
 def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
@@ -229,9 +258,9 @@ def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> E
     texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
     clock.steps.clear()
     _restart_peak()
-    began = time.monotonic()
+    began = _now()
     reports = knowledge.add_group(new, carry=True)
-    spent = time.monotonic() - began
+    spent = _now().since(began)
     return _cost(knowledge, facts, sum(texts) // len(texts), reports, spent, clock.steps)
 
 
@@ -240,9 +269,10 @@ def _cost(
     facts: int,
     tokens: int,
     reports: Sequence[EditReport],
-    seconds: float,
-    steps: Sequence[float],
+    spent: _Now,
+    steps: Sequence[_Now],
 ) -> EditCost:
+    each = [later.since(earlier) for earlier, later in pairwise(steps)]
     defaults, report = Config(), reports[-1]
     whole = len(reports) == 1  # else there was no memory for all of them together
     alone = facts == 1
@@ -255,8 +285,10 @@ def _cost(
         outcome=report.outcome if whole else f"in {len(reports)} edits",
         steps=sum(one.steps for one in reports),
         default_steps=defaults.training.max_steps if alone else _steps(defaults.group, facts),
-        step=median(b - a for a, b in pairwise(steps)),
-        seconds=seconds,
+        step=median(one.clock for one in each),
+        seconds=spent.clock,
+        cpu_step=median(one.cpu for one in each),
+        cpu=spent.cpu,
         timings=report.timings,
         peak=_peak(),
         estimate=knowledge.engine.estimate(load).total,
@@ -278,7 +310,8 @@ def measured_sheet(found: Measured) -> Sheet:
     headers = (
         "shape", "dtype", "facts at once", "tokens a text", "outcome (open gate)", "steps made",
         "a step, s", "in all, s", "training", "probes", "merge", "journal", "default steps",
-        "projected, s", "peak, GiB", "computed, GiB",
+        "projected, s", "a step, CPU s", "in all, CPU s", "projected, CPU s", "peak, GiB",
+        "computed, GiB",
     )  # fmt: skip
     title = (
         f"Edits measured on {torch.get_num_threads()} threads; making the store:"
@@ -293,8 +326,8 @@ def _measured_row(found: Measured, one: EditCost) -> tuple[str, ...]:
     return (
         found.shape, found.dtype, str(one.facts), str(one.tokens), one.outcome, str(one.steps),
         f"{one.step:.2f}", f"{one.seconds:.0f}", *(f"{part:.1f}" for part in parts),
-        str(one.default_steps), f"{one.projected:.0f}", f"{one.peak / _GIB:.1f}",
-        f"{one.estimate / _GIB:.1f}",
+        str(one.default_steps), f"{one.projected:.0f}", f"{one.cpu_step:.2f}", f"{one.cpu:.0f}",
+        f"{one.projected_cpu:.0f}", f"{one.peak / _GIB:.1f}", f"{one.estimate / _GIB:.1f}",
     )  # fmt: skip
 
 
