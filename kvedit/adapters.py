@@ -22,6 +22,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,11 @@ class _Slot:
     @property
     def scale(self) -> float:
         return float(self.module.scaling[NAME] / (self.module.ranknum[NAME] + 1e-5))
+
+
+def group_rank(rank: int, facts: int) -> int:
+    """Directions of a matrix for so many facts: ``rank`` for 64, with the root of their number."""
+    return max(2, math.ceil(rank * math.sqrt(facts / 64)))
 
 
 class Adapter:

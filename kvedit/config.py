@@ -159,11 +159,13 @@ class ModelConfig:
     ``sequential``, a device, or a JSON file of devices by module (its name is taken from the
     store's folder).  It comes before what ``init --device-map`` was given; "" leaves that as it is.
     ``load_in`` packs the weights with bitsandbytes while they are loaded, ``4bit`` or ``8bit``; it
-    counts when the store is made, which is for those weights from then on.
+    counts when the store is made, which is for those weights from then on.  With ``shard`` several
+    processes share the blocks below the edited ones, of which each keeps a piece.
     """
 
     device_map: str = setting("")
     load_in: str = setting("")
+    shard: bool = setting(False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

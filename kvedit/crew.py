@@ -12,6 +12,9 @@ Invariants:
 - A process that ended is noticed by whoever waits for it: its connections close.  One that hangs is
   given up after ``TIMEOUT``.  Nothing is shared any more from then on.
 - Signals reach process 0 between exchanges, never inside one.
+- A process may want something that takes all of them (a part of the model that they share, see
+  ``shards``) at any time: the others, wherever they are, help at their next exchange and then have
+  that exchange.  So it does not matter how often each of them wants something.
 """
 
 from __future__ import annotations
@@ -58,10 +61,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A process's part of an exchange: a value, or why it cannot go on."""
+    """A process's part of an exchange: a value, why it cannot go on, or what it wants first."""
 
     value: Any = None
     failure: KveditError | None = None
+    want: int | None = None
 
 
 class Crew:
@@ -78,6 +82,7 @@ class Crew:
         self._talking = False
         self._signal: int | None = None
         self._stopped = False
+        self._lend: Callable[[int], object] = lambda part: None
         if self.rank == 0:
             self._listen((signal.SIGINT, signal.SIGTERM), self._on_signal)
         else:  # Ctrl-C reaches every process of a terminal; what comes of it, process 0 decides
@@ -183,6 +188,18 @@ class Crew:
                 dist.broadcast(flat, src=0)
         _spread(flat, tensors)
 
+    def lends(self, lend: Callable[[int], object]) -> None:
+        """What all processes do together when one of them wants a part."""
+        self._lend = lend
+
+    def want(self, part: int) -> None:
+        """Have all processes lend a part; outside of a call, process 0 makes one for it."""
+        if not self._inside:
+            self.lead(Call("lend"), lambda: self.want(part))
+            return
+        with self._undisturbed():
+            self._gather(_Message(want=part))
+
     def _finish(self) -> None:
         """Wait until all have carried out the call."""
         with self._undisturbed():
@@ -209,6 +226,18 @@ class Crew:
         )
 
     def _gather(self, message: _Message) -> list[Any]:
+        """The messages of all; before they count, everyone gets what it wants."""
+        while True:
+            found = self._messages(message)
+            wants = [one.want for one in found if one.want is not None]
+            if not wants:
+                return [one.value for one in found]
+            with self._noticing():
+                self._lend(wants[0])
+            if message.want == wants[0]:
+                return []
+
+    def _messages(self, message: _Message) -> list[_Message]:
         found: list[Any] = [None] * self.count
         with self._noticing():
             dist.all_gather_object(found, message, group=self._group)
@@ -216,7 +245,7 @@ class Crew:
         if failures:
             self._inside = False  # everyone has heard it and leaves
             raise failures[0]
-        return [one.value for one in found]
+        return found
 
     # ---- processes that end, and signals
 

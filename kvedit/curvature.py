@@ -178,18 +178,34 @@ class _Recorder:
 def gradients(
     model: nn.Module, names: Sequence[str], examples: Sequence[Example]
 ) -> dict[str, Tensor]:
-    """The gradient of the mean answer loss with respect to each matrix, (out, in), fp32."""
+    """The gradient of the mean answer loss with respect to each matrix, (out, in), fp32.
+
+    Batch by batch: the logits of a group's texts at once would outweigh a model.
+    """
+    answers = sum(len(example.ids) - example.start for example in examples)
+    found: dict[str, Tensor] = {}
     recorder = _Recorder(model, names)
     try:
-        answers = answer_logits(model, examples)
-        functional.cross_entropy(answers.logits, answers.targets).backward()  # type: ignore[no-untyped-call]
-        return {
-            name: recorder.gradients[name].flatten(0, -2).float().T
-            @ recorder.inputs[name].flatten(0, -2).float()
-            for name in names
-        }
+        for batch in by_length(examples, batch_tokens(model)):
+            _push(model, [examples[i] for i in sorted(batch)], answers)
+            for name in names:
+                own = _outer(recorder.gradients[name], recorder.inputs[name])
+                found[name] = found[name].add_(own) if name in found else own
     finally:
         recorder.close()
+    return found
+
+
+def _push(model: nn.Module, part: Sequence[Example], answers: int) -> None:
+    """A batch's share of the mean loss over so many answer tokens, backward through the model."""
+    own = answer_logits(model, part)
+    loss = functional.cross_entropy(own.logits, own.targets)
+    (loss * (len(own.targets) / answers)).backward()  # type: ignore[no-untyped-call]
+
+
+def _outer(gradient: Tensor, inputs: Tensor) -> Tensor:
+    """(out, in), fp32: summed over rows and positions."""
+    return gradient.flatten(0, -2).float().T @ inputs.flatten(0, -2).float()
 
 
 def measure(

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvedit import export, fold, lora_export, memory, models, placement, protect, quantised
-from kvedit.config import Config
+from kvedit.config import Config, ModelConfig
 from kvedit.engine import Engine
 from kvedit.errors import (
     DuplicateKeyError,
@@ -111,7 +111,7 @@ class KnowledgeBase:
             bits = quantised.bits(outline.config, packed)
             memory.require(outline, settings.training, targets, spread=bool(used), bits=bits)
         base = models.load(source, **options, device_map=used, load_in=packed)
-        engine = _engine(crew)(
+        engine = _engine(crew, settings.model)(
             base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
             prompts=settings.prompts,
         )  # fmt: skip
@@ -151,7 +151,7 @@ class KnowledgeBase:
         try:
             base = load_pinned(store)
             targets = (store.meta("targets") or "").split()
-            engine = _engine(crew)(
+            engine = _engine(crew, store.config.model)(
                 base, store.config.training, phrasings=store.path / "phrasings", targets=targets,
                 prompts=store.config.prompts,
             )  # fmt: skip
@@ -257,7 +257,7 @@ class KnowledgeBase:
         parts = self._room.parts(facts)
         if len(parts) > 1:
             return self._add_parts(parts, force, carry)
-        report = self._fitting(len(facts), lambda: self._teach_group(facts, force))
+        report = self._fitting(facts, lambda: self._teach_group(facts, force))
         if report is None:
             return self._add_parts(self._room.parts(facts), force, carry)
         missing = [fact for fact in facts if not self._holds(fact)]
@@ -287,23 +287,41 @@ class KnowledgeBase:
         """How many facts are taught together at most since memory ran out; None if it never did."""
         return self._room.largest
 
-    def _fitting(self, count: int, teach: Callable[[], EditReport]) -> EditReport | None:
-        """What ``teach`` reports; None if memory ran out with ``count`` facts, which is then known.
+    def _fitting(self, facts: Sequence[Fact], teach: Callable[[], EditReport]) -> EditReport | None:
+        """What ``teach`` reports; None if there is no memory for so many facts, foreseen or found
+        out, which is then known.
 
         Raises OutOfMemoryError for a single fact.
         """
-        try:
-            return teach()
-        except OutOfMemoryError as error:
-            if count == 1:
-                raise
-            why = error.message
+        if not (why := self._too_much(facts)):
+            try:
+                return teach()
+            except OutOfMemoryError as error:
+                if len(facts) == 1:
+                    raise
+                why = error.message
         # Only here is the error gone, and with it the frames that hold what the attempt had made.
         memory.give_back()
-        most = self._room.halve(count)
-        text = f"{why}; {count} facts do not fit together, going on with {most} at most"
+        most = self._room.halve(len(facts))
+        text = f"{why}; {len(facts)} facts do not fit together, going on with {most} at most"
         self._emit(Warning_(text=text, code="out-of-memory"))
         return None
+
+    def _too_much(self, facts: Sequence[Fact]) -> str:
+        """Why a group cannot fit, as far as that can be known before; "" if it may.
+
+        Where no limit is set, Linux ends a process that takes more than there is, and nothing could
+        be halved any more.
+        """
+        if len(facts) == 1:
+            return ""
+        lengths = [len(example.ids) for fact in facts for example in self.engine.examples(fact)]
+        length = max(memory.TEXT_TOKENS, sum(lengths) // len(lengths))
+        needed = self.engine.needed(self.store.config.group, len(facts), length)
+        if needed <= (free := memory.free()):
+            return ""
+        gib = 1024**3
+        return f"teaching them takes about {needed / gib:.1f} GiB and {free / gib:.1f} are free"
 
     def _did_not_fit(self, kind: str, key: str, error: OutOfMemoryError) -> EditReport:
         """A fact's failure, as a report."""
@@ -592,7 +610,7 @@ class KnowledgeBase:
         if len(parts) > 1:
             return [report for part in parts for report in self._repair_all(part)]
         try:
-            report = self._fitting(len(rows), lambda: self._repair(rows))
+            report = self._fitting([row.fact for row in rows], lambda: self._repair(rows))
         except OutOfMemoryError as error:
             return [self._did_not_fit("repair", rows[0].fact.key, error)]
         return self._repair_all(rows) if report is None else [report]
@@ -660,13 +678,13 @@ class KnowledgeBase:
         self._work.say(text, key)
 
 
-def _engine(crew: Crew | None) -> Callable[..., Engine]:
+def _engine(crew: Crew | None, settings: ModelConfig) -> Callable[..., Engine]:
     """What to make an engine with, for one process or several."""
     if crew is None:
         return Engine
     from kvedit.processes import LedEngine  # loads torch.distributed
 
-    return partial(LedEngine, crew)
+    return partial(LedEngine, crew, shard=settings.shard)
 
 
 def _protect_file(path: Path | None) -> list[protect.Protected]:

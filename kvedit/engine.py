@@ -21,9 +21,15 @@ from torch import Tensor
 
 from kvedit import curvature as curvatures
 from kvedit import memory, placement, quantised
-from kvedit.adapters import Adapter
+from kvedit.adapters import Adapter, group_rank
 from kvedit.anchors import Anchors
-from kvedit.breadth_first import MOST_WEIGHT, BreadthFirst
+from kvedit.breadth_first import (
+    LEAST_REHEARSED,
+    MOST_WEIGHT,
+    BreadthFirst,
+    anchors_of,
+    batch_of,
+)
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.curvature import Curvature, Roots
 from kvedit.deltas import Factors, Master
@@ -83,6 +89,7 @@ class Engine:
         self.names = target_names(base.model, targets)
         placement.require_present(base.model, self.names)
         quantised.unpack(base.model, self.names)
+        self._sizes = memory.sizes(base.model, targets)
         self.master = self._make_master()  # before wrapping: it holds the plain weights
         self.share = Share()
         self.lower = LowerHalf(base.model, self.names)
@@ -109,7 +116,7 @@ class Engine:
         init, target = self.config.init_rank, self.config.target_rank
         if group is not None:
             side = min(min(matrix.shape) for matrix in self.master.matrices.values())
-            init = min(side, max(2, math.ceil(group.rank * math.sqrt(facts / 64))))
+            init = min(side, group_rank(group.rank, facts))
             target = max(1, init * 3 // 4)
         if self._adapter is not None and self._adapter.ranks != (init, target):
             self._adapter.unwrap()
@@ -125,6 +132,14 @@ class Engine:
             self._adapter = None
         self.lower.forget()
         memory.give_back()
+
+    def needed(self, group: GroupConfig, facts: int, length: int) -> int:
+        """Bytes that a lesson of so many facts takes, in texts of so many tokens; an estimate."""
+        return self.estimate(group_load(group, facts, length)).of_a_lesson
+
+    def estimate(self, load: memory.Load) -> memory.Estimate:
+        """What editing this model takes with so much taught at once."""
+        return self._sizes.estimate(self.config, load)
 
     def anchor(self, examples: Sequence[Example]) -> None:
         """Keep what the model says to protected text; the weights must be the base's."""
@@ -307,6 +322,18 @@ class Engine:
             (*row, self.renderer.end)[: len(e.ids) - e.start] == e.ids[e.start :]
             for row, e in zip(rows, examples, strict=True)
         ]
+
+
+def group_load(group: GroupConfig, facts: int, length: int = memory.TEXT_TOKENS) -> memory.Load:
+    """What a step holds that teaches so many facts together, when there are earlier ones enough."""
+    batch = batch_of(group, facts)
+    earlier = max(LEAST_REHEARSED, math.ceil(batch * group.rehearsal))
+    return memory.Load(
+        texts=batch + earlier,
+        rank=group_rank(group.rank, facts),
+        anchors=anchors_of(group, facts),
+        length=length,
+    )
 
 
 def _moved_back(lesson: Lesson, group: GroupConfig | None) -> float:

@@ -49,6 +49,11 @@ class LowerHalf:
         self.usable = bool(self._below)
         self._checked = False
 
+    @property
+    def below(self) -> list[nn.Module]:
+        """The blocks that no edit touches and no gradient passes."""
+        return list(self._below)
+
     def run(self, backbone: nn.Module, ids: Tensor, texts: Sequence[_Ids]) -> Tensor:
         """(rows, width, hidden): what the last block says to token ids padded on the right."""
         kept = pad_sequence(self.states(backbone, texts), batch_first=True)

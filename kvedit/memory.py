@@ -28,11 +28,18 @@ from kvedit import models
 from kvedit.config import TrainingConfig
 from kvedit.curvature import DENSE_LIMIT
 from kvedit.errors import ModelError, OutOfMemoryError
+from kvedit.lower import KEPT_BYTES
 from kvedit.probes import batch_tokens
 
+TEXT_TOKENS = 128
+"""A text where none is known yet: a question and a short description."""
+_TEXTS = 1200  # as many are protected in a new store
 _FP32 = 4
-_ADAPTER_COPIES = 7  # PEFT's A and B and their gradients, ours, theirs, and Adam's two moments
+_ADAPTER_COPIES = 9
+"""PEFT's A and B, their gradients and three of the allocator's records; ours, their gradients, and
+Adam's two moments; for a group, which trains one side, it is two less."""
 _GIB = 1024**3
+_GROUP = Path("/sys/fs/cgroup")
 _RAN_OUT = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
     "alloc_failed",
@@ -45,19 +52,44 @@ LESS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What one step of a lesson has in hand, whose activations are held until its end: so many
+    ``texts`` that are taught or rehearsed, so many ``anchors`` beside them, each of ``length``
+    tokens, with adapters of ``rank`` where the matrices have so many directions.
+    """
+
+    texts: int
+    rank: int
+    anchors: int = 0
+    length: int = TEXT_TOKENS
+
+    @property
+    def tokens(self) -> int:
+        """Of all texts together."""
+        return (self.texts + self.anchors) * self.length
+
+
+def alone(config: TrainingConfig, length: int = TEXT_TOKENS) -> Load:
+    """One fact by itself."""
+    return Load(config.phrasings + config.rehearsal, config.init_rank, length=length)
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """Bytes by what they are for.
 
     ``weights`` are the model's own; ``master`` the fp32 copies of the touched matrices, before and
     after edits; ``gradients`` what a lesson begins with, full-size for each touched matrix;
-    ``curvature`` the moments of protected text and their roots; ``adapter`` with its optimiser;
-    ``activations`` those of the largest batch, the logits among them.
+    ``curvature`` the moments of protected text and their roots; ``kept`` what lower blocks make of
+    texts, and for groups what the base says to protected ones; ``adapter`` with its optimiser;
+    ``activations`` those of a step, the logits among them.
     """
 
     weights: int
     master: int
     gradients: int
     curvature: int
+    kept: int
     adapter: int
     activations: int
 
@@ -71,6 +103,98 @@ class Estimate:
         """What lies beside the model; the master copies stay on the CPU."""
         return self.total - self.master
 
+    @property
+    def of_a_lesson(self) -> int:
+        """What is taken for a lesson and given back after it."""
+        return self.gradients + self.adapter + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What an estimate needs to know of a model: its touched matrices (name, out, in), the bytes of
+    its weights and of one number, what its upper blocks' linear layers take in and give out for a
+    token, how many blocks those are, the hidden width, the vocabulary, and the tokens of a batch.
+    """
+
+    shapes: tuple[tuple[str, int, int], ...]
+    weights: int
+    size: int
+    sides: int
+    upper: int
+    hidden: int
+    vocabulary: int
+    batch: int
+
+    def estimate(self, config: TrainingConfig, load: Load | None = None) -> Estimate:
+        """What editing takes with so much taught at once; one fact by itself if it is not given."""
+        load = load or alone(config)
+        touched = sum(out * into for _, out, into in self.shapes)
+        return Estimate(
+            weights=self.weights,
+            master=2 * touched * _FP32,
+            gradients=3 * touched * _FP32,
+            curvature=_curvature(self.shapes),
+            kept=self._kept(load),
+            adapter=self._adapter(load),
+            activations=self._activations(config, load),
+        )
+
+    def _adapter(self, load: Load) -> int:
+        """All matrices have one rank, which the smallest side bounds."""
+        rank = min(load.rank, *(min(out, into) for _, out, into in self.shapes))
+        copies = _ADAPTER_COPIES - (2 if load.anchors else 0)
+        return copies * _FP32 * rank * sum(out + into for _, out, into in self.shapes)
+
+    def _kept(self, load: Load) -> int:
+        """Protected texts' states: what reaches the edited blocks, and what leaves the last one."""
+        states = _TEXTS * load.length * self.hidden * self.size
+        return min(KEPT_BYTES, states) + (states if load.anchors else 0)
+
+    def _activations(self, config: TrainingConfig, load: Load) -> int:
+        """Of a step, or of a batch where that is more: what the upper blocks keep for backward, and
+        the logits; those of a batch in fp32 besides, while its losses are computed.
+
+        A block keeps about the inputs and outputs of each of its linear layers.
+        """
+        sides, head = self.sides, self.vocabulary
+        if config.gradient_checkpointing:
+            sides = sides // max(1, self.upper) + self.upper * self.hidden
+        held = max(self.batch, load.tokens)
+        answers = held + load.anchors * load.length  # the base's logits stand beside an anchor's
+        states = (held * 2 * sides + answers * head) * self.size
+        return states + 2 * self.batch * head * _FP32
+
+
+def sizes(
+    model: nn.Module,
+    targets: Sequence[str] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    bits: float | None = None,
+) -> Sizes:
+    """Those of a model that no adapter is in; it may be on the meta device.
+
+    ``dtype``: as if loaded so; ``bits``: as if all matrices that no edit touches were packed.
+    """
+    names = models.target_names(model, targets)
+    itemsize = {p: (dtype or p.dtype).itemsize for p in model.parameters()}
+    weights = sum(p.numel() * itemsize[p] for p in model.parameters())  # tied ones come once
+    if bits is not None:
+        weights -= _packed(model, set(names), itemsize, bits)
+    _, layers = models.blocks(model)
+    upper = list(layers)[len(layers) // 2 :]
+    inside = (module for block in upper for module in block.modules())
+    return Sizes(
+        shapes=tuple((name, *_shape(model.get_submodule(name))) for name in names),
+        weights=weights,
+        size=(dtype or next(model.parameters()).dtype).itemsize,
+        sides=sum(sum(_shape(module)) for module in inside if models.is_matrix(module)),
+        upper=len(upper),
+        hidden=_shape_of_hidden(model),
+        vocabulary=models.vocabulary(model),
+        batch=batch_tokens(model),
+    )
+
 
 def estimate(
     model: nn.Module,
@@ -79,29 +203,10 @@ def estimate(
     targets: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     bits: float | None = None,
+    load: Load | None = None,
 ) -> Estimate:
-    """What editing this model takes; it may be on the meta device.
-
-    ``dtype``: as if loaded so; ``bits``: as if all matrices that no edit touches were packed.
-    """
-    names = models.target_names(model, targets)
-    shapes = [(name, *_shape(model.get_submodule(name))) for name in names]
-    touched = sum(out * into for _, out, into in shapes)
-    itemsize = {p: (dtype or p.dtype).itemsize for p in model.parameters()}
-    weights = sum(p.numel() * itemsize[p] for p in model.parameters())  # tied ones come once
-    if bits is not None:
-        weights -= _packed(model, set(names), itemsize, bits)
-    return Estimate(
-        weights=weights,
-        master=2 * touched * _FP32,
-        gradients=3 * touched * _FP32,
-        curvature=_curvature(shapes),
-        adapter=_ADAPTER_COPIES
-        * _FP32
-        * config.init_rank
-        * sum(out + into for _, out, into in shapes),
-        activations=_activations(model, config, dtype),
-    )
+    """What editing this model takes: see ``sizes`` and ``Sizes.estimate``."""
+    return sizes(model, targets, dtype=dtype, bits=bits).estimate(config, load)
 
 
 def _packed(model: nn.Module, touched: set[str], itemsize: Mapping[Any, int], bits: float) -> int:
@@ -127,24 +232,6 @@ def _curvature(shapes: Sequence[tuple[str, int, int]]) -> int:
 
 def _side(width: int) -> int:
     return width if width > DENSE_LIMIT else width * width
-
-
-def _activations(model: nn.Module, config: TrainingConfig, dtype: torch.dtype | None) -> int:
-    """Of the widest batch: what the upper blocks keep for backward, and the logits in fp32.
-
-    A block keeps about the inputs and outputs of each of its linear layers.
-    """
-    _, layers = models.blocks(model)
-    upper = list(layers)[len(layers) // 2 :]
-    sides = sum(
-        sum(_shape(module)) for block in upper for module in block.modules()
-        if models.is_matrix(module)
-    )  # fmt: skip
-    if config.gradient_checkpointing:
-        sides = sides // max(1, len(upper)) + len(upper) * _shape_of_hidden(model)
-    size = (dtype or next(model.parameters()).dtype).itemsize
-    head = models.vocabulary(model)
-    return batch_tokens(model) * (2 * sides * size + 3 * head * _FP32)
 
 
 def _shape_of_hidden(model: Any) -> int:
@@ -208,10 +295,32 @@ def _refuse_if(needed: int, free: int, what: str, parts: Estimate) -> None:
 
 
 def available() -> int:
-    """Bytes that this process may still take: the system's, or its control group's limit."""
+    """Bytes that this process may still take: the system's, or its control group's limit, of which
+    files that were read and can be dropped again are no part.
+    """
     found = _system()
-    limit, used = (_number(Path("/sys/fs/cgroup") / f"memory.{n}") for n in ("max", "current"))
-    return found if limit is None or used is None else min(found, max(0, limit - used))
+    limit, used = (_number(_GROUP / f"memory.{name}") for name in ("max", "current"))
+    if limit is None or used is None:
+        return found
+    return min(found, max(0, limit - used + _droppable()))
+
+
+def _droppable() -> int:
+    """What of a control group's memory is the contents of files."""
+    try:
+        lines = (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split() for line in lines)
+    return sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+
+
+def free() -> int:
+    """Bytes that a lesson may take where the model is: on the GPU, or in the system."""
+    if not torch.cuda.is_available():
+        return available()
+    found, _ = torch.cuda.mem_get_info()
+    return found + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def _system() -> int:

@@ -171,7 +171,7 @@ def _load_weights(source: str, loading: Loading) -> Any:
     except errors as error:
         raise _cannot("model", source, error) from error
     placed = loading.device_map or quantised.method(model)  # packed ones are put there as loaded
-    return model if placed else model.to(_device())
+    return model if placed else model.to(device())
 
 
 def again(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
@@ -194,7 +194,8 @@ def _cannot(what: str, source: str, error: Exception) -> ModelError:
     return ModelError(f"no {what} can be loaded from {source}: {first}", hint=hint)
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """This process's device: its card, or the CPU."""
     from accelerate import Accelerator
 
     found: torch.device = Accelerator().device

@@ -155,7 +155,7 @@ class Leads:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores(Leads):
-    """And what they cost: ``losses`` (N,), nats, float32, with a gradient where the model has one."""
+    """And their ``losses`` (N,), nats, float32, with a gradient where the model has one."""
 
     losses: Tensor
 

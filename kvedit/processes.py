@@ -1,7 +1,8 @@
 """An engine in several processes: one that leads, with the store, and replicas that follow.
 
-Each process holds the whole model.  What changes an engine's state (weights, protected text) is
-done in all of them; what takes long (training, recall, generating) is dealt out (see ``share``).
+Each process holds the whole model, or of the blocks below the edited ones a piece (``shards``).
+What changes an engine's state (weights, protected text) is done in all of them; what takes long
+(training, recall, generating) is dealt out (see ``share``).
 
 Invariants:
 - Process 0 alone knows of a store.  The others hold nothing that would be missed: when the group
@@ -13,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,11 +29,15 @@ from kvedit.curvature import Curvature
 from kvedit.deltas import Delta, Master
 from kvedit.engine import Engine, Taught
 from kvedit.errors import ModelMismatchError, ProcessError
+from kvedit.lower import LowerHalf
 from kvedit.models import BaseModel, Loading
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
+from kvedit.shards import Shards
 from kvedit.share import Together
 from kvedit.training import Lesson, OnStep
+
+log = logging.getLogger(__name__)
 
 TEXTS_A_CALL = 256
 """So many texts for each process at a time: Ctrl-C waits for the end of a call's work."""
@@ -49,14 +55,17 @@ class LedEngine(Engine):
         config: TrainingConfig,
         *,
         targets: Sequence[str] = (),
+        shard: bool = False,
         **more: Any,
     ) -> None:
-        """As for ``Engine``; the replicas load the same model now.  Raises ModelMismatchError if
-        what they find under its name is another one.
+        """As for ``Engine``; the replicas load the same model now.  With ``shard`` none of them
+        keeps the lower blocks whole.  Raises ModelMismatchError if what they find under the model's
+        name is another one.
         """
         self._crew = crew
         source = (base.path, base.fingerprint, base.loading)
-        crew.lead(Call("load", (source, config, tuple(targets)), patient=True), lambda: None)
+        crew.lead(Call("load", (source, config, tuple(targets), shard), patient=True), lambda: None)
+        self.shards = _shards(crew, base, targets) if shard else None
         super().__init__(base, config, targets=targets, **more)
         self.share = Together(crew)
 
@@ -179,6 +188,24 @@ class LedMaster(Master):
         return self._crew.lead(Call("digest"), lambda: _agreed(self._crew, own()))
 
 
+def _shards(crew: Crew, base: BaseModel, targets: Sequence[str]) -> Shards:
+    """Let this process keep but a piece of the lower blocks.
+
+    What was loaded into memory (the device map ``cpu``) then goes to this process's device: a model
+    that no card holds whole is never on one.
+    """
+    blocks = LowerHalf(base.model, models.target_names(base.model, targets)).below
+    made = Shards(crew, base.model, blocks)
+    if base.loading.device_map == "cpu":
+        made.to(models.device())
+        base.model.to(models.device())
+    log.info(
+        "process %d of %d keeps its piece of the %d lower blocks, %.1f MiB",
+        crew.rank, crew.count, len(blocks), made.bytes / 2**20,
+    )  # fmt: skip
+    return made
+
+
 def _same(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two states are the very same tensors, which are never changed in place."""
     return state.keys() == other.keys() and all(state[n] is other[n] for n in state)
@@ -217,6 +244,7 @@ class Replica:
         source: tuple[str, str, Loading],
         config: TrainingConfig,
         targets: Sequence[str],
+        shard: bool,
     ) -> None:
         """The leader's model.  Texts come as tokens, so its prompts need not be known."""
         path, fingerprint, loading = source
@@ -226,8 +254,13 @@ class Replica:
                 f"process {self._crew.rank} finds another model at {path} than process 0",
                 hint="Every machine needs the same files under that name.",
             )
+        if shard:
+            _shards(self._crew, base, targets)
         self._made = Engine(base, config, targets=targets, prompts=PromptsConfig())
         self._made.share = Together(self._crew)
+
+    def lend(self) -> None:
+        """Nothing but to wait for the end of the call: whoever waits lends its pieces."""
 
     def teach(
         self, lesson: Lesson, anchored: bool, config: TrainingConfig, group: GroupConfig | None

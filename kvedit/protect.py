@@ -200,7 +200,8 @@ def _costs(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
     sums, counts = torch.zeros(2, len(examples))
     sums.index_add_(0, rows, losses)
     counts.index_add_(0, rows, torch.ones_like(losses))
-    return sums / counts
+    found: torch.Tensor = sums / counts
+    return found
 
 
 def _firm(

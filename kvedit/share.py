@@ -95,8 +95,10 @@ class Together(Share):
         rows = torch.tensor(mine, dtype=torch.long, device=own.rows.device)[own.rows]
         losses = self._joined(own.losses)
         told = self._crew.exchange((own.leads.cpu(), own.slacks.cpu(), rows.cpu()))
-        rest = (torch.cat(parts).to(rows.device) for parts in zip(*told, strict=True))
-        return TokenScores(*rest, losses)
+        leads, slacks, places = (
+            torch.cat(parts).to(rows.device) for parts in zip(*told, strict=True)
+        )
+        return TokenScores(leads, slacks, places, losses)
 
     def divergence(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None

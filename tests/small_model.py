@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,22 @@ def _train(model: LlamaForCausalLM, tokenizer: Any) -> None:
         optimizer.step()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are split among threads, and a model that is trained by more of them is another one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def build(folder: Path) -> dict[str, Path]:
-    """Make the model and save it in fp32 and in bf16; returns the folder of each."""
-    with torch.random.fork_rng(devices=[]):
+    """Make the model, the same one on any number of cores, and save it in fp32 and in bf16; returns
+    the folder of each.
+    """
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
         tokenizer = _tokenizer()
         config = LlamaConfig(
@@ -166,6 +180,7 @@ rehearsal = 4
 [group]
 batch = 4
 passes = 40
+rounds = {rounds}
 learning_rate = 0.003
 shift_weight = 60.0
 anchors = 8
@@ -187,7 +202,7 @@ def settings(**changes: float) -> str:
     """A ``kvedit.toml`` that suits the small model: it has little room, so the gate is lenient."""
     values: dict[str, float] = {
         "steps": 60, "rate": 0.0015, "price": 0.0006, "recall": 1.0, "paraphrase": 0.5,
-        "locality": 0.5, "retention": 1.0, "repairs": 2, "checkpoint_every": 2,
+        "locality": 0.5, "retention": 1.0, "repairs": 2, "checkpoint_every": 2, "rounds": 2,
     }  # fmt: skip
     unknown = changes.keys() - values.keys()
     if unknown:

@@ -86,6 +86,14 @@ def test_a_family_that_is_not_in_the_table(tiny_model: Callable[[str], BaseModel
         assert set(models.target_names(model)) >= set(listed)
 
 
+def test_custom_code_is_found_in_the_table(tiny_model: Callable[[str], BaseModel]) -> None:
+    model = tiny_model("InternLM2 style").model
+    assert model.config.model_type in models.TARGETS
+    assert {n.rpartition(".")[2] for n in models.target_names(model)} == {
+        "wqkv", "wo", "w1", "w2", "w3"
+    }  # fmt: skip
+
+
 def test_targets_of_ones_own(tiny_model: Callable[[str], BaseModel]) -> None:
     model = tiny_model("Llama").model
     assert models.target_names(model, ["v_proj", "q_proj"]) == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_model import KNOWN
@@ -171,3 +173,24 @@ def test_a_matrix_that_nothing_reaches_has_a_root() -> None:
 def test_no_text_is_an_error(base: BaseModel) -> None:
     with pytest.raises(ModelError, match="no protected text"):
         curvature.measure(base.model, target_names(base.model), [])
+
+
+def test_gradients_do_not_depend_on_the_batches(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = target_names(base.model)
+    texts = [probes.Example(tuple(range(9, 20 + n)), 4 + n % 3) for n in range(9)]
+    whole = curvature.gradients(base.model, names, texts)
+    asked: list[int] = []
+    real = curvature.answer_logits
+
+    def counted(model: Any, part: Any) -> Any:
+        asked.append(len(part))
+        return real(model, part)
+
+    monkeypatch.setattr(curvature, "answer_logits", counted)
+    monkeypatch.setattr(curvature, "batch_tokens", lambda model: 64)
+    parts = curvature.gradients(base.model, names, texts)
+    assert len(asked) > 2 and sum(asked) == len(texts)
+    for name in names:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)

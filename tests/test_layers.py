@@ -41,6 +41,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "adapters",
         "deltas",
         "crew",
+        "shards",
         "probes",
         "protect",
         "curvature",

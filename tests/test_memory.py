@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_engine import make_engine
 from small_model import FREE, settings
 
 from kvedit import KnowledgeBase, memory, models, probes
 from kvedit.bench import footprint
-from kvedit.config import TrainingConfig
+from kvedit.config import GroupConfig, TrainingConfig
+from kvedit.engine import group_load
 from kvedit.errors import ModelError, OutOfMemoryError
+from kvedit.events import Warning_
+from kvedit.facts import Fact
 from kvedit.models import BaseModel
+from kvedit.training import Lesson
 
 CONFIG = TrainingConfig()
 
@@ -42,6 +47,56 @@ def test_fewer_layers_ranks_and_activations_take_less(base: BaseModel) -> None:
     assert memory.estimate(base.model, replace(CONFIG, init_rank=2)).adapter < whole.adapter
     thrifty = memory.estimate(base.model, replace(CONFIG, gradient_checkpointing=True))
     assert thrifty.activations < whole.activations and thrifty.weights == whole.weights
+
+
+def test_a_group_takes_more_the_larger_it_is(base: BaseModel) -> None:
+    group = GroupConfig(rank=16)
+    known = memory.sizes(base.model)
+    few, many = (known.estimate(CONFIG, group_load(group, facts)) for facts in (4, 128))
+    for part in ("adapter", "activations"):
+        assert getattr(many, part) > getattr(few, part), part
+    assert many.weights == few.weights and many.master == few.master
+    long = known.estimate(CONFIG, group_load(group, 128, length=512))
+    assert long.activations > 3 * many.activations
+    bare = known.estimate(CONFIG, group_load(replace(group, anchors=0), 128))
+    assert bare.activations < many.activations and bare.kept < many.kept
+
+
+def test_the_ranks_of_a_group_are_those_it_gets(load: Callable[[str], BaseModel]) -> None:
+    """The estimate counts the coordinates that the engine really makes."""
+    engine = make_engine(load("fp32"))
+    group = GroupConfig(rank=32, passes=1, rounds=0, anchors=4)
+    facts = engine.renderer.examples([(f"What is {key}?", text) for key, text in FREE[:4]])
+    engine.teach(Lesson([[fact] for fact in facts], []), group=group)
+    rank = engine._adapter_for(4, group).rank
+    assert rank == group_load(group, 4).rank == 8
+    sides = sum(sum(engine.master.matrices[name].shape) for name in engine.names)
+    found = engine.estimate(group_load(group, 4))
+    assert found.adapter == 7 * 4 * rank * sides
+    wide = replace(group, rank=4096)  # a matrix has no more directions than its smaller side
+    assert engine.estimate(group_load(wide, 4)).adapter == 7 * 4 * 32 * sides
+
+
+def test_the_activations_of_a_step_are_counted(base: BaseModel) -> None:
+    """What autograd holds between the forward and the backward pass of many texts."""
+    model = base.model
+    texts = [probes.Example(tuple(range(9 + n % 5, 129 + n % 5)), 60) for n in range(48)]
+    weight = model.get_submodule("model.layers.2.self_attn.q_proj").weight.requires_grad_(True)
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = probes.token_scores(model, texts)
+    weight.requires_grad_(False)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = sum(size for place, size in held.items() if place not in parameters)
+    load = memory.Load(texts=len(texts), rank=2, length=120)
+    wanted = memory.estimate(model, CONFIG, load=load).activations
+    assert scores.losses.requires_grad and wanted / 3 < found < wanted * 1.2
 
 
 def test_an_outline_has_shapes_and_no_weights(small: dict[str, Path], base: BaseModel) -> None:
@@ -75,7 +130,11 @@ def test_available_memory_minds_the_control_group(
     assert memory.available() > 0
     numbers = {"memory.max": 5000, "memory.current": 2000}
     monkeypatch.setattr(memory, "_number", lambda path: numbers[path.name])
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
     assert memory.available() == 3000
+    stat = "anon 900\nactive_file 100\ninactive_file 200\n"
+    (tmp_path / "memory.stat").write_text(stat, encoding="ascii")
+    assert memory.available() == 3300  # what was read from files is given back at need
     (tmp_path / "max").write_text("max\n", encoding="ascii")
     monkeypatch.undo()
     assert memory._number(tmp_path / "max") is None and memory._number(tmp_path / "no") is None
@@ -109,14 +168,45 @@ def test_a_fact_is_taught_with_checkpointing(empty_store: Path) -> None:
         assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
 
 
-def test_lessons_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = footprint._qwen(64, 128, 4, 4, 2, True) | {"vocab_size": 100_000}
+def test_a_group_that_cannot_fit_is_not_begun(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+    with KnowledgeBase.open(empty_store, on_event=events.append) as knowledge:
+        room = knowledge.engine.needed(knowledge.store.config.group, 2, memory.TEXT_TOKENS)
+        monkeypatch.setattr(memory, "free", lambda: room)
+        tried: list[int] = []
+
+        def teach(facts: list[Fact], force: bool) -> object:
+            tried.append(len(facts))
+            raise ModelError("enough of it")
+
+        monkeypatch.setattr(knowledge, "_teach_group", teach)
+        with pytest.raises(ModelError, match="enough"):
+            knowledge.add_group([Fact.create(*one, lang="en") for one in FREE[:4]])
+        assert tried == [2] and knowledge.largest_group == 2
+    (said,) = [e.text for e in events if isinstance(e, Warning_) and e.code == "out-of-memory"]
+    assert "GiB" in said and "4 facts do not fit together" in said
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = footprint._qwen(64, 128, 4, 4, 2, True) | {"vocab_size": 10_000}
     monkeypatch.setattr(footprint, "SHAPES", {"tiny": tiny})
-    found = footprint.measure("tiny", torch.float32, 8, lambda event: None)
-    one, many = found.lessons
-    assert (one.facts, one.steps, one.default_steps) == (1, 8, CONFIG.max_steps)
-    assert (many.facts, many.steps) == (16, 8) and many.default_steps > 8
-    assert all(cost.peak > 0 and cost.projected > cost.step > 0 for cost in found.lessons)
+    monkeypatch.setattr(footprint, "DESCRIPTION", 12)
+    monkeypatch.setattr(footprint, "CONTEXT", 64)
+    found = footprint.measure("tiny", torch.float32, steps, (1, 16), lambda event: None)
+    one, many = found.edits
+    assert (one.facts, one.outcome, one.default_steps) == (1, "committed", CONFIG.max_steps)
+    assert (many.facts, many.outcome, many.default_steps) == (16, "committed", 60)
+    assert one.steps == (steps or CONFIG.max_steps)
+    assert many.steps == steps if steps else many.steps >= 60
+    for cost in found.edits:
+        assert cost.peak > 0 and cost.tokens > 12 and cost.seconds > cost.timings["train"] > 0
+        missing = max(0, cost.default_steps - cost.steps)
+        assert cost.projected == pytest.approx(cost.seconds + missing * cost.step)
+        assert cost.projected_cpu == pytest.approx(cost.cpu + missing * cost.cpu_step)
+        assert cost.cpu > cost.cpu_step > 0
     sheet = footprint.measured_sheet(found)
     assert len(sheet.rows) == 2 and all(len(row) == len(sheet.headers) for row in sheet.rows)
 

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_model import FREE
+from small_model import FREE, settings
 
 from kvedit.cli import several_processes
 from kvedit.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240.0  # on a busy machine two processes take turns
+ROOM = settings(steps=160, rounds=8, repairs=4)
+"""For what is learned late: a fact that the passes left out goes on being taught.  The rounding of
+a sum depends on how it is shared, and so does the number of passes that a fact needs; whether it is
+learned must not.  Where all are learned at once this costs nothing."""
 
 
 def free_port() -> int:
@@ -90,10 +94,12 @@ def facts_file(tmp_path: Path) -> Path:
 
 
 def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path) -> None:
+    (empty_store / "kvedit.toml").write_text(ROOM, encoding="utf-8")
     command = ["ingest", str(facts_file), "--group", "4", "--limit", "4", "--json"]
     lines, others = run(*kvedit(empty_store, *command))
     summary = json.loads(lines.splitlines()[-1])
-    assert summary["committed"] == 4 and others == ""  # as one process: see test_ingest
+    assert summary["committed"] == 4, lines  # what was refused says why
+    assert others == ""  # only the first process speaks
     assert summary["retention"]["passed"] == 4  # every fact, freely generated
 
     from kvedit.editor import KnowledgeBase

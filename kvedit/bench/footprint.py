@@ -1,20 +1,26 @@
-"""Memory by model size and setting, computed; and lessons of a random model, measured: one fact by
-itself as ``add`` teaches it, and a group of sixteen with what stands beside a group in every step.
+"""Memory by model size and setting, computed; and whole edits of a random model, measured: an
+addition and a group of sixteen, each from the call to the commit.
 
 Invariants:
-- A computed figure comes from ``memory.estimate``, which also decides what ``init`` refuses.
-- A measured peak is this process's own since the part began, on Linux; elsewhere since its start.
-- A lesson is cut to some steps and says so; seconds for all of them are projected and called that.
+- A computed figure comes from ``memory``, which also decides what is refused or cut to fit.
+- A measured edit is ``KnowledgeBase``'s own, in a store on the disk.  The gate is open: a model at
+  random learns nothing reliably, and what is timed is the whole length of a lesson.
+- A measured peak is this process's own since the edit began, on Linux; elsewhere since its start.
+- A lesson that is cut to some steps says so; seconds for all of them are projected and called that.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,18 +29,43 @@ from kvedit import memory
 from kvedit.bench.report import Sheet
 from kvedit.bench.speed import peak_memory
 from kvedit.breadth_first import batch_of
-from kvedit.config import GroupConfig, TrainingConfig
-from kvedit.engine import Engine
-from kvedit.events import Event, Status
-from kvedit.models import BaseModel
-from kvedit.prompts import Example
-from kvedit.training import Lesson
+from kvedit.config import Config, GroupConfig
+from kvedit.editor import KnowledgeBase
+from kvedit.engine import group_load
+from kvedit.events import EditReport, Event, Status
+from kvedit.facts import Fact
+from kvedit.models import EMBEDDED_PATH
 
 _GIB = 1024**3
 Emit = Callable[[Event], None]
 TOGETHER = 16
-PROMPTS = 10
-ANCHORED = 64
+DESCRIPTION = 100
+"""Tokens of what is taught."""
+CONTEXT = 256
+ANCHORED = 32
+_WORDS = ("amber", "brown", "clover", "dusty", "ember", "fallow", "gentle", "hollow", "knotted")
+_OPEN = """\
+[protect]
+drafts = 1
+most_drafts = 1
+long = 0
+short = 0
+free = {anchored}
+locality = 0
+[training]
+max_steps = {steps}
+[group]
+passes = {passes}
+rounds = {rounds}
+retention = 0.0
+[gate]
+recall = 0.0
+paraphrase = 0.0
+locality = 0.0
+retention = 0.0
+[retention]
+repairs = 0
+"""
 
 
 def _qwen(width: int, inner: int, blocks: int, heads: int, keys: int, tied: bool) -> dict[str, Any]:
@@ -57,46 +88,65 @@ SHAPES: Mapping[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class LessonCost:
-    """What teaching some facts together took: seconds, and the peak in bytes.
+class EditCost:
+    """What one edit took, from the call to its end: seconds, and the peak in bytes.
 
-    ``begin`` is all before the first step is done but that step; ``after`` merging, probing the
-    merged model and putting it back.  Of the ``default_steps`` only ``steps`` were made.
+    ``tokens`` is the length of a text, question and answer; of the ``default_steps`` only ``steps``
+    were made, each of ``step`` seconds; ``cpu`` and ``cpu_step`` are the same in seconds of all its
+    threads together, which other work on the machine does not lengthen; ``estimate`` is what was
+    computed, in bytes.
     """
 
     facts: int
+    tokens: int
+    outcome: str
     steps: int
     default_steps: int
-    begin: float
     step: float
-    after: float
+    seconds: float
+    cpu_step: float
+    cpu: float
+    timings: Mapping[str, float]
     peak: int
+    estimate: int
 
     @property
     def projected(self) -> float:
-        """Seconds of the lesson with the default number of steps."""
-        return self.begin + self.default_steps * self.step + self.after
+        """Seconds of the edit with the default number of steps."""
+        return self.seconds + self._missing * self.step
+
+    @property
+    def projected_cpu(self) -> float:
+        """The same in seconds of all threads together."""
+        return self.cpu + self._missing * self.cpu_step
+
+    @property
+    def _missing(self) -> int:
+        return max(0, self.default_steps - self.steps)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Lessons on a random model; ``loaded`` is what the process took before, in bytes."""
+    """Edits of a random model; ``created`` is what making the store took, in seconds, ``loaded``
+    the most memory until then, in bytes; ``verified`` the seconds of asking for all facts at last.
+    """
 
     shape: str
     dtype: str
-    protect_seconds: float
+    created: float
     loaded: int
-    estimate: int
-    lessons: tuple[LessonCost, ...]
+    verified: float
+    edits: tuple[EditCost, ...]
 
 
-def make(shape: str, dtype: torch.dtype, device: str = "meta") -> Any:
+def make(shape: str, dtype: torch.dtype, device: str = "meta", **more: Any) -> Any:
     """A model of a shape, at random, or without weights on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM
+    options = {**SHAPES[shape], **more}
     with torch.device(device):
-        return build.from_config(AutoConfig.for_model("qwen2", **SHAPES[shape]), dtype=dtype)
+        return build.from_config(AutoConfig.for_model("qwen2", **options), dtype=dtype)
 
 
 def computed() -> Sheet:
@@ -106,72 +156,142 @@ def computed() -> Sheet:
         for dtype in (torch.float32, torch.bfloat16):
             model = make(shape, dtype)
             for name, targets in (("all", ()), ("down_proj alone", ("down_proj",))):
-                found = memory.estimate(model, TrainingConfig(), targets=targets)
+                found = memory.sizes(model, targets)
                 rows.append((shape, str(dtype).removeprefix("torch."), name, *_cells(found)))
     headers = (
         "shape", "dtype", "layers of the upper half", "weights", "master (CPU)", "gradients",
-        "curvature", "adapter", "activations", "beside the model (GPU)", "in all (CPU)",
+        "curvature", "kept of texts", "adapter", "activations", "beside the model (GPU)",
+        "in all (CPU)", "16 together, in all", "128 together, in all",
     )  # fmt: skip
-    return Sheet("Memory to edit, GiB, computed", headers, tuple(rows))
+    title = f"Memory to edit, GiB, computed for texts of {memory.TEXT_TOKENS} tokens"
+    return Sheet(title, headers, tuple(rows))
 
 
-def _cells(found: memory.Estimate) -> tuple[str, ...]:
+def _cells(sizes: memory.Sizes) -> tuple[str, ...]:
+    config = Config()
+    found = sizes.estimate(config.training)
+    groups = [
+        sizes.estimate(config.training, group_load(config.group, n)).total for n in (TOGETHER, 128)
+    ]
     parts = (
-        found.weights, found.master, found.gradients, found.curvature, found.adapter,
-        found.activations, found.on_device, found.total,
+        found.weights, found.master, found.gradients, found.curvature, found.kept, found.adapter,
+        found.activations, found.on_device, found.total, *groups,
     )  # fmt: skip
     return tuple(f"{part / _GIB:.1f}" for part in parts)
 
 
-def measure(shape: str, dtype: torch.dtype, steps: int, emit: Emit) -> Measured:
-    """Protect some texts, then teach one fact and sixteen together, each for some steps; a random
-    model learns nothing, and what it is taught is taken back.
+def measure(
+    shape: str, dtype: torch.dtype, steps: int | None, groups: Sequence[int], emit: Emit
+) -> Measured:
+    """Make a random model and a store for it, and teach as many facts at a time as ``groups`` says;
+    each lesson for so many steps, or (None) its whole length.
     """
-    emit(Status(phase=f"making a random model of {shape}"))
-    model = make(shape, dtype, "cpu").eval().requires_grad_(False)
-    wanted = memory.estimate(model, TrainingConfig()).total
-    engine = Engine(BaseModel(model, _NoTokenizer(), shape, "", ""), TrainingConfig())
-    loaded = _peak()
-    emit(Status(phase="protecting 16 texts"))
-    began = time.monotonic()
-    engine.protect([_text(number, 48) for number in range(16)])
-    protected = time.monotonic() - began
-    engine.anchor([_text(number, 48) for number in range(ANCHORED)])
-    name = str(dtype).removeprefix("torch.")
-    costs = tuple(_lesson(engine, facts, steps, emit) for facts in (1, TOGETHER))
-    return Measured(shape, name, protected, loaded, wanted, costs)
+    with TemporaryDirectory(prefix="kvedit-memory-") as folder:
+        emit(Status(phase=f"making a random model of {shape}"))
+        model = _saved(shape, dtype, Path(folder) / "model")
+        store = Path(folder) / "store"
+        store.mkdir()
+        (store / "kvedit.toml").write_text(_settings(steps), encoding="utf-8")
+        clock, began = _Clock(emit), time.monotonic()
+        with KnowledgeBase.create(store, model, check_memory=False, on_event=clock) as knowledge:
+            created, loaded = time.monotonic() - began, _peak()
+            costs = [_edit(knowledge, facts, number, clock) for number, facts in enumerate(groups)]
+            began = time.monotonic()
+            knowledge.verify()
+            name = str(dtype).removeprefix("torch.")
+            spent = time.monotonic() - began
+            return Measured(shape, name, created, loaded, spent, tuple(costs))
 
 
-def _lesson(engine: Engine, facts: int, steps: int, emit: Emit) -> LessonCost:
-    """Teach so many facts, cut to some steps; merge, probe and put back."""
-    emit(Status(phase=f"teaching {facts} at once for {steps} steps"))
-    defaults, group = TrainingConfig(), GroupConfig()
-    new = [[_text(1000 * (fact + 1) + n, 32) for n in range(PROMPTS)] for fact in range(facts)]
-    earlier = [[_text(500_000 + n, 32)] for n in range(TOGETHER)]
-    lesson = Lesson(new, earlier, engine.anchors)
-    done: list[float] = []
-    _restart_peak()
-    before = engine.master.snapshot()
-    began = time.monotonic()
-    taught = engine.teach(
-        lesson,
-        replace(defaults, max_steps=steps),
-        lambda step: done.append(time.monotonic()),
-        replace(group, passes=_passes(group, facts, steps), rounds=0) if facts > 1 else None,
+def _saved(shape: str, dtype: torch.dtype, folder: Path) -> Path:
+    """The model on the disk, with a tokenizer of few tokens: what it costs is the vocabulary."""
+    from transformers import AutoTokenizer
+
+    make(shape, dtype, "cpu", max_position_embeddings=CONTEXT).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_PATH).save_pretrained(folder)
+    return folder
+
+
+def _settings(steps: int | None) -> str:
+    """A ``kvedit.toml`` with an open gate, and lessons cut to so many steps."""
+    config = Config()
+    return _OPEN.format(
+        anchored=ANCHORED,
+        steps=steps or config.training.max_steps,
+        passes=_passes(config.group, TOGETHER, steps) if steps else config.group.passes,
+        rounds=0 if steps else config.group.rounds,
     )
-    ended = time.monotonic()
-    each = (done[-1] - done[0]) / (len(done) - 1)
-    engine.master.add(taught.delta)
-    engine.recall([example for fact in new for example in fact])
-    engine.master.restore(before)
-    return LessonCost(
+
+
+class _Clock:
+    """Passes events on, and keeps when each step of training ended."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.steps: list[_Now] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Status) and event.loss is not None:
+            self.steps.append(_now())
+        self._emit(event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """A moment, in seconds of the clock and of all threads of this process."""
+
+    clock: float
+    cpu: float
+
+    def since(self, other: _Now) -> _Now:
+        """What passed between two moments."""
+        return _Now(self.clock - other.clock, self.cpu - other.cpu)
+
+
+def _now() -> _Now:
+    return _Now(time.monotonic(), time.process_time())
+
+
+def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
+    """Teach so many new facts together."""
+    new = [_fact(knowledge, 1000 * number + i) for i in range(facts)]
+    texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
+    clock.steps.clear()
+    _restart_peak()
+    began = _now()
+    reports = knowledge.add_group(new, carry=True)
+    spent = _now().since(began)
+    return _cost(knowledge, facts, sum(texts) // len(texts), reports, spent, clock.steps)
+
+
+def _cost(
+    knowledge: KnowledgeBase,
+    facts: int,
+    tokens: int,
+    reports: Sequence[EditReport],
+    spent: _Now,
+    steps: Sequence[_Now],
+) -> EditCost:
+    each = [later.since(earlier) for earlier, later in pairwise(steps)]
+    defaults, report = Config(), reports[-1]
+    whole = len(reports) == 1  # else there was no memory for all of them together
+    alone = facts == 1
+    load = memory.alone(defaults.training, tokens)
+    if not alone:
+        load = group_load(defaults.group, facts, tokens)
+    return EditCost(
         facts=facts,
-        steps=taught.trained.steps,
-        default_steps=defaults.max_steps if facts == 1 else _steps(group, facts),
-        begin=done[0] - began - each,
-        step=each,
-        after=time.monotonic() - ended,
+        tokens=tokens,
+        outcome=report.outcome if whole else f"in {len(reports)} edits",
+        steps=sum(one.steps for one in reports),
+        default_steps=defaults.training.max_steps if alone else _steps(defaults.group, facts),
+        step=median(one.clock for one in each),
+        seconds=spent.clock,
+        cpu_step=median(one.cpu for one in each),
+        cpu=spent.cpu,
+        timings=report.timings,
         peak=_peak(),
+        estimate=knowledge.engine.estimate(load).total,
     )
 
 
@@ -186,25 +306,37 @@ def _passes(group: GroupConfig, facts: int, steps: int) -> int:
 
 
 def measured_sheet(found: Measured) -> Sheet:
-    """A row for each lesson."""
+    """A row for each edit."""
     headers = (
-        "shape", "dtype", "facts", "steps made", "before the first, s", "a step, s",
-        "merge, probe, put back, s", "default steps", "projected, s", "peak, GiB",
+        "shape", "dtype", "facts at once", "tokens a text", "outcome (open gate)", "steps made",
+        "a step, s", "in all, s", "training", "probes", "merge", "journal", "default steps",
+        "projected, s", "a step, CPU s", "in all, CPU s", "projected, CPU s", "peak, GiB",
         "computed, GiB",
     )  # fmt: skip
-    rows = tuple(
-        (
-            found.shape, found.dtype, str(one.facts), str(one.steps), f"{one.begin:.1f}",
-            f"{one.step:.2f}", f"{one.after:.1f}", str(one.default_steps), f"{one.projected:.0f}",
-            f"{one.peak / _GIB:.1f}", f"{found.estimate / _GIB:.1f}",
-        )
-        for one in found.lessons
-    )  # fmt: skip
     title = (
-        f"Lessons measured on {torch.get_num_threads()} threads; the model loaded:"
-        f" {found.loaded / _GIB:.1f} GiB; protecting 16 texts: {found.protect_seconds:.1f} s"
+        f"Edits measured on {torch.get_num_threads()} threads; making the store:"
+        f" {found.created:.0f} s, {found.loaded / _GIB:.1f} GiB;"
+        f" verifying all facts at last: {found.verified:.0f} s"
     )
-    return Sheet(title, headers, rows)
+    return Sheet(title, headers, tuple(_measured_row(found, one) for one in found.edits))
+
+
+def _measured_row(found: Measured, one: EditCost) -> tuple[str, ...]:
+    parts = (one.timings.get(name, 0.0) for name in ("train", "probe", "merge", "journal"))
+    return (
+        found.shape, found.dtype, str(one.facts), str(one.tokens), one.outcome, str(one.steps),
+        f"{one.step:.2f}", f"{one.seconds:.0f}", *(f"{part:.1f}" for part in parts),
+        str(one.default_steps), f"{one.projected:.0f}", f"{one.cpu_step:.2f}", f"{one.cpu:.0f}",
+        f"{one.projected_cpu:.0f}", f"{one.peak / _GIB:.1f}", f"{one.estimate / _GIB:.1f}",
+    )  # fmt: skip
+
+
+def _fact(knowledge: KnowledgeBase, number: int) -> Fact:
+    """A fact of ``DESCRIPTION`` tokens, made up."""
+    rng, words = random.Random(number), [""]
+    while len(knowledge.engine.renderer.tokens(" ".join(words))) < DESCRIPTION:
+        words.append(rng.choice(_WORDS))
+    return Fact.create(f"thing {number}", " ".join(words[1:]), lang="en")
 
 
 def _restart_peak() -> None:
@@ -220,20 +352,3 @@ def _peak() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return peak_memory()
-
-
-def _text(seed: int, length: int) -> Example:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(10, 100_000, (length,), generator=generator).tolist()
-    return Example(tuple(ids), length // 2)
-
-
-class _NoTokenizer:
-    """Stands where none is needed: texts are drawn as tokens."""
-
-    chat_template = None
-    eos_token_id = 1
-    bos_token_id = None
-
-    def __call__(self, text: str, **more: Any) -> dict[str, list[int]]:
-        return {"input_ids": [2] * len(text)}

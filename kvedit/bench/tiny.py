@@ -58,8 +58,8 @@ CHANGED = "Made of oak in Tarn."
 class Architecture:
     """How to build a tiny model of a family.
 
-    ``kind`` is transformers' model type, or with ``code`` a folder of ``custom_code``; ``options``
-    go into the configuration; ``chat`` says whether the tokenizer has a chat template.
+    ``kind`` is the model type, with ``code`` also the folder of ``custom_code``; ``options`` go
+    into the configuration; ``chat`` says whether the tokenizer has a chat template.
     """
 
     name: str
@@ -119,6 +119,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "Baichuan style", "baichuan_style", {}, chat=False, code=True,
         auto_map=_custom("baichuan_style", "BaichuanStyleConfig", "BaichuanStyleForCausalLM"),
+    ),
+    Architecture(
+        "InternLM2 style", "internlm2", {}, code=True,
+        auto_map=_custom("internlm2", "InternLM2StyleConfig", "InternLM2StyleForCausalLM"),
     ),
     Architecture(
         "ChatGLM2 style", "chatglm_style", {"seq_length": 384}, chat=False, code=True,

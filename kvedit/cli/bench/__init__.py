@@ -15,12 +15,14 @@ from kvedit.cli.bench.memory import memory
 from kvedit.cli.bench.plot import plot
 from kvedit.cli.bench.retain import retain
 from kvedit.cli.bench.rollback import rollback
+from kvedit.cli.bench.several import several
 from kvedit.cli.bench.speed import speed
 from kvedit.cli.bench.strategies import strategies
 from kvedit.cli.bench.verify import verify
 
 COMMANDS = (
-    retain, strategies, capacity, speed, verify, base, rollback, kills, architectures, memory, plot,
+    retain, strategies, capacity, speed, verify, base, rollback, kills, several, architectures,
+    memory, plot,
 )  # fmt: skip
 
 

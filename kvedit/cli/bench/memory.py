@@ -13,24 +13,34 @@ from kvedit.cli.common import Settings
     "--measure",
     "shape",
     type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
-    help="Also teach a random model of this shape one fact, and sixteen together, on the CPU.",
+    help="Also make a store for a random model of this shape, on the CPU, and teach it.",
+)
+@click.option(
+    "--facts",
+    "groups",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 16),
+    show_default=True,
+    help="Facts that are taught at once; may be given more than once.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(min=8),
-    default=8,
-    show_default=True,
-    help="Steps of each lesson; seconds for the default number are projected.",
+    help="Cut each lesson to so many steps; seconds for the others are projected. [all steps]",
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.pass_obj
-def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> None:
-    """How much memory editing takes, by model size and setting.
+def memory(
+    settings: Settings, shape: str | None, groups: tuple[int, ...], steps: int | None, dtype: str
+) -> None:
+    """How much memory editing takes, by model size and setting; and seconds, measured.
 
     \b
     Examples:
       kvedit bench memory
       kvedit bench memory --measure 0.5B --dtype bfloat16
+      kvedit bench memory --measure 0.5B --dtype bfloat16 --facts 16 --steps 8
     """
     import torch
 
@@ -40,6 +50,6 @@ def memory(settings: Settings, shape: str | None, steps: int, dtype: str) -> Non
     sheets = [footprint.computed()]
     if shape is not None:
         with make_reporter(quiet=settings.quiet) as reporter:
-            found = footprint.measure(shape, getattr(torch, dtype), steps, reporter)
+            found = footprint.measure(shape, getattr(torch, dtype), steps, groups, reporter)
         sheets.append(footprint.measured_sheet(found))
     show("Memory", "shapes of Qwen2.5, random weights", "", sheets)
