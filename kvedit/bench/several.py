@@ -226,8 +226,8 @@ class _Bench:
 def _second_lesson(leader: subprocess.Popen[str]) -> None:
     """Wait until something was committed and the next lesson has begun."""
     committed = False
-    for line in leader.stdout or ():
-        message: dict[str, Any] = json.loads(line)
+    for told in leader.stdout or ():
+        message: dict[str, Any] = json.loads(told)
         committed |= message.get("outcome") == "committed"
         if committed and message.get("loss") is not None:
             return
