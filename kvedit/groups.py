@@ -45,14 +45,17 @@ class Groups:
     """Hands out facts in groups of ``size``, or of a size that grows and follows success (None).
 
     A group that grows is as large as all before it together: its training rehearses as many earlier
-    facts as it has new ones, and the first facts are there to be seen early.
+    facts as it has new ones, and the first facts are there to be seen early.  ``held`` facts were
+    there before, of a run that goes on, for one.
     """
 
-    def __init__(self, facts: Sequence[Fact], size: int | None, *, largest: int = 256) -> None:
+    def __init__(
+        self, facts: Sequence[Fact], size: int | None, *, largest: int = 256, held: int = 0
+    ) -> None:
         self._follows = size is None
-        self._size = min(FIRST, largest) if size is None else size
+        self._size = min(max(FIRST, held), largest) if size is None else size
         self._largest = self._bound = largest
-        self._out = 0
+        self._out = held
         self._tried: Counter[str] = Counter()
         self._alone: deque[Fact] = deque()
         self._waiting = deque(_clusters(facts) if self._size > 1 else [[fact] for fact in facts])

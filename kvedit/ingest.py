@@ -158,8 +158,9 @@ class _Run:
         chosen = wanted[: self._options.limit]
         self._unchanged, self._total = len(intake.unchanged), len(chosen)
         self._mark(chosen)
-        largest = self._knowledge.store.config.group.largest
-        stopped = self._work(Groups(chosen, self._options.group, largest=largest))
+        store = self._knowledge.store
+        largest, held = store.config.group.largest, len(store.keys("committed"))
+        stopped = self._work(Groups(chosen, self._options.group, largest=largest, held=held))
         tried = len(self._tried())
         refused = () if again else intake.refused
         return IngestReport(

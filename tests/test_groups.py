@@ -31,6 +31,13 @@ def test_every_fact_comes_once_in_groups_of_the_size(keys: list[str], size: int)
     assert all(0 < len(group) <= size for group in made)
 
 
+def test_a_run_that_goes_on_begins_as_large_as_what_is_there() -> None:
+    assert len(Groups(facts(200), None, held=40).take()) == 40
+    assert len(Groups(facts(200), None, held=3).take()) == 16
+    assert len(Groups(facts(200), None, largest=32, held=90).take()) == 32
+    assert len(Groups(facts(200), 5, held=90).take()) == 5
+
+
 def test_close_keys_come_together() -> None:
     keys = ["tide lantern", "moss clock", "salt harp", "tide lanterns", "night ferry"]
     assert all_of(Groups([fact(key) for key in keys], 2)) == [
