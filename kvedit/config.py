@@ -83,7 +83,7 @@ class GroupConfig:
     anchors: int = setting(64)
     anchor_weight: float = setting(40.0)
     learning_rate: float = setting(0.02, low=1e-9, high=1.0)
-    shift_weight: float = setting(3000.0)
+    shift_weight: float = setting(1500.0)
     fact_weight: float = setting(0.5)
     lead: float = setting(1.2)
     settled: float = setting(0.1, high=1.0)

@@ -146,8 +146,12 @@ def test_every_probe_is_a_row(taught: KnowledgeBase) -> None:
     assert len(kinds["paraphrase"]) == 8
     assert not {r.prompt for r in kinds["recall"]} & {r.prompt for r in kinds["paraphrase"]}
     assert {r.kind for r in rows} == {"recall", "paraphrase", "locality", "retention"}
-    assert {(r.protocol, r.revision) for r in rows} == {("teacher-forced", 2)}
-    assert all(r.margin is not None and (r.margin > 0) == r.passed for r in rows)
+    assert {r.revision for r in rows} == {2}
+    forced = [r for r in rows if r.protocol == "teacher-forced"]
+    near = [r for r in rows if r.protocol == "generated"]  # ties, which generation decides
+    assert len(forced) + len(near) == len(rows) and len(near) < len(forced) / 4
+    assert all(r.margin is not None and (r.margin > 0) == r.passed for r in forced)
+    assert all(r.margin is not None and abs(r.margin) < 1 for r in near)
 
 
 def test_update_gives_another_answer(taught: KnowledgeBase) -> None:
