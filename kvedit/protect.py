@@ -164,12 +164,17 @@ def known(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tu
 
     Much of what is drawn from a model is made up, and to hold it to that costs more than holding it
     to what it knows, since a guess hangs on near-ties.  A model that is sure of little is held to
-    the surer half; what a user gave is left as it is.
+    the surer half; what a user gave is left as it is, and what is recited was looked at before.
     """
     given = [text for text in texts if text.source not in MADE]
     answers = {text.answer for text in given}
     made = [text for text in texts if text.source in MADE and text.answer not in answers]
-    return (*given, *_sure(base, renderer, made))
+    drawn = [text for text in made if text.source != RECITED]
+    found = {text.answer: text for text in _sure(base, renderer, drawn)}
+    for text in made:
+        if text.source == RECITED:
+            found.setdefault(text.answer, text)
+    return (*given, *found.values())
 
 
 def _sure(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tuple[Protected, ...]:

@@ -114,6 +114,9 @@ def test_a_model_that_is_sure_of_little_keeps_its_surer_half(
     told = {text.answer for text in texts}
     found = protect.known(base, renderer, texts)
     assert 0 < len(found) <= len(texts) // 2 and {text.answer for text in found} < told
+    recited = [Protected(text.prompt, text.answer, protect.RECITED) for text in texts]
+    again = protect.known(base, renderer, recited)  # not halved once more
+    assert {text.answer for text in again} == told
 
 
 def test_without_a_chat_template_nothing_is_drawn(base: BaseModel) -> None:

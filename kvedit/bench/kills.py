@@ -35,7 +35,7 @@ from kvedit.store import Store
 
 KILLED = -signal.SIGKILL
 DONE = (0, 3)  # 3: some facts were rejected
-_RUN = "from kvedit.cli import main; main()"
+RUN = "from kvedit.cli import main; main()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,10 @@ def kills(options: KillOptions, emit: Emit) -> KillsResult:
     facts = questions.new_facts(
         questions.load(options.data, source), options.facts, options.facts_file, options.kind
     )
-    with _made(options, emit) as folder, TemporaryDirectory(prefix="kvedit-kills-") as scratch:
+    with (
+        closed_store(options, emit) as folder,
+        TemporaryDirectory(prefix="kvedit-kills-") as scratch,
+    ):
         file = Path(scratch) / "facts.jsonl"
         file.write_text("".join(line(fact) for fact in facts), encoding="utf-8")
         rounds, lost = _run(folder, file, options, emit)
@@ -102,7 +105,7 @@ def kills(options: KillOptions, emit: Emit) -> KillsResult:
 
 
 @contextmanager
-def _made(options: KillOptions, emit: Emit) -> Iterator[Path]:
+def closed_store(options: BenchOptions, emit: Emit) -> Iterator[Path]:
     """A new store that nobody has open: what follows is for other processes."""
     with TemporaryDirectory(prefix="kvedit-kills-") as scratch:
         folder = options.store_dir or Path(scratch) / "store"
@@ -122,7 +125,7 @@ def _run(
     """All rounds, and the keys that were committed once and are no more."""
     rng = random.Random(options.seed)
     command = [
-        sys.executable, "-c", _RUN, "--store", str(folder), "--quiet",
+        sys.executable, "-c", RUN, "--store", str(folder), "--quiet",
         "ingest", str(file), "--group", options.group,
     ]  # fmt: skip
     rounds: list[Round] = []

@@ -28,9 +28,9 @@ from typing import Any
 
 from kvedit import models
 from kvedit.bench import questions
-from kvedit.bench.kills import DONE, KILLED, line
+from kvedit.bench.kills import DONE, KILLED, RUN, closed_store, line
 from kvedit.bench.report import Sheet
-from kvedit.bench.retain import BenchOptions, Emit, new_store
+from kvedit.bench.retain import BenchOptions, Emit
 from kvedit.editor import KnowledgeBase
 from kvedit.errors import KveditError
 from kvedit.events import Score, Status
@@ -40,7 +40,6 @@ ENDED = 1
 """The exit code of a process whose group has broken."""
 PATIENCE = 120.0
 """Seconds in which those that are left must have noticed."""
-_RUN = "from kvedit.cli import main; main()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,20 +122,15 @@ def several(options: SeveralOptions, emit: Emit) -> SeveralResult:
     source = models.locate(options.model)
     data = questions.load(options.data, source)
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
-    with _made(options, emit) as store, TemporaryDirectory(prefix="kvedit-several-") as folder:
+    with (
+        closed_store(options, emit) as store,
+        TemporaryDirectory(prefix="kvedit-several-") as folder,
+    ):
         bench = _Bench(store, Path(folder), options, emit)
         bench.write(facts)
         alone, together = bench.whole(1), bench.whole(options.processes)
         deaths = tuple(bench.death(victim) for victim in (0, options.processes - 1))
     return SeveralResult(facts=len(facts), alone=alone, together=together, deaths=deaths)
-
-
-@contextmanager
-def _made(options: SeveralOptions, emit: Emit) -> Iterator[Path]:
-    with new_store(options, emit) as knowledge:
-        folder = knowledge.store.path
-        knowledge.close()  # what follows is for other processes
-        yield folder
 
 
 class _Bench:
@@ -189,7 +183,7 @@ class _Bench:
 
     def _command(self, store: Path) -> list[str]:
         return [
-            sys.executable, "-c", _RUN, "--store", str(store),
+            sys.executable, "-c", RUN, "--store", str(store),
             "ingest", str(self._folder / "facts.jsonl"), "--group", self._options.group, "--json",
         ]  # fmt: skip
 
