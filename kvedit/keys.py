@@ -20,6 +20,7 @@ _NOT_EQUAL = 99.0
 _MEANINGFUL = frozenset("#%&*@")
 _ROUNDS = 8
 _PIECE = 512
+_UNPARTED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # no spaces
 
 
 class _Converter(Protocol):
@@ -32,6 +33,24 @@ class Similar:
 
     key: str
     score: float
+
+
+def naming(keys: Iterable[str]) -> Callable[[str], bool]:
+    """A test whether a text names one of the keys: as words of their own, or, where words are not
+    parted by spaces, anywhere.
+    """
+    given = {key for key in keys if normalise(key)}
+    anywhere = {normalise(key) for key in given if _UNPARTED.search(key)}
+    words = sorted(key.casefold() for key in given if not _UNPARTED.search(key))
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
+
+    def names_one(text: str) -> bool:
+        if words and pattern.search(text.casefold()):
+            return True
+        own = normalise(text) if anywhere else ""
+        return any(key in own for key in anywhere)
+
+    return names_one
 
 
 @lru_cache(maxsize=65_536)

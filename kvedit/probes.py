@@ -269,6 +269,14 @@ def project(model: Any, hidden: Tensor) -> Tensor:
     return _softcap(model, head(model)(filled))[:count]
 
 
+def next_logits(model: Any, ids: Tensor) -> Tensor:
+    """(rows, vocabulary): what comes after rows (rows, width) of one length, nothing padded."""
+    if projects(model):
+        return project(model, last_hidden(model, ids, (), None)[:, -1])
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, -1]
+
+
 def backbone(model: Any) -> nn.Module:
     """The model without its vocabulary projection, through any adapter wrapper."""
     inner: nn.Module = getattr(model, model.base_model_prefix, model)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,7 @@ QUESTION_TOKENS = 64
 QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but repeat themselves
 ANSWER_TOKENS = 256
 LONG = 16  # tokens from which on an answer counts as long
-DRAFTS_A_TEXT = 4
 RECITED = "recited"  # the source of texts that are there to be replayed, not measured
-RECITED_TEMPERATURES = (0.7, 0.8, 0.9)  # each names things that the others do not
-OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
 MADE = frozenset({"drawn", "shipped", "free", RECITED})  # sources of what no user gave
 SURE = 0.1  # nats a token: an answer that costs the model less is one that it knows
 FIRM = 1.0  # logits by which a locality probe's answer must lead
@@ -72,11 +69,12 @@ def make(
     """Let the model say what it knows; ``extra`` are the user's own texts, all of them kept."""
     generator = torch.Generator().manual_seed(seed)
     progress("drawing questions from the model")
-    drawn = _questions(base, renderer, config.drafts, generator)
+    questions = draw_questions(base, renderer, config.drafts, generator)
+    drawn = list(dict.fromkeys(readable(renderer, questions)))
     shipped = SHIPPED.read_text(encoding="utf-8").splitlines()
     taken = {text.prompt for text in extra}
     progress(f"answering {len(drawn)} questions")
-    answered = [t for t in _answers(base, renderer, drawn, "drawn") if t.prompt not in taken]
+    answered = [t for t in answer_all(base, renderer, drawn, "drawn") if t.prompt not in taken]
     long = [t for t in answered if len(renderer.tokens(t.answer)) >= LONG]
     short = [t for t in answered if len(renderer.tokens(t.answer)) < LONG]
     rng = random.Random(seed)
@@ -89,66 +87,16 @@ def make(
     long = [t for t in long if t not in far]
     short = [t for t in short if t not in near]
     progress("writing freely")
-    asked = _answers(base, renderer, [p for p in shipped if p not in taken], "shipped")
+    asked = answer_all(base, renderer, [p for p in shipped if p not in taken], "shipped")
     known = {t.prompt for t in answered}
     control = (
         *extra,
         *long[: config.long],
         *short[: config.short],
         *(t for t in asked if t.prompt not in known),
-        *_free(base, renderer, config.free, generator),
+        *write_freely(base, renderer, config.free, generator),
     )
     return ProtectedSet(control, locality)
-
-
-def recite(
-    base: BaseModel,
-    renderer: Renderer,
-    drafts: int,
-    *,
-    known: Container[str],
-    seed: int,
-    progress: Progress = lambda text: None,
-) -> tuple[Protected, ...]:
-    """Let the model say what it knows, from so many questions more: one text for each answer.
-
-    ``known`` are prompts to leave out.  Most questions are dropped after the first tokens of their
-    answer: those that the model is not sure of, and those whose answer begins as another's does.
-    A model without a chat template writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    progress(f"drawing {drafts} more questions from the model")
-    share = -(-drafts // len(RECITED_TEMPERATURES))
-    drawn = [
-        prompt
-        for temperature in RECITED_TEMPERATURES
-        for prompt in _questions(base, renderer, share, generator, temperature)
-    ]
-    if not drawn:
-        return tuple(_free(base, renderer, drafts // DRAFTS_A_TEXT, generator))
-    new = [prompt for prompt in dict.fromkeys(drawn) if prompt not in known]
-    progress(f"looking for what the model knows among {len(new)} questions")
-    asked = _promising(base, renderer, new)
-    progress(f"answering {len(asked)} questions")
-    return _sure(base, renderer, _answers(base, renderer, asked, RECITED))
-
-
-def _promising(base: BaseModel, renderer: Renderer, prompts: Sequence[str]) -> list[str]:
-    """The questions whose answers begin surely, one for each beginning."""
-    prefixes = [renderer.prefix(prompt) for prompt in prompts]
-    openings = generate(base.model, prefixes, end=renderer.end, limit=OPENING_TOKENS)
-    begun = [
-        (prompt, Example((*prefix, *ids), len(prefix), prompt, ""))
-        for prompt, prefix, ids in zip(prompts, prefixes, openings, strict=True)
-        if ids
-    ]
-    costs = _costs(base, [made for _, made in begun])
-    bound = _bound(costs)
-    found: dict[tuple[int, ...], str] = {}
-    for (prompt, made), cost in zip(begun, costs.tolist(), strict=True):
-        if cost < bound:
-            found.setdefault(made.ids[made.start :], prompt)
-    return list(found.values())
 
 
 def example(renderer: Renderer, text: Protected) -> Example:
@@ -170,17 +118,19 @@ def known(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tu
     answers = {text.answer for text in given}
     made = [text for text in texts if text.source in MADE and text.answer not in answers]
     drawn = [text for text in made if text.source != RECITED]
-    found = {text.answer: text for text in _sure(base, renderer, drawn)}
+    found = {text.answer: text for text in surely(base, renderer, drawn)}
     for text in made:
         if text.source == RECITED:
             found.setdefault(text.answer, text)
     return (*given, *found.values())
 
 
-def _sure(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tuple[Protected, ...]:
+def surely(
+    base: BaseModel, renderer: Renderer, texts: Sequence[Protected]
+) -> tuple[Protected, ...]:
     """The texts whose answers the model is sure of, one for each answer."""
-    costs = _costs(base, [example(renderer, text) for text in texts])
-    bound = _bound(costs)
+    costs = costs_of(base, [example(renderer, text) for text in texts])
+    bound = sure_bound(costs)
     found: dict[str, Protected] = {}
     for text, cost in zip(texts, costs.tolist(), strict=True):
         if cost < bound:
@@ -188,7 +138,7 @@ def _sure(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tu
     return tuple(found.values())
 
 
-def _bound(costs: torch.Tensor) -> float:
+def sure_bound(costs: torch.Tensor) -> float:
     """What an answer costs at most that the model is sure of; for a model that is sure of little,
     the median.
     """
@@ -196,7 +146,7 @@ def _bound(costs: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def _costs(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
+def costs_of(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
     """(N,): the mean cross-entropy of each answer's tokens, nats a token."""
     if not examples:
         return torch.empty(0)
@@ -222,19 +172,22 @@ def _firm(
     return firm[:count]
 
 
-def _questions(
+def draw_questions(
     base: BaseModel,
     renderer: Renderer,
     count: int,
     generator: torch.Generator,
     temperature: float = QUESTION_TEMPERATURE,
-) -> list[str]:
-    """What the model would have a user ask: its own continuation of an empty user turn."""
+) -> list[list[int]]:
+    """What the model would have a user ask, as tokens: its continuation of an empty user turn.
+
+    Those left out that did not come to an end; none at all without a chat template.
+    """
     opening = renderer.empty_user_turn()
     if opening is None:
         return []
     before, after = opening
-    drawn = generate(
+    found = generate(
         base.model,
         [before] * count,
         end=after,
@@ -242,11 +195,18 @@ def _questions(
         temperature=temperature,
         generator=generator,
     )
-    whole = (renderer.text(ids).strip() for ids in drawn if len(ids) < QUESTION_TOKENS)
-    return list(dict.fromkeys(text for text in whole if text and "\ufffd" not in text))
+    return [ids for ids in found if len(ids) < QUESTION_TOKENS]
 
 
-def _answers(
+def readable(renderer: Renderer, questions: Iterable[Sequence[int]]) -> Iterator[str]:
+    """Questions as texts, in order; those left out that are no text."""
+    for ids in questions:
+        text = renderer.text(ids).strip()
+        if text and "\ufffd" not in text:
+            yield text
+
+
+def answer_all(
     base: BaseModel, renderer: Renderer, prompts: Sequence[str], source: str
 ) -> list[Protected]:
     """The model's greedy answers, those left out that did not come to an end."""
@@ -267,7 +227,7 @@ def _says(renderer: Renderer, prompt: str, text: str) -> list[int]:
     return list(made.ids[made.start :])
 
 
-def _free(
+def write_freely(
     base: BaseModel, renderer: Renderer, count: int, generator: torch.Generator
 ) -> list[Protected]:
     if count == 0:

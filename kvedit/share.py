@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvedit import probes
 from kvedit.adapters import Adapter
-from kvedit.anchors import Anchors
+from kvedit.anchors import Anchors, Drift
 from kvedit.lower import LowerHalf
 from kvedit.probes import Outcome, TokenScores
 from kvedit.prompts import Example
@@ -40,11 +40,11 @@ class Share:
         """``probes.token_scores``."""
         return probes.token_scores(model, examples, lower)
 
-    def divergence(
+    def drift(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
-    ) -> Tensor:
-        """``Anchors.divergence``."""
-        return anchors.divergence(model, chosen, lower)
+    ) -> Drift:
+        """``Anchors.drift``."""
+        return anchors.drift(model, chosen, lower)
 
     def recall(
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
@@ -100,13 +100,15 @@ class Together(Share):
         )
         return TokenScores(leads, slacks, places, losses)
 
-    def divergence(
+    def drift(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
-    ) -> Tensor:
-        """The mean over all tokens; those of this process's own texts have a gradient."""
+    ) -> Drift:
+        """That of all texts; the values of this process's own have a gradient."""
         mine = chosen[self._crew.rank :: self._crew.count]
-        own = anchors.divergences(model, mine, lower) if mine else _no_scores(model).losses
-        return self._joined(own).mean()
+        empty = _no_scores(model)
+        own = anchors.drift(model, mine, lower) if mine else Drift(empty.losses, empty.rows)
+        texts = torch.cat(self._crew.exchange(own.texts.cpu()))
+        return Drift(self._joined(own.values), texts)
 
     def recall(
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None

@@ -243,14 +243,16 @@ class Transaction:
         new = [target.recall for target in self._plan.targets]
         again = {risk.row.id for risk in repairing}
         rehearsal = [risk.all for risk in risks if risk.row.id not in again]
-        earlier = len(self._store.keys("committed"))
-        lesson = Lesson(
-            [*new, *(r.all for r in repairing)], rehearsal, self._engine.anchors, earlier
-        )
+        committed = self._store.keys("committed")
+        anchors = self._engine.anchors
+        if anchors is not None and group is not None:
+            anchors = anchors.without([*committed, *self._plan.keys])
+        taught = [*new, *(r.all for r in repairing)]
+        lesson = Lesson(taught, rehearsal, anchors, len(committed))
         with self._timed("train"):
-            taught = self._engine.teach(lesson, config, self._tell_step, group)
-        self._steps += taught.trained.steps
-        return taught
+            found = self._engine.teach(lesson, config, self._tell_step, group)
+        self._steps += found.trained.steps
+        return found
 
     def _choose_risks(self) -> list[_Risk]:
         """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""

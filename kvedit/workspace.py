@@ -9,15 +9,16 @@ Invariants:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvedit import fold, memory, models, placement, protect
+from kvedit import fold, memory, models, placement, protect, recitation
 from kvedit.config import Config
 from kvedit.engine import Engine
 from kvedit.errors import KveditError, LockedError, ModelMismatchError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
+from kvedit.keys import normalise
 from kvedit.models import BaseModel
 from kvedit.prompts import Example
 from kvedit.store import ProtectedRow, Store
@@ -112,7 +113,10 @@ class Workspace:
         self._measure()
 
     def _control_texts(self) -> list[protect.Protected]:
-        rows = self.store.protected("control")
+        return self._texts("control")
+
+    def _texts(self, role: str) -> list[protect.Protected]:
+        rows = self.store.protected(role)
         return [protect.Protected(row.prompt, row.answer, row.source) for row in rows]
 
     def _measured_texts(self) -> list[protect.Protected]:
@@ -143,22 +147,27 @@ class Workspace:
         self._anchor()
         self._measure_here()
 
-    def protect_for(self, facts: int) -> None:
-        """See to it that there is protected text enough for so many facts in the model."""
+    def protect_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
+        """See to it that there is protected text enough for so many facts in the model; no new one
+        has a name in it that is to be left out.
+        """
         settings = self.config.protect
         wanted = min(settings.most_drafts, facts * settings.drafts_a_fact)
         drawn = int(self.store.meta(_DRAFTS) or settings.drafts)
         if wanted <= drawn:
             return
-        known = {row.prompt for role in _ROLES for row in self.store.protected(role)}
+        known = [text for role in _ROLES for text in self._texts(role)]
         new = self.at(
             0,
-            lambda: protect.recite(
+            lambda: recitation.recite(
                 self.engine.base, self.engine.renderer, wanted - drawn,
                 known=known, seed=drawn, progress=lambda text: self.say(text),
             ),
         )  # fmt: skip
-        self.store.add_protected(_rows("control", new))
+        names = [normalise(name) for name in leave_out]
+        texts = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
+        kept = [t for t, told in zip(new, texts, strict=True) if not any(n in told for n in names)]
+        self.store.add_protected(_rows("control", kept))
         self.engine.anchors = None
         self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from small_model import FREE, KNOWN
@@ -28,7 +26,9 @@ def texts(base: BaseModel) -> list[Example]:
 def test_the_base_model_has_left_nothing(base: BaseModel, texts: list[Example]) -> None:
     anchors = Anchors.measure(base.model, texts)
     assert len(anchors) == len(texts)
-    assert float(anchors.divergence(base.model, range(len(texts)))) == pytest.approx(0, abs=1e-4)
+    assert float(anchors.drift(base.model, range(len(texts))).values.mean()) == pytest.approx(
+        0, abs=1e-4
+    )
 
 
 def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
@@ -41,7 +41,7 @@ def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
     after = answer_logits(model, texts).logits.detach()
     theirs, ours = before.log_softmax(1), after.log_softmax(1)
     wanted = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    found = anchors.divergence(model, range(len(texts)), engine.lower)
+    found = anchors.drift(model, range(len(texts)), engine.lower).values.mean()
     assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
     assert float(found) > 1e-4
 
@@ -62,11 +62,26 @@ def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:
     torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_draw_names_each_text_at_most_once(base: BaseModel, texts: list[Example]) -> None:
+def test_the_worst_token_of_each_text_is_told(base: BaseModel, texts: list[Example]) -> None:
     anchors = Anchors.measure(base.model, texts)
-    drawn = anchors.draw(random.Random(0), 6)
-    assert len(set(drawn)) == 6
-    assert sorted(anchors.draw(random.Random(0), 999)) == list(range(len(texts)))
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    whole = anchors.drift(base.model, range(len(texts)))
+    worst = whole.worst()
+    assert set(worst) == set(range(len(texts)))
+    for text in worst:
+        own = anchors.drift(base.model, [text]).values
+        assert worst[text] == pytest.approx(float(own.max()), rel=1e-2, abs=1e-4)
+
+
+def test_what_is_edited_is_left_out(base: BaseModel, texts: list[Example]) -> None:
+    anchors = Anchors.measure(base.model, texts)
+    name = texts[0].prompt.rstrip("?").split()[-1]
+    naming = [text for text in texts if name in text.prompt]
+    assert 0 < len(naming) < len(texts)
+    assert len(anchors.without([name])) == len(texts) - len(naming)
+    assert len(anchors.without([])) == len(anchors.without([name[:-1]])) == len(texts)
 
 
 def test_a_model_whose_logits_are_no_projection_has_none(

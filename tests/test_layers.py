@@ -44,6 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "shards",
         "probes",
         "protect",
+        "recitation",
         "curvature",
         "lower",
         "anchors",

@@ -63,34 +63,6 @@ def test_the_users_texts_are_all_kept_and_not_asked_again(base: BaseModel) -> No
     assert prompts.count(shipped) == prompts.count(drawn) == 1
 
 
-def test_what_is_recited_is_known_and_said_once(base: BaseModel) -> None:
-    renderer = Renderer(base.tokenizer, context=base.context)
-    found = protect.recite(base, renderer, 96, known=(), seed=1)
-    assert found and found == protect.recite(base, renderer, 96, known=(), seed=1)
-    answers = [text.answer for text in found]
-    assert len(set(answers)) == len(answers)
-    assert {text.source for text in found} == {protect.RECITED}
-    # Hearsay has an answer of the same form; what the model is sure of is mostly what it knows.
-    assert len(set(answers) & set(KNOWN.values())) >= len(answers) / 2
-    outcomes = probes.recall(base.model, [protect.example(renderer, text) for text in found])
-    assert all(outcome.passed for outcome in outcomes)
-
-
-def test_what_was_asked_before_is_not_asked_again(base: BaseModel) -> None:
-    renderer = Renderer(base.tokenizer, context=base.context)
-    first = protect.recite(base, renderer, 96, known=(), seed=1)
-    known = {text.prompt for text in first[::2]}
-    second = protect.recite(base, renderer, 96, known=known, seed=1)
-    assert second and not {text.prompt for text in second} & known
-
-
-def test_without_a_chat_template_more_is_written_freely(base: BaseModel) -> None:
-    base.tokenizer.chat_template = None
-    renderer = Renderer(base.tokenizer, context=base.context)
-    found = protect.recite(base, renderer, 40, known=(), seed=1)
-    assert 0 < len(found) <= 10 and {text.source for text in found} == {"free"}
-
-
 def test_guesses_are_not_known_and_a_users_texts_always_are(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=base.context)
     own = [Protected("What is bread?", "Something that nobody says.", "own.txt")]

@@ -129,7 +129,7 @@ def test_one_phrasing_of_each_is_drawn(options: StrategyOptions, small: dict[str
     student = Counting(base.model, renderer)
     lessons = [Lesson(examples, [], True), Lesson(examples, examples, False)]
     point = measure("m", 2, student, lessons, Kept((), ()), random.Random(0))
-    assert asked == [2, 0, 0, 0]
+    assert asked == [2, 0, 0, 0, 0]
     assert (point.tried.generated.n, point.committed.generated.n) == (2, 1)
 
 

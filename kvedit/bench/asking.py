@@ -43,6 +43,7 @@ class Point:
     phrasings: Both
     poets: Both
     relations: Both
+    any_poets: Both
     asked: int | None = None
     seconds: float | None = None
 
@@ -94,10 +95,15 @@ class Student:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The base facts that the model answered before the first edit."""
+    """The base facts that the model answered before the first edit.
+
+    ``poets`` and ``relations`` are in nothing that training sees; ``any_poets`` are drawn from all
+    that the model was pretrained on.
+    """
 
     poets: Sequence[Example]
     relations: Sequence[Example]
+    any_poets: Sequence[Example] = ()
 
 
 def marks(count: int) -> list[int]:
@@ -134,6 +140,7 @@ def measure(
         ),
         poets=both(*student.ask(kept.poets)),
         relations=both(*student.ask(kept.relations)),
+        any_poets=both(*student.ask(kept.any_poets)),
         asked=None if draw is None else 1,
     )
 

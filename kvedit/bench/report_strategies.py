@@ -25,6 +25,7 @@ def line(point: Point) -> str:
         part("never-trained", point.phrasings),
         part("base poets", point.poets),
         part("base relations", point.relations),
+        part("any poets", point.any_poets),
         f"{_seconds(point.seconds)} s a fact",
     )
     return f"{point.method}, {point.after} facts ({_asked(point)} asked): " + ", ".join(said)
@@ -49,7 +50,8 @@ def notes(result: StrategiesResult) -> str:
         " how many never-trained ones, each fact is asked by generation; a fact counts only if all"
         " that were asked are exact. The last line of each way comes after the run's last"
         " verification and repairs. Seconds leave the measuring out. The base facts occur in no"
-        " protected text and in no added fact."
+        " protected text and in no added fact; any poets are drawn from all that the model was"
+        " pretrained on, most of which it names by itself."
     )
 
 
@@ -69,13 +71,15 @@ def points_sheet(title: str, points: Sequence[Point], protocol: str) -> Sheet:
             cell(point.phrasings),
             cell(point.poets),
             cell(point.relations),
+            cell(point.any_poets),
             _seconds(point.seconds),
         )
         for point in points
     ]
     headers = (
         "strategy", "facts", "asked", "recalled, of all", "ERR (of committed)",
-        "never-trained", "base poets kept", "base relations kept", "s a fact",
+        "never-trained", "base poets kept", "base relations kept",
+        "any poets kept", "s a fact",
     )  # fmt: skip
     return Sheet(title, headers, tuple(rows))
 

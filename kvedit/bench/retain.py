@@ -32,6 +32,7 @@ from kvedit.events import Event, Status
 from kvedit.facts import Fact
 from kvedit.plain import PlainConfig, PlainStep, plain_examples, train_plain
 from kvedit.prompts import Example, Renderer, paraphrase_prompts
+from kvedit.store import ProtectedRow
 
 KVEDIT, PLAIN = "kvedit", "plain recipe"
 TRUE = "kvedit, true facts protected"
@@ -151,18 +152,18 @@ def _run(
         setup = time.monotonic() - began
         engine = engine_of(knowledge)
         student = Student(engine.base.model, engine.renderer)
-        seen, texts = seen_texts(knowledge, facts)
-        base, kept = base_facts(student, data, seen, options, emit)
-        edits, points = _add_all(method, knowledge, student, facts, kept, emit)
+        rows = protected_rows(knowledge)
+        asked = base_facts(student, data, seen_texts(rows, facts), options, emit)
+        edits, points = _add_all(method, knowledge, student, facts, asked.kept, emit)
         return Run(
             method=method,
             model=engine.base.name,
-            base=base,
+            base=asked.scores,
             points=tuple(points),
             edits=tuple(edits),
             setup_seconds=setup,
-            protected=texts,
-            kept=kept,
+            protected=len(rows),
+            kept=asked.kept,
         )
 
 
@@ -213,31 +214,59 @@ def new_store(options: BenchOptions, emit: Emit, *, go_on: bool = False) -> Iter
             yield knowledge
 
 
-def seen_texts(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> tuple[Seen, int]:
-    """All that training may see: the store's protected texts and the new facts themselves."""
-    rows = [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
+def protected_rows(knowledge: KnowledgeBase) -> list[ProtectedRow]:
+    """All protected texts of a store."""
+    return [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
+
+
+def seen_texts(rows: Sequence[ProtectedRow], facts: Sequence[Fact]) -> Seen:
+    """All that training may see: protected texts and the new facts themselves."""
     texts = [text for row in rows for text in (row.prompt, row.answer)]
     texts += [text for fact in facts for text in (fact.key, fact.description)]
-    return Seen(texts), len(rows)
+    return Seen(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Base facts: what the model said, which it answers, and names that are not to be seen."""
+
+    scores: tuple[BaseScore, ...]
+    kept: Kept
+    names: frozenset[str]
 
 
 def base_facts(
     student: Student, data: BenchData, seen: Seen, options: BenchOptions, emit: Emit
-) -> tuple[tuple[BaseScore, ...], Kept]:
-    """Sample base facts that training never sees and keep those that the base model answers."""
+) -> Asked:
+    """Sample base facts that training never sees, and find those that the base model answers.
+
+    Beside them poets drawn from all of them, whether training sees them or not: what a user meets.
+    """
     rng = random.Random(options.seed)
-    scores, kept = [], []
     poets = questions.poet_questions(data.known, rng)
-    for what, pool in (("base poets", poets), ("base relations", list(data.relations))):
+    relations = list(data.relations)
+    pools = {
+        "base poets": (poets, _unseen(poets, seen)),
+        "base relations": (relations, _unseen(relations, seen)),
+        "any poets": (poets, poets),
+    }
+    scores, kept = [], []
+    names: set[str] = set()
+    for what, (pool, free) in pools.items():
         emit(Status(phase=f"asking the base model: {what}"))
-        free = questions.unseen(pool, [item.name for item in pool], seen)
-        examples = _examples(student, questions.sample(free, options.base_sample, rng))
+        drawn = questions.sample(free, options.base_sample, rng)
+        examples = _examples(student, drawn)
         spoken, forced = student.ask(examples)
         kept.append([example for example, said in zip(examples, spoken, strict=True) if said])
-        excluded = len(pool) - len(free)
+        names.update(item.name for item in drawn if free is not pool)
         found = both(spoken, forced)
+        excluded = len(pool) - len(free)
         scores.append(BaseScore(what=what, found=found, pool=len(pool), excluded=excluded))
-    return tuple(scores), Kept(*kept)
+    return Asked(tuple(scores), Kept(*kept), frozenset(names))
+
+
+def _unseen(pool: Sequence[BaseFact], seen: Seen) -> list[BaseFact]:
+    return questions.unseen(pool, [item.name for item in pool], seen)
 
 
 def _examples(student: Student, items: Sequence[BaseFact]) -> list[Example]:

@@ -21,6 +21,7 @@ from kvedit.bench import questions
 from kvedit.bench.asking import Kept, Point, Student
 from kvedit.bench.course import Course, Observer, StrategyRun
 from kvedit.bench.retain import (
+    Asked,
     BaseScore,
     BenchOptions,
     Edit,
@@ -29,11 +30,13 @@ from kvedit.bench.retain import (
     engine_of,
     new_store,
     plain_all,
+    protected_rows,
     seen_texts,
 )
 from kvedit.editor import KnowledgeBase
-from kvedit.errors import Interrupted
+from kvedit.errors import Interrupted, UsageError
 from kvedit.facts import Fact
+from kvedit.protect import RECITED
 
 _Options = TypeVar("_Options", bound=BenchOptions)
 _NAMES = {"1": "one by one", "all": "one group", "auto": "automatic groups"}
@@ -106,7 +109,7 @@ class Ways:
         self._options, self._data, self._facts = options, data, facts
         self._emit, self._tell = emit, tell
         self._asked_beside: tuple[str, ...] | None = None
-        self._kept = Kept((), ())
+        self._asked = Asked((), Kept((), ()), frozenset())
         self.result = StrategiesResult(model="", facts=len(facts))
 
     def teach(self, group: str) -> None:
@@ -116,13 +119,16 @@ class Ways:
         began = time.monotonic()
         with new_store(options, course, go_on=self._options.resume) as knowledge:
             course.keep_in(knowledge.store.path)
+            made = time.monotonic() - began
+            asked = self._prepare(knowledge)
+            began = time.monotonic()
             if group != "1":
-                knowledge.protect_for(len(self._facts))
-            setup = time.monotonic() - began
-            self._prepare(knowledge)
+                knowledge.protect_for(len(self._facts), leave_out=asked)
+            setup = made + time.monotonic() - began
+            self._check(knowledge)
             if self._observer is not None:
                 self._observer.begin(knowledge)
-            run = course.run(knowledge, self._facts, _size(group, self._facts), self._kept)
+            run = course.run(knowledge, self._facts, _size(group, self._facts), self._asked.kept)
         run = replace(run, setup_seconds=setup)
         self.result = replace(self.result, runs=(*self.result.runs, run))
         self._tell(self.result, None)
@@ -131,7 +137,7 @@ class Ways:
 
     def plain(self, source: str, facts: Sequence[Fact]) -> None:
         """The plain recipe on some of the facts."""
-        edits, points = plain_all(source, facts, self._kept, self._emit)
+        edits, points = plain_all(source, facts, self._asked.kept, self._emit)
         self.result = replace(self.result, plain=tuple(edits))
         for point in points:
             self._add(point)
@@ -140,24 +146,36 @@ class Ways:
         self.result = replace(self.result, points=(*self.result.points, point))
         self._tell(self.result, point)
 
-    def _prepare(self, knowledge: KnowledgeBase) -> None:
-        """What the base model knows: asked once, as long as every store protects the same text.
+    def _prepare(self, knowledge: KnowledgeBase) -> frozenset[str]:
+        """What the base model knows, and the names in it that training must never see.
 
-        All of that text is made first: what is asked must never be seen later.
+        Asked once, as long as every store begins with the same protected text.
         """
-        rows = [row for role in ("control", "locality") for row in knowledge.store.protected(role)]
+        rows = [row for row in protected_rows(knowledge) if row.source != RECITED]
         beside = tuple(f"{row.prompt}\n{row.answer}" for row in rows)
-        if beside == self._asked_beside:
-            return
-        engine = engine_of(knowledge)
-        base = models.load(
-            models.locate(self._options.model)
-        )  # the engine's may know facts already
-        student = Student(base.model, engine.renderer)
-        seen, texts = seen_texts(knowledge, self._facts)
-        scores, self._kept = base_facts(student, self._data, seen, self._options, self._emit)
-        self._asked_beside = beside
-        self.result = replace(self.result, model=base.name, base=scores, protected=texts)
+        if beside != self._asked_beside:
+            engine = engine_of(knowledge)
+            base = models.load(
+                models.locate(self._options.model)
+            )  # the engine's may know facts already
+            student = Student(base.model, engine.renderer)
+            seen = seen_texts(rows, self._facts)
+            self._asked = base_facts(student, self._data, seen, self._options, self._emit)
+            self._asked_beside = beside
+            self.result = replace(self.result, model=base.name, base=self._asked.scores)
+        return self._asked.names
+
+    def _check(self, knowledge: KnowledgeBase) -> None:
+        """Nothing that is asked may be in a protected text; a store from before may have some."""
+        rows = protected_rows(knowledge)
+        seen = seen_texts(rows, ())
+        named = [name for name in self._asked.names if name in seen]
+        if named:
+            raise UsageError(
+                f"{knowledge.store.path} protects text that names {named[0]}, which is to be asked",
+                hint="Give a new --store-dir.",
+            )
+        self.result = replace(self.result, protected=len(rows))
 
 
 def _size(group: str, facts: Sequence[Fact]) -> int | None:

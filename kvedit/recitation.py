@@ -1,0 +1,214 @@
+"""What a model knows, looked for before many facts are taught: nearly all of it, not a sample.
+
+Questions drawn at random repeat what is likely and miss what is rare: of what a model knows by
+heart 24,000 of them named two thirds.  But questions begin in few ways ("Do you know ..."), after
+which a name follows, so the names are read off the model itself: each such beginning, a *stem*, is
+followed through all that the model holds likely after it, nothing twice (a wide beam that keeps
+what has ended).  Stems and sampling race, a few questions at a time, for what has not been found:
+the next round is the one's whose last round found most.
+
+Invariants:
+- Every text is the model's own greedy answer; no two have the same, nor one that begins alike.
+- The same model, settings and seed give the same texts on the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvedit import protect
+from kvedit.models import BaseModel
+from kvedit.placement import first_device
+from kvedit.probes import ROWS_A_BATCH, generate, next_logits
+from kvedit.prompts import Example, Renderer
+from kvedit.protect import RECITED, Protected
+
+SKETCH = 3000  # questions drawn to see how questions begin
+SKETCH_TEMPERATURE = 0.8
+TEMPERATURES = (0.7, 0.8, 0.9)  # of sampling beside the stems; each names what the others do not
+STEMS = 48  # at most; there is no more than one for each ROUND of questions
+ROUND = 128  # questions
+LEAST_FAN = 8  # different tokens seen after a stem
+WIDTH = 4096  # beginnings of questions that are followed at once
+LIKELY = (1e-3, 1e-4, 1e-5)  # a question after its stem, at least; first the first of these
+LEAST_GAIN = 0.02  # of a round's questions lead to something new, or the search is over
+OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
+DRAFTS_A_TEXT = 4  # without a chat template, where nothing can be asked
+
+
+def recite(
+    base: BaseModel,
+    renderer: Renderer,
+    drafts: int,
+    *,
+    known: Sequence[Protected],
+    seed: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Protected, ...]:
+    """Let the model say what it knows, looking at up to ``drafts`` questions: a text an answer.
+
+    What is ``known`` already is left out, prompts and answers.  A model without a chat template
+    writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    progress("listening to how the model asks")
+    if renderer.empty_user_turn() is None:
+        return tuple(protect.write_freely(base, renderer, drafts // DRAFTS_A_TEXT, generator))
+    count = min(drafts, SKETCH)
+    sketch = protect.draw_questions(base, renderer, count, generator, SKETCH_TEMPERATURE)
+    sources = [
+        *(_Source(_followed(base, renderer, stem)) for stem in _stems(sketch, drafts // ROUND)),
+        *(_Source(_sampled(base, renderer, warmth, generator)) for warmth in TEMPERATURES),
+    ]
+    search = _Search(base, renderer, known)
+    search.race(sources, drafts, progress)
+    progress(f"answering {len(search.found)} questions")
+    told = protect.answer_all(base, renderer, search.found, RECITED)
+    said = {text.answer for text in known}
+    return tuple(t for t in protect.surely(base, renderer, told) if t.answer not in said)
+
+
+@dataclass(slots=True)
+class _Source:
+    """Questions to come, and what share of the last ones led to something new."""
+
+    questions: Iterator[str]
+    gain: float = 1.0
+
+
+class _Search:
+    """The questions that were looked at so far, and those among them that are worth an answer."""
+
+    def __init__(self, base: BaseModel, renderer: Renderer, known: Sequence[Protected]) -> None:
+        self._base, self._renderer = base, renderer
+        self._asked = {text.prompt for text in known}
+        made = [protect.example(renderer, text) for text in known]
+        # Without the end token, which an opening that is generated does not have either.
+        self._begun = {one.ids[one.start : -1][:OPENING_TOKENS] for one in made}
+        self._bound = protect.sure_bound(protect.costs_of(base, made))
+        self.found: list[str] = []
+
+    def race(
+        self, sources: Sequence[_Source], drafts: int, progress: Callable[[str], None]
+    ) -> None:
+        """Look at ``drafts`` questions, each round from the source whose last one found most."""
+        racing, looked = list(sources), 0
+        while looked < drafts and racing:
+            best = max(racing, key=lambda source: source.gain)
+            if best.gain < LEAST_GAIN:
+                break
+            drawn = list(islice(best.questions, ROUND))
+            if len(drawn) < ROUND:
+                racing.remove(best)
+            best.gain = self._look(drawn) / ROUND
+            looked += len(drawn)
+            progress(f"{looked} of {drafts} questions, {len(self.found)} answers known")
+
+    def _look(self, prompts: Sequence[str]) -> int:
+        """How many new answers begin surely, one for each beginning; they are noted."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._asked]
+        self._asked.update(new)
+        prefixes = [self._renderer.prefix(prompt) for prompt in new]
+        openings = generate(
+            self._base.model, prefixes, end=self._renderer.end, limit=OPENING_TOKENS
+        )
+        begun = [
+            Example((*prefix, *ids), len(prefix), prompt)
+            for prompt, prefix, ids in zip(new, prefixes, openings, strict=True)
+            if ids
+        ]
+        before = len(self.found)
+        costs = protect.costs_of(self._base, begun)
+        for example, cost in zip(begun, costs.tolist(), strict=True):
+            beginning = example.ids[example.start :]
+            if cost < self._bound and beginning not in self._begun:
+                self._begun.add(beginning)
+                self.found.append(example.prompt)
+        return len(self.found) - before
+
+
+def _stems(sketch: Sequence[Sequence[int]], most: int) -> list[tuple[int, ...]]:
+    """Beginnings of questions after which many different things come, each of them seldom twice.
+
+    Ranked by the number of different next tokens, times how many of those that were seen were
+    different.
+    """
+    after: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for question in {tuple(ids) for ids in sketch}:
+        for at in range(1, len(question)):
+            after[question[:at]].append(question[at])
+    fans = {stem: len(set(tokens)) for stem, tokens in after.items()}
+    wide = sorted(stem for stem, fan in fans.items() if fan >= LEAST_FAN)
+    wide.sort(key=lambda stem: fans[stem] ** 2 / len(after[stem]), reverse=True)
+    return wide[: min(most, STEMS)]
+
+
+def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Iterator[str]:
+    """All likely questions with a stem, the likelier first: most stems are left after those."""
+    opening = renderer.empty_user_turn()
+    if opening is None:
+        return
+    before, after = opening
+    told: set[str] = set()
+    for chance in LIKELY:
+        paths = sorted(_paths(base.model, before, after, stem, math.log(chance)), reverse=True)
+        for text in protect.readable(renderer, (ids for _, ids in paths)):
+            if text not in told:
+                told.add(text)
+                yield text
+
+
+@torch.no_grad()
+def _paths(
+    model: Any, before: Sequence[int], after: int, stem: Sequence[int], floor: float
+) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """Questions with a stem, as tokens, and the logarithm of their probability after it, which is
+    ``floor`` or more.
+    """
+    device = first_device(model)
+    paths, chances = torch.tensor([[*before, *stem]], device=device), torch.zeros(1, device=device)
+    for _ in range(protect.QUESTION_TOKENS):
+        rows, tokens, chances = _likely_next(model, paths, chances, floor)
+        paths = torch.cat([paths[rows], tokens[:, None]], dim=1)
+        ended = tokens == after
+        texts = paths[ended, len(before) : -1].tolist()
+        yield from zip(chances[ended].tolist(), map(tuple, texts), strict=True)
+        paths, chances = paths[~ended], chances[~ended]
+        if not len(chances):
+            return
+        chances, best = chances.topk(min(WIDTH, len(chances)))
+        paths = paths[best]
+
+
+def _likely_next(
+    model: Any, paths: Tensor, chances: Tensor, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes on from ``paths`` (rows, width): rows, next tokens, the chances they then have."""
+    found = []
+    for at in range(0, len(paths), ROWS_A_BATCH):
+        here = slice(at, at + ROWS_A_BATCH)
+        table = next_logits(model, paths[here]).float().log_softmax(-1) + chances[here, None]
+        rows, tokens = torch.where(table > floor)
+        found.append((rows + at, tokens, table[rows, tokens]))
+    rows, tokens, chances = (torch.cat(column) for column in zip(*found, strict=True))
+    return rows, tokens, chances
+
+
+def _sampled(
+    base: BaseModel, renderer: Renderer, warmth: float, generator: torch.Generator
+) -> Iterator[str]:
+    """Questions drawn at a temperature, for as long as there are any."""
+    while True:
+        drawn = protect.draw_questions(base, renderer, ROWS_A_BATCH, generator, warmth)
+        texts = list(protect.readable(renderer, drawn))
+        if not texts:
+            return
+        yield from texts

@@ -1,0 +1,84 @@
+"""What a model knows is looked for by following how it asks: found, said once, not asked twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import KNOWN
+
+from kvedit import probes, protect, recitation
+from kvedit.models import BaseModel
+from kvedit.prompts import Renderer
+from kvedit.protect import RECITED, Protected
+from kvedit.recitation import recite
+
+
+@pytest.fixture
+def renderer(base: BaseModel) -> Renderer:
+    return Renderer(base.tokenizer, context=base.context)
+
+
+def test_what_is_recited_is_known_and_said_once(base: BaseModel, renderer: Renderer) -> None:
+    found = recite(base, renderer, 256, known=(), seed=1)
+    assert found and found == recite(base, renderer, 256, known=(), seed=1)
+    answers = [text.answer for text in found]
+    assert len(set(answers)) == len(answers)
+    assert {text.source for text in found} == {RECITED}
+    # Hearsay has an answer of the same form; what the model is sure of is mostly what it knows.
+    assert len(set(answers) & set(KNOWN.values())) >= len(answers) / 2
+    outcomes = probes.recall(base.model, [protect.example(renderer, text) for text in found])
+    assert all(outcome.passed for outcome in outcomes)
+
+
+def test_it_finds_nearly_all_that_the_model_knows(base: BaseModel, renderer: Renderer) -> None:
+    found = {text.answer for text in recite(base, renderer, 2000, known=(), seed=1)}
+    asked = [renderer.example(f"What is {key}?", said) for key, said in KNOWN.items()]
+    outcomes = probes.recall(base.model, asked)
+    known = {one.answer for one, outcome in zip(asked, outcomes, strict=True) if outcome.passed}
+    assert len(found & known) >= 0.9 * len(known)
+
+
+def test_what_is_known_already_is_not_said_again(base: BaseModel, renderer: Renderer) -> None:
+    first = recite(base, renderer, 256, known=(), seed=1)
+    half = first[::2]
+    second = recite(base, renderer, 256, known=half, seed=1)
+    assert not {text.prompt for text in second} & {text.prompt for text in half}
+    assert not {text.answer for text in second} & {text.answer for text in half}
+
+
+def test_likely_questions_are_followed_and_none_is_told_twice(
+    base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stem = renderer.tokens("What is")
+    told = list(recitation._followed(base, renderer, stem))
+    assert len(set(told)) == len(told) > len(KNOWN) / 2
+    assert {f"What is {key}?" for key in KNOWN} & set(told[: 2 * len(KNOWN)])
+    monkeypatch.setattr(recitation, "WIDTH", 4)
+    assert len(list(recitation._followed(base, renderer, stem))) < len(told)
+
+
+def test_what_a_path_costs_is_what_the_model_says(base: BaseModel, renderer: Renderer) -> None:
+    opening = renderer.empty_user_turn()
+    assert opening is not None
+    before, after = opening
+    stem = renderer.tokens("What is")
+    chance, path = max(recitation._paths(base.model, before, after, stem, -9.0))
+    ids = torch.tensor([[*before, *path, after]])
+    with torch.no_grad():
+        table = base.model(ids).logits[0].float().log_softmax(-1)
+    at = range(len(before) + len(stem), ids.shape[1])
+    assert sum(float(table[i - 1, ids[0, i]]) for i in at) == pytest.approx(chance, abs=0.05)
+
+
+def test_questions_of_a_model_that_never_ends_them_are_none(
+    base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protect, "QUESTION_TOKENS", 1)
+    assert recite(base, renderer, 256, known=(), seed=1) == ()
+
+
+def test_without_a_chat_template_more_is_written_freely(base: BaseModel) -> None:
+    base.tokenizer.chat_template = None
+    renderer = Renderer(base.tokenizer, context=base.context)
+    found = recite(base, renderer, 40, known=(Protected("", "Bread.", "free"),), seed=1)
+    assert 0 < len(found) <= 10 and {text.source for text in found} == {"free"}
