@@ -124,8 +124,8 @@ class ProtectConfig:
     ``drafts`` questions are drawn from the model; of its answers ``long`` long and ``short`` short
     ones are kept (long ones say more about what there is to lose), ``free`` texts beside them, and
     ``locality`` more as probes that no training ever uses.  Many facts need more: before groups are
-    taught, so many more questions are drawn that there are ``drafts_a_fact`` for each fact, at most
-    ``most_drafts``, and of the answers those are kept that the model is sure of.
+    taught, so many more questions are looked at that there are ``drafts_a_fact`` for each fact, at
+    most ``most_drafts``, and of the answers those are kept that the model is sure of.
     """
 
     drafts: int = setting(2400, low=1)

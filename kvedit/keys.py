@@ -39,7 +39,7 @@ def naming(keys: Iterable[str]) -> Callable[[str], bool]:
     """A test whether a text names one of the keys: as words of their own, or, where words are not
     parted by spaces, anywhere.
     """
-    given = {key for key in keys if normalise(key)}
+    given = set(keys)
     anywhere = {normalise(key) for key in given if _UNPARTED.search(key)}
     words = sorted(key.casefold() for key in given if not _UNPARTED.search(key))
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")

@@ -79,6 +79,17 @@ class ProbeRow:
     created_at: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeCount:
+    """How many probes of one kind passed, of ``n``, at one revision and under one protocol."""
+
+    revision: int
+    kind: str
+    protocol: str
+    passed: int
+    n: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditRow:
     """One journalled change; ``keys`` are those of the facts it was about."""

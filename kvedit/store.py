@@ -27,6 +27,7 @@ from kvedit.records import (
     FactRow,
     Finding,
     InterruptedEdit,
+    ProbeCount,
     ProbeRow,
     ProtectedRow,
     RevisionRow,
@@ -205,6 +206,14 @@ class Store(Journal):
         """The latest probe results of a fact, newest first."""
         sql = "SELECT * FROM probe_results WHERE fact_id = ? ORDER BY id DESC LIMIT ?"
         return [probe_from(row) for row in self._rows(sql, [fact_id, limit])]
+
+    def probe_counts(self) -> list[ProbeCount]:
+        """How the probes of each kind fared at each revision, oldest first."""
+        sql = """
+            SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
+            FROM probe_results WHERE revision IS NOT NULL
+            GROUP BY revision, kind, protocol ORDER BY revision"""
+        return [ProbeCount(**row) for row in self._rows(sql)]
 
     def pace(self, limit: int = 100) -> tuple[int, float]:
         """How many facts the latest tries to teach were about, and the seconds that they took."""

@@ -968,13 +968,13 @@ def test_protected_text_is_made_once_and_disjoint(taught: KnowledgeBase) -> None
 
 
 def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
-    text = settings().replace("most_drafts = 96", "most_drafts = 160\ndrafts_a_fact = 40")
+    text = settings().replace("most_drafts = 96", "most_drafts = 1600\ndrafts_a_fact = 40")
     (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
     with KnowledgeBase.open(empty_store) as knowledge:
         first = knowledge.store.protected("control")
         knowledge.protect_for(2)  # 80 drafts: there were 96
         assert knowledge.store.protected("control") == first
-        knowledge.protect_for(4)
+        knowledge.protect_for(40)
         grown = knowledge.store.protected("control")
         assert grown[: len(first)] == first and len(grown) > len(first)
         prompts = [row.prompt for row in grown if row.prompt]
@@ -984,8 +984,39 @@ def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
         knowledge.protect_for(500)  # no more than most_drafts
         assert knowledge.store.protected("control") == grown and digest(knowledge) == before
     with KnowledgeBase.open(empty_store) as again:
-        again.protect_for(4)
+        again.protect_for(40)
         assert again.store.protected("control") == grown
+
+
+def test_a_name_that_is_left_out_is_in_no_new_protected_text(empty_store: Path) -> None:
+    text = settings().replace("most_drafts = 96", "most_drafts = 2000\ndrafts_a_fact = 2000")
+    (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
+    with KnowledgeBase.open(empty_store) as knowledge:
+        first = len(knowledge.store.protected("control"))
+        told = " ".join(row.prompt for row in knowledge.store.protected("control"))
+        asked, *_ = [key for key in KNOWN if key not in told]
+        knowledge.protect_for(1, leave_out=[asked])
+        new = knowledge.store.protected("control")[first:]
+        assert new and not [row for row in new if asked in f"{row.prompt} {row.answer}"]
+
+
+def test_a_group_is_not_held_to_what_it_changes(
+    empty: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    own = empty.engine.teach
+
+    def teach(lesson: Any, *rest: Any) -> Any:
+        told.append(len(lesson.anchors))
+        return own(lesson, *rest)
+
+    monkeypatch.setattr(empty.engine, "teach", teach)
+    prompts = " ".join(row.prompt for row in empty.store.protected("control"))
+    names = [key for key in KNOWN if key in prompts][:2]
+    empty.add_group([Fact.create(name, "Another thing altogether.") for name in names])
+    whole = empty.engine.anchors
+    assert whole is not None and 0 < told[0] < len(whole)
+    assert told[0] == len(whole.without(names))
 
 
 def test_what_must_stay_is_measured_again_as_facts_come_in(

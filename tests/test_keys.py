@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvedit.keys import did_you_mean, normalise, similar, similar_pairs
+from kvedit.keys import did_you_mean, naming, normalise, similar, similar_pairs
 
 
 @settings(max_examples=50, deadline=None)
@@ -108,3 +108,21 @@ def test_pairs_are_what_similar_finds_one_by_one(keys: list[str], others: list[s
         if hit.score < 100
     }
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "names"),
+    [
+        ("Art", "What is art?", True),
+        ("Art", "What is Artemis, the start?", False),
+        ("C++", "Is C++ a language?", True),
+        ("C++", "Is C a language?", False),
+        ("李白", "請介紹李白。", True),
+        ("鳳凰", "凤凰是什麼？", True),
+        ("李白", "請介紹杜甫。", False),
+        ("Rome (city)", "The mayor of Rome (city) is", True),
+    ],
+)
+def test_a_text_names_a_key_as_words_of_its_own(key: str, text: str, names: bool) -> None:
+    assert naming([key, "Ada Lovelace"])(text) is names
+    assert not naming([])(text)

@@ -24,7 +24,7 @@ from kvedit.cli.common import (
 )
 from kvedit.cli.edit import add, init, remove, rollback, update
 from kvedit.cli.ingest import ingest
-from kvedit.cli.query import ask, chat, history, list_facts, show, similar, status
+from kvedit.cli.query import ask, chat, history, list_facts, report, show, similar, status
 from kvedit.errors import KveditError
 
 EXIT_CODES = """\b
@@ -85,7 +85,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
 
 COMMANDS = (
     init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    verify, rollback, doctor, backup, export, bench,
+    report, verify, rollback, doctor, backup, export, bench,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -1,4 +1,4 @@
-"""Commands that only look: ask and chat (the model), list, show, similar, history, status.
+"""Commands that only look: ask and chat (the model), list, show, similar, history, status, report.
 
 Invariant: but for `ask` and `chat`, nothing here imports torch.
 """
@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -312,3 +313,34 @@ def status(settings: Settings, as_json: bool) -> None:
         print_json(fields)
     else:
         print_lines(status_lines(fields))
+
+
+@click.command()
+@click.option(
+    "-o", "--output", "file", type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("kvedit-report.html"), show_default=True, help="Where to write the page.",
+)  # fmt: skip
+@json_option
+@click.pass_obj
+def report(settings: Settings, file: Path, as_json: bool) -> None:
+    """Write one offline HTML page about the store.
+
+    What it holds and how well, which facts to look at first, what was refused and why, the edits,
+    and pictures of how it grew. Nothing is measured; run verify before it for fresh figures.
+
+    \b
+    Examples:
+      kvedit report
+      kvedit --store poems report -o poems.html
+    """
+    from kvedit import reports
+    from kvedit.cli.output import print_json, size_text
+
+    with read_only(settings) as store:
+        reports.write(store, file)
+        head = store.head()
+    size = file.stat().st_size
+    if as_json:
+        print_json({"path": str(file), "revision": head, "bytes": size})
+    else:
+        click.echo(f"wrote {file}: revision {head}, {size_text(size)}")

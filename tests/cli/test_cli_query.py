@@ -131,3 +131,16 @@ def test_the_store_is_found_in_the_environment(
     monkeypatch.setenv("KVEDIT_STORE", str(filled.rename(filled.parent / "moved")))
     assert "Porto" in run("list").stdout
     assert run("--store", "nowhere", "list").exit_code == 10
+
+
+def test_report_writes_a_page_and_says_where(filled: Path, tmp_path: Path) -> None:
+    said = run("report", "-o", "page.html").stdout
+    assert said.startswith("wrote page.html: revision 2, ")
+    assert "夢中情爐" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    document = json.loads(run("report", "--json").stdout)
+    assert document["path"] == "kvedit-report.html" and document["bytes"] > 1000
+
+
+def test_report_where_there_is_no_folder_is_an_error_that_says_so(filled: Path) -> None:
+    result = run("report", "-o", "nowhere/page.html")
+    assert result.exit_code in (1, 2) and "nowhere" in result.stderr
