@@ -9,10 +9,9 @@ Invariants:
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,16 +25,16 @@ from kvedit.errors import (
     OutOfMemoryError,
     UnknownKeyError,
 )
-from kvedit.events import EditReport, Event, RetentionCheck, Score, Warning_
+from kvedit.events import EditReport, Event, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
 from kvedit.groups import Room
 from kvedit.keys import Similar, similar, similar_pairs
-from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
-from kvedit.store import FactChange, FactRow, Finding, ProbeRow, Store
-from kvedit.transaction import Plan, Target, Transaction, probe_row
+from kvedit.store import FactChange, FactRow, Finding, Store
+from kvedit.transaction import Plan, Target, Transaction
+from kvedit.verify import BaseReport, VerifyReport, check_base, check_facts
 from kvedit.workspace import Workspace, load_pinned
 
 if TYPE_CHECKING:
@@ -44,21 +43,6 @@ if TYPE_CHECKING:
 OnEvent = Callable[[Event], None]
 REPAIR_GROUP, REPAIR_ROUNDS = 64, 3
 _Self = TypeVar("_Self", bound="KnowledgeBase")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What a verification found: ``score`` counts facts recalled under all their training prompts
-    (teacher-forced, near-ties by free generation), ``generated`` facts whose free answer to one of
-    them is exact.
-    """
-
-    revision: int
-    checks: tuple[RetentionCheck, ...]
-    score: Score
-    generated: Score
-    repaired: tuple[EditReport, ...] = ()
-    seconds: float = 0.0
 
 
 class KnowledgeBase:
@@ -562,8 +546,12 @@ class KnowledgeBase:
         *,
         sample: int | None = None,
         repair: bool = False,
+        base: int = 0,
     ) -> VerifyReport:
-        """Ask committed facts again and record the answers; ``repair`` retrains what was lost."""
+        """Ask committed facts again and record the answers; ``repair`` retrains what was lost.
+
+        ``base`` questions are asked besides of what the model knew before the first edit.
+        """
         began = time.monotonic()
         rows = [self._committed(k) for k in keys] if keys else self.store.facts("committed")
         if sample is not None:
@@ -577,35 +565,18 @@ class KnowledgeBase:
                 break
             repaired += self._repair_all(again)
             report = self._check(rows)
-        return replace(report, repaired=tuple(repaired), seconds=time.monotonic() - began)
+        kept = self._check_base(base) if base else None
+        seconds = time.monotonic() - began
+        return replace(report, base=kept, repaired=tuple(repaired), seconds=seconds)
 
     def _check(self, rows: Sequence[FactRow]) -> VerifyReport:
-        """Probe facts under all training prompts, and generate one answer each anyway."""
         revision = self._work.revision
-        examples = [self.engine.examples(row.fact) for row in rows]
-        self._say(f"checking {len(rows)} facts")
-        outcomes = iter(self.engine.decided([e for own in examples for e in own]))
-        rng = random.Random(revision)
-        asked = [rng.choice(own) for own in examples]
-        self._say(f"generating {len(rows)} answers")
-        spoken = self.engine.generated_recall(asked)
-        checks, results, held = [], [], []
-        for row, own, one, said in zip(rows, examples, asked, spoken, strict=True):
-            found = [next(outcomes) for _ in own]
-            results += [
-                probe_row(row.id, "retention", *pair) for pair in zip(own, found, strict=True)
-            ]
-            results.append(_generated_row(row.id, one, said))
-            held.append(all(outcome.passed for outcome in found))
-            checks.append(_check_of(row.fact.key, revision, found, said))
-            self._emit(checks[-1])
-        self.store.record_results(results, revision)
-        return VerifyReport(
-            revision=revision,
-            checks=tuple(checks),
-            score=Score(sum(held), len(held)),
-            generated=Score(sum(spoken), len(spoken), "generated"),
-        )
+        return check_facts(self.engine, self.store, revision, rows, self._emit, self._say)
+
+    def _check_base(self, sample: int) -> BaseReport:
+        known = self._work.known_texts()
+        revision = self._work.revision
+        return check_base(self.engine, self.store, revision, known, sample, self._say)
 
     def _repair_all(self, rows: Sequence[FactRow]) -> list[EditReport]:
         """Repair in groups, as large as there is memory for."""
@@ -692,21 +663,3 @@ def _engine(crew: Crew | None, settings: ModelConfig) -> Callable[..., Engine]:
 
 def _protect_file(path: Path | None) -> list[protect.Protected]:
     return protect.read_file(path) if path is not None else []
-
-
-def _generated_row(fact_id: int, example: Example, passed: bool) -> ProbeRow:
-    return ProbeRow(
-        fact_id=fact_id,
-        kind="retention",
-        protocol="generated",
-        prompt=example.prompt,
-        expected=example.answer,
-        answer=None,
-        passed=passed,
-    )
-
-
-def _check_of(key: str, revision: int, outcomes: Sequence[Outcome], spoken: bool) -> RetentionCheck:
-    margin = min(outcome.margin for outcome in outcomes)
-    passed = spoken and all(outcome.passed for outcome in outcomes)
-    return RetentionCheck(key=key, revision=revision, passed=passed, margin=margin)

@@ -201,6 +201,12 @@ class Workspace:
         texts = protect.known(self.engine.base, renderer, self._control_texts())
         self.engine.anchor([protect.example(renderer, text) for text in texts])
 
+    def known_texts(self) -> tuple[protect.Protected, ...]:
+        """Of all protected texts those that the base model knows, the locality probes too."""
+        texts = [text for role in _ROLES for text in self._texts(role)]
+        base, renderer = self.engine.base, self.engine.renderer
+        return self.at(0, lambda: protect.known(base, renderer, texts))
+
     def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned, and note that the curvature is up to date."""
         if learned:

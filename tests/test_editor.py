@@ -467,6 +467,25 @@ def test_repair_teaches_lost_facts_again(taught_store: Path) -> None:
 # ---- remembered
 
 
+def test_verify_asks_what_the_base_model_knew(taught: KnowledgeBase) -> None:
+    report = taught.verify(base=8)
+    base = report.base
+    assert base is not None and base.score.n == base.generated.n == 8
+    assert len(base.lost) == 8 - base.generated.passed
+    counts = {
+        row.protocol: row.n
+        for row in taught.store.probe_counts()
+        if row.kind == "locality" and row.revision == report.revision
+    }
+    assert counts["generated"] >= 8  # recorded
+    assert taught.verify().base is None
+    assert taught.verify(base=8).base == base  # the same questions
+    taught.rollback(0)
+    untouched = taught.verify(base=10_000).base
+    assert untouched is not None and untouched.generated.rate == 1.0
+    assert untouched.generated.n > 8  # all there are
+
+
 def test_verify_records_what_it_finds(taught: KnowledgeBase, events: list[Any]) -> None:
     report = taught.verify()
     assert report.revision == 3

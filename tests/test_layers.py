@@ -52,7 +52,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "memory",
     ),
     "loop": ("training", "descent", "breadth_first", "retention", "engine", "processes", "plain"),
-    "edit": ("fold", "export", "lora_export", "transaction", "workspace", "editor", "ingest"),
+    "edit": (
+        "fold",
+        "export",
+        "lora_export",
+        "transaction",
+        "verify",
+        "workspace",
+        "editor",
+        "ingest",
+    ),
     "use": ("reports", "plots", "bench", "pretrain"),
     "cli": ("cli", "demo", "__main__"),
 }

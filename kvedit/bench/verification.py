@@ -22,11 +22,12 @@ from kvedit import models
 from kvedit.bench import questions
 from kvedit.bench.report import BRACKETS, Sheet, score_cell
 from kvedit.bench.retain import BenchOptions, Emit, engine_of
-from kvedit.editor import KnowledgeBase, VerifyReport
+from kvedit.editor import KnowledgeBase
 from kvedit.errors import TextTooLongError
 from kvedit.events import Event, RetentionCheck, Score, Status
 from kvedit.facts import Fact
 from kvedit.store import FactChange
+from kvedit.verify import VerifyReport
 
 SETTINGS = "[protect]\ndrafts = 16\nlong = 0\nshort = 4\nfree = 0\nlocality = 0\n"
 """Of a temporary store: protected text takes a minute to make, and verify never looks at it."""

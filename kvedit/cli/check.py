@@ -21,9 +21,9 @@ from kvedit.errors import CorruptStoreError, GateFailedError, RejectedError
 
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
-    from kvedit.editor import VerifyReport
     from kvedit.events import Event, Score
     from kvedit.records import Finding
+    from kvedit.verify import VerifyReport
 
 DOCTOR_HINT = "a good backup restores everything; without one, see docs/store-format.md"
 
@@ -37,6 +37,14 @@ DOCTOR_HINT = "a good backup restores everything; without one, see docs/store-fo
     help="Check only N facts, those most at risk first.",
 )
 @click.option("--repair", is_flag=True, help="Train the facts again that are no longer recalled.")
+@click.option(
+    "--base",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=300,
+    metavar="[N]",
+    help="Also ask N questions that the base model could answer (TRR).  [300 if N is left out]",
+)
 @click.option(
     "--fail-under",
     type=click.FloatRange(0, 100),
@@ -56,17 +64,21 @@ def verify(
     keys: tuple[str, ...],
     sample: int | None,
     repair: bool,
+    base: int | None,
     fail_under: float | None,
     junit: Path | None,
     as_json: bool,
 ) -> None:
     """Check what the model still recalls.
 
-    All committed facts are asked again, or only the KEYS, and the results are recorded.
+    All committed facts are asked again, or only the KEYS, and the results are recorded. With
+    --base also some of what the model knew before the first edit: of its own protected texts
+    those that it was sure of, and that name no fact of the store.
 
     \b
     Examples:
       kvedit verify
+      kvedit verify --base 500
       kvedit verify 夢中情爐 Porto
       kvedit verify --sample 100 --repair
       kvedit verify --fail-under 99 --junit report.xml
@@ -75,8 +87,8 @@ def verify(
 
     require_keys(settings, keys)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, shared=True) as base:
-        report = base.verify(list(keys) or None, sample=sample, repair=repair)
+    with knowledge_base(settings, reporter, shared=True) as knowledge:
+        report = knowledge.verify(list(keys) or None, sample=sample, repair=repair, base=base or 0)
     if junit is not None:
         from kvedit.cli.junit import write_junit
 

@@ -13,9 +13,9 @@ import click
 from kvedit.cli.output import edit_lines, pad, score_text, seconds_text, size_text, table
 
 if TYPE_CHECKING:
-    from kvedit.editor import VerifyReport
     from kvedit.export import ExportReport
     from kvedit.records import EditRow, FactRow, Finding, ProbeRow
+    from kvedit.verify import BaseReport, VerifyReport
 
 HEALTH_COLOURS = {"recalled": "green", "regressed": "red", "stale": "yellow"}
 LEVEL_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -173,8 +173,17 @@ def verify_fields(report: VerifyReport) -> dict[str, Any]:
         "passed": sum(check.passed for check in report.checks),
         "generated": report.generated.to_json(),
         "teacher_forced": report.score.to_json(),
+        "base": None if report.base is None else _base_fields(report.base),
         "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
         "seconds": round(report.seconds, 3),
+    }
+
+
+def _base_fields(base: BaseReport) -> dict[str, Any]:
+    return {
+        "generated": base.generated.to_json(),
+        "teacher_forced": base.score.to_json(),
+        "lost": list(base.lost),
     }
 
 
@@ -190,13 +199,28 @@ def verify_lines(report: VerifyReport, *, verbose: bool = False) -> list[str]:
         lines.append(f"... and {len(lost) - len(shown)} more; --json lists all")
     for edit in report.repaired:
         lines += edit_lines(edit)
-    if not report.checks:
+    if not report.checks and report.base is None:
         return [*lines, "no committed facts to check"]
+    if report.base is not None:
+        lines += _lost_base_lines(report.base, verbose=verbose)
     lines.append(f"revision {report.revision}, {seconds_text(report.seconds)}")
     for score in (report.generated, report.score):
         if score.n:
-            lines.append(f"  recalled  {score_text(score)}")
+            lines.append(f"  facts recalled (ERR)       {score_text(score)}")
+    for score in (report.base.generated, report.base.score) if report.base else ():
+        if score.n:
+            lines.append(f"  base knowledge kept (TRR)  {score_text(score)}")
     return lines
+
+
+def _lost_base_lines(base: BaseReport, *, verbose: bool) -> list[str]:
+    """Questions that the base model could answer, and that are answered otherwise now."""
+    shown = base.lost if verbose else base.lost[:SHOWN_CHECKS]
+    if not shown:
+        return []
+    lines = ["answered otherwise than by the base model:", *(f"  {one}" for one in shown)]
+    left = len(base.lost) - len(shown)
+    return [*lines, *([f"  ... and {left} more; --json lists all"] if left else []), ""]
 
 
 def _result(passed: bool) -> str:

@@ -42,11 +42,18 @@ REJECTED = replace(
 )
 
 
+class FakeBaseReport(NamedTuple):
+    score: Score
+    generated: Score
+    lost: tuple[str, ...] = ()
+
+
 class FakeVerify(NamedTuple):
     revision: int = 3
     checks: tuple[RetentionCheck, ...] = ()
     score: Score = Score(2, 2)
     generated: Score = Score(2, 2, "generated")
+    base: FakeBaseReport | None = None
     repaired: tuple[EditReport, ...] = ()
     seconds: float = 1.5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from cli_fakes import LOST, REJECTED, FakeBase, run
+from cli_fakes import LOST, REJECTED, FakeBase, FakeBaseReport, FakeVerify, run
 
 from kvedit.errors import CorruptStoreError
 from kvedit.events import Score
@@ -25,7 +25,21 @@ def test_verify_names_what_was_lost(filled: Path, fake: type[FakeBase]) -> None:
     assert "1/2  50%  (95% interval 9-91%, generated)" in result.stdout
     assert "verify --repair" in result.stderr
     assert FakeBase.last is not None
-    assert FakeBase.last.calls == [("verify", None, {"sample": 5, "repair": False})]
+    assert FakeBase.last.calls == [("verify", None, {"sample": 5, "repair": False, "base": 0})]
+
+
+def test_verify_asks_what_the_base_model_knew(filled: Path, fake: type[FakeBase]) -> None:
+    kept = FakeBaseReport(Score(99, 100), Score(98, 100, "generated"), ("Who was A?", "Who was B?"))
+    fake.verified = FakeVerify(base=kept)
+    said = run("verify", "--base").stdout
+    assert "base knowledge kept (TRR)  98/100  98%" in said and "Who was B?" in said
+    document = json.loads(run("verify", "--base", "100", "--json").stdout.splitlines()[-1])
+    assert document["base"]["generated"]["passed"] == 98
+    assert document["base"]["lost"] == ["Who was A?", "Who was B?"]
+    assert FakeBase.last is not None and FakeBase.last.calls[-1][2]["base"] == 100
+    fake.verified = FakeVerify(base=kept._replace(lost=tuple(f"Q{i}" for i in range(90))))
+    said = run("verify", "--base", "100").stdout
+    assert "more; --json lists all" in said and "Q89" not in said
 
 
 @pytest.mark.parametrize(("threshold", "code"), [("50", 0), ("50.1", 4), ("100", 4), ("0", 0)])
