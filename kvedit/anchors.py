@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,21 +20,6 @@ from kvedit.lower import LowerHalf
 from kvedit.placement import first_device
 from kvedit.probes import ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """KL(base || model) at answer tokens, nats: ``values`` (N,), and the text of each, (N,)."""
-
-    values: Tensor
-    texts: Tensor
-
-    def worst(self) -> dict[int, float]:
-        """For each text the divergence at its worst token: an answer is lost at one token."""
-        found: dict[int, float] = {}
-        for text, value in zip(self.texts.tolist(), self.values.tolist(), strict=True):
-            found[text] = max(value, found.get(text, 0.0))
-        return found
 
 
 class Anchors:
@@ -73,20 +57,24 @@ class Anchors:
         kept = [i for i, one in enumerate(self._examples) if not edited(one.prompt)]
         return Anchors([self._examples[i] for i in kept], [self._states[i] for i in kept])
 
-    def drift(
+    def divergence(
         self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
-    ) -> Drift:
-        """How far the model has left the base at the chosen texts' answers, in no set order."""
-        parts, texts = [], []
+    ) -> Tensor:
+        """KL(base || model), the mean over the answer tokens of the chosen texts, nats a token."""
+        return self.divergences(model, chosen, lower).mean()
+
+    def divergences(
+        self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
+    ) -> Tensor:
+        """(N,): the same at each of their answer tokens, in no particular order."""
+        parts = []
         for batch in by_length([self._examples[i] for i in chosen], alike=True):
             own = [chosen[i] for i in batch]
             hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
             with torch.no_grad():
                 base = project(model, torch.cat([self._states[i] for i in own]))
             parts.append(_Divergence.apply(project(model, hidden), base))  # type: ignore[no-untyped-call]
-            texts += [i for i in own for _ in range(len(self._states[i]))]
-        values = torch.cat(parts)
-        return Drift(values, torch.tensor(texts, device=values.device))
+        return torch.cat(parts)
 
 
 def _answers(

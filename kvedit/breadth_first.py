@@ -21,7 +21,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
-LEAST_WEIGHT, MOST_WEIGHT = 0.5, 4.0  # of earlier facts' loss against that of the new ones
+LEAST_WEIGHT, MOST_WEIGHT = 0.5, 2.0  # of earlier facts' loss against that of the new ones
 LEAST_REHEARSED = 16  # in each step, where there are so many: a repair is small, the store is not
 
 
@@ -67,7 +67,6 @@ class BreadthFirst(Loop):
         self._total = max(8, math.ceil(group.passes * count / self._batch))
         self._order = self._passes(count)
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
-        self._drifts: dict[int, float] = {}  # of protected texts, less than nothing: the same
         self._step_number = 0
 
     def run(self) -> Trained:
@@ -111,16 +110,12 @@ class BreadthFirst(Loop):
         self._margins.update(zip(chosen, margins.tolist(), strict=True))
 
     def _earlier(self) -> list[int]:
-        """Earlier facts to rehearse."""
+        """Earlier facts to rehearse: half the weakest when last seen, half at random."""
         share = min(1.0, len(self._lesson.rehearsal) / len(self._lesson.new))
         rows = max(LEAST_REHEARSED, math.ceil(self._batch * share * self._group.rehearsal))
         count = min(rows, len(self._lesson.rehearsal))
-        return self._at_risk(self._margins, len(self._lesson.rehearsal), count)
-
-    def _at_risk(self, held: Mapping[int, float], number: int, count: int) -> list[int]:
-        """``count`` of ``number``: half those least held when last seen, the others at random."""
-        weak = sorted(held, key=held.__getitem__)[: count // 2]
-        others = sorted(set(range(number)) - set(weak))
+        weak = sorted(self._margins, key=self._margins.__getitem__)[: count // 2]
+        others = sorted(set(range(len(self._lesson.rehearsal))) - set(weak))
         return [*weak, *self._some(others, count - len(weak))]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -134,10 +129,8 @@ class BreadthFirst(Loop):
         anchors, weight = self._lesson.anchors, self._group.anchor_weight
         if anchors is None or not len(anchors) or weight == 0 or self._anchors == 0:
             return 0.0
-        chosen = self._at_risk(self._drifts, len(anchors), min(self._anchors, len(anchors)))
-        drift = self._share.drift(anchors, self._model, chosen, self._lower)
-        self._drifts.update((text, -far) for text, far in drift.worst().items())
-        return weight * drift.values.mean()
+        chosen = self._some(range(len(anchors)), self._anchors)
+        return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks."""

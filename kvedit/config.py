@@ -133,8 +133,8 @@ class ProtectConfig:
     short: int = setting(500)
     free: int = setting(100)
     locality: int = setting(32)
-    drafts_a_fact: int = setting(32)
-    most_drafts: int = setting(32000)
+    drafts_a_fact: int = setting(128)
+    most_drafts: int = setting(64000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,12 +34,12 @@ from kvedit.protect import RECITED, Protected
 SKETCH = 3000  # questions drawn to see how questions begin
 SKETCH_TEMPERATURE = 0.8
 TEMPERATURES = (0.7, 0.8, 0.9)  # of sampling beside the stems; each names what the others do not
-STEMS = 48  # at most; there is no more than one for each ROUND of questions
-ROUND = 128  # questions
-LEAST_FAN = 8  # different tokens seen after a stem
+STEMS = 96  # at most; there is no more than one for each ROUND of questions
+PILOT, ROUND = 32, 128  # questions in the first round of each, and in those after it
+LEAST_FAN = 5  # different tokens seen after a stem
 WIDTH = 4096  # beginnings of questions that are followed at once
 LIKELY = (1e-3, 1e-4, 1e-5)  # a question after its stem, at least; first the first of these
-LEAST_GAIN = 0.02  # of a round's questions lead to something new, or the search is over
+LEAST_GAIN = 0.01  # of a round's questions lead to something new, or the search is over
 OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
 DRAFTS_A_TEXT = 4  # without a chat template, where nothing can be asked
 
@@ -78,9 +78,10 @@ def recite(
 
 @dataclass(slots=True)
 class _Source:
-    """Questions to come, and what share of the last ones led to something new."""
+    """Questions to come, how many came, and what share of the last ones led to something new."""
 
     questions: Iterator[str]
+    looked: int = 0
     gain: float = 1.0
 
 
@@ -105,10 +106,13 @@ class _Search:
             best = max(racing, key=lambda source: source.gain)
             if best.gain < LEAST_GAIN:
                 break
-            drawn = list(islice(best.questions, ROUND))
-            if len(drawn) < ROUND:
+            count = PILOT if best.looked == 0 else ROUND
+            drawn = list(islice(best.questions, count))
+            if len(drawn) < count:
                 racing.remove(best)
-            best.gain = self._look(drawn) / ROUND
+            # Laplace's estimate: nothing new in a short round does not mean that there is nothing.
+            best.gain = (self._look(drawn) + 1) / (count + 2)
+            best.looked += len(drawn)
             looked += len(drawn)
             progress(f"{looked} of {drafts} questions, {len(self.found)} answers known")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvedit import probes
 from kvedit.adapters import Adapter
-from kvedit.anchors import Anchors, Drift
+from kvedit.anchors import Anchors
 from kvedit.lower import LowerHalf
 from kvedit.probes import Outcome, TokenScores
 from kvedit.prompts import Example
@@ -40,11 +40,11 @@ class Share:
         """``probes.token_scores``."""
         return probes.token_scores(model, examples, lower)
 
-    def drift(
+    def divergence(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
-    ) -> Drift:
-        """``Anchors.drift``."""
-        return anchors.drift(model, chosen, lower)
+    ) -> Tensor:
+        """``Anchors.divergence``."""
+        return anchors.divergence(model, chosen, lower)
 
     def recall(
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
@@ -100,15 +100,13 @@ class Together(Share):
         )
         return TokenScores(leads, slacks, places, losses)
 
-    def drift(
+    def divergence(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
-    ) -> Drift:
-        """That of all texts; the values of this process's own have a gradient."""
+    ) -> Tensor:
+        """The mean over all tokens; those of this process's own texts have a gradient."""
         mine = chosen[self._crew.rank :: self._crew.count]
-        empty = _no_scores(model)
-        own = anchors.drift(model, mine, lower) if mine else Drift(empty.losses, empty.rows)
-        texts = torch.cat(self._crew.exchange(own.texts.cpu()))
-        return Drift(self._joined(own.values), texts)
+        own = anchors.divergences(model, mine, lower) if mine else _no_scores(model).losses
+        return self._joined(own).mean()
 
     def recall(
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from kvedit import models, probes
 from kvedit.bench import questions
@@ -240,29 +241,37 @@ def base_facts(
 ) -> Asked:
     """Sample base facts that training never sees, and find those that the base model answers.
 
-    Beside them poets drawn from all of them, whether training sees them or not: what a user meets.
+    Beside them other poets, whether training sees them or not: that is what a user meets, for whom
+    nothing is kept out of the protected text.
     """
     rng = random.Random(options.seed)
     poets = questions.poet_questions(data.known, rng)
-    relations = list(data.relations)
-    pools = {
-        "base poets": (poets, _unseen(poets, seen)),
-        "base relations": (relations, _unseen(relations, seen)),
-        "any poets": (poets, poets),
-    }
-    scores, kept = [], []
-    names: set[str] = set()
-    for what, (pool, free) in pools.items():
+
+    def ask(what: str, pool: Sequence[BaseFact], free: Sequence[BaseFact]) -> _Drawn:
         emit(Status(phase=f"asking the base model: {what}"))
         drawn = questions.sample(free, options.base_sample, rng)
         examples = _examples(student, drawn)
         spoken, forced = student.ask(examples)
-        kept.append([example for example, said in zip(examples, spoken, strict=True) if said])
-        names.update(item.name for item in drawn if free is not pool)
-        found = both(spoken, forced)
-        excluded = len(pool) - len(free)
-        scores.append(BaseScore(what=what, found=found, pool=len(pool), excluded=excluded))
-    return Asked(tuple(scores), Kept(*kept), frozenset(names))
+        kept = [example for example, said in zip(examples, spoken, strict=True) if said]
+        left = len(pool) - len(free)
+        score = BaseScore(what=what, found=both(spoken, forced), pool=len(pool), excluded=left)
+        return _Drawn(score, kept, frozenset(item.name for item in drawn))
+
+    unseen = ask("base poets", poets, _unseen(poets, seen))
+    relations = ask("base relations", data.relations, _unseen(data.relations, seen))
+    others = [item for item in poets if item.name not in unseen.names]
+    any_poets = ask("any poets", poets, others)
+    return Asked(
+        (unseen.score, relations.score, any_poets.score),
+        Kept(unseen.kept, relations.kept, any_poets.kept),
+        unseen.names | relations.names,
+    )
+
+
+class _Drawn(NamedTuple):
+    score: BaseScore
+    kept: list[Example]
+    names: frozenset[str]
 
 
 def _unseen(pool: Sequence[BaseFact], seen: Seen) -> list[BaseFact]:
