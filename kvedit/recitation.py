@@ -78,11 +78,16 @@ def recite(
 
 @dataclass(slots=True)
 class _Source:
-    """Questions to come, how many came, and what share of the last ones led to something new."""
+    """Questions to come, how many came, and what share of the latest led to something new."""
 
     questions: Iterator[str]
     looked: int = 0
     gain: float = 1.0
+
+    def learn(self, new: int, count: int) -> None:
+        """Take note of a round; one without anything new does not mean that there is nothing."""
+        here = (new + 1) / (count + 2)  # Laplace's estimate
+        self.gain = (self.gain + here) / 2 if self.looked else here
 
 
 class _Search:
@@ -103,15 +108,14 @@ class _Search:
         """Look at ``drafts`` questions, each round from the source whose last one found most."""
         racing, looked = list(sources), 0
         while looked < drafts and racing:
-            best = max(racing, key=lambda source: source.gain)
+            best = max(racing, key=lambda source: (source.gain, -source.looked))
             if best.gain < LEAST_GAIN:
                 break
             count = PILOT if best.looked == 0 else ROUND
             drawn = list(islice(best.questions, count))
             if len(drawn) < count:
                 racing.remove(best)
-            # Laplace's estimate: nothing new in a short round does not mean that there is nothing.
-            best.gain = (self._look(drawn) + 1) / (count + 2)
+            best.learn(self._look(drawn), count)
             best.looked += len(drawn)
             looked += len(drawn)
             progress(f"{looked} of {drafts} questions, {len(self.found)} answers known")

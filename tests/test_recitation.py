@@ -70,6 +70,39 @@ def test_what_a_path_costs_is_what_the_model_says(base: BaseModel, renderer: Ren
     assert sum(float(table[i - 1, ids[0, i]]) for i in at) == pytest.approx(chance, abs=0.05)
 
 
+def test_the_richest_source_is_asked_and_one_bad_round_does_not_end_it(
+    base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rich = {f"rich {i}" for i in range(2000)}
+    asked: list[str] = []
+
+    def look(self: recitation._Search, prompts: list[str]) -> int:
+        asked.extend(prompts)
+        if len(asked) > 600 and asked[-1] in rich and len([a for a in asked if a in rich]) < 900:
+            return 0  # a round without luck
+        return len(rich.intersection(prompts))
+
+    monkeypatch.setattr(recitation._Search, "_look", look)
+    search = recitation._Search(base, renderer, ())
+    poor = recitation._Source(iter([f"poor {i}" for i in range(5000)]))
+    search.race([poor, recitation._Source(iter(sorted(rich)))], 2500, lambda text: None)
+    assert rich <= set(asked)
+    assert len(asked) <= 2500 + recitation.ROUND
+
+
+def test_a_search_ends_when_nothing_is_new(
+    base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        recitation._Search, "_look", lambda self, prompts: asked.extend(prompts) or 0
+    )
+    sources = [recitation._Source(iter([f"{n} {i}" for i in range(5000)])) for n in range(3)]
+    recitation._Search(base, renderer, ()).race(sources, 100_000, lambda text: None)
+    assert 0 < len(asked) < 3 * 8 * recitation.ROUND
+    assert {text[0] for text in asked} == {"0", "1", "2"}
+
+
 def test_questions_of_a_model_that_never_ends_them_are_none(
     base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
