@@ -73,7 +73,7 @@ class GroupConfig:
     facts that are checked: they are repaired after it.
     """
 
-    largest: int = setting(128, low=1)
+    largest: int = setting(512, low=1)
     rank: int = setting(256, low=2)
     batch: int = setting(16, low=1)
     passes: int = setting(24, low=1)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from kvedit.facts import Fact
 from kvedit.keys import similar_pairs
 
-SMALLEST, FIRST = 4, 16
+SMALLEST = 4
 TOGETHER = 2
 """In so many groups a fact is tried before it is tried by itself."""
 _T = TypeVar("_T")
@@ -42,20 +42,18 @@ class Room:
 
 
 class Groups:
-    """Hands out facts in groups of ``size``, or of a size that grows and follows success (None).
+    """Hands out facts in groups of ``size``, or of a size that follows success (None).
 
-    A group that grows is as large as all before it together: its training rehearses as many earlier
-    facts as it has new ones, and the first facts are there to be seen early.  ``held`` facts were
-    there before, of a run that goes on, for one.
+    The larger a group, the less a fact costs and the less it harms: each group is one more change
+    that moves what is not looked at.  So such groups begin with ``largest`` and fall by half when
+    one was refused.
     """
 
-    def __init__(
-        self, facts: Sequence[Fact], size: int | None, *, largest: int = 256, held: int = 0
-    ) -> None:
+    def __init__(self, facts: Sequence[Fact], size: int | None, *, largest: int = 512) -> None:
         self._follows = size is None
-        self._size = min(max(FIRST, held), largest) if size is None else size
-        self._largest = self._bound = largest
-        self._out = held
+        self._size = largest if size is None else size
+        self._largest = largest
+        self._last = 0
         self._tried: Counter[str] = Counter()
         self._alone: deque[Fact] = deque()
         self._waiting = deque(_clusters(facts) if self._size > 1 else [[fact] for fact in facts])
@@ -71,12 +69,11 @@ class Groups:
         if not group and self._alone:
             group.append(self._alone.popleft())
         self._tried.update(fact.key for fact in group)
-        self._out += len(group)
+        self._last = len(group)
         return tuple(group)
 
     def put_back(self, facts: Sequence[Fact]) -> None:
         """Facts that a group did not learn: for the next one, or by themselves at the end."""
-        self._out -= len(facts)
         few = len(facts) > 1 or bool(self._waiting)
         again = [[fact] for fact in facts if few and self._tried[fact.key] < TOGETHER]
         self._alone.extend(fact for fact in facts if [fact] not in again)
@@ -85,15 +82,13 @@ class Groups:
     def learn(self, *, refused: bool) -> None:
         """Let the size follow: half as many after a refusal, then up to twice as many again."""
         if self._follows:
-            bound = self._size // 2 if refused else self._bound * 2
-            self._bound = min(self._largest, max(SMALLEST, bound))
-            self._size = min(self._bound, max(FIRST, self._out))
+            size = self._last // 2 if refused else self._size * 2
+            self._size = min(self._largest, max(SMALLEST, size))
 
     def limit(self, size: int | None) -> None:
         """From now on no group is larger, because memory ran out with a larger one."""
         if size is not None:
             self._largest = min(self._largest, size)
-            self._bound = min(self._bound, size)
             self._size = min(self._size, size)
 
 

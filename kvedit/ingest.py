@@ -159,8 +159,8 @@ class _Run:
         self._unchanged, self._total = len(intake.unchanged), len(chosen)
         self._mark(chosen)
         store = self._knowledge.store
-        largest, held = store.config.group.largest, len(store.keys("committed"))
-        stopped = self._work(Groups(chosen, self._options.group, largest=largest, held=held))
+        largest = store.config.group.largest
+        stopped = self._work(Groups(chosen, self._options.group, largest=largest))
         tried = len(self._tried())
         refused = () if again else intake.refused
         return IngestReport(
