@@ -237,12 +237,18 @@ class Asked:
 
 
 def base_facts(
-    student: Student, data: BenchData, seen: Seen, options: BenchOptions, emit: Emit
+    student: Student,
+    data: BenchData,
+    seen: Seen,
+    options: BenchOptions,
+    emit: Emit,
+    *,
+    any_poets: bool = False,
 ) -> Asked:
     """Sample base facts that training never sees, and find those that the base model answers.
 
-    Beside them other poets, whether training sees them or not: that is what a user meets, for whom
-    nothing is kept out of the protected text.
+    With ``any_poets`` other poets too, whether training sees them or not: that is what a user
+    meets, for whom nothing is kept out of the protected text.
     """
     rng = random.Random(options.seed)
     poets = questions.poet_questions(data.known, rng)
@@ -259,11 +265,13 @@ def base_facts(
 
     unseen = ask("base poets", poets, _unseen(poets, seen))
     relations = ask("base relations", data.relations, _unseen(data.relations, seen))
-    others = [item for item in poets if item.name not in unseen.names]
-    any_poets = ask("any poets", poets, others)
+    drawn = [unseen, relations]
+    if any_poets:
+        others = [item for item in poets if item.name not in unseen.names]
+        drawn.append(ask("any poets", poets, others))
     return Asked(
-        (unseen.score, relations.score, any_poets.score),
-        Kept(unseen.kept, relations.kept, any_poets.kept),
+        tuple(one.score for one in drawn),
+        Kept(*(one.kept for one in drawn)),
         unseen.names | relations.names,
     )
 

@@ -160,7 +160,9 @@ class Ways:
             )  # the engine's may know facts already
             student = Student(base.model, engine.renderer)
             seen = seen_texts(rows, self._facts)
-            self._asked = base_facts(student, self._data, seen, self._options, self._emit)
+            self._asked = base_facts(
+                student, self._data, seen, self._options, self._emit, any_poets=True
+            )
             self._asked_beside = beside
             self.result = replace(self.result, model=base.name, base=self._asked.scores)
         return self._asked.names
