@@ -197,7 +197,7 @@ def test_the_largest_number_is_before_the_first_fall() -> None:
         )
         return Point(
             method="m", after=after, tried=found, committed=found, phrasings=found, poets=found,
-            relations=found,
+            relations=found, any_poets=found,
         )  # fmt: skip
 
     assert largest([point(16, 20), point(32, 19)]) == (32, False)
