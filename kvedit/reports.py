@@ -60,6 +60,7 @@ def page(store: Store) -> str:
 
     facts, edits, counts = store.facts(), store.history(), store.probe_counts()
     held = [row for row in facts if row.state == "committed"]
+    refusals = store.refusals()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["share"] = share
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -71,7 +72,7 @@ def page(store: Store) -> str:
         recalled=Score(sum(row.health == "recalled" for row in held), len(held)),
         measured=latest(counts),
         weakest=weakest(held)[:WEAKEST],
-        refused=[(row, why) for row in facts if (why := store.refusals().get(row.id))],
+        refused=[(row, why) for row in facts if (why := refusals.get(row.id))],
         edits=edits[::-1][:LATEST],
         earlier_edits=max(0, len(edits) - LATEST),
         facts=facts,

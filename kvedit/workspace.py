@@ -115,6 +115,9 @@ class Workspace:
     def _control_texts(self) -> list[protect.Protected]:
         return self._texts("control")
 
+    def _all_texts(self) -> list[protect.Protected]:
+        return [text for role in _ROLES for text in self._texts(role)]
+
     def _texts(self, role: str) -> list[protect.Protected]:
         rows = self.store.protected(role)
         return [protect.Protected(row.prompt, row.answer, row.source) for row in rows]
@@ -156,7 +159,7 @@ class Workspace:
         drawn = int(self.store.meta(_DRAFTS) or settings.drafts)
         if wanted <= drawn:
             return
-        known = [text for role in _ROLES for text in self._texts(role)]
+        known = self._all_texts()
         new = self.at(
             0,
             lambda: recitation.recite(
@@ -203,7 +206,7 @@ class Workspace:
 
     def known_texts(self) -> tuple[protect.Protected, ...]:
         """Of all protected texts those that the base model knows, the locality probes too."""
-        texts = [text for role in _ROLES for text in self._texts(role)]
+        texts = self._all_texts()
         base, renderer = self.engine.base, self.engine.renderer
         return self.at(0, lambda: protect.known(base, renderer, texts))
 
