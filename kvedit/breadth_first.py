@@ -33,6 +33,8 @@ from kvedit.training import Loop, Trained
 
 WARM_UP = 5
 LAST_RATE = 0.1  # of the learning rate, at the end of the passes
+AGAIN_RATE = 0.4  # of it, for what is not recalled then
+YIELD = 0.5  # of what holds the group back, from each of these rounds to the next
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
@@ -62,12 +64,14 @@ class BreadthFirst(Loop):
         super().__init__(*given)
         count = len(self._lesson.new)
         self._weight = group.shift_weight / count
+        self._anchor_weight = group.anchor_weight
         self._batch, self._anchors = batch_of(group, count), anchors_of(group, count)
         self._earlier_weight = min(max(self._lesson.earlier / count, LEAST_WEIGHT), MOST_WEIGHT)
         self._total = max(8, math.ceil(group.passes * count / self._batch))
         self._order = self._passes(count)
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
         self._step_number = 0
+        self._to_gain = 0.0  # the loss at the beginning
 
     def run(self) -> Trained:
         """The passes, then what is still missing."""
@@ -89,28 +93,34 @@ class BreadthFirst(Loop):
         for _ in range(self._group.rounds):
             if not missing:
                 break
+            self._weight *= YIELD
+            self._anchor_weight *= YIELD
             steps = math.ceil(self._group.again * len(missing) / self._batch)
             self._total += steps
             for _ in range(steps):
                 hard = self._some(missing, self._batch // 2 or 1)
                 more = [next(self._order) for _ in range(self._batch - len(hard))]
-                self._teach(list({*hard, *more}), LAST_RATE * 2)
+                self._teach(list({*hard, *more}), AGAIN_RATE)
             missing = self._missing()
         return missing
 
     def _teach(self, facts: Sequence[int], share: float) -> None:
         """One step on some of the facts."""
         self._step_number += 1
-        rise = min(1.0, self._step_number / WARM_UP)
-        self._set_rate(self._group.learning_rate * rise * share)
+        rise = min(1.0, (self._step_number - 1) / WARM_UP)  # the first step only looks
+        self._set_rate(self._group.learning_rate * self._to_gain * rise * share)
         new = [self._rng.choice(list(self._lesson.new[fact])) for fact in facts]
         chosen = self._earlier()
         earlier = [self._rng.choice(list(self._lesson.rehearsal[fact])) for fact in chosen]
         margins = self._step(self._step_number, new, earlier)[len(new) :]
         self._margins.update(zip(chosen, margins.tolist(), strict=True))
+        if self._step_number == 1:
+            self._to_gain = self._loss
 
     def _earlier(self) -> list[int]:
         """Earlier facts to rehearse: half the weakest when last seen, half at random."""
+        if not self._group.rehearsal:
+            return []
         share = min(1.0, len(self._lesson.rehearsal) / len(self._lesson.new))
         rows = max(LEAST_REHEARSED, math.ceil(self._batch * share * self._group.rehearsal))
         count = min(rows, len(self._lesson.rehearsal))
@@ -126,11 +136,13 @@ class BreadthFirst(Loop):
         return self._group.lead, self._group.settled
 
     def _held(self) -> Tensor | float:
-        anchors, weight = self._lesson.anchors, self._group.anchor_weight
-        if anchors is None or not len(anchors) or weight == 0 or self._anchors == 0:
+        anchors = self._lesson.anchors
+        if anchors is None or not len(anchors) or not self._anchor_weight or not self._anchors:
             return 0.0
         chosen = self._some(range(len(anchors)), self._anchors)
-        return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
+        return self._anchor_weight * self._share.divergence(
+            anchors, self._model, chosen, self._lower
+        )
 
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks."""

@@ -66,28 +66,31 @@ class GroupConfig:
     the group's size; every fact is seen ``passes`` times, and those not recalled then ``again``
     times in each of ``rounds`` rounds.  ``shift_weight`` weighs the price of one fact's share.
     A token that leads by ``lead`` logits counts ``settled`` in the loss: what is pushed further
-    than it needs costs what is not in the group.  ``learning_rate`` is the length of the longest
-    step, in the root of the price's nats; an adapter has ``rank`` directions of each matrix for
-    64 facts, and with the root of their number; ``largest`` bounds groups of automatic size.
-    ``fact_weight`` is as for single facts.  A group may lose up to 1 - ``retention`` of the earlier
-    facts that are checked: they are repaired after it.
+    than it needs costs what is not in the group.  ``learning_rate`` is the share of the loss at the
+    beginning that the longest step would gain if the way stayed as steep; an adapter has ``rank``
+    directions of each matrix for 64 facts, and with the root of their number; ``largest`` bounds
+    groups of automatic size.  ``fact_weight`` is as for single facts.  A group of at least ``anew``
+    times the facts that the model holds is taught together with them, from the base model on.  A
+    group may lose up to 1 - ``retention`` of the earlier facts that are checked: they are repaired
+    after it.
     """
 
-    largest: int = setting(512, low=1)
+    largest: int = setting(1024, low=1)
     rank: int = setting(256, low=2)
     batch: int = setting(16, low=1)
     passes: int = setting(24, low=1)
     again: int = setting(12, low=1)
-    rounds: int = setting(2)
+    rounds: int = setting(3)
     rehearsal: float = setting(2.0)
     anchors: int = setting(64)
     anchor_weight: float = setting(40.0)
-    learning_rate: float = setting(0.02, low=1e-9, high=1.0)
+    learning_rate: float = setting(0.4, low=1e-9, high=10.0)
     shift_weight: float = setting(1500.0)
     fact_weight: float = setting(0.5)
     lead: float = setting(1.2)
     settled: float = setting(0.1, high=1.0)
     retention: float = setting(0.9, high=1.0)
+    anew: float = setting(0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Gradient descent with momentum, one length of step for all matrices.
+"""Gradient descent with momentum, one length of step for all matrices, as long as there is to gain.
 
 Adam gives every number a step of the same length, so what is noise moves as far as what is needed.
 In the coordinates of ``curvature`` distance is harm to what must stay, and such steps cost a group
-of facts three times what it needed.  Here the gradient as a whole sets the direction, and its
-largest norm so far the length: a step is ``lr`` long, in the root of the price's nats, as long as
-the gradient is at its steepest, and shrinks as it does.
+of facts three times what it needed.  Here the gradient as a whole sets the direction.  The length
+is Polyak's (B. T. Polyak, Introduction to Optimization, 1987): what there is to gain over how steep
+the way is at the beginning, so a model that holds facts already, in which the same loss is further
+away, is taught in longer steps.  They shrink as the gradient does, and where the way grows steeper.
 
 Invariants:
 - The result depends on nothing but the gradients, in their order.
@@ -24,10 +25,15 @@ REMEMBERED = 0.9  # of the mean squared norm, a step
 
 
 class Descent(torch.optim.Optimizer):
-    """``x -= lr * m / peak``: m the running mean of gradients, peak the largest of their norms."""
+    """``x -= lr * m / (first * peak)``: m the running mean of gradients, of whose norms ``first``
+    is the first and ``peak`` the largest.
+
+    ``lr`` is in the loss's nats: what a step along the first gradient would gain.
+    """
 
     def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr})
+        self._first: Tensor | None = None
         self._mean: Tensor | None = None
         self._peak: Tensor | None = None
 
@@ -37,16 +43,21 @@ class Descent(torch.optim.Optimizer):
         moved = [(g["lr"], p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not moved:
             return
-        longest = self._longest([p.grad for _, p in moved])
+        steep = self._steepness([p.grad for _, p in moved])
         for rate, parameter in moved:
             mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
             mean.lerp_(parameter.grad, 1 - MOMENTUM)
-            parameter.sub_(mean * (rate / longest.to(mean.device)))
+            parameter.sub_(mean * (rate / steep.to(mean.device)))
 
-    def _longest(self, gradients: list[Tensor]) -> Tensor:
-        """The largest norm so far of all gradients together, smoothed over a few steps."""
+    def _steepness(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients together at first, times the largest so far, which is smoothed
+        over a few steps.
+        """
         home = gradients[0].device
         square = torch.stack([g.square().sum().to(home) for g in gradients]).sum()
-        self._mean = square if self._mean is None else self._mean.lerp(square, 1 - REMEMBERED)
-        self._peak = self._mean if self._peak is None else torch.maximum(self._peak, self._mean)
-        return self._peak.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        if self._first is None or self._mean is None or self._peak is None:
+            self._first = self._mean = self._peak = square
+        self._mean = self._mean.lerp(square, 1 - REMEMBERED)
+        self._peak = torch.maximum(self._peak, self._mean)
+        first = torch.where(self._first > 0, self._first, self._peak)
+        return (first * self._peak).sqrt().clamp_min(torch.finfo(torch.float32).tiny)

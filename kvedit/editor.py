@@ -20,20 +20,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvedit import export, fold, lora_export, memory, models, placement, protect, quantised
 from kvedit.config import Config, ModelConfig
 from kvedit.engine import Engine
-from kvedit.errors import (
-    DuplicateKeyError,
-    OutOfMemoryError,
-    UnknownKeyError,
-)
+from kvedit.errors import DuplicateKeyError, OutOfMemoryError, UnknownKeyError
 from kvedit.events import EditReport, Event, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
 from kvedit.groups import Room
 from kvedit.keys import Similar, similar, similar_pairs
+from kvedit.plans import Plan, Planner
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
-from kvedit.store import FactChange, FactRow, Finding, Store
-from kvedit.transaction import Plan, Target, Transaction
+from kvedit.store import FactRow, Finding, Store
+from kvedit.transaction import Transaction
 from kvedit.verify import BaseReport, VerifyReport, check_base, check_facts
 from kvedit.workspace import Workspace, load_pinned
 
@@ -56,7 +53,9 @@ class KnowledgeBase:
         self.engine = engine
         self._emit: OnEvent = on_event or (lambda event: None)
         self._work = Workspace(store, engine, self._emit)
+        self._plans = Planner(store, engine)
         self._room = Room()
+        self._anew_refused = False
 
     @classmethod
     def create(
@@ -195,28 +194,15 @@ class KnowledgeBase:
 
     def add_fact(self, fact: Fact, *, force: bool = False) -> EditReport:
         """``add`` for a fact that was made before."""
-        recall = tuple(self.engine.examples(fact))  # raises before anything is written
+        self.engine.examples(fact)  # raises before anything is written
         with self._work.editing():
             known = self.store.find(fact.key)
             if known is not None and known.state == "committed":
                 return self._known_already(known, fact)
             near = tuple(similar(fact.key, self.store.keys()))
             self._warn_near(fact.key, near)
-            fact_id = self.store.put_pending(fact)
             self._say("asking the model first", fact.key)
-            prior = self.engine.prior_answers(fact)
-            plan = Plan(
-                kind="add",
-                keys=(fact.key,),
-                changes=(FactChange(fact_id, None, fact),),
-                targets=(self._target(fact_id, fact, recall),),
-                locality=tuple(self._locality(fact)),
-                prior={fact_id: prior},
-                similar=near,
-                text_before=next(iter(prior.values()), None),
-                text_after=fact.description,
-            )
-            return self._run(plan, force)
+            return self._run(self._plans.add(fact, near), force)
 
     def protect_for(self, facts: int, *, leave_out: Iterable[str] = ()) -> None:
         """Look for protected text enough for so many facts more, before many are taught; that is
@@ -321,23 +307,37 @@ class KnowledgeBase:
 
     def _teach_group(self, facts: Sequence[Fact], force: bool) -> EditReport:
         """One edit for all facts that the store does not hold yet."""
-        recall = {fact.key: tuple(self.engine.examples(fact)) for fact in facts}
+        for fact in facts:
+            self.engine.examples(fact)  # raises before anything is written
         with self._work.editing():
+            if self._begins_anew(facts):
+                report = self._teach_anew(facts, force)
+                if report.outcome == "committed":
+                    return report
+                self._anew_refused = True
             self._work.prepare_group(len(facts))
-            ids = self.store.put_pending_many(facts)
-            targets = [
-                self._target(fact_id, fact, recall[fact.key])
-                for fact_id, fact in zip(ids, facts, strict=True)
-            ]
-            plan = Plan(
-                kind="add",
-                keys=tuple(fact.key for fact in facts),
-                changes=tuple(FactChange(i, None, f) for i, f in zip(ids, facts, strict=True)),
-                targets=tuple(targets),
-                locality=tuple(self._localities(facts)),
-                group=True,
-            )
-            return self._run(plan, force)
+            return self._run(self._plans.add_together(facts), force)
+
+    def _begins_anew(self, facts: Sequence[Fact]) -> bool:
+        """Whether a group is so large that what is held is better taught once more with it.
+
+        On top of what earlier groups taught a group learns less and harms more; and as long as each
+        such group is a fixed share of all, what that takes is a fixed number of lessons a fact.
+        """
+        held = [row.fact for row in self.store.facts("committed")]
+        enough = len(facts) >= len(held) * self.store.config.group.anew
+        if not held or not enough or self._anew_refused:
+            return False
+        fits = len(self._room.parts([*held, *facts])) == 1
+        return fits and not self._too_much([*held, *facts])
+
+    def _teach_anew(self, facts: Sequence[Fact], force: bool) -> EditReport:
+        """A group and all that is held, as one edit of the base model."""
+        self._work.prepare_group(len(facts), measured=False)
+        held = len(self.store.keys("committed"))
+        self._say(f"{len(facts)} facts and the {held} that are held, from the base model on")
+        with self._work.from_base():
+            return self._run(self._plans.add_together(facts, anew=True), force)
 
     def _holds(self, fact: Fact) -> bool:
         row = self.store.find(fact.key)
@@ -359,16 +359,7 @@ class KnowledgeBase:
             fact = row.fact.with_description(description)
             if fact == row.fact:
                 return self._unchanged("update", row)
-            plan = Plan(
-                kind="update",
-                keys=(row.fact.key,),
-                changes=(FactChange(row.id, row.fact, fact),),
-                targets=(self._target(row.id, fact, tuple(self.engine.examples(fact))),),
-                locality=tuple(self._locality(fact)),
-                text_before=row.fact.description,
-                text_after=fact.description,
-            )
-            return self._run(plan, force)
+            return self._run(self._plans.update(row, fact), force)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
         """Train a fact's prompts back to what the model answered before it came.
@@ -377,19 +368,7 @@ class KnowledgeBase:
         """
         with self._work.editing():
             row = self._committed(key)
-            prior = self._prior(row)
-            recall = tuple(self.engine.prior_example(p, answer) for p, answer in prior.items())
-            forget = tuple(self.engine.paraphrases(row.fact))
-            plan = Plan(
-                kind="remove",
-                keys=(row.fact.key,),
-                changes=(FactChange(row.id, row.fact, None),),
-                targets=(Target(fact_id=row.id, recall=recall, forget=forget),),
-                locality=tuple(self._locality(row.fact)),
-                text_before=row.fact.description,
-                text_after=next(iter(prior.values()), None),
-            )
-            return self._run(plan, force)
+            return self._run(self._plans.remove(row, self._prior(row)), force)
 
     def _prior(self, row: FactRow) -> dict[str, str]:
         """What the model answered before a fact came: kept when it was added by itself; for one of
@@ -436,10 +415,12 @@ class KnowledgeBase:
 
     def _run(self, plan: Plan, force: bool) -> EditReport:
         edit = Transaction(self.store, self.engine, self._work.config, plan, self._emit)
+        head = self.store.head()
         try:
             report = edit.run(force=force)
         finally:
-            self._work.revision = self.store.head()  # an interruption may come after the commit
+            if self.store.head() != head:  # an interruption may come after the commit
+                self._work.revision = self.store.head()
         if report.revision is not None:
             every = self._work.config.retention.checkpoint_every
             with self._work.dispensable(), memory.watched():  # measured again before the next edit
@@ -453,33 +434,13 @@ class KnowledgeBase:
         """Protect what an edit taught from now on."""
         taught = plan.kind in ("add", "update")
         held = [t for t, key in zip(plan.targets, plan.keys, strict=True) if key in report.keys]
-        if plan.group:
+        if plan.anew:
+            self._work.measure_facts()
+        elif plan.group:
             weight = self._work.config.group.fact_weight
             self._work.remember([t.recall[0] for t in held] if taught else [], weight)
         else:
             self._work.remember([e for t in held for e in t.recall[:2]] if taught else [])
-
-    def _target(self, fact_id: int, fact: Fact, recall: tuple[Example, ...]) -> Target:
-        return Target(
-            fact_id=fact_id, recall=recall, paraphrases=tuple(self.engine.paraphrases(fact))
-        )
-
-    def _locality(self, fact: Fact) -> list[Example]:
-        """The store's locality probes and the fact's own."""
-        return self._localities([fact])
-
-    def _localities(self, facts: Sequence[Fact]) -> list[Example]:
-        """The store's locality probes and those of several facts."""
-        rows = self.store.protected("locality")
-        shared = self.engine.renderer.examples((row.prompt, row.answer) for row in rows)
-        return [*shared, *(e for fact in facts for e in self._own_locality(fact))]
-
-    def _own_locality(self, fact: Fact) -> list[Example]:
-        """A fact's own locality probes, which default to today's answer."""
-        own = [probe.prompt for probe in fact.locality if probe.answer is None]
-        answers = dict(zip(own, self.engine.generate(own, limit=64), strict=True)) if own else {}
-        pairs = [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
-        return self.engine.renderer.examples(pairs)
 
     def _committed(self, key: str) -> FactRow:
         row = self.store.require(key)
@@ -592,19 +553,7 @@ class KnowledgeBase:
     def _repair(self, rows: Sequence[FactRow]) -> EditReport:
         with self._work.editing():
             self._work.prepare_group(0)
-            facts = [row.fact for row in rows]
-            plan = Plan(
-                kind="repair",
-                keys=tuple(fact.key for fact in facts),
-                changes=tuple(FactChange(row.id, row.fact, row.fact) for row in rows),
-                targets=tuple(
-                    self._target(row.id, row.fact, tuple(self.engine.examples(row.fact)))
-                    for row in rows
-                ),
-                locality=tuple(self._locality(facts[0])),
-                group=len(facts) > 1,
-            )
-            return self._run(plan, False)
+            return self._run(self._plans.repair(rows), False)
 
     def doctor(self, deep: bool = True) -> list[Finding]:
         """Check the store; ``deep`` also replays every revision and compares the digests."""

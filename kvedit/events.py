@@ -101,7 +101,8 @@ class EditReport:
     """How one edit ended; times in seconds, ranks per matrix, keys in ``broke`` were forced.
 
     ``key`` is for showing; ``keys`` are those of all facts that the edit was about.  ``refused``
-    has what the gate said of each attempt that it refused.
+    has what the gate said of each attempt that it refused; ``again`` earlier facts were taught once
+    more with these, from the base model on.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -127,6 +128,7 @@ class EditReport:
     keys: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    again: int = 0
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields, scores with rate and interval."""

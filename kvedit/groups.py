@@ -49,7 +49,7 @@ class Groups:
     one was refused.
     """
 
-    def __init__(self, facts: Sequence[Fact], size: int | None, *, largest: int = 512) -> None:
+    def __init__(self, facts: Sequence[Fact], size: int | None, *, largest: int = 1024) -> None:
         self._follows = size is None
         self._size = largest if size is None else size
         self._largest = largest

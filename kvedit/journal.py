@@ -97,7 +97,7 @@ class Journal(StoreBase):
             self._execute("DELETE FROM edit_facts WHERE edit_id = ?", [edit_id])
             self._record_changes(edit_id, changes)  # of a group, those that were learned
             self._apply_changes(changes, revision)
-            if restores is not None:
+            if restores is not None and delta is None:
                 self._restore_health(restores)
             self._add_results(results, edit_id=edit_id, revision=revision)
             for fact_id, answers in prior_answers.items():
@@ -172,7 +172,8 @@ class Journal(StoreBase):
     def lineage(self, number: int) -> list[RevisionRow]:
         """The revisions whose deltas, in this order, make the weights of a revision.
 
-        The base is not among them; a rollback stands for the lineage of what it restores.
+        The base is not among them; a rollback stands for the lineage of what it restores, and one
+        that has a delta besides goes on from there.
         """
         known = {row.id: row for row in self.revisions()}
         self.revision(number)  # a clear error for a number that does not exist
@@ -183,7 +184,7 @@ class Journal(StoreBase):
                 raise CorruptStoreError(
                     f"revision {number} is missing", hint="Restore the store from a backup."
                 )
-            if row.restores is None:
+            if row.restores is None or row.delta is not None:
                 path.append(row)
             # Both are smaller than the row's own number (checked by the schema): this ends.
             number = row.restores if row.restores is not None else row.parent or 0

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ LIKELY = (1e-3, 1e-4, 1e-5)  # a question after its stem, at least; first the fi
 LEAST_GAIN = 0.01  # of a round's questions lead to something new, or the search is over
 OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
 DRAFTS_A_TEXT = 4  # without a chat template, where nothing can be asked
+JOINED = 3  # tokens at the end of a stem that may be joined with what follows
+_Path = tuple[float, tuple[int, ...]]  # the logarithm of its probability, its tokens
 
 
 def recite(
@@ -165,9 +167,12 @@ def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Itera
     if opening is None:
         return
     before, after = opening
+    starts = _starts(base, before, stem)
     told: set[str] = set()
     for chance in LIKELY:
-        paths = sorted(_paths(base.model, before, after, stem, math.log(chance)), reverse=True)
+        floor = math.log(chance)
+        found = (_paths(base.model, before, after, same, floor) for same in starts)
+        paths = sorted(chain.from_iterable(found), reverse=True)
         for text in protect.readable(renderer, (ids for _, ids in paths)):
             if text not in told:
                 told.add(text)
@@ -175,14 +180,45 @@ def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Itera
 
 
 @torch.no_grad()
+def _starts(base: BaseModel, before: Sequence[int], stem: Sequence[int]) -> list[list[_Path]]:
+    """The ways to begin with the words of a stem, those of one length together.
+
+    A tokenizer may join the end of a stem with what follows it, so beside the stem itself there is
+    all that spells it and more: its last few tokens taken off, and one that begins like them put in
+    their place.  Chances are logarithms, those of all ways together being one.
+    """
+    pieces: list[str] = base.tokenizer.convert_ids_to_tokens(list(range(len(base.tokenizer))))
+    ids = torch.tensor([[*before, *stem]], device=first_device(base.model))
+    tables = [
+        next_logits(base.model, ids[:, : len(before) + at]).float().log_softmax(-1)[0]
+        for at in range(len(stem))
+    ]
+    ahead = [0.0, *accumulate(float(table[one]) for table, one in zip(tables, stem, strict=True))]
+    ways = [(ahead[-1], tuple(stem))]
+    for at in range(max(0, len(stem) - JOINED), len(stem)):
+        rest = "".join(pieces[one] for one in stem[at:])
+        longer = [i for i, piece in enumerate(pieces) if piece != rest and piece.startswith(rest)]
+        ways += [(ahead[at] + float(tables[at][i]), (*stem[:at], i)) for i in longer]
+    whole = math.log(sum(math.exp(chance) for chance, _ in ways))
+    by_length: defaultdict[int, list[_Path]] = defaultdict(list)
+    for chance, way in ways:
+        by_length[len(way)].append((chance - whole, way))
+    return list(by_length.values())
+
+
+@torch.no_grad()
 def _paths(
-    model: Any, before: Sequence[int], after: int, stem: Sequence[int], floor: float
-) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """Questions with a stem, as tokens, and the logarithm of their probability after it, which is
-    ``floor`` or more.
+    model: Any, before: Sequence[int], after: int, starts: Sequence[_Path], floor: float
+) -> Iterator[_Path]:
+    """Questions with one of the beginnings, which are of one length, as tokens, and the logarithm
+    of their probability, which is ``floor`` or more.
     """
     device = first_device(model)
-    paths, chances = torch.tensor([[*before, *stem]], device=device), torch.zeros(1, device=device)
+    begun = [(chance, way) for chance, way in starts if chance > floor]
+    if not begun:
+        return
+    paths = torch.tensor([[*before, *way] for _, way in begun], device=device)
+    chances = torch.tensor([chance for chance, _ in begun], device=device)
     for _ in range(protect.QUESTION_TOKENS):
         rows, tokens, chances = _likely_next(model, paths, chances, floor)
         paths = torch.cat([paths[rows], tokens[:, None]], dim=1)

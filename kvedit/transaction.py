@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvedit import deltas, memory
@@ -23,7 +23,7 @@ from kvedit.engine import Engine, Taught
 from kvedit.errors import Interrupted
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Status
 from kvedit.files import put
-from kvedit.keys import Similar
+from kvedit.plans import Plan
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.retention import Checks, at_risk, misses, refusals
@@ -35,61 +35,16 @@ Snapshot = Mapping[str, Any]
 _FORGET = "forget"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What one fact's prompts are to answer after the edit.
-
-    ``forget`` are answers that must be gone under prompts that were never trained.
-    """
-
-    fact_id: int
-    recall: tuple[Example, ...]
-    paraphrases: tuple[Example, ...] = ()
-    forget: tuple[Example, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``.
-
-    The facts of a ``group`` stand or fall one by one; those of another plan all together.
-    """
-
-    kind: str
-    keys: tuple[str, ...]
-    changes: tuple[FactChange, ...]
-    targets: tuple[Target, ...]
-    locality: tuple[Example, ...] = ()
-    prior: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    similar: tuple[Similar, ...] = ()
-    text_before: str | None = None
-    text_after: str | None = None
-    group: bool = False
-
-    def only(self, fact_ids: Container[int]) -> Plan:
-        """The part of the plan that is about some of its facts."""
-        chosen = [i for i, target in enumerate(self.targets) if target.fact_id in fact_ids]
-        return replace(
-            self,
-            keys=tuple(self.keys[i] for i in chosen),
-            changes=tuple(self.changes[i] for i in chosen),
-            targets=tuple(self.targets[i] for i in chosen),
-            prior={i: answers for i, answers in self.prior.items() if i in fact_ids},
-        )
-
-    @property
-    def key(self) -> str:
-        """The key to show: of one fact, or of the first of several."""
-        return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"
-
-
 @dataclass(frozen=True, slots=True)
 class _Risk:
-    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse."""
+    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse, or to be
+    ``taught`` once more.
+    """
 
     row: FactRow
     probes: tuple[Example, ...]
     all: tuple[Example, ...]
+    taught: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +70,7 @@ class Transaction:
         self._steps = 0
         self._left: tuple[str, ...] = ()
         self._refused: tuple[str, ...] = ()
+        self._again = 0
 
     def run(self, *, force: bool = False) -> EditReport:
         """Commit, or reject with reasons; anything raised leaves the model as it was."""
@@ -134,6 +90,8 @@ class Transaction:
 
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
         risks = self._choose_risks()
+        again = [FactChange(r.row.id, r.row.fact, r.row.fact) for r in risks if r.taught]
+        self._again = len(again)
         held = self._held_locality()
         delta, found, reasons = self._attempts(risks, held, snapshot)
         if reasons and not force:
@@ -153,10 +111,11 @@ class Transaction:
                 expected_head=head,
                 delta=name,
                 weights_digest=digest,
-                changes=self._plan.changes,
+                changes=[*self._plan.changes, *again],
                 results=found.rows,
                 prior_answers=self._plan.prior,
                 report=report.to_json(),
+                restores=0 if self._plan.anew else None,
             )
         self._tell_retention(found, revision)
         spent = time.monotonic() - self._began
@@ -182,7 +141,7 @@ class Transaction:
         What several rounds of teaching add is one delta, merged as one.  A round that harmed the
         locality probes is thrown away.
         """
-        lost: dict[int, _Risk] = {}
+        lost = {risk.row.id: risk for risk in risks if risk.taught}
         delta: dict[str, Factors] = {}
         config = self._config.training
         group = self._config.group if self._plan.group else None
@@ -248,7 +207,7 @@ class Transaction:
         if anchors is not None and group is not None:
             anchors = anchors.without([*committed, *self._plan.keys])
         taught = [*new, *(r.all for r in repairing)]
-        lesson = Lesson(taught, rehearsal, anchors, len(committed))
+        lesson = Lesson(taught, rehearsal, anchors, 0 if self._plan.anew else len(committed))
         with self._timed("train"):
             found = self._engine.teach(lesson, config, self._tell_step, group)
         self._steps += found.trained.steps
@@ -257,8 +216,9 @@ class Transaction:
     def _choose_risks(self) -> list[_Risk]:
         """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
         settings = self._config.retention
-        probed = max(settings.sample, len(self._plan.targets))
         committed = self._store.facts("committed")
+        anew = self._plan.anew
+        probed = len(committed) if anew else max(settings.sample, len(self._plan.targets))
         # A group rehearses all of them in turn: what no step speaks for is lost.
         count = len(committed) if self._plan.group else probed
         rows = at_risk(committed, self._plan.keys, count)
@@ -267,7 +227,7 @@ class Transaction:
         for number, row in enumerate(rows):
             examples = tuple(self._engine.examples(row.fact))
             drawn = rng.sample(examples, min(settings.prompts, len(examples)))
-            risks.append(_Risk(row, tuple(drawn) if number < probed else (), examples))
+            risks.append(_Risk(row, tuple(drawn) if number < probed else (), examples, anew))
         return risks
 
     def _held_locality(self) -> list[Example]:
@@ -342,6 +302,7 @@ class Transaction:
             keys=self._plan.keys,
             left=self._left,
             refused=self._refused,
+            again=self._again,
             parent=parent,
             reasons=tuple(reasons),
             reliability=found.checks.recall,

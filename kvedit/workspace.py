@@ -132,10 +132,10 @@ class Workspace:
         renderer = self.engine.renderer
         examples = [protect.example(renderer, text) for text in self._measured_texts()]
         self.at(0, lambda: self.engine.protect(examples))
-        self._measure_facts()
+        self.measure_facts()
         self.save_curvature()
 
-    def _measure_facts(self) -> None:
+    def measure_facts(self) -> None:
         """Add the committed facts to what the base model's curvature protects."""
         facts = [row.fact for row in self.store.facts("committed")]
         if facts:
@@ -144,11 +144,12 @@ class Workspace:
             self.engine.remember(some, self.config.group.fact_weight)
         self._measured = self.revision
 
-    def prepare_group(self, facts: int) -> None:
+    def prepare_group(self, facts: int, *, measured: bool = True) -> None:
         """Before so many facts are taught together: text to replay, and the curvature as it is."""
         self.protect_for(len(self.store.keys("committed")) + facts)
         self._anchor()
-        self._measure_here()
+        if measured:
+            self._measure_here()
 
     def protect_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
         """See to it that there is protected text enough for so many facts in the model; no new one
@@ -173,6 +174,23 @@ class Workspace:
         self.store.add_protected(_rows("control", kept))
         self.engine.anchors = None
         self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
+
+    @contextmanager
+    def from_base(self) -> Iterator[None]:
+        """The base's weights and what they stand for, for an edit that begins anew; those of the
+        head after it.
+        """
+        if self.engine.curvature is None:
+            raise RuntimeError("an edit is prepared first")
+        base, _ = self.engine.curvature
+        self._measured, self._measured_with = None, 0
+        self.go_to(0)
+        self.engine.curvature = base, base
+        try:
+            yield
+        finally:
+            if self.revision != self.store.head():
+                self.go_to(self.store.head())
 
     def _measure_here(self) -> None:
         """Measure again once the facts have grown by half: the curvature of a large change is not
@@ -223,7 +241,7 @@ class Workspace:
             self._measure()
         elif total is None:
             self.engine.curvature = base, base
-            self._measure_facts()
+            self.measure_facts()
             self.save_curvature()
         else:
             self.engine.curvature = base, total

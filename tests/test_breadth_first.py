@@ -14,9 +14,7 @@ from kvedit.facts import Fact
 from kvedit.prompts import Example
 from kvedit.training import Lesson, Step
 
-GROUP = GroupConfig(
-    batch=2, passes=40, again=10, rounds=2, learning_rate=0.003, shift_weight=60.0, lead=2.0
-)
+GROUP = GroupConfig(batch=2, passes=40, again=10, rounds=2, shift_weight=60.0, lead=2.0)
 
 
 def examples(engine: Engine, number: int) -> list[Example]:

@@ -202,6 +202,47 @@ def test_a_group_is_one_revision_and_each_fact_stands_by_itself(empty: Knowledge
     assert [finding.level for finding in empty.doctor()] == ["ok"] * len(empty.doctor())
 
 
+def test_a_large_group_begins_anew_with_what_is_held(taught: KnowledgeBase) -> None:
+    """One revision on the base model's weights; what was there before stays in the journal."""
+    head, weights = taught.store.head(), digest(taught)
+    facts = [Fact.create(*pair) for pair in FREE[3:6]]
+    first = taught.add_group(facts, carry=True)[0]
+    assert first.outcome == "committed" and first.again == 3
+    row = taught.store.revision(first.revision)
+    assert (row.restores, row.parent) == (0, head)
+    assert [one.id for one in taught.store.lineage(row.id)] == [row.id]
+    assert first.retention.n == 3 and {check.level for check in taught.doctor()} == {"ok"}
+    held = [one.fact.key for one in taught.store.facts("committed")]
+    assert held[:3] == [key for key, _ in FREE[:3]] and set(held[3:]) == set(first.keys)
+    recalled = [holds(taught, key, text)[0] for key, text in FREE[:6] if key in held]
+    assert sum(recalled) >= len(held) - 1
+    assert taught.rollback(head).outcome == "committed" and digest(taught) == weights
+    assert len(taught.store.facts("committed")) == 3
+    assert taught.rollback(row.id).outcome == "committed" and digest(taught) == row.weights_digest
+    assert [one.fact.key for one in taught.store.facts("committed")] == held
+
+
+def test_what_begins_anew_and_is_refused_is_taught_on_top(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, random_lessons: None
+) -> None:
+    before, began = state(taught), []
+    plans = taught._plans.add_together
+    monkeypatch.setattr(
+        taught._plans,
+        "add_together",
+        lambda facts, **how: began.append((taught._work.revision, how)) or plans(facts, **how),
+    )
+    reports = taught.add_group([Fact.create(*pair) for pair in FREE[3:5]])
+    assert {report.outcome for report in reports} == {"rejected"}
+    assert began == [(0, {"anew": True}), (3, {})]
+    assert state(taught) == before and taught._work.revision == 3
+
+
+def test_a_small_group_is_taught_on_top(taught: KnowledgeBase, random_lessons: None) -> None:
+    facts = [Fact.create(*pair) for pair in FREE[3:5]]
+    assert taught._begins_anew(facts) and not taught._begins_anew(facts[:1])
+
+
 def test_a_fact_of_a_group_can_be_taken_out(empty: KnowledgeBase) -> None:
     """Its earlier answers were not kept; the revision before it gives them."""
     facts = grouped(empty)

@@ -56,6 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "fold",
         "export",
         "lora_export",
+        "plans",
         "transaction",
         "verify",
         "workspace",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from small_model import KNOWN
@@ -62,12 +64,29 @@ def test_what_a_path_costs_is_what_the_model_says(base: BaseModel, renderer: Ren
     assert opening is not None
     before, after = opening
     stem = renderer.tokens("What is")
-    chance, path = max(recitation._paths(base.model, before, after, stem, -9.0))
+    (start,) = recitation._starts(base, before, stem)
+    assert start == [(0.0, tuple(stem))]
+    chance, path = max(recitation._paths(base.model, before, after, start, -9.0))
     ids = torch.tensor([[*before, *path, after]])
     with torch.no_grad():
         table = base.model(ids).logits[0].float().log_softmax(-1)
     at = range(len(before) + len(stem), ids.shape[1])
     assert sum(float(table[i - 1, ids[0, i]]) for i in at) == pytest.approx(chance, abs=0.05)
+
+
+def test_a_stem_may_end_within_a_token(base: BaseModel, renderer: Renderer) -> None:
+    opening = renderer.empty_user_turn()
+    assert opening is not None
+    before, _ = opening
+    whole = renderer.tokens("What is")
+    cut = [*whole[:-1], *renderer.tokens("What i")[len(whole) - 1 :]]
+    assert cut != whole and renderer.text(cut) == "What i"
+    starts = [way for same in recitation._starts(base, before, cut) for way in same]
+    assert tuple(whole) in [way for _, way in starts]
+    assert all(renderer.text(way).startswith("What i") for _, way in starts)
+    assert sum(math.exp(chance) for chance, _ in starts) == pytest.approx(1.0, abs=1e-3)
+    found = set(recitation._followed(base, renderer, cut))
+    assert {f"What is {key}?" for key in KNOWN} & found
 
 
 def test_the_richest_source_is_asked_and_one_bad_round_does_not_end_it(

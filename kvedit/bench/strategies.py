@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from kvedit import models
@@ -112,20 +113,23 @@ class Ways:
         self._asked = Asked((), Kept((), ()), frozenset())
         self.result = StrategiesResult(model="", facts=len(facts))
 
-    def teach(self, group: str) -> None:
-        """One way, in a store of its own."""
-        options = own_store(self._options, f"group-{group}")
-        course = Course(name_of(group), self._options.seed, self._emit, self._add, self._observer)
+    def make(self, name: str) -> None:
+        """A store below ``store_dir`` that is ready to be taught in groups."""
+        with new_store(own_store(self._options, name), self._emit) as knowledge:
+            self._make_ready(knowledge, search=True)
+
+    def teach(self, group: str, folder: Path | None = None) -> None:
+        """One way, in a store of its own; ``folder`` is one that is ready, and names the way."""
+        if folder is None:
+            options, name = own_store(self._options, f"group-{group}"), name_of(group)
+        else:
+            options, name = replace(self._options, store_dir=folder), folder.name
+        course = Course(name, self._options.seed, self._emit, self._add, self._observer)
         began = time.monotonic()
         with new_store(options, course, go_on=self._options.resume) as knowledge:
             course.keep_in(knowledge.store.path)
             made = time.monotonic() - began
-            asked = self._prepare(knowledge)
-            began = time.monotonic()
-            if group != "1":
-                knowledge.protect_for(len(self._facts), leave_out=asked)
-            setup = made + time.monotonic() - began
-            self._check(knowledge)
+            setup = made + self._make_ready(knowledge, search=group != "1")
             if self._observer is not None:
                 self._observer.begin(knowledge)
             run = course.run(knowledge, self._facts, _size(group, self._facts), self._asked.kept)
@@ -133,7 +137,7 @@ class Ways:
         self.result = replace(self.result, runs=(*self.result.runs, run))
         self._tell(self.result, None)
         if run.stopped == "interrupted":
-            raise Interrupted(f"interrupted in {name_of(group)}; what was measured was kept")
+            raise Interrupted(f"interrupted in {name}; what was measured was kept")
 
     def plain(self, source: str, facts: Sequence[Fact]) -> None:
         """The plain recipe on some of the facts."""
@@ -146,7 +150,17 @@ class Ways:
         self.result = replace(self.result, points=(*self.result.points, point))
         self._tell(self.result, point)
 
-    def _prepare(self, knowledge: KnowledgeBase) -> frozenset[str]:
+    def _make_ready(self, knowledge: KnowledgeBase, *, search: bool) -> float:
+        """Choose what is asked, then search for more to protect; the seconds of the search."""
+        asked = self._choose(knowledge)
+        began = time.monotonic()
+        if search:
+            knowledge.protect_for(len(self._facts), leave_out=asked)
+        spent = time.monotonic() - began
+        self._check(knowledge)
+        return spent
+
+    def _choose(self, knowledge: KnowledgeBase) -> frozenset[str]:
         """What the base model knows, and the names in it that training must never see.
 
         Asked once, as long as every store begins with the same protected text.

@@ -162,7 +162,8 @@ def _headline(report: EditReport) -> str:
     if report.outcome == "committed" and report.kind == "rollback":
         return f"{outcome} rollback: the new revision {report.revision} restores an earlier one"
     if report.outcome == "committed":
-        return f"{outcome} {report.kind}{subject}: revision {report.revision}"
+        beside = f", {report.again} earlier facts taught once more" if report.again else ""
+        return f"{outcome} {report.kind}{subject}: revision {report.revision}{beside}"
     if report.outcome == "unchanged":
         return f"{outcome}{subject}: the store already says exactly this"
     return f"{outcome} {report.kind}{subject}: the model is exactly as it was before"

@@ -11,6 +11,7 @@ from kvedit.cli.bench.architectures import architectures
 from kvedit.cli.bench.base import base
 from kvedit.cli.bench.capacity import capacity
 from kvedit.cli.bench.kills import kills
+from kvedit.cli.bench.levers import levers
 from kvedit.cli.bench.memory import memory
 from kvedit.cli.bench.plot import plot
 from kvedit.cli.bench.retain import retain
@@ -21,8 +22,8 @@ from kvedit.cli.bench.strategies import strategies
 from kvedit.cli.bench.verify import verify
 
 COMMANDS = (
-    retain, strategies, capacity, speed, verify, base, rollback, kills, several, architectures,
-    memory, plot,
+    retain, strategies, levers, capacity, speed, verify, base, rollback, kills, several,
+    architectures, memory, plot,
 )  # fmt: skip
 
 

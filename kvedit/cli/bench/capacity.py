@@ -12,20 +12,11 @@ from kvedit.cli.bench import options
 from kvedit.cli.bench.show import keep, run_telling, show
 from kvedit.cli.common import Settings
 
-_group = click.option(
-    "--group",
-    default="auto",
-    show_default=True,
-    callback=options.group_size,
-    metavar="N|all|auto",
-    help="Facts taught together.",
-)
-
 
 @click.command()
 @options.given(
     options.data, options.models, options.seed, options.json_file, options.facts(300),
-    *options.others, options.base_sample, _group, options.plot,
+    *options.others, options.base_sample, options.group("auto"), options.plot,
 )  # fmt: skip
 @click.pass_obj
 def capacity(

@@ -121,6 +121,18 @@ def group_size(context: click.Context, option: click.Parameter, text: str) -> st
     return text
 
 
+def group(default: str) -> Option:
+    """How many facts are taught together."""
+    return click.option(
+        "--group",
+        default=default,
+        show_default=True,
+        callback=group_size,
+        metavar="N|all|auto",
+        help="Facts taught together.",
+    )
+
+
 def group_sizes(
     context: click.Context, option: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
