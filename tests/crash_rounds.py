@@ -37,6 +37,7 @@ from kvedit.database import StoreBase  # noqa: E402
 from kvedit.engine import Engine  # noqa: E402
 from kvedit.errors import NoStoreError  # noqa: E402
 from kvedit.events import Warning_  # noqa: E402
+from kvedit.facts import Fact  # noqa: E402
 from kvedit.store import Store  # noqa: E402
 
 OTHER = "Made of silk in Tarn."
@@ -62,7 +63,16 @@ def commands() -> list[Command]:
         Command("update", lambda k: k.update(key, OTHER), two, {**two, key: OTHER}),
         Command("remove", lambda k: k.remove(FREE[1][0]), two, {key: FREE[0][1]}),
         Command("rollback", lambda k: k.rollback(1), two, {key: FREE[0][1]}),
+        Command("anew", _two_more, two, dict(FREE[:4])),
     ]
+
+
+def _two_more(knowledge: KnowledgeBase) -> None:
+    """As many as it holds: both are taught with what is held, from the base model on."""
+    facts = [Fact.create(*pair) for pair in FREE[2:4]]
+    report = knowledge.add_group(facts, carry=True)[0]
+    if report.again != 2:
+        raise RuntimeError(f"it did not begin anew: {report.reasons}")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def test_killed_at_every_point_of_an_add(small: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["init", "update", "remove", "rollback"])
+@pytest.mark.parametrize("command", ["init", "update", "remove", "rollback", "anew"])
 def test_killed_at_every_point(small: dict[str, Path], command: str) -> None:
     lines = rounds(small["bf16"], "--points", command)
     assert len({line["head"] for line in lines}) == 2

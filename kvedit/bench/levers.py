@@ -46,6 +46,7 @@ LEVERS = (
     SEARCH,
     Lever("no rehearsal", "group", "rehearsal", 0.0),
     Lever("every token counts alike", "group", "settled", 1.0),
+    Lever("nothing begins anew", "group", "anew", 1e9),
 )
 EVERYTHING = "everything"
 

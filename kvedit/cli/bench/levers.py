@@ -25,8 +25,8 @@ def levers(
     """Teach the same facts with everything, without one lever at a time, and by the plain recipe.
 
     The levers: the price of what moves, the replay of protected text, the search for what the model
-    knows, the rehearsal of earlier facts, and the small weight of tokens that lead. All begin with
-    the same store and are asked the same questions, as in bench strategies.
+    knows, the rehearsal of earlier facts, the small weight of tokens that lead, and beginning anew. All
+    start from the same store and are asked the same questions, as in bench strategies.
 
     \b
     Examples:
