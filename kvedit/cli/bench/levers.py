@@ -24,9 +24,10 @@ def levers(
 ) -> None:  # fmt: skip
     """Teach the same facts with everything, without one lever at a time, and by the plain recipe.
 
-    The levers: the price of what moves, the replay of protected text, the search for what the model
-    knows, the rehearsal of earlier facts, the small weight of tokens that lead, and beginning anew. All
-    start from the same store and are asked the same questions, as in bench strategies.
+    The levers: the price of what moves, the replay of protected text, the search for what the
+    model knows, the rehearsal of earlier facts, the small weight of tokens that lead, and
+    beginning anew. All start from the same store and are asked the same questions, as in bench
+    strategies.
 
     \b
     Examples:
