@@ -41,7 +41,7 @@ def write_settings(store: Path, steps: int) -> None:
     open_gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
     text = settings(steps=steps, repairs=0, rounds=0, **open_gate)
     text = text.replace("short = 48", "short = 4").replace("locality = 8", "locality = 2")
-    text = text.replace("free = 4", "free = 0").replace("passes = 40", "passes = 4")
+    text = text.replace("free = 4", "free = 0").replace("passes = 40", "passes = 12")
     (store / "kvedit.toml").write_text(text, encoding="utf-8")
 
 

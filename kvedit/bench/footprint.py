@@ -57,6 +57,7 @@ max_steps = {steps}
 [group]
 passes = {passes}
 rounds = {rounds}
+anew = 1e9
 retention = 0.0
 [gate]
 recall = 0.0
