@@ -343,7 +343,8 @@ def random_moments(bench: Bench, rounds: int, seed: int) -> Iterator[dict[str, o
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill edits and look what is left.")
     parser.add_argument(
-        "--points", nargs="+", default=[], choices=["init", "add", "update", "remove", "rollback"],
+        "--points", nargs="+", default=[],
+        choices=["init", "add", "update", "remove", "rollback", "anew"],
         help="commands to kill before and after every fsync, rename and transaction",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=0, help="that many random moments")
