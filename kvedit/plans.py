@@ -1,7 +1,8 @@
 """What an edit is to do: which facts change, what must be answered after it, and what must not.
 
 Invariants:
-- A plan is made with the head's weights in memory: what the model answers now is part of it.
+- A plan is made with the weights in memory that the edit begins from, the head's or, anew, the
+  base model's: what the model answers with them is part of it.
 - Making one changes no weights and commits nothing.
 """
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,13 @@ class Renderer:
         special = set(self._tokenizer.all_special_ids)
         special |= {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
         return next((token for token in self.tokens(after) if token in special), None)
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """Every token as the tokenizer writes it, by its number; not always text by itself."""
+        tokenizer = self._tokenizer
+        found: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        return found
 
     @property
     def begin(self) -> int:

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Itera
     if opening is None:
         return
     before, after = opening
-    starts = _starts(base, before, stem)
+    starts = _starts(base.model, renderer.pieces, before, stem)
     told: set[str] = set()
     for chance in LIKELY:
         floor = math.log(chance)
@@ -180,25 +180,25 @@ def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Itera
 
 
 @torch.no_grad()
-def _starts(base: BaseModel, before: Sequence[int], stem: Sequence[int]) -> list[list[_Path]]:
+def _starts(
+    model: Any, pieces: Sequence[str], before: Sequence[int], stem: Sequence[int]
+) -> list[list[_Path]]:
     """The ways to begin with the words of a stem, those of one length together.
 
     A tokenizer may join the end of a stem with what follows it, so beside the stem itself there is
     all that spells it and more: its last few tokens taken off, and one that begins like them put in
     their place.  Chances are logarithms, those of all ways together being one.
     """
-    pieces: list[str] = base.tokenizer.convert_ids_to_tokens(list(range(len(base.tokenizer))))
-    ids = torch.tensor([[*before, *stem]], device=first_device(base.model))
-    tables = [
-        next_logits(base.model, ids[:, : len(before) + at]).float().log_softmax(-1)[0]
-        for at in range(len(stem))
-    ]
-    ahead = [0.0, *accumulate(float(table[one]) for table, one in zip(tables, stem, strict=True))]
-    ways = [(ahead[-1], tuple(stem))]
+    ids = torch.tensor([[*before, *stem]], device=first_device(model))
+    ways: list[_Path] = []
+    ahead = 0.0  # the chance of the stem's own tokens, from the first that may be joined
     for at in range(max(0, len(stem) - JOINED), len(stem)):
+        table = next_logits(model, ids[:, : len(before) + at]).float().log_softmax(-1)[0]
         rest = "".join(pieces[one] for one in stem[at:])
         longer = [i for i, piece in enumerate(pieces) if piece != rest and piece.startswith(rest)]
-        ways += [(ahead[at] + float(tables[at][i]), (*stem[:at], i)) for i in longer]
+        ways += [(ahead + float(table[i]), (*stem[:at], i)) for i in longer]
+        ahead += float(table[stem[at]])
+    ways.append((ahead, tuple(stem)))
     whole = math.log(sum(math.exp(chance) for chance, _ in ways))
     by_length: defaultdict[int, list[_Path]] = defaultdict(list)
     for chance, way in ways:

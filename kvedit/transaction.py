@@ -37,14 +37,13 @@ _FORGET = "forget"
 
 @dataclass(frozen=True, slots=True)
 class _Risk:
-    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse, or to be
-    ``taught`` once more.
+    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse, or to teach
+    once more.
     """
 
     row: FactRow
     probes: tuple[Example, ...]
     all: tuple[Example, ...]
-    taught: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class Transaction:
         self._steps = 0
         self._left: tuple[str, ...] = ()
         self._refused: tuple[str, ...] = ()
-        self._again = 0
+        self._again: tuple[FactChange, ...] = ()  # held facts that are taught once more
 
     def run(self, *, force: bool = False) -> EditReport:
         """Commit, or reject with reasons; anything raised leaves the model as it was."""
@@ -90,8 +89,8 @@ class Transaction:
 
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
         risks = self._choose_risks()
-        again = [FactChange(r.row.id, r.row.fact, r.row.fact) for r in risks if r.taught]
-        self._again = len(again)
+        if self._plan.anew:
+            self._again = tuple(FactChange(r.row.id, r.row.fact, r.row.fact) for r in risks)
         held = self._held_locality()
         delta, found, reasons = self._attempts(risks, held, snapshot)
         if reasons and not force:
@@ -111,7 +110,7 @@ class Transaction:
                 expected_head=head,
                 delta=name,
                 weights_digest=digest,
-                changes=[*self._plan.changes, *again],
+                changes=[*self._plan.changes, *self._again],
                 results=found.rows,
                 prior_answers=self._plan.prior,
                 report=report.to_json(),
@@ -141,7 +140,7 @@ class Transaction:
         What several rounds of teaching add is one delta, merged as one.  A round that harmed the
         locality probes is thrown away.
         """
-        lost = {risk.row.id: risk for risk in risks if risk.taught}
+        lost = {risk.row.id: risk for risk in risks} if self._plan.anew else {}
         delta: dict[str, Factors] = {}
         config = self._config.training
         group = self._config.group if self._plan.group else None
@@ -217,8 +216,9 @@ class Transaction:
         """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
         settings = self._config.retention
         committed = self._store.facts("committed")
-        anew = self._plan.anew
-        probed = len(committed) if anew else max(settings.sample, len(self._plan.targets))
+        probed = max(settings.sample, len(self._plan.targets))
+        if self._plan.anew:
+            probed = len(committed)
         # A group rehearses all of them in turn: what no step speaks for is lost.
         count = len(committed) if self._plan.group else probed
         rows = at_risk(committed, self._plan.keys, count)
@@ -227,7 +227,7 @@ class Transaction:
         for number, row in enumerate(rows):
             examples = tuple(self._engine.examples(row.fact))
             drawn = rng.sample(examples, min(settings.prompts, len(examples)))
-            risks.append(_Risk(row, tuple(drawn) if number < probed else (), examples, anew))
+            risks.append(_Risk(row, tuple(drawn) if number < probed else (), examples))
         return risks
 
     def _held_locality(self) -> list[Example]:
@@ -302,7 +302,7 @@ class Transaction:
             keys=self._plan.keys,
             left=self._left,
             refused=self._refused,
-            again=self._again,
+            again=len(self._again),
             parent=parent,
             reasons=tuple(reasons),
             reliability=found.checks.recall,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import pytest
 from small_model import FREE, KNOWN, settings
 
 from kvedit.bench.retain import BenchOptions
@@ -52,3 +55,10 @@ def make_options(data: Path, model: Path, store: Path, steps: int = 25) -> Bench
         data=data, model=str(model), facts=2, base_sample=10, plain_facts=1,
         facts_file=data / "facts.jsonl", store_dir=store,
     )  # fmt: skip
+
+
+def make_given(small: Path, temporary: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same by name, for benchmarks with options of their own; folders and model are new."""
+    data = write_data(temporary.mktemp("data"))
+    model = write_model(small, temporary.mktemp("model") / "bf16")
+    return asdict(make_options(data, model, temporary.mktemp("stores"), steps=12))

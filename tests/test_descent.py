@@ -44,6 +44,18 @@ def test_steps_shrink_with_the_gradient() -> None:
     assert length == pytest.approx(0.0001, rel=0.05)
 
 
+def test_no_step_is_longer_than_the_first_way_allows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = parameters(6, 2)
+    descent = Descent(sides, lr=0.1)
+    first = 0.0
+    for _ in range(50):
+        size = float(torch.rand(1, generator=generator))
+        draws = [size * torch.randn(width, generator=generator) for width in (6, 2)]
+        first = first or float(torch.cat(draws).norm())
+        assert step(descent, sides, *draws) * first <= 0.1
+
+
 def test_a_steep_stretch_shortens_all_later_steps() -> None:
     sides = parameters(4)
     descent = Descent(sides, lr=0.02)

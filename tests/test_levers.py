@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from bench_data import make_options, write_data, write_model  # noqa: E402
+from bench_data import make_given  # noqa: E402
 
 from kvedit.bench import levers  # noqa: E402
 from kvedit.bench.strategies import StrategiesResult, StrategyOptions  # noqa: E402
@@ -25,9 +25,7 @@ FACTS = 2
 
 @pytest.fixture(scope="module")
 def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> StrategyOptions:
-    data = write_data(tmp_path_factory.mktemp("data"))
-    model = write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
-    plain = asdict(make_options(data, model, tmp_path_factory.mktemp("stores"), steps=12))
+    plain = make_given(small["bf16"], tmp_path_factory)
     settings = plain["store_dir"] / "kvedit.toml"
     text = settings.read_text(encoding="utf-8")
     assert "most_drafts = 96" in text

@@ -64,7 +64,7 @@ def test_what_a_path_costs_is_what_the_model_says(base: BaseModel, renderer: Ren
     assert opening is not None
     before, after = opening
     stem = renderer.tokens("What is")
-    (start,) = recitation._starts(base, before, stem)
+    (start,) = recitation._starts(base.model, renderer.pieces, before, stem)
     assert start == [(0.0, tuple(stem))]
     chance, path = max(recitation._paths(base.model, before, after, start, -9.0))
     ids = torch.tensor([[*before, *path, after]])
@@ -81,12 +81,13 @@ def test_a_stem_may_end_within_a_token(base: BaseModel, renderer: Renderer) -> N
     whole = renderer.tokens("What is")
     cut = [*whole[:-1], *renderer.tokens("What i")[len(whole) - 1 :]]
     assert cut != whole and renderer.text(cut) == "What i"
-    starts = [way for same in recitation._starts(base, before, cut) for way in same]
+    found = recitation._starts(base.model, renderer.pieces, before, cut)
+    starts = [way for same in found for way in same]
     assert tuple(whole) in [way for _, way in starts]
     assert all(renderer.text(way).startswith("What i") for _, way in starts)
     assert sum(math.exp(chance) for chance, _ in starts) == pytest.approx(1.0, abs=1e-3)
-    found = set(recitation._followed(base, renderer, cut))
-    assert {f"What is {key}?" for key in KNOWN} & found
+    told = set(recitation._followed(base, renderer, cut))
+    assert {f"What is {key}?" for key in KNOWN} & told
 
 
 def test_the_richest_source_is_asked_and_one_bad_round_does_not_end_it(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from bench_data import make_options, write_data, write_model  # noqa: E402
+from bench_data import make_given, write_model  # noqa: E402
 from small_model import FREE  # noqa: E402
 
 from kvedit import plots  # noqa: E402
@@ -42,9 +42,7 @@ from kvedit.errors import Interrupted  # noqa: E402
 @pytest.fixture(scope="module")
 def given(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Options for the small model."""
-    data = write_data(tmp_path_factory.mktemp("data"))
-    model = write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
-    return asdict(make_options(data, model, tmp_path_factory.mktemp("stores"), steps=12))
+    return make_given(small["bf16"], tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 torch = pytest.importorskip("torch")
 
-from bench_data import make_options, write_data, write_model  # noqa: E402
+from bench_data import make_given  # noqa: E402
 from small_model import FREE  # noqa: E402
 
 from kvedit import plots  # noqa: E402
@@ -29,9 +29,7 @@ FACTS = 4
 @pytest.fixture(scope="module")
 def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> StrategyOptions:
     """Four facts in twos, all at once, and the plain recipe on one."""
-    data = write_data(tmp_path_factory.mktemp("data"))
-    model = write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
-    plain = asdict(make_options(data, model, tmp_path_factory.mktemp("stores"), steps=12))
+    plain = make_given(small["bf16"], tmp_path_factory)
     return StrategyOptions(**{**plain, "facts": FACTS}, groups=("2", "all"))
 
 

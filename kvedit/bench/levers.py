@@ -59,8 +59,7 @@ def levers(
     The group size is the first of ``options.groups``.  Raises UsageError where ``store_dir`` has
     the stores of another run.
     """
-    source = models.locate(options.model)
-    data = questions.load(options.data, source)
+    data = questions.load(options.data, models.locate(options.model))
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     with _home(options.store_dir) as home:
         own = replace(options, store_dir=home, resume=True)
@@ -69,9 +68,7 @@ def levers(
         ways.teach(options.groups[0], _store(home, None))
         for lever in LEVERS:
             ways.teach(options.groups[0], _store(home, lever))
-        some = facts[: options.plain_facts]
-        if some:
-            ways.plain(source, some)
+        ways.plain()
         return ways.result
 
 

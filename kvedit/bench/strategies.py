@@ -82,15 +82,12 @@ def strategies(
 
     Raises Interrupted when a run was stopped by the user.
     """
-    source = models.locate(options.model)
-    data = questions.load(options.data, source)
+    data = questions.load(options.data, models.locate(options.model))
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ways = Ways(options, data, facts, emit, tell)
     for group in options.groups:
         ways.teach(group)
-    some = facts[: options.plain_facts]
-    if some:
-        ways.plain(source, some)
+    ways.plain()
     return ways.result
 
 
@@ -139,9 +136,13 @@ class Ways:
         if run.stopped == "interrupted":
             raise Interrupted(f"interrupted in {name}; what was measured was kept")
 
-    def plain(self, source: str, facts: Sequence[Fact]) -> None:
-        """The plain recipe on some of the facts."""
-        edits, points = plain_all(source, facts, self._asked.kept, self._emit)
+    def plain(self) -> None:
+        """The plain recipe on as many of the facts as the options say, which may be none."""
+        some = self._facts[: self._options.plain_facts]
+        if not some:
+            return
+        source = models.locate(self._options.model)
+        edits, points = plain_all(source, some, self._asked.kept, self._emit)
         self.result = replace(self.result, plain=tuple(edits))
         for point in points:
             self._add(point)
