@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,6 +125,11 @@ class Engine:
         if self._adapter is None:
             self._adapter = Adapter(self.base.model, self.names, init_rank=init, target_rank=target)
         return self._adapter
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around long work with the base model that no other process shares."""
+        yield
 
     def release(self) -> None:
         """Give back the memory of all that is made again at need, after it ran out."""

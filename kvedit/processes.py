@@ -15,11 +15,14 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from kvedit import deltas, models, probes
@@ -68,6 +71,16 @@ class LedEngine(Engine):
         self.shards = _shards(crew, base, targets) if shard else None
         super().__init__(base, config, targets=targets, **more)
         self.share = Together(crew)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The others only wait: their threads on this machine are to spare."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _make_master(self) -> Master:
         return LedMaster(self._crew, self.base.model, self.names)

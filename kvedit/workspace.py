@@ -101,10 +101,11 @@ class Workspace:
         self.store.set_protected(_rows("control", extra))  # a killed init has not lost them
         here = self.revision
         self.go_to(0)
-        made = protect.make(
-            self.engine.base, self.engine.renderer, self.config.protect,
-            extra=extra, progress=lambda text: self.say(text),
-        )  # fmt: skip
+        with self.engine.alone():
+            made = protect.make(
+                self.engine.base, self.engine.renderer, self.config.protect,
+                extra=extra, progress=lambda text: self.say(text),
+            )  # fmt: skip
         self.store.set_protected(
             [*_rows("control", made.control), *_rows("locality", made.locality)]
         )
@@ -161,19 +162,22 @@ class Workspace:
         if wanted <= drawn:
             return
         known = self._all_texts()
-        new = self.at(
-            0,
-            lambda: recitation.recite(
-                self.engine.base, self.engine.renderer, wanted - drawn,
-                known=known, seed=drawn, progress=lambda text: self.say(text),
-            ),
-        )  # fmt: skip
+        new = self.at(0, lambda: self._recite(wanted - drawn, known, seed=drawn))
         names = [normalise(name) for name in leave_out]
         texts = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
         kept = [t for t, told in zip(new, texts, strict=True) if not any(n in told for n in names)]
         self.store.add_protected(_rows("control", kept))
         self.engine.anchors = None
         self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
+
+    def _recite(
+        self, drafts: int, known: Sequence[protect.Protected], seed: int
+    ) -> tuple[protect.Protected, ...]:
+        with self.engine.alone():
+            return recitation.recite(
+                self.engine.base, self.engine.renderer, drafts,
+                known=known, seed=seed, progress=lambda text: self.say(text),
+            )  # fmt: skip
 
     @contextmanager
     def from_base(self) -> Iterator[None]:

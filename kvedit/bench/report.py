@@ -19,6 +19,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from kvedit import __version__
 from kvedit.bench.asking import Both, Point
@@ -49,6 +50,7 @@ class Setting:
     commit: str
     cpu: str
     cores: int
+    processes: int
     threads: int
     torch: str
     python: str
@@ -64,6 +66,7 @@ def setting(command: str) -> Setting:
         commit=_commit(),
         cpu=_cpu(),
         cores=usable or 1,
+        processes=dist.get_world_size() if dist.is_initialized() else 1,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         python=platform.python_version(),
@@ -280,7 +283,7 @@ def markdown(title: str, made: Setting, model: str, notes: str, sheets: Sequence
         f"`{made.command}`",
         "",
         f"Model {model}; kvedit {made.kvedit}, commit {made.commit}; {made.cpu}, {made.cores} cores"
-        f" usable, {made.threads} threads; torch {made.torch}, Python {made.python}. {notes}",
+        f" usable, {_threads(made)}; torch {made.torch}, Python {made.python}. {notes}",
     ]
     for sheet in sheets:
         lines += [
@@ -292,6 +295,11 @@ def markdown(title: str, made: Setting, model: str, notes: str, sheets: Sequence
         ]
         lines += [_row(row) for row in sheet.rows]
     return "\n".join(lines) + "\n"
+
+
+def _threads(made: Setting) -> str:
+    threads = f"{made.threads} thread{'s' * (made.threads > 1)}"
+    return threads if made.processes == 1 else f"{made.processes} processes, {threads} each"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvedit import models, probes
 from kvedit.bench import questions
@@ -35,6 +35,9 @@ from kvedit.plain import PlainConfig, PlainStep, plain_examples, train_plain
 from kvedit.prompts import Example, Renderer, paraphrase_prompts
 from kvedit.store import ProtectedRow
 
+if TYPE_CHECKING:
+    from kvedit.crew import Crew
+
 KVEDIT, PLAIN = "kvedit", "plain recipe"
 TRUE = "kvedit, true facts protected"
 Emit = Callable[[Event], None]
@@ -45,7 +48,8 @@ class BenchOptions:
     """What to measure, and on what; ``plain_facts`` 0 leaves the plain recipe out.
 
     ``true_facts``: how many facts of the model's own pretraining to protect in a second run;
-    ``kind`` of facts to teach, where no file has them: see ``questions.new_facts``.
+    ``kind`` of facts to teach, where no file has them: see ``questions.new_facts``; ``crew``: other
+    processes that share the work.
     """
 
     data: Path
@@ -59,6 +63,7 @@ class BenchOptions:
     kind: str = questions.POETS
     store_dir: Path | None = None
     seed: int = 0
+    crew: Crew | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,10 +211,10 @@ def new_store(options: BenchOptions, emit: Emit, *, go_on: bool = False) -> Iter
     with TemporaryDirectory(prefix="kvedit-bench-") as folder:
         path = options.store_dir or Path(folder) / "store"
         if go_on and (path / DB_NAME).is_file():
-            opened = KnowledgeBase.open(path, on_event=emit)
+            opened = KnowledgeBase.open(path, on_event=emit, crew=options.crew)
         else:
             opened = KnowledgeBase.create(
-                path, options.model, protect=options.protect, on_event=emit
+                path, options.model, protect=options.protect, on_event=emit, crew=options.crew
             )
         with opened as knowledge:
             yield knowledge

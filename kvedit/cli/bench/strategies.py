@@ -50,7 +50,9 @@ def strategies(
 
     options.require_store_dir(given["resume"], given["store_dir"])
     given = options.without_plain(plain, given)
-    chosen = StrategyOptions(**{name: value for name, value in given.items() if value != ()})
+    chosen = StrategyOptions(
+        crew=settings.crew, **{name: value for name, value in given.items() if value != ()}
+    )
     result = run_telling(settings, measure, chosen, json_file, report.line)
     show("Strategies", result.model, report.notes(result), report.sheets(result))
     keep(result, json_file, plot)
