@@ -3,9 +3,9 @@
 The price of ``curvature`` is a quadratic guess that adds up over edits; the divergence measured
 here is the thing itself, on a sample of the text in every step.
 
-Few tokens diverge much: those that come out otherwise by now.  Their gradients are long and share no
-direction, so they drowned all others, and as noise they shortened every step.  ``restrained`` keeps
-them in bounds.
+Few tokens diverge much: those that come out otherwise by now.  Their gradients are long and have no
+direction in common, so they drowned all others, and as noise shortened every step.  ``restrained``
+keeps them in bounds.
 
 Invariants:
 - What is kept was said by the base model, whatever was edited since.
@@ -24,7 +24,6 @@ from kvedit.lower import LowerHalf
 from kvedit.placement import first_device
 from kvedit.probes import ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
-
 
 TURNED = 0.1
 """Nats: the divergence of a token from which on more of it counts for less and less."""

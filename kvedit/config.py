@@ -69,10 +69,10 @@ class GroupConfig:
     than it needs costs what is not in the group.  ``learning_rate`` is the share of the loss at the
     beginning that the longest step would gain if the way stayed as steep; an adapter has ``rank``
     directions of each matrix for 64 facts, and with the root of their number; ``largest`` bounds
-    groups of automatic size.  ``fact_weight`` is as for single facts.  A group of at least ``anew``
-    times the facts that the model holds is taught together with them, from the base model on.  A
-    group may lose up to 1 - ``retention`` of the earlier facts that are checked: they are repaired
-    after it.
+    groups of automatic size.  ``fact_weight`` is as for single facts.  A group is taught together
+    with all that the model holds, from the base model on, when it and what was taught on top since
+    the last time are at least ``anew`` times the rest.  A group may lose up to 1 - ``retention`` of
+    the earlier facts that are checked: they are repaired after it.
     """
 
     largest: int = setting(1024, low=1)

@@ -319,13 +319,15 @@ class KnowledgeBase:
             return self._run(self._plans.add_together(facts), force)
 
     def _begins_anew(self, facts: Sequence[Fact]) -> bool:
-        """Whether a group is so large that what is held is better taught once more with it.
+        """Whether a group, with all that was taught on top of what began with the base model, is so
+        large that everything is better taught once more together.
 
-        On top of what earlier groups taught a group learns less and harms more; and as long as each
-        such group is a fixed share of all, what that takes is a fixed number of lessons a fact.
+        On top of what earlier groups taught a group learns less and harms more; and as long as what
+        has piled up is a fixed share of the rest, this takes a fixed number of lessons a fact.
         """
         held = [row.fact for row in self.store.facts("committed")]
-        enough = len(facts) >= len(held) * self.store.config.group.anew
+        on_top = min(len(held), self.store.taught_on_top())
+        enough = len(facts) + on_top >= (len(held) - on_top) * self.store.config.group.anew
         if not held or not enough or self._anew_refused:
             return False
         fits = len(self._room.parts([*held, *facts])) == 1

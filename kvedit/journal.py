@@ -216,6 +216,14 @@ class Journal(StoreBase):
             held = now_held
         return before
 
+    def taught_on_top(self) -> int:
+        """How many facts the head's line touched after its first revision, which alone began with
+        the base model.
+        """
+        later = {row.id for row in self.lineage(self.head())[1:]}
+        rows = self._rows("SELECT DISTINCT revision, fact_id FROM fact_versions")
+        return len({row["fact_id"] for row in rows if row["revision"] in later})
+
     def rollback_changes(self, number: int) -> list[FactChange]:
         """What going back from the head to a revision does to the facts."""
         before = _held(self.facts_at(self.head()))

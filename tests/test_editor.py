@@ -238,9 +238,20 @@ def test_what_begins_anew_and_is_refused_is_taught_on_top(
     assert state(taught) == before and taught._work.revision == 3
 
 
-def test_a_small_group_is_taught_on_top(taught: KnowledgeBase, random_lessons: None) -> None:
-    facts = [Fact.create(*pair) for pair in FREE[3:5]]
-    assert taught._begins_anew(facts) and not taught._begins_anew(facts[:1])
+def test_a_small_group_is_taught_on_top_until_it_has_piled_up(
+    empty: KnowledgeBase, random_lessons: None
+) -> None:
+    facts = [Fact.create(*pair) for pair in FREE]
+    empty.add_group(facts[:3], force=True)
+    assert empty._begins_anew(facts[3:5]) and not empty._begins_anew(facts[3:4])
+    empty.add_fact(facts[3], force=True)
+    assert empty._begins_anew(facts[4:5])  # two of five in all
+    empty.add_group(facts[4:6], force=True)
+    assert empty.store.revision(empty.store.head()).restores == 0
+    another = [Fact.create("harbour bell", "Rung by the tide."), Fact.create("dune", "Of sand.")]
+    assert empty.store.taught_on_top() == 0 and not empty._begins_anew(another)
+    empty.rollback(2)
+    assert empty.store.taught_on_top() == 1 and empty._begins_anew(another)
 
 
 def test_a_fact_of_a_group_can_be_taken_out(empty: KnowledgeBase) -> None:
