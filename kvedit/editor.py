@@ -24,11 +24,11 @@ from kvedit.errors import DuplicateKeyError, OutOfMemoryError, UnknownKeyError
 from kvedit.events import EditReport, Event, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
-from kvedit.groups import Room
 from kvedit.keys import Similar, similar, similar_pairs
 from kvedit.plans import Plan, Planner
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
+from kvedit.room import Room
 from kvedit.store import FactRow, Finding, Store
 from kvedit.transaction import Transaction
 from kvedit.verify import BaseReport, VerifyReport, check_base, check_facts
@@ -54,7 +54,7 @@ class KnowledgeBase:
         self._emit: OnEvent = on_event or (lambda event: None)
         self._work = Workspace(store, engine, self._emit)
         self._plans = Planner(store, engine)
-        self._room = Room()
+        self._room = Room(engine, store.config.group, self._warn_of_room)
         self._anew_refused = False
 
     @classmethod
@@ -230,7 +230,7 @@ class KnowledgeBase:
         parts = self._room.parts(facts)
         if len(parts) > 1:
             return self._add_parts(parts, force, carry)
-        report = self._fitting(facts, lambda: self._teach_group(facts, force))
+        report = self._room.attempt(facts, lambda: self._teach_group(facts, force))
         if report is None:
             return self._add_parts(self._room.parts(facts), force, carry)
         missing = [fact for fact in facts if not self._holds(fact)]
@@ -260,41 +260,8 @@ class KnowledgeBase:
         """How many facts are taught together at most since memory ran out; None if it never did."""
         return self._room.largest
 
-    def _fitting(self, facts: Sequence[Fact], teach: Callable[[], EditReport]) -> EditReport | None:
-        """What ``teach`` reports; None if there is no memory for so many facts, foreseen or found
-        out, which is then known.
-
-        Raises OutOfMemoryError for a single fact.
-        """
-        if not (why := self._too_much(facts)):
-            try:
-                return teach()
-            except OutOfMemoryError as error:
-                if len(facts) == 1:
-                    raise
-                why = error.message
-        # Only here is the error gone, and with it the frames that hold what the attempt had made.
-        memory.give_back()
-        most = self._room.halve(len(facts))
-        text = f"{why}; {len(facts)} facts do not fit together, going on with {most} at most"
+    def _warn_of_room(self, text: str) -> None:
         self._emit(Warning_(text=text, code="out-of-memory"))
-        return None
-
-    def _too_much(self, facts: Sequence[Fact]) -> str:
-        """Why a group cannot fit, as far as that can be known before; "" if it may.
-
-        Where no limit is set, Linux ends a process that takes more than there is, and nothing could
-        be halved any more.
-        """
-        if len(facts) == 1:
-            return ""
-        lengths = [len(example.ids) for fact in facts for example in self.engine.examples(fact)]
-        length = max(memory.TEXT_TOKENS, sum(lengths) // len(lengths))
-        needed = self.engine.needed(self.store.config.group, len(facts), length)
-        if needed <= (free := memory.free()):
-            return ""
-        gib = 1024**3
-        return f"teaching them takes about {needed / gib:.1f} GiB and {free / gib:.1f} are free"
 
     def _did_not_fit(self, kind: str, key: str, error: OutOfMemoryError) -> EditReport:
         """A fact's failure, as a report."""
@@ -330,8 +297,7 @@ class KnowledgeBase:
         enough = len(facts) + on_top >= (len(held) - on_top) * self.store.config.group.anew
         if not held or not enough or self._anew_refused:
             return False
-        fits = len(self._room.parts([*held, *facts])) == 1
-        return fits and not self._too_much([*held, *facts])
+        return self._room.fits([*held, *facts])
 
     def _teach_anew(self, facts: Sequence[Fact], force: bool) -> EditReport:
         """A group and all that is held, as one edit of the base model."""
@@ -547,7 +513,7 @@ class KnowledgeBase:
         if len(parts) > 1:
             return [report for part in parts for report in self._repair_all(part)]
         try:
-            report = self._fitting([row.fact for row in rows], lambda: self._repair(rows))
+            report = self._room.attempt([row.fact for row in rows], lambda: self._repair(rows))
         except OutOfMemoryError as error:
             return [self._did_not_fit("repair", rows[0].fact.key, error)]
         return self._repair_all(rows) if report is None else [report]

@@ -4,7 +4,6 @@ Invariants:
 - Every fact is handed out once, and again only if it was put back.
 - Facts with close keys come in one group where the size allows: apart, the second would be taught
   against the first, and conflicts happen between keys that mean nearly the same.
-- Once memory ran out with a number of facts, so many are not put together again.
 - A fact never waits for one that stands far behind it: apart from that, the order is the input's.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import TypeVar
 
 from kvedit.facts import Fact
 from kvedit.keys import similar_pairs
@@ -20,25 +18,6 @@ from kvedit.keys import similar_pairs
 SMALLEST = 4
 TOGETHER = 2
 """In so many groups a fact is tried before it is tried by itself."""
-_T = TypeVar("_T")
-
-
-class Room:
-    """How many facts there is memory for together; ``largest`` is None until it ran out."""
-
-    def __init__(self) -> None:
-        self.largest: int | None = None
-
-    def halve(self, count: int) -> int:
-        """Memory ran out with so many: half of them may fit; returns the new bound."""
-        self.largest = max(1, (count + 1) // 2)
-        return self.largest
-
-    def parts(self, items: Sequence[_T], most: int | None = None) -> list[Sequence[_T]]:
-        """The items in order, in parts that fit, each of at most ``most``."""
-        bounds = [bound for bound in (self.largest, most) if bound is not None]
-        size = min(bounds, default=len(items)) or 1
-        return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 class Groups:

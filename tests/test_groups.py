@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvedit.facts import Fact
-from kvedit.groups import SMALLEST, Groups, Room
+from kvedit.groups import SMALLEST, Groups
 
 
 def fact(key: str) -> Fact:
@@ -98,15 +98,3 @@ def test_groups_stay_as_small_as_memory_wants_them() -> None:
     fixed = Groups(facts(20), 10)
     fixed.limit(5)
     assert len(fixed.take()) == 5
-
-
-@given(st.lists(st.integers()), st.integers(1, 20), st.none() | st.integers(1, 20))
-def test_what_there_is_room_for(items: list[int], count: int, most: int | None) -> None:
-    room = Room()
-    assert room.largest is None
-    assert [i for part in room.parts(items, most) for i in part] == items
-    bound = room.halve(count)
-    assert bound == room.largest and (bound < count or count == 1)
-    parts = room.parts(items, most)
-    assert [i for part in parts for i in part] == items
-    assert all(0 < len(part) <= min(bound, most or bound) for part in parts)
