@@ -25,6 +25,7 @@ from kvedit import models, probes
 from kvedit.bench import questions
 from kvedit.bench.asking import Both, Kept, Lesson, Point, Student, both, marks, measure
 from kvedit.bench.questions import BaseFact, BenchData, Seen
+from kvedit.config import FILE_NAME
 from kvedit.database import DB_NAME
 from kvedit.editor import KnowledgeBase
 from kvedit.engine import Engine
@@ -192,12 +193,16 @@ def _second_store(first: Path | None) -> Path | None:
     """A folder beside that of the first store, with its settings."""
     if first is None:
         return None
-    second = first.with_name(f"{first.name}-true-facts")
-    second.mkdir(parents=True, exist_ok=True)
-    settings = first / "kvedit.toml"
+    return store_folder(first.with_name(f"{first.name}-true-facts"), first)
+
+
+def store_folder(folder: Path, like: Path) -> Path:
+    """Make the folder of a new store, with the settings that lie in another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = like / FILE_NAME
     if settings.is_file():
-        shutil.copy(settings, second)
-    return second
+        shutil.copy(settings, folder)
+    return folder
 
 
 def engine_of(knowledge: KnowledgeBase) -> Engine:

@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from kvedit.bench.retain import (
     plain_all,
     protected_rows,
     seen_texts,
+    store_folder,
 )
 from kvedit.editor import KnowledgeBase
 from kvedit.errors import Interrupted, UsageError
@@ -205,9 +205,5 @@ def own_store(options: _Options, name: str) -> _Options:
     """A folder of its own below ``store_dir``, with the settings that lie there."""
     if options.store_dir is None:
         return options
-    folder = options.store_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = options.store_dir / "kvedit.toml"
-    if settings.is_file():
-        shutil.copy(settings, folder)
+    folder = store_folder(options.store_dir / name, options.store_dir)
     return replace(options, store_dir=folder)
