@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -22,6 +23,7 @@ from kvedit.bench.course import group_marks, paces  # noqa: E402
 from kvedit.bench.strategies import StrategiesResult, StrategyOptions  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
 from kvedit.errors import Interrupted  # noqa: E402
+from kvedit.events import Status  # noqa: E402
 
 FACTS = 4
 
@@ -192,8 +194,11 @@ def test_a_run_that_was_stopped_goes_on_in_its_store(
             strategies.strategies(here, lambda event: None, stop)
         left = json.loads((tmp_path / "group-2" / course.LOG).read_text(encoding="utf-8"))
         again = replace(here, resume=True)
-        found = strategies.strategies(again, lambda event: None, tell)
+        events: list[Any] = []
+        found = strategies.strategies(again, events.append, tell)
     assert [point.after for point in told] == [FACTS]
+    said = [event.phase for event in events if isinstance(event, Status)]
+    assert f"groups of 2: {FACTS} of {FACTS}, {FACTS} committed, 0 rejected, 0 failed" in said
     (run,) = found.runs
     assert run.facts == sum(run.outcomes.values()) == FACTS
     done, seconds = left["trail"][-1]
