@@ -151,7 +151,7 @@ class Transaction:
             if harmed:  # that is not trained away: begin anew
                 delta = {}
                 self._engine.master.restore(snapshot)
-            taught = self._teach(risks, list(lost.values()), config, group)
+            taught = self._teach(risks, list(lost.values()), held, config, group)
             delta = deltas.joined(delta, taught.delta)
             with self._timed("merge"):
                 self._engine.master.restore(snapshot)
@@ -195,6 +195,7 @@ class Transaction:
         self,
         risks: Sequence[_Risk],
         repairing: Sequence[_Risk],
+        watched: Sequence[Example],
         config: TrainingConfig,
         group: GroupConfig | None,
     ) -> Taught:
@@ -206,7 +207,8 @@ class Transaction:
         if anchors is not None and group is not None:
             anchors = anchors.without([*committed, *self._plan.keys])
         taught = [*new, *(r.all for r in repairing)]
-        lesson = Lesson(taught, rehearsal, anchors, 0 if self._plan.anew else len(committed))
+        earlier, least = 0 if self._plan.anew else len(committed), self._config.gate.locality
+        lesson = Lesson(taught, rehearsal, anchors, earlier, watched, least)
         with self._timed("train"):
             found = self._engine.teach(lesson, config, self._tell_step, group)
         self._steps += found.trained.steps
