@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_data import write_data, write_model, write_settings
 from small_model import FREE, settings
 
 from kvedit.cli import several_processes
@@ -150,6 +151,22 @@ def test_calls_that_fail_leave_all_ready_for_the_next() -> None:
         "sums": [[[3.0, 3.0], [3.0, 3.0]], [20.0, 20.0, 20.0]],
         "start": [0.0, 0.0],
     }
+
+
+def test_a_benchmark_is_shared(small: dict[str, Path], tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("data", "stores")]
+    for folder in folders:
+        folder.mkdir()
+    data, stores = write_data(folders[0]), folders[1]
+    write_settings(stores, steps=12)
+    model, found = write_model(small["bf16"], tmp_path / "model"), tmp_path / "found.json"
+    words = ["--data", str(data), "--model", str(model), "--facts-file", str(data / "facts.jsonl")]
+    words += ["--facts", "2", "--group", "all", "--no-plain", "--store-dir", str(stores)]
+    said, others = run("kvedit", "bench", "strategies", *words, "--json", str(found))
+    assert "2 processes, 1 thread each" in said and others == ""
+    document = json.loads(found.read_text(encoding="utf-8"))
+    assert document["setting"]["processes"] == 2
+    assert document["runs"][0]["outcomes"] == {"committed": 2}
 
 
 def test_other_commands_run_in_one_process(empty_store: Path) -> None:

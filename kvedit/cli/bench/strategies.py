@@ -38,6 +38,7 @@ def strategies(
     32, 64, 128, 256, 300, 512, 1000, ... facts and after the last; each measurement is said at
     once, and FILE of --json written anew. A kvedit.toml in --store-dir is used for every store.
     With --resume a run that was stopped goes on in --store-dir; what was measured is not retold.
+    Processes that a launcher started together share the work.
 
     \b
     Examples:
