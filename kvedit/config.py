@@ -72,7 +72,8 @@ class GroupConfig:
     groups of automatic size.  ``fact_weight`` is as for single facts.  A group is taught together
     with all that the model holds, from the base model on, when it and what was taught on top since
     the last time are at least ``anew`` times the rest.  A group may lose up to 1 - ``retention`` of
-    the earlier facts that are checked: they are repaired after it.
+    the earlier facts that are checked: they are repaired after it.  It stands for as many edits as
+    it has facts, so of the locality probes it is to keep ``locality``, where the gate wants more.
     """
 
     largest: int = setting(1024, low=1)
@@ -90,6 +91,7 @@ class GroupConfig:
     lead: float = setting(1.2)
     settled: float = setting(0.1, high=1.0)
     retention: float = setting(0.9, high=1.0)
+    locality: float = setting(0.9, high=1.0)
     anew: float = setting(0.5)
 
 

@@ -180,15 +180,22 @@ class Transaction:
                 recall=0.0 if some else gate.recall,
                 paraphrase=0.0 if some else gate.paraphrase,
                 retention=min(gate.retention, self._config.group.retention),
+                locality=self._least,
             )
         return refusals(found.checks, gate)
+
+    @property
+    def _least(self) -> float:
+        """The share of the locality probes that must be kept."""
+        bound, group = self._config.gate.locality, self._config.group.locality
+        return min(bound, group) if self._plan.group else bound
 
     def _harmed(self, checks: Checks) -> bool:
         """Whether locality probes were lost; a group, which always costs a little, may lose some
         within the gate.
         """
         if self._plan.group:
-            return misses(checks.unmoved, self._config.gate.locality)
+            return misses(checks.unmoved, self._least)
         return checks.unmoved.passed < checks.unmoved.n
 
     def _teach(
@@ -207,8 +214,8 @@ class Transaction:
         if anchors is not None and group is not None:
             anchors = anchors.without([*committed, *self._plan.keys])
         taught = [*new, *(r.all for r in repairing)]
-        earlier, least = 0 if self._plan.anew else len(committed), self._config.gate.locality
-        lesson = Lesson(taught, rehearsal, anchors, earlier, watched, least)
+        earlier = 0 if self._plan.anew else len(committed)
+        lesson = Lesson(taught, rehearsal, anchors, earlier, watched, self._least)
         with self._timed("train"):
             found = self._engine.teach(lesson, config, self._tell_step, group)
         self._steps += found.trained.steps
