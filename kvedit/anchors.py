@@ -3,10 +3,6 @@
 The price of ``curvature`` is a quadratic guess that adds up over edits; the divergence measured
 here is the thing itself, on a sample of the text in every step.
 
-Few tokens diverge much: those that come out otherwise by now.  Their gradients are long and have no
-direction in common, so they drowned all others, and as noise shortened every step.  ``restrained``
-keeps them in bounds.
-
 Invariants:
 - What is kept was said by the base model, whatever was edited since.
 """
@@ -24,17 +20,6 @@ from kvedit.lower import LowerHalf
 from kvedit.placement import first_device
 from kvedit.probes import ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
-
-TURNED = 0.1
-"""Nats: the divergence of a token from which on more of it counts for less and less."""
-
-
-def restrained(divergences: Tensor) -> Tensor:
-    """A scalar: the mean of the divergences d (N,), each as ``TURNED log(1 + d / TURNED)``.
-
-    Cauchy's robust loss (Holland and Welsch 1977), a divergence being the square of a distance.
-    """
-    return TURNED * (divergences / TURNED).log1p().mean()
 
 
 class Anchors:
@@ -72,10 +57,16 @@ class Anchors:
         kept = [i for i, one in enumerate(self._examples) if not edited(one.prompt)]
         return Anchors([self._examples[i] for i in kept], [self._states[i] for i in kept])
 
+    def divergence(
+        self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
+    ) -> Tensor:
+        """KL(base || model), the mean over the answer tokens of the chosen texts, nats a token."""
+        return self.divergences(model, chosen, lower).mean()
+
     def divergences(
         self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
     ) -> Tensor:
-        """(N,): KL(base || model) at each answer token, nats, in no particular order."""
+        """(N,): the same at each of their answer tokens, in no particular order."""
         parts = []
         for batch in by_length([self._examples[i] for i in chosen], alike=True):
             own = [chosen[i] for i in batch]

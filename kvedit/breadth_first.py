@@ -16,7 +16,6 @@ Invariants:
 - The number of steps is known from the start: passes over the group, then some for what is not
   recalled yet.
 - The allocator's last mask is run before the last passes: what is merged was trained pruned.
-- What is watched sets the price of what moves and is never trained on.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes
 AGAIN_RATE = 0.4  # of it, for what is not recalled then
 YIELD = 0.5  # of what holds the group back, from each of these rounds to the next
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
-LOOK_FROM, LOOKS = 0.25, 12  # from that share of the passes on what is watched is asked so often
-DEARER, DEAREST = 2.0, 4.0  # what moves, each time that too much of it was lost, and at most
 
 
 LEAST_WEIGHT, MOST_WEIGHT = 0.5, 2.0  # of earlier facts' loss against that of the new ones
@@ -57,11 +54,6 @@ def anchors_of(group: GroupConfig, facts: int) -> int:
 
 def _scaled(number: int, facts: int) -> int:
     return max(1, round(number * math.sqrt(facts / 64)))
-
-
-def _spread(first: int, last: int, count: int) -> set[int]:
-    """So many steps from the first to the last, which are among them, as even as may be."""
-    return {first + round(at * (last - first) / max(1, count - 1)) for at in range(count)}
 
 
 class BreadthFirst(Loop):
@@ -84,7 +76,6 @@ class BreadthFirst(Loop):
     def run(self) -> Trained:
         """The passes, then what is still missing."""
         prune = int(self._total * PRUNE_AT)
-        looks = _spread(int(self._total * LOOK_FROM), self._total, LOOKS)
         for step in range(1, self._total + 1):
             if step == prune:
                 self._phase = "prune"
@@ -93,8 +84,6 @@ class BreadthFirst(Loop):
                 self._phase = "hold"
             fall = 1 - (1 - LAST_RATE) * step / self._total
             self._teach([next(self._order) for _ in range(self._batch)], fall)
-            if step in looks and self._harms():
-                self._make_dearer()
         missing = self._carry_on(self._missing())
         return Trained(self._step_number, not missing, self._loss, self._price)
 
@@ -104,11 +93,8 @@ class BreadthFirst(Loop):
         for _ in range(self._group.rounds):
             if not missing:
                 break
-            if self._harms():
-                self._make_dearer()
-            else:
-                self._weight *= YIELD
-                self._anchor_weight *= YIELD
+            self._weight *= YIELD
+            self._anchor_weight *= YIELD
             steps = math.ceil(self._group.again * len(missing) / self._batch)
             self._total += steps
             for _ in range(steps):
@@ -157,23 +143,6 @@ class BreadthFirst(Loop):
         return self._anchor_weight * self._share.divergence(
             anchors, self._model, chosen, self._lower
         )
-
-    def _make_dearer(self) -> None:
-        most = DEAREST * self._group.shift_weight / len(self._lesson.new)
-        self._weight = min(most, self._weight * DEARER)
-
-    def _harms(self) -> bool:
-        """Whether more of what is watched is lost by now than may be.
-
-        Looking does not teach: what is watched has no gradient, and goes on telling of all that
-        nobody looked at.
-        """
-        watched = self._lesson.watched
-        if not watched:
-            return False
-        self._adapter.write()
-        outcomes = self._share.recall(self._model, watched, self._lower)
-        return sum(outcome.passed for outcome in outcomes) < self._lesson.least * len(watched)
 
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks."""

@@ -72,8 +72,7 @@ class GroupConfig:
     groups of automatic size.  ``fact_weight`` is as for single facts.  A group is taught together
     with all that the model holds, from the base model on, when it and what was taught on top since
     the last time are at least ``anew`` times the rest.  A group may lose up to 1 - ``retention`` of
-    the earlier facts that are checked: they are repaired after it.  It stands for as many edits as
-    it has facts, so of the locality probes it is to keep ``locality``, where the gate wants more.
+    the earlier facts that are checked: they are repaired after it.
     """
 
     largest: int = setting(1024, low=1)
@@ -81,17 +80,16 @@ class GroupConfig:
     batch: int = setting(16, low=1)
     passes: int = setting(24, low=1)
     again: int = setting(12, low=1)
-    rounds: int = setting(4)
+    rounds: int = setting(3)
     rehearsal: float = setting(2.0)
-    anchors: int = setting(32)
+    anchors: int = setting(64)
     anchor_weight: float = setting(40.0)
     learning_rate: float = setting(0.4, low=1e-9, high=10.0)
-    shift_weight: float = setting(6000.0)
+    shift_weight: float = setting(1500.0)
     fact_weight: float = setting(0.5)
     lead: float = setting(1.2)
     settled: float = setting(0.1, high=1.0)
     retention: float = setting(0.9, high=1.0)
-    locality: float = setting(0.9, high=1.0)
     anew: float = setting(0.5)
 
 

@@ -52,16 +52,13 @@ class Lesson:
     """What to teach, each new fact as one example a training prompt; what to rehearse; and what
     the base model says to protected text, which only groups are held to at every step.
 
-    ``earlier`` is how many facts the weights hold already, rehearsed or not.  ``watched`` are
-    answers that the model has and never trains on, of which a group is to keep the share ``least``.
+    ``earlier`` is how many facts the weights hold already, rehearsed or not.
     """
 
     new: Sequence[Sequence[Example]]
     rehearsal: Sequence[Sequence[Example]] = ()
     anchors: Anchors | None = None
     earlier: int = 0
-    watched: Sequence[Example] = ()
-    least: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

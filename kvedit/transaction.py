@@ -151,7 +151,7 @@ class Transaction:
             if harmed:  # that is not trained away: begin anew
                 delta = {}
                 self._engine.master.restore(snapshot)
-            taught = self._teach(risks, list(lost.values()), held, config, group)
+            taught = self._teach(risks, list(lost.values()), config, group)
             delta = deltas.joined(delta, taught.delta)
             with self._timed("merge"):
                 self._engine.master.restore(snapshot)
@@ -180,29 +180,21 @@ class Transaction:
                 recall=0.0 if some else gate.recall,
                 paraphrase=0.0 if some else gate.paraphrase,
                 retention=min(gate.retention, self._config.group.retention),
-                locality=self._least,
             )
         return refusals(found.checks, gate)
-
-    @property
-    def _least(self) -> float:
-        """The share of the locality probes that must be kept."""
-        bound, group = self._config.gate.locality, self._config.group.locality
-        return min(bound, group) if self._plan.group else bound
 
     def _harmed(self, checks: Checks) -> bool:
         """Whether locality probes were lost; a group, which always costs a little, may lose some
         within the gate.
         """
         if self._plan.group:
-            return misses(checks.unmoved, self._least)
+            return misses(checks.unmoved, self._config.gate.locality)
         return checks.unmoved.passed < checks.unmoved.n
 
     def _teach(
         self,
         risks: Sequence[_Risk],
         repairing: Sequence[_Risk],
-        watched: Sequence[Example],
         config: TrainingConfig,
         group: GroupConfig | None,
     ) -> Taught:
@@ -214,8 +206,7 @@ class Transaction:
         if anchors is not None and group is not None:
             anchors = anchors.without([*committed, *self._plan.keys])
         taught = [*new, *(r.all for r in repairing)]
-        earlier = 0 if self._plan.anew else len(committed)
-        lesson = Lesson(taught, rehearsal, anchors, earlier, watched, self._least)
+        lesson = Lesson(taught, rehearsal, anchors, 0 if self._plan.anew else len(committed))
         with self._timed("train"):
             found = self._engine.teach(lesson, config, self._tell_step, group)
         self._steps += found.trained.steps

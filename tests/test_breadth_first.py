@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from small_model import FREE, KNOWN
+from small_model import FREE
 
 from kvedit.config import GroupConfig
 from kvedit.engine import Engine
@@ -80,30 +80,3 @@ def test_the_same_lesson_gives_the_same_delta(engine: Engine) -> None:
     first = engine.teach(Lesson(new), None, lambda step: None, short)
     again = engine.teach(Lesson(new), None, lambda step: None, short)
     assert to_bytes(first.delta) == to_bytes(again.delta)
-
-
-@pytest.mark.parametrize(("held", "dearer"), [(True, 0.5), (False, 4.0)])
-def test_what_moves_gets_dearer_while_too_much_is_lost(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, held: bool, dearer: float
-) -> None:
-    """What is watched is asked with the adapter as it is, and the answers set the price."""
-    from kvedit.breadth_first import BreadthFirst
-
-    new = [examples(engine, number) for number in range(2)]
-    watched = engine.renderer.examples((f"What is {k}?", a) for k, a in KNOWN.items())
-    watched = [e for e, o in zip(watched, engine.recall(watched), strict=True) if o.passed][:8]
-    assert len(watched) == 8
-    if not held:
-        watched = [*watched[:6], *examples(engine, 4)[:2]]  # which nobody teaches
-    weights: list[float] = []
-    teach = BreadthFirst._teach
-
-    def noted(self: BreadthFirst, facts: list[int], share: float) -> None:
-        weights.append(self._weight * len(new))
-        teach(self, facts, share)
-
-    monkeypatch.setattr(BreadthFirst, "_teach", noted)
-    gently = replace(GROUP, passes=4, rounds=1, shift_weight=60.0, learning_rate=0.01)
-    engine.teach(Lesson(new, watched=watched, least=0.9), None, lambda step: None, gently)
-    assert weights[0] == pytest.approx(60.0)
-    assert weights[-1] == pytest.approx(60.0 * dearer)
