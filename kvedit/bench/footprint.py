@@ -315,7 +315,7 @@ def measured_sheet(found: Measured) -> Sheet:
         "computed, GiB",
     )  # fmt: skip
     title = (
-        f"Edits measured on {torch.get_num_threads()} threads; making the store:"
+        f"Edits measured with {torch.get_num_threads()} threads at work; making the store:"
         f" {found.created:.0f} s, {found.loaded / _GIB:.1f} GiB;"
         f" verifying all facts at last: {found.verified:.0f} s"
     )
