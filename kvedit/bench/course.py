@@ -97,7 +97,7 @@ class Course:
         self._taught: dict[str, float] = {}
         self._trail: list[tuple[int, float]] = []
         self._progress = IngestProgress(done=0, total=0)
-        self._before: Sequence[Lesson] = ()  # decided by a run that was stopped
+        self._before = self._held = 0  # decided, and committed, by a run that was stopped
         self._measure: Callable[[int, bool], None] | None = None
         self._marks: list[int] = []
         self._log: Path | None = None
@@ -114,8 +114,9 @@ class Course:
         self, knowledge: KnowledgeBase, facts: Sequence[Fact], size: int | None, kept: Kept
     ) -> StrategyRun:
         """Ingest everything; measured at each mark, and once more after the last verification."""
-        self._before = lessons_of(knowledge, facts)
-        self._marks = [mark for mark in group_marks(len(facts)) if mark > len(self._before)]
+        before = lessons_of(knowledge, facts)
+        self._before, self._held = len(before), sum(lesson.kept for lesson in before)
+        self._marks = [mark for mark in group_marks(len(facts)) if mark > self._before]
         self._measure = lambda done, last: self._ask(knowledge, facts, kept, done, last)
         self._clock.start(self._trail[-1][1] if self._trail else 0.0)
         report = ingest(knowledge, facts, IngestOptions(group=size, skip_invalid=True), self)
@@ -142,13 +143,12 @@ class Course:
 
     def _advance(self, event: IngestProgress) -> None:
         """Take the run's word; what a stopped run did before counts as done."""
-        before, held = len(self._before), sum(lesson.kept for lesson in self._before)
         event = replace(
             event,
-            done=event.done + before,
-            total=event.total + before,
-            committed=event.committed + held,
-            rejected=event.rejected + before - held,
+            done=event.done + self._before,
+            total=event.total + self._before,
+            committed=event.committed + self._held,
+            rejected=event.rejected + self._before - self._held,
         )
         self._progress = event
         self._trail.append((event.done, self._clock.seconds))
