@@ -330,12 +330,19 @@ class Engine:
         ]
 
 
-def group_load(group: GroupConfig, facts: int, length: int = memory.TEXT_TOKENS) -> memory.Load:
-    """What a step holds that teaches so many facts together, when there are earlier ones enough."""
+def group_load(
+    group: GroupConfig,
+    facts: int,
+    length: int = memory.TEXT_TOKENS,
+    earlier: int | None = None,
+) -> memory.Load:
+    """What a step holds that teaches so many facts together, beside so many ``earlier`` ones; where
+    that is not said, beside enough of them.
+    """
     batch = batch_of(group, facts)
-    earlier = max(LEAST_REHEARSED, math.ceil(batch * group.rehearsal))
+    rehearsed = max(LEAST_REHEARSED, math.ceil(batch * group.rehearsal))
     return memory.Load(
-        texts=batch + earlier,
+        texts=batch + (rehearsed if earlier is None else min(rehearsed, earlier)),
         rank=group_rank(group.rank, facts),
         anchors=anchors_of(group, facts),
         length=length,

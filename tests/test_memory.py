@@ -62,6 +62,9 @@ def test_a_group_takes_more_the_larger_it_is(base: BaseModel) -> None:
     assert long.activations > 3 * many.activations
     bare = known.estimate(CONFIG, group_load(replace(group, anchors=0), 128))
     assert bare.activations < many.activations and bare.kept < many.kept
+    first = known.estimate(CONFIG, group_load(group, 128, earlier=0))
+    assert first.activations < many.activations  # nothing to rehearse
+    assert group_load(group, 128, earlier=10_000) == group_load(group, 128)
 
 
 def test_the_ranks_of_a_group_are_those_it_gets(load: Callable[[str], BaseModel]) -> None:

@@ -255,6 +255,7 @@ def _now() -> _Now:
 
 def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
     """Teach so many new facts together."""
+    held = len(knowledge.store.keys("committed"))
     new = [_fact(knowledge, 1000 * number + i) for i in range(facts)]
     texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
     clock.steps.clear()
@@ -262,13 +263,17 @@ def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> E
     began = _now()
     reports = knowledge.add_group(new, carry=True)
     spent = _now().since(began)
-    return _cost(knowledge, facts, sum(texts) // len(texts), reports, spent, clock.steps)
+    tokens = sum(texts) // len(texts)
+    load = memory.alone(Config().training, tokens)
+    if facts > 1:
+        load = group_load(Config().group, facts, tokens, held)
+    return _cost(knowledge, facts, load, reports, spent, clock.steps)
 
 
 def _cost(
     knowledge: KnowledgeBase,
     facts: int,
-    tokens: int,
+    load: memory.Load,
     reports: Sequence[EditReport],
     spent: _Now,
     steps: Sequence[_Now],
@@ -277,12 +282,9 @@ def _cost(
     defaults, report = Config(), reports[-1]
     whole = len(reports) == 1  # else there was no memory for all of them together
     alone = facts == 1
-    load = memory.alone(defaults.training, tokens)
-    if not alone:
-        load = group_load(defaults.group, facts, tokens)
     return EditCost(
         facts=facts,
-        tokens=tokens,
+        tokens=load.length,
         outcome=report.outcome if whole else f"in {len(reports)} edits",
         steps=sum(one.steps for one in reports),
         default_steps=defaults.training.max_steps if alone else _steps(defaults.group, facts),
