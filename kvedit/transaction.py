@@ -21,7 +21,7 @@ from kvedit.config import Config, GroupConfig, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
 from kvedit.errors import Interrupted
-from kvedit.events import EditReport, Event, RetentionCheck, Score, Status
+from kvedit.events import EditReport, Event, RetentionCheck, Score, Status, Warning_
 from kvedit.files import put
 from kvedit.plans import Plan
 from kvedit.probes import Outcome
@@ -147,7 +147,7 @@ class Transaction:
         if self._plan.kind == "remove":  # each prompt has its own answer: all are in every step
             config = replace(config, phrasings=max(len(t.recall) for t in self._plan.targets))
         harmed = False
-        for _ in range(self._config.retention.repairs + 1):
+        for left in reversed(range(self._config.retention.repairs + 1)):
             if harmed:  # that is not trained away: begin anew
                 delta = {}
                 self._engine.master.restore(snapshot)
@@ -160,7 +160,7 @@ class Transaction:
             reasons = self._refusals(found)
             if not reasons:
                 break
-            self._refused = (*self._refused, "; ".join(reasons))
+            self._tell_refusal("; ".join(reasons), left)
             lost.update({risk.row.id: risk for risk in found.lost})
             harmed = self._harmed(found.checks)
             if group is None:
@@ -339,6 +339,14 @@ class Transaction:
                 recall=(step.recalled, step.n),
             )
         )
+
+    def _tell_refusal(self, why: str, left: int) -> None:
+        """For the report; and at once, where a group's long work begins again."""
+        self._refused = (*self._refused, why)
+        count = len(self._plan.targets)
+        if self._plan.group and count > 1 and left:
+            text = f"{count} facts taught together were refused ({why}); teaching them again"
+            self._emit(Warning_(text=text, code="refused"))
 
     def _tell_retention(self, found: _Found, revision: int) -> None:
         for row in found.rows:

@@ -376,7 +376,8 @@ def test_a_refused_group_is_taught_otherwise(
     """At twice the price when it harmed the locality probes, else on from where it stands."""
     configure(taught_store, locality=locality)
     lessons = []
-    with KnowledgeBase.open(taught_store) as knowledge:
+    told: list[Any] = []
+    with KnowledgeBase.open(taught_store, on_event=told.append) as knowledge:
         before = state(knowledge)
         whole = knowledge.engine.master.displacement()
 
@@ -395,10 +396,13 @@ def test_a_refused_group_is_taught_otherwise(
         plan = [Fact.create(*pair) for pair in FREE[3:5]]
         first = knowledge.add_group(plan)[0]
         assert first.outcome == "rejected" and len(first.refused) == 3
+        of_pair = [e.text for e in told if getattr(e, "code", "") == "refused"]
+        assert len(of_pair) == 2 * 2  # from the base model on, then on top; no third one is told
+        assert all(t.startswith("2 facts taught together were refused (") for t in of_pair)
         assert state(knowledge) == before
-    of_pair = lessons[:3]
-    assert [g.shift_weight / of_pair[0].shift_weight for g in of_pair] == prices
-    assert [g.passes for g in of_pair] == passes
+    tried = lessons[:3]
+    assert [g.shift_weight / tried[0].shift_weight for g in tried] == prices
+    assert [g.passes for g in tried] == passes
 
 
 @pytest.mark.parametrize("said", [True, False])
