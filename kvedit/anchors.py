@@ -3,6 +3,10 @@
 The price of ``curvature`` is a quadratic guess that adds up over edits; the divergence measured
 here is the thing itself, on a sample of the text in every step.
 
+Few tokens diverge much: those that come out otherwise by now.  Their gradients are long and share
+no direction, so they drowned all others, and as noise they shortened every step.  ``restrained``
+keeps them in bounds, but not so small that what is lost is let go.
+
 Invariants:
 - What is kept was said by the base model, whatever was edited since.
 """
@@ -21,6 +25,17 @@ from kvedit.placement import first_device
 from kvedit.probes import ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
 from kvedit.prompts import Example
 
+TURNED = 1.0
+"""Nats: the divergence of a token from which on more of it counts for less and less."""
+
+
+def restrained(divergences: Tensor) -> Tensor:
+    """A scalar: the mean of the divergences d (N,), each as ``TURNED log(1 + d / TURNED)``.
+
+    Cauchy's robust loss (Holland and Welsch 1977), a divergence being the square of a distance.
+    """
+    return TURNED * (divergences / TURNED).log1p().mean()
+
 
 class Anchors:
     """Texts and the base model's last hidden states at their answer positions."""
@@ -31,6 +46,11 @@ class Anchors:
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The texts."""
+        return self._examples
 
     @classmethod
     def measure(
@@ -57,16 +77,10 @@ class Anchors:
         kept = [i for i, one in enumerate(self._examples) if not edited(one.prompt)]
         return Anchors([self._examples[i] for i in kept], [self._states[i] for i in kept])
 
-    def divergence(
-        self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
-    ) -> Tensor:
-        """KL(base || model), the mean over the answer tokens of the chosen texts, nats a token."""
-        return self.divergences(model, chosen, lower).mean()
-
     def divergences(
         self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None
     ) -> Tensor:
-        """(N,): the same at each of their answer tokens, in no particular order."""
+        """(N,): KL(base || model) at each answer token, nats, in no particular order."""
         parts = []
         for batch in by_length([self._examples[i] for i in chosen], alike=True):
             own = [chosen[i] for i in batch]

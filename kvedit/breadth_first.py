@@ -6,7 +6,7 @@ phrasings; beside them stand earlier facts and, to be said as the base model sai
 text.
 
     loss = cross-entropy(new) + weight * cross-entropy(earlier) + anchor_weight * KL(base || model)
-           + shift_weight / facts * price
+           + shift_weight / sqrt(64 facts) * price
 
 The weight is how many earlier facts there are for each new one, within bounds, so that the whole
 stands for a sum over all facts.  The change of each matrix is linear in what is trained, and moves
@@ -32,8 +32,8 @@ from kvedit.descent import Descent
 from kvedit.training import Loop, Trained
 
 WARM_UP = 5
-LAST_RATE = 0.1  # of the learning rate, at the end of the passes
-AGAIN_RATE = 0.4  # of it, for what is not recalled then
+LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each round
+AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
 YIELD = 0.5  # of what holds the group back, from each of these rounds to the next
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
@@ -56,6 +56,11 @@ def _scaled(number: int, facts: int) -> int:
     return max(1, round(number * math.sqrt(facts / 64)))
 
 
+def _falling(step: int, steps: int) -> float:
+    """The share of the rate at a step: long ones learn, and what they harm short ones mend."""
+    return 1 - (1 - LAST_RATE) * step / steps
+
+
 class BreadthFirst(Loop):
     """A group being taught."""
 
@@ -63,7 +68,7 @@ class BreadthFirst(Loop):
         self._group = group
         super().__init__(*given)
         count = len(self._lesson.new)
-        self._weight = group.shift_weight / count
+        self._weight = group.shift_weight / math.sqrt(64 * count)
         self._anchor_weight = group.anchor_weight
         self._batch, self._anchors = batch_of(group, count), anchors_of(group, count)
         self._earlier_weight = min(max(self._lesson.earlier / count, LEAST_WEIGHT), MOST_WEIGHT)
@@ -82,8 +87,8 @@ class BreadthFirst(Loop):
                 self._adapter.begin_pruning(step, steps=max(1, int(self._total * PRUNE_FOR)))
             elif step > prune + self._total * PRUNE_FOR:
                 self._phase = "hold"
-            fall = 1 - (1 - LAST_RATE) * step / self._total
-            self._teach([next(self._order) for _ in range(self._batch)], fall)
+            share = _falling(step, self._total)
+            self._teach([next(self._order) for _ in range(self._batch)], share)
         missing = self._carry_on(self._missing())
         return Trained(self._step_number, not missing, self._loss, self._price)
 
@@ -97,10 +102,10 @@ class BreadthFirst(Loop):
             self._anchor_weight *= YIELD
             steps = math.ceil(self._group.again * len(missing) / self._batch)
             self._total += steps
-            for _ in range(steps):
+            for step in range(1, steps + 1):
                 hard = self._some(missing, self._batch // 2 or 1)
                 more = [next(self._order) for _ in range(self._batch - len(hard))]
-                self._teach(list({*hard, *more}), AGAIN_RATE)
+                self._teach(list({*hard, *more}), AGAIN_RATE * _falling(step, steps))
             missing = self._missing()
         return missing
 

@@ -64,7 +64,8 @@ class GroupConfig:
     earlier ones, where there are so many, and ``anchors`` protected texts, whose divergence from
     the base model (nats a token) weighs ``anchor_weight``; batch and anchors grow with the root of
     the group's size; every fact is seen ``passes`` times, and those not recalled then ``again``
-    times in each of ``rounds`` rounds.  ``shift_weight`` weighs the price of one fact's share.
+    times in each of ``rounds`` rounds.  The price weighs ``shift_weight`` / 64 for 64
+    facts, and less with the root of their number.
     A token that leads by ``lead`` logits counts ``settled`` in the loss: what is pushed further
     than it needs costs what is not in the group.  ``learning_rate`` is the share of the loss at the
     beginning that the longest step would gain if the way stayed as steep; an adapter has ``rank``
@@ -80,12 +81,12 @@ class GroupConfig:
     batch: int = setting(16, low=1)
     passes: int = setting(24, low=1)
     again: int = setting(12, low=1)
-    rounds: int = setting(3)
+    rounds: int = setting(5)
     rehearsal: float = setting(2.0)
     anchors: int = setting(64)
     anchor_weight: float = setting(40.0)
     learning_rate: float = setting(0.4, low=1e-9, high=10.0)
-    shift_weight: float = setting(1500.0)
+    shift_weight: float = setting(3000.0)
     fact_weight: float = setting(0.5)
     lead: float = setting(1.2)
     settled: float = setting(0.1, high=1.0)

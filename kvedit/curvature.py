@@ -9,6 +9,10 @@ factors ``G + eps = K K^T`` and ``C + eps = H H^T`` and ``D = K^-T D' H^-1`` tha
 where the protected text does not look.  (The same price as a penalty between tasks: Ritter et al.
 2018, arXiv:1805.07810.)
 
+Where a model is sure, its output distribution hardly moves until an answer is about to turn, and
+Fisher information is blind to it.  ``margins`` measures how far the leads of answers move instead,
+of whatever size they are: what counts for recall.
+
 Invariants:
 - Moments are sums over tokens in fp32; adding two of them is measuring both texts.
 - Measuring changes nothing in the model.
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.errors import ModelError
-from kvedit.probes import answer_logits, batch_tokens, by_length
+from kvedit.probes import Answers, answer_logits, batch_tokens, by_length
 from kvedit.prompts import Example
 
 DENSE_LIMIT = 2048
@@ -64,6 +68,19 @@ class Curvature:
             added[name] = Moments(shared[at], own.gradients + weight * more.gradients)
         return Curvature(added, self.tokens)
 
+    def scaled_like(self, other: Curvature) -> Curvature:
+        """The same, so that a change without direction has the price that it has in the other."""
+        factor = other._size() / self._size()
+        return Curvature(
+            {n: replace(own, gradients=own.gradients * factor) for n, own in self.moments.items()},
+            self.tokens,
+        )
+
+    def _size(self) -> float:
+        """The price of a change of one in every number of every matrix, without direction."""
+        traces = [_trace(own.inputs) * _trace(own.gradients) for own in self.moments.values()]
+        return max(sum(traces) / self.tokens**2, torch.finfo(torch.float32).tiny)
+
     def placed(self, devices: Mapping[str, torch.device]) -> Curvature:
         """The same with each matrix's moments on its own device; those shared stay shared."""
         if all(own.inputs.device == devices[name] for name, own in self.moments.items()):
@@ -90,6 +107,11 @@ class Curvature:
         names = [name.removesuffix(".inputs") for name in flat if name.endswith(".inputs")]
         moments = {n: Moments(flat[f"{n}.inputs"], flat[f"{n}.gradients"]) for n in names}
         return cls(moments, int(flat["tokens"]))
+
+
+def _trace(moment: Tensor) -> float:
+    """Of a matrix, or of a diagonal."""
+    return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
 
 
 def slopes(curvature: Curvature, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,17 +230,45 @@ def _outer(gradient: Tensor, inputs: Tensor) -> Tensor:
     return gradient.flatten(0, -2).float().T @ inputs.flatten(0, -2).float()
 
 
+def information(answers: Answers, generator: torch.Generator) -> Tensor:
+    """Minus log p of answers drawn from the model, summed: the second moment of its gradient is the
+    Fisher information.
+    """
+    weights = torch.softmax(answers.logits.detach().float().cpu(), -1)
+    drawn = torch.multinomial(weights, 1, generator=generator)[:, 0].to(answers.logits.device)
+    return functional.cross_entropy(answers.logits, drawn, reduction="sum")
+
+
+def margins(answers: Answers, generator: torch.Generator) -> Tensor:
+    """By how much each answer token leads all others together, in logits, summed with random signs:
+    without them what several tokens ask of one position would add up.
+    """
+    wanted = answers.targets[:, None]
+    others = answers.logits.scatter(1, wanted, float("-inf")).logsumexp(1)
+    leads = answers.logits.gather(1, wanted)[:, 0] - others
+    signs = torch.randint(0, 2, (len(leads),), generator=generator).mul_(2).sub_(1)
+    return (leads * signs.to(leads)).sum()
+
+
 def measure(
-    model: nn.Module, names: Sequence[str], examples: Sequence[Example], *, seed: int = 0
+    model: nn.Module,
+    names: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    of: Callable[[Answers, torch.Generator], Tensor] = information,
+    seed: int = 0,
 ) -> Curvature:
-    """Moments over the tokens of texts, the gradients for answers drawn from the model (Fisher)."""
+    """Moments over the tokens of texts; the gradients are those of ``of``: a sum over answer tokens
+    of something whose mean gradient is zero.
+    """
     total: Curvature | None = None
     generator = torch.Generator().manual_seed(seed)
     recorder = _Recorder(model, names)
     try:
         for batch in by_length(examples, batch_tokens(model)):
             part = [examples[i] for i in batch]
-            tokens = _backward(model, part, generator)
+            of(answer_logits(model, part), generator).backward()  # type: ignore[no-untyped-call]
+            tokens = sum(len(example.ids) for example in part)
             own = Curvature(_batch_moments(recorder, names, _lengths(part)), tokens)
             total = (
                 own
@@ -232,15 +282,6 @@ def measure(
             "there is no protected text to measure", hint="Give some with init --protect FILE."
         )
     return total
-
-
-def _backward(model: nn.Module, part: Sequence[Example], generator: torch.Generator) -> int:
-    """Push the gradient of log p(drawn answer) through the model; returns the tokens seen."""
-    answers = answer_logits(model, part)
-    weights = torch.softmax(answers.logits.detach().float().cpu(), -1)
-    drawn = torch.multinomial(weights, 1, generator=generator)[:, 0].to(answers.logits.device)
-    functional.cross_entropy(answers.logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    return sum(len(example.ids) for example in part)
 
 
 def _lengths(part: Sequence[Example]) -> Tensor:

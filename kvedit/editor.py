@@ -402,9 +402,7 @@ class KnowledgeBase:
         """Protect what an edit taught from now on."""
         taught = plan.kind in ("add", "update")
         held = [t for t, key in zip(plan.targets, plan.keys, strict=True) if key in report.keys]
-        if plan.anew:
-            self._work.measure_facts()
-        elif plan.group:
+        if plan.group:
             weight = self._work.config.group.fact_weight
             self._work.remember([t.recall[0] for t in held] if taught else [], weight)
         else:

@@ -194,6 +194,15 @@ class Engine:
         taught = curvatures.measure(self.base.model, self.names, facts)
         self._hold(self._base_curvature, here.plus(taught, weight))
 
+    def measure_margins(self, known: Sequence[Example]) -> None:
+        """Until the curvature is set again: what must stay is how far these texts' answers lead, on
+        the weights as they are.
+        """
+        if self._base_curvature is None:
+            raise RuntimeError("protect comes before measure_margins")
+        found = curvatures.measure(self.base.model, self.names, known, of=curvatures.margins)
+        self._hold(self._base_curvature, found.scaled_like(self._base_curvature))
+
     @property
     def roots(self) -> dict[str, Roots]:
         """The coordinates that the curvature gives; kept until it changes."""

@@ -224,10 +224,12 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _curvature(shapes: Sequence[tuple[str, int, int]]) -> int:
-    """Base moments, those with the facts, and roots; layers that read one input share its side."""
+    """Base moments, those of what is known, those with the facts, and roots; layers that read one
+    input share its side.
+    """
     outputs = sum(_side(out) for _, out, _ in shapes)
     shared = {(name.rpartition(".")[0], into) for name, _, into in shapes}
-    return 3 * _FP32 * (outputs + sum(_side(into) for _, into in shared))
+    return 4 * _FP32 * (outputs + sum(_side(into) for _, into in shared))
 
 
 def _side(width: int) -> int:

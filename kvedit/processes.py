@@ -146,6 +146,10 @@ class LedEngine(Engine):
         """As ``protect``."""
         self._lead("measure_here", super().measure_here, protected, facts, weight)
 
+    def measure_margins(self, known: Sequence[Example]) -> None:
+        """As ``protect``."""
+        self._lead("measure_margins", super().measure_margins, known)
+
     def _lead(self, name: str, own: Callable[..., _T], *args: Any) -> _T:
         return self._crew.lead(Call(name, args), lambda: own(*args))
 
@@ -309,6 +313,10 @@ class Replica:
     ) -> None:
         """On the weights as they are."""
         self._engine.measure_here(protected, facts, weight)
+
+    def measure_margins(self, known: Sequence[Example]) -> None:
+        """On the weights as they are."""
+        self._engine.measure_margins(known)
 
     def hold(self, base: Curvature, total: Curvature) -> None:
         """What the leader has read from its store."""

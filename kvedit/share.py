@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvedit import probes
 from kvedit.adapters import Adapter
-from kvedit.anchors import Anchors
+from kvedit.anchors import Anchors, restrained
 from kvedit.lower import LowerHalf
 from kvedit.probes import Outcome, TokenScores
 from kvedit.prompts import Example
@@ -43,8 +43,8 @@ class Share:
     def divergence(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
     ) -> Tensor:
-        """``Anchors.divergence``."""
-        return anchors.divergence(model, chosen, lower)
+        """How far the model has left the chosen texts: ``anchors.restrained``, a scalar."""
+        return restrained(anchors.divergences(model, chosen, lower))
 
     def recall(
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
@@ -103,10 +103,10 @@ class Together(Share):
     def divergence(
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
     ) -> Tensor:
-        """The mean over all tokens; those of this process's own texts have a gradient."""
+        """Over all tokens; those of this process's own texts have a gradient."""
         mine = chosen[self._crew.rank :: self._crew.count]
         own = anchors.divergences(model, mine, lower) if mine else _no_scores(model).losses
-        return self._joined(own).mean()
+        return restrained(self._joined(own))
 
     def recall(
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from kvedit import fold, memory, models, placement, protect, recitation
 from kvedit.config import Config
+from kvedit.curvature import Curvature
 from kvedit.engine import Engine
 from kvedit.errors import KveditError, LockedError, ModelMismatchError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
@@ -43,6 +44,7 @@ class Workspace:
         self.revision = 0
         self._measured: int | None = None  # the revision that the engine's curvature stands for
         self._measured_with = 0  # so many facts were in when all was measured on the head
+        self._margins: Curvature | None = None  # of what the base model knows
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -138,6 +140,8 @@ class Workspace:
 
     def measure_facts(self) -> None:
         """Add the committed facts to what the base model's curvature protects."""
+        base = self._base_curvature()
+        self.engine.curvature = base, base
         facts = [row.fact for row in self.store.facts("committed")]
         if facts:
             self.say(f"measuring {len(facts)} facts")
@@ -149,7 +153,11 @@ class Workspace:
         """Before so many facts are taught together: text to replay, and the curvature as it is."""
         self.protect_for(len(self.store.keys("committed")) + facts)
         self._anchor()
-        if measured:
+        if measured and self._measured is None:
+            self._load_curvature()
+        if measured and not self.store.head():
+            self._measure_margins()
+        elif measured:
             self._measure_here()
 
     def protect_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
@@ -167,7 +175,7 @@ class Workspace:
         texts = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
         kept = [t for t, told in zip(new, texts, strict=True) if not any(n in told for n in names)]
         self.store.add_protected(_rows("control", kept))
-        self.engine.anchors = None
+        self.engine.anchors = self._margins = None
         self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
 
     def _recite(
@@ -184,17 +192,30 @@ class Workspace:
         """The base's weights and what they stand for, for an edit that begins anew; those of the
         head after it.
         """
-        if self.engine.curvature is None:
-            raise RuntimeError("an edit is prepared first")
-        base, _ = self.engine.curvature
-        self._measured, self._measured_with = None, 0
+        self._measured_with = 0
         self.go_to(0)
-        self.engine.curvature = base, base
+        self._measure_margins()
         try:
             yield
         finally:
             if self.revision != self.store.head():
                 self.go_to(self.store.head())
+
+    def _base_curvature(self) -> Curvature:
+        if self.engine.curvature is None:
+            raise RuntimeError("an edit is prepared first")
+        return self.engine.curvature[0]
+
+    def _measure_margins(self) -> None:
+        """On the base model: by the leads of what it knows, for one edit; measured once."""
+        base, self._measured = self._base_curvature(), None
+        known = self.engine.anchors.examples if self.engine.anchors is not None else ()
+        if self._margins is None and known:
+            self.say("measuring what the base model knows")
+            some = random.Random(0).sample(known, min(MEASURED_HERE, len(known)))
+            self.engine.measure_margins(some)
+            self._margins = self.engine.curvature[1] if self.engine.curvature else None
+        self.engine.curvature = base, self._margins or base
 
     def _measure_here(self) -> None:
         """Measure again once the facts have grown by half: the curvature of a large change is not
@@ -212,7 +233,7 @@ class Workspace:
             [self.engine.examples(fact)[0] for fact in facts],
             self.config.group.fact_weight,
         )
-        self._measured_with = len(facts)
+        self._measured, self._measured_with = self.revision, len(facts)
 
     def _anchor(self) -> None:
         """Keep what the base model says to the protected text that it knows; done once."""
@@ -234,7 +255,9 @@ class Workspace:
 
     def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned, and note that the curvature is up to date."""
-        if learned:
+        if self._measured is None:  # what stood there was for one edit
+            self.measure_facts()
+        elif learned:
             self.engine.remember(learned, weight)
         self._measured = self.revision
 

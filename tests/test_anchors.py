@@ -8,7 +8,7 @@ from small_model import FREE, KNOWN
 from torch.nn import functional
 
 from kvedit import probes
-from kvedit.anchors import Anchors
+from kvedit.anchors import TURNED, Anchors, restrained
 from kvedit.engine import Engine
 from kvedit.facts import Fact
 from kvedit.models import BaseModel
@@ -26,7 +26,9 @@ def texts(base: BaseModel) -> list[Example]:
 def test_the_base_model_has_left_nothing(base: BaseModel, texts: list[Example]) -> None:
     anchors = Anchors.measure(base.model, texts)
     assert len(anchors) == len(texts)
-    assert float(anchors.divergence(base.model, range(len(texts)))) == pytest.approx(0, abs=1e-4)
+    assert float(anchors.divergences(base.model, range(len(texts))).mean()) == pytest.approx(
+        0, abs=1e-4
+    )
 
 
 def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
@@ -39,9 +41,17 @@ def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
     after = answer_logits(model, texts).logits.detach()
     theirs, ours = before.log_softmax(1), after.log_softmax(1)
     wanted = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    found = anchors.divergence(model, range(len(texts)), engine.lower)
+    found = anchors.divergences(model, range(len(texts)), engine.lower).mean()
     assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
     assert float(found) > 1e-4
+
+
+def test_what_has_been_turned_does_not_drown_the_rest() -> None:
+    little, much = torch.tensor(0.001, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    restrained(torch.stack([little, much])).backward()
+    assert little.grad is not None and much.grad is not None
+    assert float(little.grad) == pytest.approx(0.5, rel=0.02)  # half of two, as in a mean
+    assert float(much.grad) == pytest.approx(0.5 * TURNED / (TURNED + 5))
 
 
 def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:

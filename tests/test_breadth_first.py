@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from small_model import FREE
 
+from kvedit.breadth_first import AGAIN_RATE, LAST_RATE, BreadthFirst
 from kvedit.config import GroupConfig
 from kvedit.engine import Engine
 from kvedit.facts import Fact
@@ -48,8 +49,6 @@ def test_the_ranks_come_down_to_their_budget(engine: Engine) -> None:
 
 
 def test_every_pass_goes_over_all_facts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvedit.breadth_first import BreadthFirst
-
     seen: Counter[int] = Counter()
     teach = BreadthFirst._teach
 
@@ -61,6 +60,29 @@ def test_every_pass_goes_over_all_facts(engine: Engine, monkeypatch: pytest.Monk
     new = [examples(engine, number) for number in range(4)]
     engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=6, rounds=0))
     assert set(seen.values()) == {6}
+
+
+def test_steps_grow_shorter_in_the_passes_and_in_each_round(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[float]] = {}
+    teach = BreadthFirst._teach
+
+    def kept(self: BreadthFirst, facts: list[int], share: float) -> None:
+        told.setdefault(self._phase, []).append(share)
+        teach(self, facts, share)
+
+    monkeypatch.setattr(BreadthFirst, "_teach", kept)
+    monkeypatch.setattr(BreadthFirst, "_missing", lambda self: [0, 1])
+    one_round = replace(GROUP, passes=8, again=10, rounds=1)
+    engine.teach(
+        Lesson([examples(engine, n) for n in range(2)]), None, lambda step: None, one_round
+    )
+    again = told.pop("again")
+    passes = [share for shares in told.values() for share in shares]
+    for shares, first in ((passes, 1.0), (again, AGAIN_RATE)):
+        assert shares == sorted(shares, reverse=True) and len(set(shares)) == len(shares)
+        assert shares[0] < first and shares[-1] == pytest.approx(first * LAST_RATE)
 
 
 def test_nothing_changes_outside_the_lesson(engine: Engine) -> None:

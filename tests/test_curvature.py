@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from small_model import KNOWN
+from torch.nn import functional
 
 from kvedit import curvature, probes
 from kvedit.curvature import Curvature
@@ -120,6 +123,56 @@ def test_slopes_are_half_the_gradient_of_the_price(
     slope = curvature.slopes(found, {name: moved.detach().float()})[name]
     assert moved.grad is not None
     assert torch.allclose(2 * slope.double(), moved.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_margins_see_what_a_sure_model_would_lose(
+    base: BaseModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fisher information vanishes as answers become certain, though they may turn all the same."""
+    name = target_names(base.model)[-1]
+    own = curvature.answer_logits
+
+    def surer(model: Any, part: Sequence[Example]) -> probes.Answers:
+        found = own(model, part)
+        best = functional.one_hot(found.targets, found.logits.shape[1])
+        return replace(found, logits=found.logits + 40 * best)
+
+    def size(of: Any) -> float:
+        found = curvature.measure(base.model, [name], examples, of=of)
+        return float(found.moments[name].gradients.trace())
+
+    unsure = size(curvature.margins)
+    monkeypatch.setattr(curvature, "answer_logits", surer)
+    assert size(curvature.information) < 1e-6 * unsure
+    assert size(curvature.margins) > 0.1 * unsure
+
+
+def test_margins_are_those_of_recall(base: BaseModel, examples: list[Example]) -> None:
+    """By less than nothing is no recall: the others together may outweigh a token that leads."""
+    answers = probes.answer_logits(base.model, examples)
+    ones = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(answers.targets),), generator=ones) * 2 - 1
+    chances = answers.logits.softmax(1).gather(1, answers.targets[:, None])[:, 0]
+    wanted = (torch.logit(chances.double()) * signs).sum()
+    found = curvature.margins(answers, torch.Generator().manual_seed(0))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_a_scale_of_another(base: BaseModel, examples: list[Example]) -> None:
+    """A change of each number by itself costs in the mean what it does in the other."""
+    names = target_names(base.model)
+    here = curvature.measure(base.model, names, examples)
+    there = curvature.measure(base.model, names, examples[:5], of=curvature.margins)
+
+    def size(found: Curvature) -> float:
+        return sum(
+            float(own.inputs.trace() * own.gradients.trace()) for own in found.moments.values()
+        ) / (found.tokens**2)
+
+    scaled = there.scaled_like(here)
+    assert size(scaled) == pytest.approx(size(here), rel=1e-4) and scaled.tokens == there.tokens
+    for name in names:
+        assert scaled.moments[name].inputs is there.moments[name].inputs
 
 
 def test_the_weight_of_what_is_added(base: BaseModel, examples: list[Example]) -> None:

@@ -1094,6 +1094,35 @@ def test_a_group_is_not_held_to_what_it_changes(
     assert told[0] == len(whole.without(names))
 
 
+def test_from_the_base_model_on_the_margins_of_what_is_known_count(
+    empty: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For that edit alone: what follows is held to the base's text and the facts, as ever."""
+    during: list[Any] = []
+    measured: list[int] = []
+    teach, measure = empty.engine.teach, empty.engine.measure_margins
+
+    def taught(*lesson: Any) -> Taught:
+        during.append(empty.engine.curvature)
+        return teach(*lesson)
+
+    def known(texts: Any) -> None:
+        assert empty._work.revision == 0
+        measured.append(len(texts))
+        measure(texts)
+
+    monkeypatch.setattr(empty.engine, "teach", taught)
+    monkeypatch.setattr(empty.engine, "measure_margins", known)
+    for few in (FREE[:2], FREE[2:4]):  # the first, and one that begins anew
+        report, *_ = empty.add_group([Fact.create(*pair) for pair in few], carry=True)
+        assert report.outcome == "committed"
+        now = empty.engine.curvature
+        assert now is not None and now[1] is not now[0] is during[-1][0]
+    assert during[0][1] is during[-1][1] is not empty.engine.curvature[1]
+    assert empty.engine.anchors is not None
+    assert measured == [len(empty.engine.anchors)]  # once for both
+
+
 def test_what_must_stay_is_measured_again_as_facts_come_in(
     empty: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
