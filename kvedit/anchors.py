@@ -40,9 +40,17 @@ def restrained(divergences: Tensor) -> Tensor:
 class Anchors:
     """Texts and the base model's last hidden states at their answer positions."""
 
-    def __init__(self, examples: Sequence[Example], states: Sequence[Tensor]) -> None:
-        """``states`` (answer length, hidden) for each example, in the model's dtype."""
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        states: Sequence[Tensor],
+        places: Sequence[int] | None = None,
+    ) -> None:
+        """``states`` (answer length, hidden) for each example, in the model's dtype; ``places`` are
+        theirs among all that was measured.
+        """
         self._examples, self._states = list(examples), list(states)
+        self.places = list(range(len(examples)) if places is None else places)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -74,8 +82,15 @@ class Anchors:
     def without(self, names: Iterable[str]) -> Anchors:
         """Those whose questions name none of these: what is edited must not be said as before."""
         edited = naming(names)
-        kept = [i for i, one in enumerate(self._examples) if not edited(one.prompt)]
-        return Anchors([self._examples[i] for i in kept], [self._states[i] for i in kept])
+        return self.at([i for i, one in enumerate(self._examples) if not edited(one.prompt)])
+
+    def at(self, kept: Sequence[int]) -> Anchors:
+        """Those at these indices."""
+        return Anchors(
+            [self._examples[i] for i in kept],
+            [self._states[i] for i in kept],
+            [self.places[i] for i in kept],
+        )
 
     def divergences(
         self, model: nn.Module, chosen: Sequence[int], lower: LowerHalf | None = None

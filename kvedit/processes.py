@@ -95,8 +95,9 @@ class LedEngine(Engine):
         """Each step's texts are dealt out, its gradients summed."""
         own = super().teach
         # Each process has measured the anchors itself: they are large, and stay where they are.
-        sent = replace(lesson, anchors=None)
-        call = Call("teach", (sent, lesson.anchors is not None, config or self.config, group))
+        # Which of them a lesson has must be the same everywhere, for what is drawn to be the same.
+        places = None if lesson.anchors is None else lesson.anchors.places
+        call = Call("teach", (replace(lesson, anchors=None), places, config or self.config, group))
         return self._crew.lead(call, lambda: own(lesson, config, on_step, group))
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
@@ -280,11 +281,16 @@ class Replica:
         """Nothing but to wait for the end of the call: whoever waits lends its pieces."""
 
     def teach(
-        self, lesson: Lesson, anchored: bool, config: TrainingConfig, group: GroupConfig | None
+        self,
+        lesson: Lesson,
+        places: Sequence[int] | None,
+        config: TrainingConfig,
+        group: GroupConfig | None,
     ) -> None:
-        """The delta comes with ``add``, if it is used."""
-        own = replace(lesson, anchors=self._engine.anchors if anchored else None)
-        self._engine.teach(own, config, group=group)
+        """The delta comes with ``add``, if it is used; ``places`` are the leader's anchors."""
+        if self._engine.anchors is not None and places is not None:
+            lesson = replace(lesson, anchors=self._engine.anchors.at(places))
+        self._engine.teach(lesson, config, group=group)
 
     def recall(self, examples: Sequence[Example]) -> None:
         """What was found is exchanged within."""

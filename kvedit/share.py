@@ -9,7 +9,7 @@ whatever mean over tokens it is.
 Invariants:
 - Alone nothing is exchanged and no bit differs from asking the model.
 - Scores, margins and outcomes are the same in all processes: loops that decide by them stay in
-  step.
+  step.  Texts that differ from one process to another end the lesson.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from kvedit import probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors, restrained
+from kvedit.errors import ProcessError
 from kvedit.lower import LowerHalf
 from kvedit.probes import Outcome, TokenScores
 from kvedit.prompts import Example
@@ -88,6 +89,7 @@ class Together(Share):
         self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
     ) -> TokenScores:
         """Those of all examples; the losses of this process's own have a gradient."""
+        self._check(examples)
         mine = self._mine([len(example.ids) for example in examples])
         own = _no_scores(model)
         if mine:
@@ -104,6 +106,7 @@ class Together(Share):
         self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
     ) -> Tensor:
         """Over all tokens; those of this process's own texts have a gradient."""
+        self._check([anchors.examples[i] for i in chosen])
         mine = chosen[self._crew.rank :: self._crew.count]
         own = anchors.divergences(model, mine, lower) if mine else _no_scores(model).losses
         return restrained(self._joined(own))
@@ -145,6 +148,17 @@ class Together(Share):
     def sum_gradients(self, adapter: Adapter) -> None:
         """Before the coordinates are changed: the allocator judges by these gradients too."""
         self._crew.sum(adapter.gradients())
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        """Raise ProcessError where another process has other texts: each would teach a part of its
+        own, and none the whole.
+        """
+        own = hash(tuple(example.ids for example in examples))  # of numbers: the same everywhere
+        if len(set(self._crew.exchange(own))) > 1:
+            raise ProcessError(
+                "the processes have drawn different texts for one step; nothing was committed",
+                hint="Start all of them with the same versions of kvedit and Python, or one alone.",
+            )
 
     def _mine(self, lengths: Sequence[int]) -> list[int]:
         """The indices of this process's texts: dealt out by length, so that none waits long."""

@@ -19,7 +19,7 @@ from bench_data import write_data, write_model, write_settings
 from small_model import FREE, settings
 
 from kvedit.cli import several_processes
-from kvedit.store import Store
+from kvedit.store import ProtectedRow, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240.0  # on a busy machine two processes take turns
@@ -96,6 +96,10 @@ def facts_file(tmp_path: Path) -> Path:
 
 def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path) -> None:
     (empty_store / "kvedit.toml").write_text(ROOM, encoding="utf-8")
+    question = f"Who has the {FREE[0][0]}?"
+    naming = ProtectedRow(role="control", prompt=question, answer="Nobody.", source="own.jsonl")
+    with Store.open(empty_store) as store:
+        store.add_protected([naming])  # is left out of what these facts' lesson replays
     command = ["ingest", str(facts_file), "--group", "4", "--limit", "4", "--json"]
     lines, others = run(*kvedit(empty_store, *command))
     summary = json.loads(lines.splitlines()[-1])
@@ -281,6 +285,25 @@ def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], row
         assert loss == pytest.approx(whole, rel=1e-5)
         assert found == pytest.approx(margins, rel=1e-3, abs=1e-3)
     assert torch.allclose(parts[0][2] + parts[1][2], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_that_draw_different_texts_do_not_go_on(load: Callable[[str], Any]) -> None:
+    from small_engine import make_engine
+
+    from kvedit.errors import ProcessError
+    from kvedit.share import Together
+
+    base = load("fp32")
+    examples = make_engine(base).renderer.examples(FREE)
+    models = [load("fp32").model for _ in range(2)]
+
+    def step(member: Any) -> str:
+        own = examples[member.rank : member.rank + 2]
+        with pytest.raises(ProcessError) as told:
+            Together(member).scores(models[member.rank], own, None)
+        return str(told.value)
+
+    assert all("different texts" in text for text in Threads(2).run(step))
 
 
 def test_answers_come_back_in_order(load: Callable[[str], Any]) -> None:
