@@ -34,7 +34,7 @@ from kvedit.training import Loop, Trained
 WARM_UP = 5
 LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each round
 AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
-YIELD = 0.5  # of what holds the group back, from each of these rounds to the next
+YIELD = 0.5  # of the price's weight, from each of these rounds to the next
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
@@ -69,7 +69,6 @@ class BreadthFirst(Loop):
         super().__init__(*given)
         count = len(self._lesson.new)
         self._weight = group.shift_weight / math.sqrt(64 * count)
-        self._anchor_weight = group.anchor_weight
         self._batch, self._anchors = batch_of(group, count), anchors_of(group, count)
         self._earlier_weight = min(max(self._lesson.earlier / count, LEAST_WEIGHT), MOST_WEIGHT)
         self._total = max(8, math.ceil(group.passes * count / self._batch))
@@ -99,7 +98,6 @@ class BreadthFirst(Loop):
             if not missing:
                 break
             self._weight *= YIELD
-            self._anchor_weight *= YIELD
             steps = math.ceil(self._group.again * len(missing) / self._batch)
             self._total += steps
             for step in range(1, steps + 1):
@@ -142,12 +140,11 @@ class BreadthFirst(Loop):
 
     def _held(self) -> Tensor | float:
         anchors = self._lesson.anchors
-        if anchors is None or not len(anchors) or not self._anchor_weight or not self._anchors:
+        weight = self._group.anchor_weight
+        if anchors is None or not len(anchors) or not weight or not self._anchors:
             return 0.0
         chosen = self._some(range(len(anchors)), self._anchors)
-        return self._anchor_weight * self._share.divergence(
-            anchors, self._model, chosen, self._lower
-        )
+        return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks."""

@@ -33,6 +33,7 @@ from kvedit.training import Lesson, Step
 Emit = Callable[[Event], None]
 Snapshot = Mapping[str, Any]
 _FORGET = "forget"
+NAMED = 8  # questions, in a warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ class Transaction:
             reasons = self._refusals(found)
             if not reasons:
                 break
-            self._tell_refusal("; ".join(reasons), left)
+            self._tell_refusal("; ".join(reasons), found.rows, left)
             lost.update({risk.row.id: risk for risk in found.lost})
             harmed = self._harmed(found.checks)
             if group is None:
@@ -340,12 +341,14 @@ class Transaction:
             )
         )
 
-    def _tell_refusal(self, why: str, left: int) -> None:
+    def _tell_refusal(self, why: str, rows: Sequence[ProbeRow], left: int) -> None:
         """For the report; and at once, where a group's long work begins again."""
         self._refused = (*self._refused, why)
         count = len(self._plan.targets)
         if self._plan.group and count > 1 and left:
-            text = f"{count} facts taught together were refused ({why}); teaching them again"
+            moved = [row.prompt for row in rows if row.kind == "locality" and not row.passed]
+            named = f"; answers that changed: {' / '.join(moved[:NAMED])}" if moved else ""
+            text = f"{count} facts taught together were refused ({why}{named}); teaching them again"
             self._emit(Warning_(text=text, code="refused"))
 
     def _tell_retention(self, found: _Found, revision: int) -> None:
