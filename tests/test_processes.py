@@ -112,6 +112,7 @@ def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path)
     with KnowledgeBase.open(empty_store) as knowledge:  # one process, digests compared
         assert held(empty_store) == dict(FREE[:4])
         assert [f.what for f in knowledge.doctor() if f.level != "ok"] == []
+        assert {edit.state for edit in knowledge.store.history()} <= {"committed", "rejected"}
         report = knowledge.verify()
         assert report.generated.passed == report.score.passed == 4
 
