@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -52,12 +52,14 @@ def recite(
     drafts: int,
     *,
     known: Sequence[Protected],
+    unasked: Iterable[str] = (),
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Protected, ...]:
     """Let the model say what it knows, looking at up to ``drafts`` questions: a text an answer.
 
-    What is ``known`` already is left out, prompts and answers.  A model without a chat template
+    What is ``known`` already is left out, prompts and answers; of questions that are to be
+    ``unasked`` the answers are looked for under others, as all that the model knows.  A model without a chat template
     writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +72,7 @@ def recite(
         *(_Source(_followed(base, renderer, stem)) for stem in _stems(sketch, drafts // ROUND)),
         *(_Source(_sampled(base, renderer, warmth, generator)) for warmth in TEMPERATURES),
     ]
-    search = _Search(base, renderer, known)
+    search = _Search(base, renderer, known, unasked)
     search.race(sources, drafts, progress)
     progress(f"answering {len(search.found)} questions")
     told = protect.answer_all(base, renderer, search.found, RECITED)
@@ -95,9 +97,15 @@ class _Source:
 class _Search:
     """The questions that were looked at so far, and those among them that are worth an answer."""
 
-    def __init__(self, base: BaseModel, renderer: Renderer, known: Sequence[Protected]) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        renderer: Renderer,
+        known: Sequence[Protected],
+        unasked: Iterable[str],
+    ) -> None:
         self._base, self._renderer = base, renderer
-        self._asked = {text.prompt for text in known}
+        self._asked = {text.prompt for text in known} | set(unasked)
         made = [protect.example(renderer, text) for text in known]
         # Without the end token, which an opening that is generated does not have either.
         self._begun = {one.ids[one.start : -1][:OPENING_TOKENS] for one in made}

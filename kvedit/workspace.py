@@ -169,8 +169,7 @@ class Workspace:
         drawn = int(self.store.meta(_DRAFTS) or settings.drafts)
         if wanted <= drawn:
             return
-        known = self._all_texts()
-        new = self.at(0, lambda: self._recite(wanted - drawn, known, seed=drawn))
+        new = self.at(0, lambda: self._recite(wanted - drawn, seed=drawn))
         names = [normalise(name) for name in leave_out]
         texts = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
         kept = [t for t, told in zip(new, texts, strict=True) if not any(n in told for n in names)]
@@ -178,13 +177,17 @@ class Workspace:
         self.engine.anchors = self._margins = None
         self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
 
-    def _recite(
-        self, drafts: int, known: Sequence[protect.Protected], seed: int
-    ) -> tuple[protect.Protected, ...]:
+    def _recite(self, drafts: int, seed: int) -> tuple[protect.Protected, ...]:
+        """Locality probes are asked for nowhere else, but what they ask for is as likely to be
+        found under another question as anything else: else they would say what becomes of what is
+        never replayed, which is little of what the model knows.
+        """
+        unasked = [text.prompt for text in self._texts("locality")]
         with self.engine.alone():
             return recitation.recite(
                 self.engine.base, self.engine.renderer, drafts,
-                known=known, seed=seed, progress=lambda text: self.say(text),
+                known=self._control_texts(), unasked=unasked, seed=seed,
+                progress=lambda text: self.say(text),
             )  # fmt: skip
 
     @contextmanager
