@@ -59,8 +59,8 @@ def recite(
     """Let the model say what it knows, looking at up to ``drafts`` questions: a text an answer.
 
     What is ``known`` already is left out, prompts and answers; of questions that are to be
-    ``unasked`` the answers are looked for under others, as all that the model knows.  A model without a chat template
-    writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
+    ``unasked`` the answers are looked for under others, as all that the model knows.  A model
+    without a chat template writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
     """
     generator = torch.Generator().manual_seed(seed)
     progress("listening to how the model asks")

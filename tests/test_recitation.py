@@ -48,6 +48,17 @@ def test_what_is_known_already_is_not_said_again(base: BaseModel, renderer: Rend
     assert not {text.answer for text in second} & {text.answer for text in half}
 
 
+def test_what_is_not_to_be_asked_is_answered_under_other_questions(
+    base: BaseModel, renderer: Renderer
+) -> None:
+    probes_of = recite(base, renderer, 256, known=(), seed=1)[::4]
+    unasked = {text.prompt for text in probes_of}
+    found = recite(base, renderer, 2000, known=(), unasked=unasked, seed=1)
+    assert not unasked & {text.prompt for text in found}
+    answers = {text.answer for text in probes_of}
+    assert len(answers & {text.answer for text in found}) > len(answers) / 2
+
+
 def test_likely_questions_are_followed_and_none_is_told_twice(
     base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +114,7 @@ def test_the_richest_source_is_asked_and_one_bad_round_does_not_end_it(
         return len(rich.intersection(prompts))
 
     monkeypatch.setattr(recitation._Search, "_look", look)
-    search = recitation._Search(base, renderer, ())
+    search = recitation._Search(base, renderer, (), ())
     poor = recitation._Source(iter([f"poor {i}" for i in range(5000)]))
     search.race([poor, recitation._Source(iter(sorted(rich)))], 2500, lambda text: None)
     assert rich <= set(asked)
@@ -118,7 +129,7 @@ def test_a_search_ends_when_nothing_is_new(
         recitation._Search, "_look", lambda self, prompts: asked.extend(prompts) or 0
     )
     sources = [recitation._Source(iter([f"{n} {i}" for i in range(5000)])) for n in range(3)]
-    recitation._Search(base, renderer, ()).race(sources, 100_000, lambda text: None)
+    recitation._Search(base, renderer, (), ()).race(sources, 100_000, lambda text: None)
     assert 0 < len(asked) < 3 * 8 * recitation.ROUND
     assert {text[0] for text in asked} == {"0", "1", "2"}
 
