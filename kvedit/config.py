@@ -64,16 +64,16 @@ class GroupConfig:
     earlier ones, where there are so many, and ``anchors`` protected texts, whose divergence from
     the base model (nats a token) weighs ``anchor_weight``; batch and anchors grow with the root of
     the group's size; every fact is seen ``passes`` times, and those not recalled then ``again``
-    times in each of ``rounds`` rounds.  The price weighs ``shift_weight`` / 64 for 64
-    facts, and less with the root of their number.
-    A token that leads by ``lead`` logits counts ``settled`` in the loss: what is pushed further
-    than it needs costs what is not in the group.  ``learning_rate`` is the share of the loss at the
-    beginning that the longest step would gain if the way stayed as steep; an adapter has ``rank``
-    directions of each matrix for 64 facts, and with the root of their number; ``largest`` bounds
-    groups of automatic size.  ``fact_weight`` is as for single facts.  A group is taught together
-    with all that the model holds, from the base model on, when it and what was taught on top since
-    the last time are at least ``anew`` times the rest.  A group may lose up to 1 - ``retention`` of
-    the earlier facts that are checked: they are repaired after it.
+    times in each of ``rounds`` rounds.  The price weighs ``shift_weight`` / 64 for 64 facts, and
+    less with the root of their number.  A token that leads by ``lead`` logits counts ``settled`` in
+    the loss: what is pushed further than it needs costs what is not in the group.
+    ``learning_rate`` is the share of the loss at the beginning that the longest step would gain if
+    the way stayed as steep; an adapter has ``rank`` directions of each matrix for 64 facts, and
+    with the root of their number; ``largest`` bounds groups of automatic size.  ``fact_weight`` is
+    as for single facts.  A group is taught together with all that the model holds, from the base
+    model on, when it and what was taught on top since the last time are at least ``anew`` times the
+    rest.  A group may lose up to 1 - ``retention`` of the earlier facts that are checked: they are
+    repaired after it.
     """
 
     largest: int = setting(1024, low=1)

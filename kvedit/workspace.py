@@ -27,7 +27,7 @@ from kvedit.store import ProtectedRow, Store
 Emit = Callable[[Event], None]
 _T = TypeVar("_T")
 _PROTECTED, _DONE = "protected_text", "complete"
-_DRAFTS, _ROLES = "protected_drafts", ("control", "locality")
+_DRAFTS = "protected_drafts"
 LEAST_MEASURED, GROWN = 16, 1.5
 MEASURED_HERE = 2000
 """So many protected texts are enough to measure a curvature from, once it is measured often."""
@@ -118,9 +118,6 @@ class Workspace:
     def _control_texts(self) -> list[protect.Protected]:
         return self._texts("control")
 
-    def _all_texts(self) -> list[protect.Protected]:
-        return [text for role in _ROLES for text in self._texts(role)]
-
     def _texts(self, role: str) -> list[protect.Protected]:
         rows = self.store.protected(role)
         return [protect.Protected(row.prompt, row.answer, row.source) for row in rows]
@@ -135,13 +132,11 @@ class Workspace:
         renderer = self.engine.renderer
         examples = [protect.example(renderer, text) for text in self._measured_texts()]
         self.at(0, lambda: self.engine.protect(examples))
-        self.measure_facts()
+        self._measure_facts()
         self.save_curvature()
 
-    def measure_facts(self) -> None:
+    def _measure_facts(self) -> None:
         """Add the committed facts to what the base model's curvature protects."""
-        base = self._base_curvature()
-        self.engine.curvature = base, base
         facts = [row.fact for row in self.store.facts("committed")]
         if facts:
             self.say(f"measuring {len(facts)} facts")
@@ -153,12 +148,14 @@ class Workspace:
         """Before so many facts are taught together: text to replay, and the curvature as it is."""
         self.protect_for(len(self.store.keys("committed")) + facts)
         self._anchor()
-        if measured and self._measured is None:
-            self._load_curvature()
-        if measured and not self.store.head():
+        if not measured:
+            return
+        if not self.store.head():
             self._measure_margins()
-        elif measured:
-            self._measure_here()
+            return
+        if self._measured is None:
+            self._load_curvature()
+        self._measure_here()
 
     def protect_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
         """See to it that there is protected text enough for so many facts in the model; no new one
@@ -213,12 +210,12 @@ class Workspace:
         """On the base model: by the leads of what it knows, for one edit; measured once."""
         base, self._measured = self._base_curvature(), None
         known = self.engine.anchors.examples if self.engine.anchors is not None else ()
-        if self._margins is None and known:
-            self.say("measuring what the base model knows")
-            some = random.Random(0).sample(known, min(MEASURED_HERE, len(known)))
-            self.engine.measure_margins(some)
-            self._margins = self.engine.curvature[1] if self.engine.curvature else None
-        self.engine.curvature = base, self._margins or base
+        if self._margins is not None or not known:
+            self.engine.curvature = base, self._margins or base
+            return
+        self.say("measuring what the base model knows")
+        self.engine.measure_margins(random.Random(0).sample(known, min(MEASURED_HERE, len(known))))
+        self._margins = self.engine.curvature[1] if self.engine.curvature else None
 
     def _measure_here(self) -> None:
         """Measure again once the facts have grown by half: the curvature of a large change is not
@@ -252,14 +249,16 @@ class Workspace:
 
     def known_texts(self) -> tuple[protect.Protected, ...]:
         """Of all protected texts those that the base model knows, the locality probes too."""
-        texts = self._all_texts()
+        texts = [*self._control_texts(), *self._texts("locality")]
         base, renderer = self.engine.base, self.engine.renderer
         return self.at(0, lambda: protect.known(base, renderer, texts))
 
     def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned, and note that the curvature is up to date."""
         if self._measured is None:  # what stood there was for one edit
-            self.measure_facts()
+            base = self._base_curvature()
+            self.engine.curvature = base, base
+            self._measure_facts()
         elif learned:
             self.engine.remember(learned, weight)
         self._measured = self.revision
@@ -271,7 +270,7 @@ class Workspace:
             self._measure()
         elif total is None:
             self.engine.curvature = base, base
-            self.measure_facts()
+            self._measure_facts()
             self.save_curvature()
         else:
             self.engine.curvature = base, total
