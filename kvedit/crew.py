@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,7 +35,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvedit.errors import KveditError, ProcessError, ProcessLostError
+from kvedit.errors import (
+    KveditError,
+    ProcessError,
+    ProcessesDifferError,
+    ProcessLostError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +172,11 @@ class Crew:
         """What each process has, in their order; raises if any of them failed."""
         with self._undisturbed():
             return self._gather(_Message(value))
+
+    def require_alike(self, own: Hashable, else_: str, *, hint: str) -> None:
+        """Raise ProcessesDifferError, which says ``else_``, unless all processes have the same."""
+        if len(set(self.exchange(own))) > 1:
+            raise ProcessesDifferError(f"{else_}; nothing was committed", hint=hint)
 
     @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:

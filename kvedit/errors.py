@@ -112,6 +112,10 @@ class ProcessLostError(ProcessError):
     """One of several processes has ended or no longer answers; no work can be shared any more."""
 
 
+class ProcessesDifferError(ProcessError):
+    """Processes that must have the same do not; nothing that they do together can be trusted."""
+
+
 class OutOfMemoryError(KveditError):
     """There was not enough memory for what was asked; nothing of it was kept."""
 

@@ -23,6 +23,7 @@ from kvedit.errors import (
     InvalidFactError,
     KveditError,
     LockedError,
+    ProcessesDifferError,
     ProcessLostError,
     TextTooLongError,
 )
@@ -39,7 +40,14 @@ if TYPE_CHECKING:
 
 Emit = Callable[[Event], None]
 
-ENDS_THE_RUN = (LockedError, DiskFullError, CorruptStoreError, Interrupted, ProcessLostError)
+ENDS_THE_RUN = (
+    LockedError,
+    DiskFullError,
+    CorruptStoreError,
+    Interrupted,
+    ProcessLostError,
+    ProcessesDifferError,
+)
 ERRORS_IN_A_ROW = 10
 """So many facts that fail one after the other mean that the trouble is not with the facts."""
 

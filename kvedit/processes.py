@@ -31,7 +31,7 @@ from kvedit.crew import Call, Crew
 from kvedit.curvature import Curvature
 from kvedit.deltas import Delta, Master
 from kvedit.engine import Engine, Taught
-from kvedit.errors import ModelMismatchError, ProcessError
+from kvedit.errors import ModelMismatchError
 from kvedit.lower import LowerHalf
 from kvedit.models import BaseModel, Loading
 from kvedit.probes import Outcome
@@ -199,7 +199,7 @@ class LedMaster(Master):
         self._crew.mirror(Call("restore", (dict(self._master),)), lambda: None)
 
     def digest(self) -> str:
-        """Raises ProcessError when the processes do not have the same weights."""
+        """Raises ProcessesDifferError when the processes do not have the same weights."""
         own = super().digest
         if self._crew.lost:
             return own()
@@ -230,12 +230,12 @@ def _same(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _agreed(crew: Crew, digest: str) -> str:
-    if len(set(crew.exchange(digest))) > 1:
-        raise ProcessError(
-            "the processes do not have the same weights; nothing was committed",
-            hint="Run them on devices of one kind with the same library versions, or in one"
-            " process.",
-        )
+    """The digest of the weights, which is that of all processes."""
+    crew.require_alike(
+        digest,
+        "the processes do not have the same weights",
+        hint="Run them on devices of one kind with the same library versions, or in one process.",
+    )
     return digest
 
 

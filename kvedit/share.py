@@ -23,7 +23,6 @@ from torch import Tensor
 from kvedit import probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors, restrained
-from kvedit.errors import ProcessError
 from kvedit.lower import LowerHalf
 from kvedit.probes import Outcome, TokenScores
 from kvedit.prompts import Example
@@ -150,15 +149,14 @@ class Together(Share):
         self._crew.sum(adapter.gradients())
 
     def _check(self, examples: Sequence[Example]) -> None:
-        """Raise ProcessError where another process has other texts: each would teach a part of its
-        own, and none the whole.
+        """Raise ProcessesDifferError where another process has other texts: each would teach a part
+        of its own, and none the whole.
         """
-        own = hash(tuple(example.ids for example in examples))  # of numbers: the same everywhere
-        if len(set(self._crew.exchange(own))) > 1:
-            raise ProcessError(
-                "the processes have drawn different texts for one step; nothing was committed",
-                hint="Start all of them with the same versions of kvedit and Python, or one alone.",
-            )
+        self._crew.require_alike(
+            hash(tuple(example.ids for example in examples)),  # of numbers: the same everywhere
+            "the processes have drawn different texts for one step",
+            hint="Start all of them with the same versions of kvedit and Python, or one alone.",
+        )
 
     def _mine(self, lengths: Sequence[int]) -> list[int]:
         """The indices of this process's texts: dealt out by length, so that none waits long."""

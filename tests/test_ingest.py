@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from small_model import FREE
 
 from kvedit.editor import KnowledgeBase
-from kvedit.errors import DiskFullError, Interrupted, InvalidFactError, LockedError
+from kvedit.errors import (
+    DiskFullError,
+    Interrupted,
+    InvalidFactError,
+    LockedError,
+    ProcessesDifferError,
+)
 from kvedit.events import EditReport, IngestProgress, Score
 from kvedit.facts import Fact
 from kvedit.ingest import ERRORS_IN_A_ROW, IngestOptions, IngestReport, ingest
@@ -151,7 +157,9 @@ def test_when_everything_fails_it_stops(knowledge: FakeKnowledge) -> None:
     assert report.left == 40 - ERRORS_IN_A_ROW
 
 
-@pytest.mark.parametrize("error", [DiskFullError("full"), LockedError("moved")])
+@pytest.mark.parametrize(
+    "error", [DiskFullError("full"), LockedError("moved"), ProcessesDifferError("weights")]
+)
 def test_what_would_break_every_fact_ends_the_run(
     knowledge: FakeKnowledge, error: Exception
 ) -> None:

@@ -19,6 +19,7 @@ from bench_data import write_data, write_model, write_settings
 from small_model import FREE, settings
 
 from kvedit.cli import several_processes
+from kvedit.crew import Crew
 from kvedit.store import ProtectedRow, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,6 +232,7 @@ class Threads:
 
         class Member:
             count = outer.count
+            require_alike = Crew.require_alike
 
             def exchange(self, value: Any) -> list[Any]:
                 outer._box[self.rank] = value
@@ -291,7 +293,7 @@ def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], row
 def test_processes_that_draw_different_texts_do_not_go_on(load: Callable[[str], Any]) -> None:
     from small_engine import make_engine
 
-    from kvedit.errors import ProcessError
+    from kvedit.errors import ProcessesDifferError
     from kvedit.share import Together
 
     base = load("fp32")
@@ -300,7 +302,7 @@ def test_processes_that_draw_different_texts_do_not_go_on(load: Callable[[str], 
 
     def step(member: Any) -> str:
         own = examples[member.rank : member.rank + 2]
-        with pytest.raises(ProcessError) as told:
+        with pytest.raises(ProcessesDifferError) as told:
             Together(member).scores(models[member.rank], own, None)
         return str(told.value)
 
