@@ -3,7 +3,8 @@
 Invariants:
 - Weights that do not give the digest recorded for their revision are never served.
 - A checkpoint that is missing or damaged costs time, not knowledge: the deltas are replayed.
-- The curvature is a cache: what is on the disk is used only if it is whole and of this revision.
+- The curvature is a cache: what is on the disk is used only if it is whole, of this revision
+  and of the same texts.
 """
 
 from __future__ import annotations
@@ -124,15 +125,21 @@ def replay(store: Store, master: Master, say: Callable[[str], None]) -> list[Fin
     return findings
 
 
-def write_curvature(store: Store, revision: int, name: str, curvature: Curvature) -> None:
-    """Keep a curvature measured at a revision beside the store; it may be deleted at any time."""
+def write_curvature(
+    store: Store, revision: int, name: str, curvature: Curvature, texts: str = ""
+) -> None:
+    """Keep a curvature measured at a revision beside the store; it may be deleted at any time.
+
+    ``texts`` is a digest of what it was measured on, where the weights alone do not say it.
+    """
     path = _curvature_path(store, name)
-    if _label_of(path) == store.revision(revision).weights_digest:
+    weights = store.revision(revision).weights_digest
+    if _label_of(path) == (weights, texts):
         return
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         clean_temporary(path.parent)
-    label = {"revision": str(revision), "weights": store.revision(revision).weights_digest}
+    label = {"revision": str(revision), "weights": weights, "texts": texts}
     shared: dict[int, str] = {}
     tensors, same = {}, {}
     for part, tensor in curvature.to_tensors().items():
@@ -145,22 +152,23 @@ def write_curvature(store: Store, revision: int, name: str, curvature: Curvature
     write_atomic(path, save_tensors(tensors, label))
 
 
-def _label_of(path: Path) -> str | None:
-    """The digest of the weights that a kept curvature was measured on, if there is one."""
+def _label_of(path: Path) -> tuple[str, str] | None:
+    """The digests of the weights and of the texts that a kept curvature was measured on."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as stream:
-            return (stream.metadata() or {}).get("weights")
+            label = stream.metadata() or {}
+            return label.get("weights", ""), label.get("texts", "")
     except (OSError, SafetensorError):
         remove(path)
         return None
 
 
-def read_curvature(store: Store, revision: int, name: str) -> Curvature | None:
-    """The kept curvature if it is of this revision's weights, or None."""
+def read_curvature(store: Store, revision: int, name: str, texts: str = "") -> Curvature | None:
+    """The kept curvature if it is of this revision's weights, and of these texts; or None."""
     path = _curvature_path(store, name)
-    if _label_of(path) != store.revision(revision).weights_digest:
+    if _label_of(path) != (store.revision(revision).weights_digest, texts):
         return None
     with safe_open(path, framework="pt") as stream:
         tensors = {part: stream.get_tensor(part) for part in stream.keys()}  # noqa: SIM118

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -207,15 +208,23 @@ class Workspace:
         return self.engine.curvature[0]
 
     def _measure_margins(self) -> None:
-        """On the base model: by the leads of what it knows, for one edit; measured once."""
+        """On the base model: by the leads of what it knows, for one edit; measured once a store."""
         base, self._measured = self._base_curvature(), None
         known = self.engine.anchors.examples if self.engine.anchors is not None else ()
-        if self._margins is not None or not known:
+        some = random.Random(0).sample(known, min(MEASURED_HERE, len(known)))
+        told = repr((self.engine.names, [example.ids for example in some]))
+        texts = hashlib.sha256(told.encode()).hexdigest()
+        if self._margins is None and some:
+            self._margins = fold.read_curvature(self.store, 0, "margins", texts)
+        if self._margins is not None or not some:
             self.engine.curvature = base, self._margins or base
             return
         self.say("measuring what the base model knows")
-        self.engine.measure_margins(random.Random(0).sample(known, min(MEASURED_HERE, len(known))))
-        self._margins = self.engine.curvature[1] if self.engine.curvature else None
+        self.engine.measure_margins(some)
+        if self.engine.curvature is not None:
+            self._margins = self.engine.curvature[1]
+            with self.dispensable():
+                fold.write_curvature(self.store, 0, "margins", self._margins, texts)
 
     def _measure_here(self) -> None:
         """Measure again once the facts have grown by half: the curvature of a large change is not

@@ -1121,6 +1121,11 @@ def test_from_the_base_model_on_the_margins_of_what_is_known_count(
     assert during[0][1] is during[-1][1] is not empty.engine.curvature[1]
     assert empty.engine.anchors is not None
     assert measured == [len(empty.engine.anchors)]  # once for both
+    empty.store.close()
+    with KnowledgeBase.open(empty.store.path) as again:  # and for who comes after
+        monkeypatch.setattr(again.engine, "measure_margins", known)
+        again.add_group([Fact.create(*pair) for pair in FREE[4:8]])
+        assert again._work._margins is not None and len(measured) == 1
 
 
 def test_what_must_stay_is_measured_again_as_facts_come_in(

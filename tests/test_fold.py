@@ -133,6 +133,10 @@ def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -
         for name, own in found.moments.items():
             assert torch.equal(back.moments[name].inputs, own.inputs)
             assert torch.equal(back.moments[name].gradients, own.gradients)
+        assert fold.read_curvature(store, 2, "head", texts="others") is None
+        fold.write_curvature(store, 2, "head", found, texts="others")
+        assert fold.read_curvature(store, 2, "head") is None
+        assert fold.read_curvature(store, 2, "head", texts="others") is not None
         # What several matrices share is kept, and held in memory, once.
         held = {own.inputs.data_ptr() for own in back.moments.values()}
         assert len(held) < len(back.moments)
