@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import curvature as curvatures
-from kvedit import memory, placement, quantised
+from kvedit import memory, placement, probes, quantised
 from kvedit.adapters import Adapter, group_rank
 from kvedit.anchors import Anchors
 from kvedit.breadth_first import (
@@ -330,13 +330,7 @@ class Engine:
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""
-        limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
-        prefixes = [e.ids[: e.start] for e in examples]
-        rows = self.proceed(prefixes, end=self.renderer.end, limit=limit)
-        return [
-            (*row, self.renderer.end)[: len(e.ids) - e.start] == e.ids[e.start :]
-            for row, e in zip(rows, examples, strict=True)
-        ]
+        return probes.spoken_recall(examples, self.renderer.end, self.proceed)
 
 
 def group_load(

@@ -376,6 +376,20 @@ def generate(
     return texts
 
 
+def spoken_recall(
+    examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
+) -> list[bool]:
+    """Exact recall by real greedy generation, tokens and end compared; ``proceed`` as ``generate``
+    of a model.
+    """
+    limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
+    rows = proceed([e.ids[: e.start] for e in examples], end=end, limit=limit)
+    return [
+        (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
+        for row, e in zip(rows, examples, strict=True)
+    ]
+
+
 def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indices by length; of one length each for a model whose own code may not know padding."""
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 
 from bench_data import POETS, make_options, write_data, write_model  # noqa: E402
+from small_engine import make_engine  # noqa: E402
 from small_model import FREE, KNOWN  # noqa: E402
 
 from kvedit import plots  # noqa: E402
 from kvedit.bench import questions, report  # noqa: E402
-from kvedit.bench.asking import Student, both, marks  # noqa: E402
+from kvedit.bench.asking import Pupil, Student, both, marks  # noqa: E402
 from kvedit.bench.retain import RetainResult, retain  # noqa: E402
 from kvedit.bench.undo import Difference, Restored, UndoResult, difference, served_digest, undo  # noqa: E402
 from kvedit.cli import cli  # noqa: E402
@@ -287,8 +288,9 @@ def test_generation_is_what_counts(small: dict[str, Path]) -> None:
     whole = renderer.example(f"What is {key}?", answer)
     more = renderer.example(f"What is {key}?", f"{answer} Indeed.")
     short = renderer.example(f"What is {key}?", answer.rsplit(" ", 1)[0])
-    spoken, forced = Student(base.model, renderer).ask([whole, more, short])
-    assert spoken == forced == [True, False, False]
+    for student in (Student(base.model, renderer), Pupil.of(make_engine(base))):
+        spoken, forced = student.ask([whole, more, short])
+        assert spoken == forced == [True, False, False]
 
 
 def test_scores_show_count_n_and_interval() -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from kvedit import probes
+from kvedit.engine import Engine
 from kvedit.events import Score
 from kvedit.prompts import Example, Renderer
 
@@ -75,14 +77,8 @@ class Student:
 
     def spoken(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by free greedy generation, the end token included."""
-        limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
-        end = self.renderer.end
-        prefixes = [e.ids[: e.start] for e in examples]
-        rows = probes.generate(self.model, prefixes, end=end, limit=limit)
-        return [
-            (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
-            for row, e in zip(rows, examples, strict=True)
-        ]
+        proceed = partial(probes.generate, self.model)
+        return probes.spoken_recall(examples, self.renderer.end, proceed)
 
     def ask(self, examples: Sequence[Example]) -> tuple[list[bool], list[bool]]:
         """Recall under both protocols: generated, teacher-forced."""
@@ -91,6 +87,26 @@ class Student:
     def forced(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by one forward pass."""
         return [outcome.passed for outcome in probes.recall(self.model, examples)]
+
+
+@dataclass(frozen=True, slots=True)
+class Pupil(Student):
+    """The same of an engine: where it leads several processes, they share the questions."""
+
+    engine: Engine
+
+    @classmethod
+    def of(cls, engine: Engine) -> Pupil:
+        """The engine's model, as it is at the time of each question."""
+        return cls(engine.base.model, engine.renderer, engine)
+
+    def spoken(self, examples: Sequence[Example]) -> list[bool]:
+        """As for ``Student``."""
+        return self.engine.generated_recall(examples)
+
+    def forced(self, examples: Sequence[Example]) -> list[bool]:
+        """As for ``Student``."""
+        return [outcome.passed for outcome in self.engine.recall(examples)]
 
 
 @dataclass(frozen=True, slots=True)

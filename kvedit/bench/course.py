@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from kvedit.bench.asking import Kept, Lesson, Point, Recalled, Student, measure, recalled
+from kvedit.bench.asking import Kept, Lesson, Point, Pupil, Recalled, measure, recalled
 from kvedit.bench.retain import Emit, engine_of
 from kvedit.editor import KnowledgeBase
 from kvedit.events import EditReport, Event, IngestProgress, Score, Status, Warning_
@@ -170,7 +170,7 @@ class Course:
         self._emit(Status(phase=f"{self._name}: measuring after {done} facts"))
         seconds = self._clock.seconds
         engine = engine_of(knowledge)
-        student = Student(engine.base.model, engine.renderer)
+        student = Pupil.of(engine)
         draw = None if last else random.Random(f"{self._seed} {done}")
         lessons = lessons_of(knowledge, facts)
         found = recalled(student, lessons, draw)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvedit import models, probes
 from kvedit.bench import questions
-from kvedit.bench.asking import Both, Kept, Lesson, Point, Student, both, marks, measure
+from kvedit.bench.asking import Both, Kept, Lesson, Point, Pupil, Student, both, marks, measure
 from kvedit.bench.questions import BaseFact, BenchData, Seen
 from kvedit.config import FILE_NAME
 from kvedit.database import DB_NAME
@@ -158,7 +158,7 @@ def _run(
     with new_store(options, emit) as knowledge:
         setup = time.monotonic() - began
         engine = engine_of(knowledge)
-        student = Student(engine.base.model, engine.renderer)
+        student = Pupil.of(engine)
         rows = protected_rows(knowledge)
         asked = base_facts(student, data, seen_texts(rows, facts), options, emit)
         edits, points = _add_all(method, knowledge, student, facts, asked.kept, emit)
