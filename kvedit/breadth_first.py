@@ -147,12 +147,15 @@ class BreadthFirst(Loop):
         return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
     def _missing(self) -> list[int]:
-        """The facts that are not recalled under all of their prompts, with the final ranks."""
+        """The facts that are not recalled under all of their prompts, with the final ranks.
+
+        One that hangs on a near-tie is not: the next edit would turn it.
+        """
         self._adapter.write()
         asked = [(i, example) for i, fact in enumerate(self._lesson.new) for example in fact]
         outcomes = self._share.recall(self._model, [example for _, example in asked], self._lower)
         pairs = zip(asked, outcomes, strict=True)
-        return sorted({fact for (fact, _), outcome in pairs if not outcome.passed})
+        return sorted({fact for (fact, _), outcome in pairs if not outcome.firm})
 
     def _passes(self, count: int) -> Iterator[int]:
         """Every fact once, in a new order each time."""

@@ -81,7 +81,7 @@ class GroupConfig:
     batch: int = setting(16, low=1)
     passes: int = setting(24, low=1)
     again: int = setting(12, low=1)
-    rounds: int = setting(5)
+    rounds: int = setting(8)
     rehearsal: float = setting(2.0)
     anchors: int = setting(64)
     anchor_weight: float = setting(40.0)

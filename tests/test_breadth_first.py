@@ -12,6 +12,7 @@ from kvedit.breadth_first import AGAIN_RATE, LAST_RATE, BreadthFirst
 from kvedit.config import GroupConfig
 from kvedit.engine import Engine
 from kvedit.facts import Fact
+from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.training import Lesson, Step
 
@@ -83,6 +84,27 @@ def test_steps_grow_shorter_in_the_passes_and_in_each_round(
     for shares, first in ((passes, 1.0), (again, AGAIN_RATE)):
         assert shares == sorted(shares, reverse=True) and len(set(shares)) == len(shares)
         assert shares[0] < first and shares[-1] == pytest.approx(first * LAST_RATE)
+
+
+def test_what_hangs_on_a_near_tie_is_taught_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = [examples(engine, number) for number in range(2)]
+    seen: Counter[int] = Counter()
+    teach = BreadthFirst._teach
+
+    def counted(self: BreadthFirst, facts: list[int], share: float) -> None:
+        if self._phase == "again":
+            seen.update(facts)  # a batch of one: what is missing
+        teach(self, facts, share)
+
+    def recall(model: object, asked: list[Example], lower: object) -> list[Outcome]:
+        return [Outcome(True, 0.01, doubtful=example == new[1][-1]) for example in asked]
+
+    monkeypatch.setattr(BreadthFirst, "_teach", counted)
+    monkeypatch.setattr(engine.share, "recall", recall)
+    engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=4, again=3, rounds=1))
+    assert set(seen) == {1}
 
 
 def test_nothing_changes_outside_the_lesson(engine: Engine) -> None:
