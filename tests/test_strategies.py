@@ -59,11 +59,12 @@ def test_marks() -> None:
     assert group_marks(2500) == [16, 32, 64, 128, 256, 300, 512, 1000, 2000, 2500]
 
 
-def test_paces_come_from_whole_groups() -> None:
-    trail = [(0, 0.0), (4, 2.0), (8, 6.0), (12, 12.0)]
+def test_what_a_group_took_is_shared_by_its_facts() -> None:
+    trail = [(0, 0.5), (4, 2.0), (8, 6.0), (8, 7.0), (12, 12.0)]
     assert paces(trail, 4) == (0.5, 1.5)
-    assert paces(trail, 5) == (0.75, 1.25)
-    assert paces([(0, 0.0), (12, 6.0)], 6) == (None, None)
+    assert paces(trail, 6) == (pytest.approx(4 / 6), pytest.approx(8 / 6))
+    assert paces([(0, 0.0), (12, 6.0)], 6) == (0.5, 0.5)
+    assert paces([(0, 1.0)], 1) == paces([], 1) == (None, None)
 
 
 def test_each_way_is_one_run_in_its_own_store(

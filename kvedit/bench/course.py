@@ -40,8 +40,8 @@ class StrategyRun:
 
     ``seconds`` are those of the whole run; ``parts`` divide them: the edits, what lies between
     them (``other``: checks at intervals, choosing), and the last verification with its repairs.
-    ``first`` and ``last`` are seconds a fact over the first and the last ``window`` facts (whole
-    groups), None where no group ends there.  ``trail`` are the facts done and the seconds so far.
+    ``first`` and ``last`` are seconds a fact over the first and the last ``window`` facts (what a
+    group took is shared evenly by its facts).  ``trail`` are the facts done and the seconds so far.
     ``retention`` and ``lost`` are what the last verification found, after its repairs.
     """
 
@@ -248,12 +248,21 @@ def lessons_of(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> list[Lesson]:
 
 
 def paces(trail: Sequence[tuple[int, float]], window: int) -> tuple[float | None, float | None]:
-    """Seconds a fact over the first and the last ``window`` facts, from whole groups."""
-    if not trail:
+    """Seconds a fact over the first and the last ``window`` facts; None of no facts.
+
+    What a group took is shared evenly by its facts; what is learned late is dear for the last ones.
+    """
+    total, end = trail[-1] if trail else (0, 0.0)
+    if total < window:
         return None, None
-    total, end = trail[-1]
-    early = [(done, at) for done, at in trail if window <= done < total]
-    late = [(done, at) for done, at in trail if 0 < done <= total - window]
-    first = early[0][1] / early[0][0] if early else None
-    last = (end - late[-1][1]) / (total - late[-1][0]) if late else None
-    return first, last
+    return _reached(trail, window) / window, (end - _reached(trail, total - window)) / window
+
+
+def _reached(trail: Sequence[tuple[int, float]], facts: int) -> float:
+    """After how many seconds so many facts were first done."""
+    before, since = 0, 0.0
+    for done, at in trail:
+        if done >= facts:
+            return since + (at - since) * ((facts - before) / max(1, done - before))
+        before, since = done, at
+    raise ValueError(f"{facts} facts are not in the trail")
