@@ -8,23 +8,21 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kvedit import export, fold, lora_export, memory, models, placement, protect, quantised
-from kvedit.config import Config, ModelConfig
+from kvedit import export, fold, lora_export, memory, models, pinned, protect
 from kvedit.engine import Engine
 from kvedit.errors import DuplicateKeyError, OutOfMemoryError, UnknownKeyError
 from kvedit.events import EditReport, Event, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
 from kvedit.keys import Similar, similar, similar_pairs
+from kvedit.pinned import Choice
 from kvedit.plans import Plan, Planner
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
@@ -32,7 +30,7 @@ from kvedit.room import Room
 from kvedit.store import FactRow, Finding, Store
 from kvedit.transaction import Transaction
 from kvedit.verify import BaseReport, VerifyReport, check_base, check_facts
-from kvedit.workspace import Workspace, load_pinned
+from kvedit.workspace import Workspace
 
 if TYPE_CHECKING:
     from kvedit.crew import Crew
@@ -83,35 +81,11 @@ class KnowledgeBase:
         loaded or, with ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
-        source = models.locate(model)
-        settings = Config.load(Path(path) / "kvedit.toml")
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        outline = memory.outline(source, **options) if check_memory else None
-        given = placement.absolute(device_map, Path())
-        used = given or placement.absolute(settings.model.device_map, Path(path))
-        packed = load_in or settings.model.load_in
-        if outline is not None:
-            bits = quantised.bits(outline.config, packed)
-            memory.require(outline, settings.training, targets, spread=bool(used), bits=bits)
-        base = models.load(source, **options, device_map=used, load_in=packed)
-        engine = _engine(crew, settings.model)(
-            base, settings.training, phrasings=Path(path) / "phrasings", targets=targets,
-            prompts=settings.prompts,
+        choice = Choice(
+            source=models.locate(model), revision=revision, trust_remote_code=trust_remote_code,
+            targets=targets, device_map=device_map, load_in=load_in,
         )  # fmt: skip
-        meta = {
-            "model_name": base.name,
-            "model_path": source,
-            "model_fingerprint": base.fingerprint,
-            "model_revision": revision or "",
-            "trust_remote_code": str(int(trust_remote_code)),
-            "targets": " ".join(targets),
-            "device_map": given,
-            "load_in": packed,
-            "prompts": json.dumps(asdict(settings.prompts), sort_keys=True),
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "weights_digest": engine.master.digest(),
-        }
-        store = Store.create(Path(path), meta)
+        store, engine = pinned.create(Path(path), choice, crew, check_memory=check_memory)
         try:
             knowledge = cls(store, engine, on_event)
             with store.lock():
@@ -132,13 +106,7 @@ class KnowledgeBase:
         """
         store = Store.open(Path(path))
         try:
-            base = load_pinned(store)
-            targets = (store.meta("targets") or "").split()
-            engine = _engine(crew, store.config.model)(
-                base, store.config.training, phrasings=store.path / "phrasings", targets=targets,
-                prompts=store.config.prompts,
-            )  # fmt: skip
-            knowledge = cls(store, engine, on_event)
+            knowledge = cls(store, pinned.load(store, crew), on_event)
             knowledge._warn_of_prompts()
             knowledge._work.recover()
             knowledge._work.go_to(store.head())
@@ -435,7 +403,7 @@ class KnowledgeBase:
 
     def _warn_of_prompts(self) -> None:
         """Facts were taught in another form: they may not be recalled in this one."""
-        now = json.dumps(asdict(self.store.config.prompts), sort_keys=True)
+        now = pinned.prompts_of(self.store.config)
         if self.store.meta("prompts") not in (None, now) and self.store.facts("committed"):
             text = "[prompts] in kvedit.toml has changed since the facts were taught; run verify"
             self._emit(Warning_(text=text, code="prompts-changed"))
@@ -565,15 +533,6 @@ class KnowledgeBase:
 
     def _say(self, text: str, key: str | None = None) -> None:
         self._work.say(text, key)
-
-
-def _engine(crew: Crew | None, settings: ModelConfig) -> Callable[..., Engine]:
-    """What to make an engine with, for one process or several."""
-    if crew is None:
-        return Engine
-    from kvedit.processes import LedEngine  # loads torch.distributed
-
-    return partial(LedEngine, crew, shard=settings.shard)
 
 
 def _protect_file(path: Path | None) -> list[protect.Protected]:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvedit import fold, memory, models, placement, protect, recitation
+from kvedit import fold, memory, protect, recitation
 from kvedit.config import Config
 from kvedit.curvature import Curvature
 from kvedit.engine import Engine
-from kvedit.errors import KveditError, LockedError, ModelMismatchError, OutOfMemoryError
+from kvedit.errors import KveditError, LockedError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
 from kvedit.keys import normalise
-from kvedit.models import BaseModel
 from kvedit.prompts import Example
 from kvedit.store import ProtectedRow, Store
 
@@ -310,30 +309,3 @@ def _rows(role: str, texts: Sequence[protect.Protected]) -> list[ProtectedRow]:
     return [
         ProtectedRow(role=role, prompt=t.prompt, answer=t.answer, source=t.source) for t in texts
     ]
-
-
-def load_pinned(store: Store) -> BaseModel:
-    """The model that the store was made for; raises ModelMismatchError if it is another now."""
-    name = store.meta("model_name") or models.EMBEDDED
-    source = models.locate(None if name == models.EMBEDDED else store.meta("model_path"))
-    packed, wanted = store.meta("load_in") or "", store.config.model.load_in
-    if wanted not in ("", packed):
-        raise ModelMismatchError(
-            f"{store.path} was made for weights in {packed or 'full width'}, not in {wanted}",
-            hint="Take [model] load_in out of kvedit.toml, or make a new store with kvedit init.",
-        )
-    base = models.load(
-        source,
-        revision=store.meta("model_revision") or None,
-        trust_remote_code=store.meta("trust_remote_code") == "1",
-        device_map=placement.absolute(store.config.model.device_map, store.path)
-        or store.meta("device_map")
-        or "",
-        load_in=packed,
-    )
-    if base.fingerprint != store.meta("model_fingerprint"):
-        raise ModelMismatchError(
-            f"the model at {source} is not the one that {store.path} was made for",
-            hint="Put the original weights back, or make a new store with kvedit init.",
-        )
-    return base

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from kvedit.errors import (
     Interrupted,
     InvalidFactError,
     LockedError,
-    ModelError,
-    ModelMismatchError,
     NoStoreError,
     OutOfMemoryError,
     TextTooLongError,
@@ -728,42 +725,6 @@ def test_too_long_an_update_says_how_long(taught: KnowledgeBase) -> None:
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(NoStoreError):
         KnowledgeBase.open(tmp_path)
-
-
-def test_create_refuses_a_store_that_is_there(taught_store: Path, small: dict[str, Path]) -> None:
-    with pytest.raises(UsageError, match="already"):
-        KnowledgeBase.create(taught_store, small["bf16"])
-    with Store.open(taught_store) as store:
-        assert store.head() == 3
-
-
-def test_create_without_a_model_makes_no_store(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    with pytest.raises(ModelError, match=r"config\.json"):
-        KnowledgeBase.create(tmp_path / "store", tmp_path / "model")
-    assert not (tmp_path / "store").exists()
-
-
-def test_another_model_is_refused(
-    small: dict[str, Path], taught_store: Path, tmp_path: Path
-) -> None:
-    moved = tmp_path / "model"
-    shutil.copytree(small["bf16"], moved)
-    with Store.open(taught_store) as store:
-        store.set_meta("model_path", str(moved))
-        store.set_meta("model_name", str(moved))
-    with KnowledgeBase.open(taught_store) as knowledge:  # the same files at another place
-        assert knowledge.store.head() == 3
-    weights = moved / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
-    with pytest.raises(ModelMismatchError) as raised:
-        KnowledgeBase.open(taught_store)
-    assert raised.value.exit_code == 13
-    shutil.rmtree(moved)
-    with pytest.raises(ModelError):
-        KnowledgeBase.open(taught_store)
 
 
 def test_a_corrupt_delta_stops_the_store_from_opening(taught_store: Path) -> None:

@@ -53,6 +53,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "loop": ("training", "descent", "breadth_first", "retention", "engine", "processes", "plain"),
     "edit": (
+        "pinned",
         "room",
         "fold",
         "export",
