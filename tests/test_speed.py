@@ -28,6 +28,7 @@ from kvedit.bench.capacity import (  # noqa: E402
 )
 from kvedit.bench.retain import BenchOptions, Edit  # noqa: E402
 from kvedit.bench.speed import (  # noqa: E402
+    SEARCH,
     IngestTime,
     SpeedOptions,
     SpeedResult,
@@ -76,6 +77,7 @@ def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert group is not None and (group.facts, group.rehearsal) == (2, 0)
     assert group.operations > lesson.operations / lesson.steps and group.parts["backward"] > 0
     assert sum(timed.ingested.parts.values()) == pytest.approx(timed.ingested.seconds, rel=0.01)
+    assert {SEARCH, "train", "other"} <= set(timed.ingested.parts)
     assert timed.verified.facts == 2 and timed.verified.phrasings >= 16
     assert timed.peaks["one by one"] <= timed.peaks["ingest"] <= timed.peaks["plain recipe"]
     assert set(timed.matmul) == {"bfloat16", "float32"}
@@ -125,6 +127,10 @@ def test_a_ratio_is_of_medians_and_has_an_interval() -> None:
     found = ingest_ratio(run, plain)
     assert found is not None and found.value == 3.0, "6 s against 2 s a committed fact"
     assert 2.0 <= found.low < found.value < found.high <= 4.5
+    searched = replace(run, parts={SEARCH: 2.0})
+    assert ingest_ratio(searched, plain) == found
+    apart = ingest_ratio(searched, plain, searched=False)
+    assert apart is not None and apart.value == 4.0
     assert ingest_ratio(replace(run, committed=0), plain) is None
     assert ingest_ratio(run, plain[3:]) is None
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvedit.bench.report import Sheet, score_cell, time_row
 from kvedit.bench.retain import KVEDIT, PLAIN, Edit
-from kvedit.bench.speed import Estimate, SpeedResult, shares
+from kvedit.bench.speed import Estimate, SpeedResult, ingest_ratio, shares
 
 INGEST = "ingest"
 
@@ -57,6 +57,10 @@ def _ratios(result: SpeedResult) -> Sheet:
     if result.ingest_ratio is not None:
         told = "plain's median over ingest's mean, learned facts"
         rows.append((INGEST, _estimate(result.ingest_ratio), told))
+        apart = ingest_ratio(result.ingested, result.plain, searched=False)
+        if apart is not None:
+            told = "the same without the search for what the model knows, once for a store"
+            rows.append((f"{INGEST}, searched before", _estimate(apart), told))
     headers = ("against", "ratio", "of what")
     return Sheet("Plain recipe / kvedit, to the same recall of each new fact", headers, tuple(rows))
 
