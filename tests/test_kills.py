@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from bench_data import write_data, write_model, write_settings  # noqa: E402
 
+from kvedit.bench import kills as bench  # noqa: E402
 from kvedit.bench import report  # noqa: E402
 from kvedit.bench.kills import KILLED, KillOptions, KillsResult, Round, kills, line  # noqa: E402
 from kvedit.errors import KveditError  # noqa: E402
@@ -72,6 +74,26 @@ def test_a_command_that_fails_is_named(tmp_path: Path, small: dict[str, Path]) -
         kills(options(tmp_path, small["bf16"], kills=0, group="none"), events.append)
     assert events and not any(isinstance(event, Warning_) for event in events), "a closed store"
     assert "ingest" in error.value.hint and "--group none" in error.value.hint
+
+
+def test_a_process_is_killed_when_so_many_facts_are_decided(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "LOOK", 0.05)
+
+    def run(words: str, after: int | None) -> int:
+        return bench._process([sys.executable, "-c", words], empty_store, after, 0.05)
+
+    sleeps, ends = "import time; time.sleep(60)", "raise SystemExit(3)"
+    assert run(sleeps, 0) == KILLED
+    assert run(ends, None) == 3
+    assert run(ends, 1) == 3, "nothing was decided: it comes to its own end"
+
+    def decide(folder: Path, *states: str) -> set[str]:
+        return {"moss clock", "tide lantern"} if states == ("committed", "rejected") else set()
+
+    monkeypatch.setattr(bench, "_keys", decide)
+    assert run(sleeps, 2) == KILLED
 
 
 @pytest.mark.slow

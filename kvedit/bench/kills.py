@@ -1,7 +1,8 @@
 """An ingest that is killed again and again, and what is left of it.
 
-The command is the one that users run, in a process of its own, ended by SIGKILL at random moments;
-after each kill the store is read as it lies, at the end the command runs until it has finished.
+The command is the one that users run, in a process of its own, ended by SIGKILL at random moments,
+spread over the whole run; after each kill the store is read as it lies, at the end the command runs
+until it has finished.
 
 Invariants:
 - Nothing is repaired, retried or asked of the killed process: the next run of the command is the
@@ -35,16 +36,19 @@ from kvedit.store import Store
 
 KILLED = -signal.SIGKILL
 DONE = (0, 3)  # 3: some facts were rejected
+LOOK = 1.0  # seconds from one look at the store to the next
 RUN = "from kvedit.cli import main; main()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KillOptions(BenchOptions):
-    """``kills`` processes are killed, each at a random moment of its first ``within`` seconds."""
+    """``kills`` processes are killed, each when its share of the facts is decided, at a random
+    moment of the next ``within`` seconds.
+    """
 
     facts: int = 300
     kills: int = 20
-    within: float = 60.0
+    within: float = 30.0
     group: str = "16"
 
 
@@ -131,11 +135,12 @@ def _run(
     rounds: list[Round] = []
     seen: set[str] = set()
     while True:
-        left = options.kills - sum(one.exit_code == KILLED for one in rounds)
-        wait = rng.uniform(0.0, options.within) if left > 0 else None
+        killed = sum(one.exit_code == KILLED for one in rounds)
+        left = options.kills - killed
+        after = options.facts * killed // options.kills if left else None
         began = time.monotonic()
-        code = _process(command, wait)
-        keys = _committed(folder)
+        code = _process(command, folder, after, rng.uniform(0.0, options.within))
+        keys = _keys(folder, "committed")
         seen |= keys
         rounds.append(Round(time.monotonic() - began, code, len(keys)))
         left -= code == KILLED
@@ -149,12 +154,15 @@ def _run(
             return tuple(rounds), tuple(sorted(seen - keys))
 
 
-def _process(command: Sequence[str], seconds: float | None) -> int:
-    """Run a command, and kill it after some seconds; its exit code."""
+def _process(command: Sequence[str], folder: Path, after: int | None, seconds: float) -> int:
+    """Run a command, and kill it so many seconds after so many facts are decided; its exit code."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
+        while after is None or len(_keys(folder, "committed", "rejected")) < after:
+            if (code := _ended(process, LOOK)) is not None:
+                return code
+        if (code := _ended(process, seconds)) is not None:
+            return code
         process.send_signal(signal.SIGKILL)
         return process.wait()
     except BaseException:
@@ -162,10 +170,18 @@ def _process(command: Sequence[str], seconds: float | None) -> int:
         raise
 
 
-def _committed(folder: Path) -> set[str]:
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """A process's exit code, if it ends within so many seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _keys(folder: Path, *states: str) -> set[str]:
     store = Store.open(folder, readonly=True)
     try:
-        return set(store.keys("committed"))
+        return {key for state in states for key in store.keys(state)}
     finally:
         store.close()
 

@@ -24,14 +24,16 @@ from kvedit.cli.common import Settings
 @click.option(
     "--within",
     type=click.FloatRange(min=1.0),
-    default=60.0,
+    default=30.0,
     show_default=True,
-    help="Seconds after which a process is killed at the latest.",
+    help="Each kill comes when so many more facts are decided, and up to so many seconds later.",
 )
 @click.option("--group", default="16", show_default=True, metavar="N|auto", help="As for ingest.")
 @click.pass_obj
 def kills(settings: Settings, /, json_file: Path | None, **given: Any) -> None:
     """Kill an ingest (SIGKILL) at random moments, let it finish, and see what is left.
+
+    The kills are spread over the whole ingest: one for each so many facts.
 
     Exit code 4 if a fact was lost or added twice, or doctor finds anything.
 
