@@ -35,9 +35,11 @@ from kvedit.bench.speed import (  # noqa: E402
     ingest_ratio,
     matmul_rate,
     speed,
+    spread,
 )
 from kvedit.bench.strategies import StrategyOptions  # noqa: E402
 from kvedit.errors import Interrupted  # noqa: E402
+from kvedit.facts import Fact  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,12 @@ def test_speed_tables(timed: SpeedResult) -> None:
         "- of 2 facts",
     ]
     assert json.loads(report.to_json(report.setting("c"), timed))["verified"]["facts"] == 2
+
+
+def test_what_is_timed_by_itself_is_spread_over_all() -> None:
+    facts = [Fact.create(f"key {at}", "A text.") for at in range(9)]
+    assert spread(facts, 3) == [facts[0], facts[3], facts[6]]
+    assert spread(facts, 9) == facts and spread(facts, 0) == []
 
 
 def test_a_ratio_is_of_medians_and_has_an_interval() -> None:

@@ -59,7 +59,9 @@ PASSES = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedOptions(BenchOptions):
-    """``facts`` are added one by one, ``ingest_facts`` (the first ones again) by ingest."""
+    """``ingest_facts`` are taught by ingest, ``facts`` of them one by one and ``plain_facts`` of those
+    by the plain recipe, drawn evenly: texts differ in length.
+    """
 
     ingest_facts: int = 64
 
@@ -150,7 +152,8 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
     facts = questions.new_facts(data, count, options.facts_file, options.kind)
     if len(facts) < 2:
         raise InvalidFactError("two facts are needed: one to add, one to take a lesson apart")
-    single = facts[: min(options.facts, len(facts) - 1)]
+    single = spread(facts, min(options.facts, len(facts) - 1))
+    other = next(fact for fact in facts if fact not in single)
     peaks: dict[str, int] = {}
     began = time.monotonic()
     with new_store(own_store(options, "one-by-one"), emit) as knowledge:
@@ -158,12 +161,12 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
         edits = _one_by_one(knowledge, single, emit)
         peaks["one by one"] = peak_memory()
         verified = _verify(knowledge)
-        lesson = _lesson(knowledge, facts[len(single)], emit)
+        lesson = _lesson(knowledge, other, emit)
         base = engine_of(knowledge).base
         matmul = {_name(dtype): matmul_rate(dtype, base.device) for dtype in _dtypes(base.dtype)}
     ingested = _ingest(options, facts[: options.ingest_facts], emit)
     peaks["ingest"] = peak_memory()
-    some = facts[: min(options.plain_facts, len(single))]
+    some = spread(single, min(options.plain_facts, len(single)))
     plain = plain_all(source, some, Kept((), ()), emit)[0] if some else []
     if plain:
         peaks["plain recipe"] = peak_memory()
@@ -183,6 +186,11 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
         verified=verified,
         peaks=peaks,
     )
+
+
+def spread(facts: Sequence[Fact], count: int) -> list[Fact]:
+    """So many of the facts, evenly from the first to the last."""
+    return [facts[at * len(facts) // count] for at in range(count)]
 
 
 def middle(values: Sequence[float], scale: float = 1.0) -> Estimate | None:
