@@ -59,8 +59,8 @@ PASSES = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedOptions(BenchOptions):
-    """``ingest_facts`` are taught by ingest, ``facts`` of them one by one, ``plain_facts`` of those by
-    the plain recipe, drawn evenly: texts differ in length.
+    """``ingest_facts`` are taught by ingest, ``facts`` of them one by one, ``plain_facts`` of those
+    by the plain recipe; drawn evenly, since texts differ in length.
     """
 
     ingest_facts: int = 64
