@@ -12,10 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from bench_data import write_data, write_model, write_settings  # noqa: E402
+from small_model import FREE  # noqa: E402
 
 from kvedit.bench import kills as bench  # noqa: E402
 from kvedit.bench import report  # noqa: E402
 from kvedit.bench.kills import KILLED, KillOptions, KillsResult, Round, kills, line  # noqa: E402
+from kvedit.editor import KnowledgeBase  # noqa: E402
 from kvedit.errors import KveditError  # noqa: E402
 from kvedit.events import Event, Warning_  # noqa: E402
 from kvedit.facts import Fact  # noqa: E402
@@ -96,9 +98,20 @@ def test_a_process_is_killed_when_so_many_facts_are_decided(
     assert run(sleeps, 2) == KILLED
 
 
+def test_what_is_taught_once_more_is_not_added_twice(empty_store: Path) -> None:
+    facts = [Fact.create(key, text) for key, text in FREE[:4]]
+    with KnowledgeBase.open(empty_store) as knowledge:
+        for few in (facts[:2], facts[2:]):  # the second group begins anew
+            knowledge.add_group(few)
+        assert any(edit.keys != tuple(edit.report["keys"]) for edit in knowledge.store.history())
+        held = set(knowledge.store.keys())
+    found = bench._judge(empty_store, facts, (Round(1.0, 0, len(held)),), (), lambda event: None)
+    assert held and found.twice == () and found.same_digest and not found.findings
+
+
 @pytest.mark.slow
 def test_an_ingest_survives_its_kills(tmp_path: Path, small: dict[str, Path]) -> None:
-    found = kills(options(tmp_path, small["bf16"], kills=2, within=8.0), lambda event: None)
+    found = kills(options(tmp_path, small["bf16"], kills=2, within=1.0), lambda event: None)
     assert found.sound, found
     assert found.killed == 2
     assert found.rounds[-1].exit_code in (0, 3)

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from kvedit import models
 from kvedit.bench import questions
@@ -202,11 +203,12 @@ def _judge(
         findings = [found.what for found in knowledge.doctor(deep=True) if found.level != "ok"]
         states = Counter(row.state for row in store.facts())
         edits = store.history()
+        # By the reports: an edit that begins anew is also about what was added before.
         added = Counter(
             key
             for edit in edits
             if edit.kind == "add" and edit.state == "committed"
-            for key in edit.keys
+            for key in cast("list[str]", edit.report["keys"])
         )
         return KillsResult(
             model=engine.base.name,
