@@ -116,6 +116,6 @@ def test_an_ingest_survives_its_kills(
     monkeypatch.setattr(bench, "LOOK", 0.05)
     found = kills(options(tmp_path, small["bf16"], kills=2, within=0.3), lambda event: None)
     assert found.sound, found
-    assert found.killed >= 1, "the second may come too late: so few facts take a moment"
+    assert found.killed == 2
     assert found.rounds[-1].exit_code in (0, 3)
     assert found.outcomes["committed"] == found.facts

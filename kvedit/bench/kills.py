@@ -105,7 +105,8 @@ def kills(options: KillOptions, emit: Emit) -> KillsResult:
     ):
         file = Path(scratch) / "facts.jsonl"
         file.write_text("".join(line(fact) for fact in facts), encoding="utf-8")
-        rounds, lost = _run(folder, file, options, emit)
+        own = replace(options, facts=len(facts))  # there may be fewer than were asked for
+        rounds, lost = _run(folder, file, own, emit)
         return _judge(folder, facts, rounds, lost, emit)
 
 
