@@ -38,6 +38,7 @@ from kvedit.deltas import Factors
 from kvedit.models import is_matrix
 
 NAME = "edit"
+_SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator judges ranks by
 _NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
 
 
@@ -209,6 +210,36 @@ class Adapter:
         self._config.total_step = _NEVER
         self._config.rank_pattern = None
         self._tuner.rankallocator.reset_ipt()
+
+    def state(self) -> dict[str, Any]:
+        """Where an edit stands, on the CPU: coordinates, and what the allocator has seen."""
+        allocator, config = self._tuner.rankallocator, self._config
+        return {
+            "slots": {
+                name: tuple(part.detach().cpu() for part in (slot.e, slot.a, slot.b))
+                for name, slot in self._slots.items()
+            },
+            "schedule": (config.tinit, config.tfinal, config.total_step, config.rank_pattern),
+            "seen": {
+                kind: {name: value.cpu() for name, value in getattr(allocator, kind).items()}
+                for kind in _SEEN
+            },
+        }
+
+    @torch.no_grad()
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from the ``state`` of an edit that began as this one, just reset, does."""
+        for name, parts in state["slots"].items():
+            slot = self._slots[name]
+            for own, part in zip((slot.e, slot.a, slot.b), parts, strict=True):
+                own.copy_(part)
+            slot.fresh = True
+        config = self._config
+        config.tinit, config.tfinal, config.total_step, config.rank_pattern = state["schedule"]
+        places = {name: p.device for name, p in self._tuner.model.named_parameters()}
+        for kind, values in state["seen"].items():
+            placed = {name: value.to(places[name]) for name, value in values.items()}
+            setattr(self._tuner.rankallocator, kind, placed)
 
     def starting_values(self) -> list[Tensor]:
         """What an edit starts from, frames as well."""

@@ -16,17 +16,20 @@ Invariants:
 - The number of steps is known from the start: passes over the group, then some for what is not
   recalled yet.
 - The allocator's last mask is run before the last passes: what is merged was trained pruned.
+- A run that goes on from where another one stood takes the steps that the other would have taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvedit.bookmarks import Keep, State
 from kvedit.config import GroupConfig
 from kvedit.descent import Descent
 from kvedit.training import Loop, Trained
@@ -34,11 +37,12 @@ from kvedit.training import Loop, Trained
 WARM_UP = 5
 LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each round
 AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
-YIELD = 0.5  # of the price's weight, from each of these rounds to the next
+YIELD = 0.5  # of the price's weight, in each of these rounds
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
 LEAST_WEIGHT, MOST_WEIGHT = 0.5, 2.0  # of earlier facts' loss against that of the new ones
+_KEPT = ("_order", "_margins", "_step_number", "_to_gain")  # by a bookmark, as they are
 LEAST_REHEARSED = 16  # in each step, where there are so many: a repair is small, the store is not
 
 
@@ -61,51 +65,92 @@ def _falling(step: int, steps: int) -> float:
     return 1 - (1 - LAST_RATE) * step / steps
 
 
-class BreadthFirst(Loop):
-    """A group being taught."""
+@dataclass(slots=True)
+class _Part:
+    """The passes, or a round for what is missing after them: ``done`` of its ``steps``."""
 
-    def __init__(self, group: GroupConfig, *given: Any) -> None:
-        self._group = group
+    steps: int
+    done: int = 0
+    round: int = 0  # 0: the passes
+    missing: list[int] = field(default_factory=list)
+
+
+class BreadthFirst(Loop):
+    """A group being taught; ``keep`` is called after every step with how to get its state."""
+
+    def __init__(self, group: GroupConfig, *given: Any, keep: Keep = lambda state: None) -> None:
+        self._group, self._keep = group, keep
         super().__init__(*given)
-        count = len(self._lesson.new)
-        self._weight = group.shift_weight / math.sqrt(64 * count)
-        self._batch, self._anchors = batch_of(group, count), anchors_of(group, count)
-        self._earlier_weight = min(max(self._lesson.earlier / count, LEAST_WEIGHT), MOST_WEIGHT)
-        self._total = max(8, math.ceil(group.passes * count / self._batch))
-        self._order = self._passes(count)
+        self._count = len(self._lesson.new)
+        self._weight = group.shift_weight / math.sqrt(64 * self._count)
+        self._batch = batch_of(group, self._count)
+        self._anchors = anchors_of(group, self._count)
+        earlier = self._lesson.earlier / self._count
+        self._earlier_weight = min(max(earlier, LEAST_WEIGHT), MOST_WEIGHT)
+        self._part = _Part(max(8, math.ceil(group.passes * self._count / self._batch)))
+        self._total = self._part.steps
+        self._order: list[int] = []  # facts of this pass that are still to come, the next one last
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
         self._step_number = 0
         self._to_gain = 0.0  # the loss at the beginning
 
-    def run(self) -> Trained:
-        """The passes, then what is still missing."""
-        prune = int(self._total * PRUNE_AT)
-        for step in range(1, self._total + 1):
-            if step == prune:
-                self._phase = "prune"
-                self._adapter.begin_pruning(step, steps=max(1, int(self._total * PRUNE_FOR)))
-            elif step > prune + self._total * PRUNE_FOR:
-                self._phase = "hold"
-            share = _falling(step, self._total)
-            self._teach([next(self._order) for _ in range(self._batch)], share)
-        missing = self._carry_on(self._missing())
-        return Trained(self._step_number, not missing, self._loss, self._price)
+    def state(self) -> State:
+        """As for any loop, and which step of what comes next."""
+        own = {name: getattr(self, name) for name in _KEPT}
+        return {**super().state(), **own, "part": asdict(self._part)}
 
-    def _carry_on(self, missing: list[int]) -> list[int]:
-        """Teach what is not recalled yet, with as many others beside it, for a few rounds."""
-        self._phase = "again"
-        for _ in range(self._group.rounds):
-            if not missing:
-                break
+    def resume(self, state: State) -> None:
+        """As for any loop."""
+        super().resume(state)
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self._part = _Part(**state["part"])
+
+    def run(self) -> Trained:
+        """The passes, then rounds for what is still missing."""
+        if self._part.round == 0:
+            self._steps(self._pass)
+            self._begin_round()
+        while self._part.missing and self._part.round <= self._group.rounds:
+            self._steps(self._again)
+            self._begin_round()
+        learned = not self._part.missing
+        return Trained(self._step_number, learned, self._loss, self._price)
+
+    def _steps(self, take: Callable[[int], None]) -> None:
+        """All that are left of this part."""
+        while self._part.done < self._part.steps:
+            take(self._part.done + 1)
+            self._part.done += 1
+            self._keep(self.state)
+
+    def _pass(self, step: int) -> None:
+        """A step on the facts whose turn it is."""
+        total = self._part.steps
+        prune, pruning = int(total * PRUNE_AT), total * PRUNE_FOR
+        if step == prune:
+            self._phase = "prune"
+            self._adapter.begin_pruning(step, steps=max(1, int(pruning)))
+        elif step > prune + pruning:
+            self._phase = "hold"
+        self._teach([self._next() for _ in range(self._batch)], _falling(step, total))
+
+    def _begin_round(self) -> None:
+        """Look what is not recalled yet: it is taught next, at half the price that it had."""
+        missing = self._missing()
+        steps = math.ceil(self._group.again * len(missing) / self._batch)
+        self._part = _Part(steps, 0, self._part.round + 1, missing)
+        if self._part.round <= self._group.rounds and missing:
+            self._phase = "again"
             self._weight *= YIELD
-            steps = math.ceil(self._group.again * len(missing) / self._batch)
             self._total += steps
-            for step in range(1, steps + 1):
-                hard = self._some(missing, self._batch // 2 or 1)
-                more = [next(self._order) for _ in range(self._batch - len(hard))]
-                self._teach(list({*hard, *more}), AGAIN_RATE * _falling(step, steps))
-            missing = self._missing()
-        return missing
+
+    def _again(self, step: int) -> None:
+        """A step on what is missing, with as many others beside it."""
+        hard = self._some(self._part.missing, self._batch // 2 or 1)
+        more = [self._next() for _ in range(self._batch - len(hard))]
+        share = AGAIN_RATE * _falling(step, self._part.steps)
+        self._teach(list({*hard, *more}), share)
 
     def _teach(self, facts: Sequence[int], share: float) -> None:
         """One step on some of the facts."""
@@ -157,7 +202,8 @@ class BreadthFirst(Loop):
         pairs = zip(asked, outcomes, strict=True)
         return sorted({fact for (fact, _), outcome in pairs if not outcome.firm})
 
-    def _passes(self, count: int) -> Iterator[int]:
+    def _next(self) -> int:
         """Every fact once, in a new order each time."""
-        while True:
-            yield from self._rng.sample(range(count), count)
+        if not self._order:
+            self._order = self._rng.sample(range(self._count), self._count)[::-1]
+        return self._order.pop()

@@ -33,9 +33,6 @@ class Descent(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr})
-        self._first: Tensor | None = None
-        self._mean: Tensor | None = None
-        self._peak: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -55,9 +52,13 @@ class Descent(torch.optim.Optimizer):
         """
         home = gradients[0].device
         square = torch.stack([g.square().sum().to(home) for g in gradients]).sum()
-        if self._first is None or self._mean is None or self._peak is None:
-            self._first = self._mean = self._peak = square
-        self._mean = self._mean.lerp(square, 1 - REMEMBERED)
-        self._peak = torch.maximum(self._peak, self._mean)
-        first = torch.where(self._first > 0, self._first, self._peak)
-        return (first * self._peak).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        # Of all parameters; kept with the first one's state, for ``state_dict`` to tell.
+        kept = self.state[self.param_groups[0]["params"][0]]
+        first, steep, peak = (
+            kept.get(part, square).to(home) for part in ("first", "steep", "peak")
+        )
+        steep = steep.lerp(square, 1 - REMEMBERED)
+        peak = torch.maximum(peak, steep)
+        kept.update(first=first, steep=steep, peak=peak)
+        first = torch.where(first > 0, first, peak)
+        return (first * peak).sqrt().clamp_min(torch.finfo(torch.float32).tiny)

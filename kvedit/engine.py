@@ -10,20 +10,23 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from kvedit import __version__, memory, placement, probes, quantised
 from kvedit import curvature as curvatures
-from kvedit import memory, placement, probes, quantised
 from kvedit.adapters import Adapter, group_rank
 from kvedit.anchors import Anchors
+from kvedit.bookmarks import Bookmarks, Keep, State
 from kvedit.breadth_first import (
     LEAST_REHEARSED,
     MOST_WEIGHT,
@@ -251,14 +254,33 @@ class Engine:
         config: TrainingConfig | None = None,
         on_step: OnStep = lambda step: None,
         group: GroupConfig | None = None,
+        bookmarks: Bookmarks | None = None,
     ) -> Taught:
         """Train the adapter on a lesson; the weights stay as they are.
 
         ``config`` may change how the loop runs, not the ranks, which are the adapter's own.  With
-        ``group`` the facts are taught breadth first, and the adapter has room for all of them.
+        ``group`` the facts are taught breadth first, and the adapter has room for all of them; with
+        ``bookmarks`` besides, a lesson that a process ended in goes on from where it stood.
         """
-        began = time.monotonic()
         config = config or self.config
+        if group is None or bookmarks is None:
+            return self.train(lesson, config, on_step, group)
+        name = self._name_of(lesson, config, group)
+        keep = partial(bookmarks.keep, name)
+        return self.train(lesson, config, on_step, group, begun=bookmarks.find(name), keep=keep)
+
+    def train(
+        self,
+        lesson: Lesson,
+        config: TrainingConfig,
+        on_step: OnStep = lambda step: None,
+        group: GroupConfig | None = None,
+        *,
+        begun: State | None = None,
+        keep: Keep = lambda state: None,
+    ) -> Taught:
+        """``teach``, from where a group's lesson stood before if it was ``begun``."""
+        began = time.monotonic()
         rng = random.Random(config.seed)
         start = self._steepest(lesson, rng)
         adapter = self._adapter_for(len(lesson.new), group)
@@ -272,11 +294,27 @@ class Engine:
         try:
             on = config.gradient_checkpointing
             with checkpointed(self.base.model, on=on), quick_attention(self.base.model):
-                trained = BreadthFirst(group, *given).run() if group else train(*given)
+                if group is None:
+                    trained = train(*given)
+                else:
+                    loop = BreadthFirst(group, *given, keep=keep)
+                    if begun is not None:
+                        loop.resume(begun)
+                    trained = loop.run()
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)
         return Taught(delta, trained, time.monotonic() - began)
+
+    def _name_of(self, lesson: Lesson, config: TrainingConfig, group: GroupConfig) -> str:
+        """A digest of all that decides how a group's lesson goes, but what was measured."""
+        anchors = lesson.anchors.examples if lesson.anchors is not None else ()
+        texts = ([e.ids for own in part for e in own] for part in (lesson.new, lesson.rehearsal))
+        given = (
+            __version__, self.base.fingerprint, self.master.digest(), config, group, lesson.earlier,
+            *texts, [e.ids for e in anchors],
+        )  # fmt: skip
+        return hashlib.sha256(repr(given).encode()).hexdigest()
 
     def _steepest(self, lesson: Lesson, rng: random.Random) -> list[Example]:
         """The examples whose gradient the adapter starts from: a prompt or two of each fact."""

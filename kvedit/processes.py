@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kvedit import deltas, models, probes
+from kvedit.bookmarks import Keep, State
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.crew import Call, Crew
 from kvedit.curvature import Curvature
@@ -85,20 +86,23 @@ class LedEngine(Engine):
     def _make_master(self) -> Master:
         return LedMaster(self._crew, self.base.model, self.names)
 
-    def teach(
+    def train(
         self,
         lesson: Lesson,
-        config: TrainingConfig | None = None,
+        config: TrainingConfig,
         on_step: OnStep = lambda step: None,
         group: GroupConfig | None = None,
+        *,
+        begun: State | None = None,
+        keep: Keep = lambda state: None,
     ) -> Taught:
-        """Each step's texts are dealt out, its gradients summed."""
-        own = super().teach
+        """Each step's texts are dealt out, its gradients summed; bookmarks are kept here."""
+        own = partial(super().train, lesson, config, on_step, group, begun=begun, keep=keep)
         # Each process has measured the anchors itself: they are large, and stay where they are.
         # Which of them a lesson has must be the same everywhere, for what is drawn to be the same.
         places = None if lesson.anchors is None else lesson.anchors.places
-        call = Call("teach", (replace(lesson, anchors=None), places, config or self.config, group))
-        return self._crew.lead(call, lambda: own(lesson, config, on_step, group))
+        sent = (replace(lesson, anchors=None), places, config, group, begun)
+        return self._crew.lead(Call("train", sent), own)
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Dealt out, unless there are too few to be worth a message."""
@@ -280,17 +284,18 @@ class Replica:
     def lend(self) -> None:
         """Nothing but to wait for the end of the call: whoever waits lends its pieces."""
 
-    def teach(
+    def train(
         self,
         lesson: Lesson,
         places: Sequence[int] | None,
         config: TrainingConfig,
         group: GroupConfig | None,
+        begun: State | None,
     ) -> None:
         """The delta comes with ``add``, if it is used; ``places`` are the leader's anchors."""
         if self._engine.anchors is not None and places is not None:
             lesson = replace(lesson, anchors=self._engine.anchors.at(places))
-        self._engine.teach(lesson, config, group=group)
+        self._engine.train(lesson, config, group=group, begun=begun)
 
     def recall(self, examples: Sequence[Example]) -> None:
         """What was found is exchanged within."""

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors
+from kvedit.bookmarks import State
 from kvedit.config import TrainingConfig
 from kvedit.errors import TrainingError
 from kvedit.lower import LowerHalf
@@ -125,6 +126,27 @@ class Loop:
         self._weight, self._earlier_weight = config.shift_weight, 1.0
         self._total = config.max_steps
         self._loss = self._price = 0.0
+
+    def state(self) -> State:
+        """Where the run stands between two steps."""
+        return {
+            "adapter": self._adapter.state(),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": self._rng.getstate(),
+            "phase": self._phase,
+            "weight": self._weight,
+            "total": self._total,
+            "loss": self._loss,
+            "price": self._price,
+        }
+
+    def resume(self, state: State) -> None:
+        """Go on from where another run of the same lesson stood."""
+        self._adapter.resume(state["adapter"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._rng.setstate(state["rng"])
+        self._phase, self._weight, self._total = state["phase"], state["weight"], state["total"]
+        self._loss, self._price = state["loss"], state["price"]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         values, vectors = self._adapter.parameters()

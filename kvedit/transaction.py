@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvedit import deltas, memory
+from kvedit.bookmarks import Bookmarks
 from kvedit.config import Config, GroupConfig, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
-from kvedit.errors import Interrupted
+from kvedit.errors import Interrupted, TrainingError
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Status, Warning_
 from kvedit.files import put
 from kvedit.plans import Plan
@@ -71,6 +72,11 @@ class Transaction:
         self._left: tuple[str, ...] = ()
         self._refused: tuple[str, ...] = ()
         self._again: tuple[FactChange, ...] = ()  # held facts that are taught once more
+        self._bookmarks = Bookmarks(
+            store.path / "cache",
+            say=lambda text: emit(Status(phase=text, key=plan.key)),
+            warn=lambda text: emit(Warning_(text=text, code="not-kept")),
+        )
 
     def run(self, *, force: bool = False) -> EditReport:
         """Commit, or reject with reasons; anything raised leaves the model as it was."""
@@ -79,13 +85,17 @@ class Transaction:
         edit_id = self._store.plan_edit(self._plan.kind, self._plan.changes, self._config.to_json())
         try:
             with memory.watched():
-                return self._carry_out(edit_id, head, snapshot, force)
+                report = self._carry_out(edit_id, head, snapshot, force)
+            self._bookmarks.clear()
+            return report
         except KeyboardInterrupt as error:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
             state = "was committed before" if committed else "did not happen"
             raise Interrupted(f"interrupted: the edit of {self._plan.key} {state}") from error
         except Exception as error:  # the border of one edit: put the model back, then pass it on
             self._abandon(edit_id, "failed", f"{type(error).__name__}: {error}", snapshot)
+            if isinstance(error, TrainingError):  # it would end there again
+                self._bookmarks.clear()
             raise
 
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
@@ -209,7 +219,7 @@ class Transaction:
         taught = [*new, *(r.all for r in repairing)]
         lesson = Lesson(taught, rehearsal, anchors, 0 if self._plan.anew else len(committed))
         with self._timed("train"):
-            found = self._engine.teach(lesson, config, self._tell_step, group)
+            found = self._engine.teach(lesson, config, self._tell_step, group, self._bookmarks)
         self._steps += found.trained.steps
         return found
 

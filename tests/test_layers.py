@@ -51,7 +51,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "share",
         "memory",
     ),
-    "loop": ("training", "descent", "breadth_first", "retention", "engine", "processes", "plain"),
+    "loop": (
+        "bookmarks",
+        "training",
+        "descent",
+        "breadth_first",
+        "retention",
+        "engine",
+        "processes",
+        "plain",
+    ),
     "edit": (
         "pinned",
         "room",

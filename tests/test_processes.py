@@ -146,6 +146,14 @@ def test_killing_one_leaves_a_clean_store(empty_store: Path, facts_file: Path, v
         assert report.outcome == "committed"
 
 
+def test_a_lesson_goes_on_in_all_processes(small: dict[str, Path], tmp_path: Path) -> None:
+    found = json.loads(run("lesson_calls", str(small["bf16"]), str(tmp_path))[0])
+    assert found["ended"] == "broken off"
+    assert found["first"] == list(range(1, 9)) and found["second"][0] == 8
+    assert found["second"] == list(range(8, found["second"][-1] + 1))
+    assert len(found["digest"]) == 64  # which ends in an error where processes differ
+
+
 def test_calls_that_fail_leave_all_ready_for_the_next() -> None:
     found = json.loads(run("crew_calls")[0])
     assert found["theirs"] == "TrainingError: no number\nsmaller"

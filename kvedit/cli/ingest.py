@@ -103,8 +103,9 @@ def ingest(
 
     Everything is read and checked before the first edit. Facts are then taught in groups; each is
     committed or rejected as by `add`. Run the same command again after Ctrl-C, a crash or a limit,
-    and it goes on where it stopped. Rejected facts are listed with their reasons in a file that can
-    be corrected and given to `ingest` again. If there are any, the exit code is 3.
+    and it goes on where it stopped, in the middle of a group too. Rejected facts are listed with
+    their reasons in a file that can be corrected and given to `ingest` again. If there are any, the
+    exit code is 3.
 
     \b
     Examples:
