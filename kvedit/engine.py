@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kvedit import __version__, memory, placement, probes, quantised
+from kvedit import __version__, decoding, memory, placement, quantised
 from kvedit import curvature as curvatures
 from kvedit.adapters import Adapter, group_rank
 from kvedit.anchors import Anchors
@@ -368,7 +368,7 @@ class Engine:
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""
-        return probes.spoken_recall(examples, self.renderer.end, self.proceed)
+        return decoding.spoken_recall(examples, self.renderer.end, self.proceed)
 
 
 def group_load(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvedit import models, placement, probes, quantised
+from kvedit import decoding, models, placement, quantised
 from kvedit.engine import Engine
 from kvedit.errors import UsageError
 from kvedit.events import Score
@@ -142,8 +142,8 @@ def compare(
     longest = max((len(e.ids) - e.start for e in examples), default=0) + 1
     prefixes = [e.ids[: e.start] for e in examples]
     end = engine.renderer.end
-    theirs = probes.generate(model, prefixes, end=end, limit=longest)
-    ours = probes.generate(engine.base.model, prefixes, end=end, limit=longest)
+    theirs = decoding.generate(model, prefixes, end=end, limit=longest)
+    ours = decoding.generate(engine.base.model, prefixes, end=end, limit=longest)
     wrong = [e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b]
     return ExportReport(
         path=str(directory),

@@ -1,10 +1,10 @@
-"""Asking a model: exact recall without generating, and real greedy generation.
+"""Asking a model: exact recall without generating.
 
 Greedy decoding gives an answer exactly if and only if, at every position of the answer and its end
 token, the target token has the highest logit given the target prefix.  One forward pass therefore
 decides exact recall (protocol ``teacher-forced``), but for near-ties: in bf16 two logits may be
 equal, or a step of the dtype apart, and another batch, or a cache of keys and values, rounds them
-the other way.  Outcomes say which those are, and ``generate`` decides them (protocol
+the other way.  Outcomes say which those are, and ``decoding.generate`` decides them (protocol
 ``generated``).
 
 Invariants:
@@ -12,15 +12,12 @@ Invariants:
 - Logits are computed at answer positions alone: the vocabulary projection dominates small models.
   A model whose answer is not its projection of its backbone's output is asked whole instead; which
   of the two it is, is tried once and not guessed.
-- A text never grows beyond the model's context.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
-from kvedit.models import context_of, has_own_code, vocabulary
-from kvedit.placement import first_device, is_spread
+from kvedit.models import vocabulary
+from kvedit.placement import first_device
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
@@ -349,142 +346,3 @@ def _slices(table: Tensor) -> Iterator[Tensor]:
     """Its rows, a few at a time, so that what is made of them stays in the processor's cache."""
     for at in range(0, len(table), ROWS_A_SLICE):
         yield table[at : at + ROWS_A_SLICE]
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prefixes: Sequence[Sequence[int]],
-    *,
-    end: int | frozenset[int],
-    limit: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> list[list[int]]:
-    """Continue each prefix by up to ``limit`` tokens; the end token, or any of them, is left out.
-
-    Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
-    left where they differ.  Decoding stops where the model's context ends.
-    """
-    texts: list[list[int]] = [[] for _ in prefixes]
-    context = context_of(model)
-    for part in _batches(model, prefixes):
-        run = _Decoding(model, [prefixes[i] for i in part], end)
-        room = min(limit, context - len(prefixes[part[-1]]))
-        for index, row in zip(part, run.finish(room, temperature, generator), strict=True):
-            texts[index] = row
-    return texts
-
-
-def spoken_recall(
-    examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
-) -> list[bool]:
-    """Exact recall by real greedy generation, tokens and end compared; ``proceed`` as ``generate``
-    of a model.
-    """
-    limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
-    rows = proceed([e.ids[: e.start] for e in examples], end=end, limit=limit)
-    return [
-        (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
-        for row, e in zip(rows, examples, strict=True)
-    ]
-
-
-def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices by length; of one length each for a model whose own code may not know padding."""
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    alike = has_own_code(model)
-    batch: list[int] = []
-    for index in order:
-        other = alike and batch and len(prefixes[batch[0]]) != len(prefixes[index])
-        if batch and (other or len(batch) >= ROWS_A_BATCH):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-class _Decoding:
-    """One batch being continued with a key/value cache; rows that have ended leave it."""
-
-    def __init__(
-        self, model: Any, prefixes: Sequence[Sequence[int]], end: int | frozenset[int]
-    ) -> None:
-        self._model = model
-        self._ends = frozenset({end}) if isinstance(end, int) else end
-        device = first_device(model)
-        width = max(len(prefix) for prefix in prefixes)
-        ids = torch.zeros(len(prefixes), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prefix in enumerate(prefixes):
-            ids[row, width - len(prefix) :] = torch.tensor(prefix)
-            mask[row, width - len(prefix) :] = 1
-        self._padded = not bool(mask.all())
-        self._current, self._mask = ids.to(device), mask.to(device)
-        self._cache: Any = None
-        self._texts: list[list[int]] = [[] for _ in prefixes]
-        self._alive = list(range(len(prefixes)))
-
-    def finish(
-        self, limit: int, temperature: float, generator: torch.Generator | None
-    ) -> list[list[int]]:
-        """Decode until all rows have ended or have ``limit`` tokens."""
-        ended: set[int] = set()
-        for _ in range(limit):
-            chosen = _choose(self._next_logits(), temperature, generator)
-            for row, token in zip(self._alive, chosen.tolist(), strict=True):
-                if token in self._ends:
-                    ended.add(row)
-                elif row not in ended:
-                    self._texts[row].append(token)
-            going = [at for at, row in enumerate(self._alive) if row not in ended]
-            if not going:
-                break
-            self._extend(chosen[:, None])
-            if len(going) <= len(self._alive) * 3 // 4:  # copying the cache costs: when it pays
-                self._keep(going)
-        return self._texts
-
-    def _next_logits(self) -> Tensor:
-        """(rows, vocabulary): what the model says after all that was chosen."""
-        extra: dict[str, Tensor] = {}
-        if self._padded:
-            extra["attention_mask"] = self._mask
-            if _takes_positions(type(self._model).forward):  # its own may be a hook
-                positions = self._mask.cumsum(1).sub(1).clamp_min(0)
-                extra["position_ids"] = positions[:, -self._current.shape[1] :]
-        out = self._model(
-            input_ids=self._current, past_key_values=self._cache, use_cache=True, **extra
-        )
-        self._cache = getattr(out, "past_key_values", None)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
-
-    def _extend(self, chosen: Tensor) -> None:
-        """Feed the chosen tokens next; a model without a cache reads all again."""
-        self._current = chosen if self._cache else torch.cat([self._current, chosen], dim=1)
-
-    def _keep(self, going: list[int]) -> None:
-        keep = torch.tensor(going, device=self._current.device)
-        if self._cache and not hasattr(self._cache, "batch_select_indices"):
-            return  # custom code's tuples: which of their sides is the row is not for us to guess
-        if self._cache:
-            # A cache over several devices takes indices from the CPU alone.
-            self._cache.batch_select_indices(keep.cpu() if is_spread(self._model) else keep)
-        self._current, self._mask = self._current[keep], self._mask[keep]
-        self._alive = [self._alive[at] for at in going]
-
-
-@cache
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    """Whether a model's forward pass takes ``position_ids`` (BLOOM's, with ALiBi, does not)."""
-    return "position_ids" in inspect.signature(forward).parameters
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1)
-    weights = torch.softmax(logits / temperature, -1)
-    return torch.multinomial(weights, 1, generator=generator)[:, 0]

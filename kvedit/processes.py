@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvedit import deltas, models, probes
+from kvedit import decoding, deltas, models, probes
 from kvedit.bookmarks import Keep, State
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.crew import Call, Crew
@@ -123,7 +123,7 @@ class LedEngine(Engine):
         found: list[list[int]] = []
         for some in self._slices(prefixes):
             if len(some) < self._crew.count:
-                found += probes.generate(self.base.model, some, end=end, limit=limit)
+                found += decoding.generate(self.base.model, some, end=end, limit=limit)
                 continue
             call = Call("proceed", ([tuple(prefix) for prefix in some], end, limit))
             found += self._crew.lead(call, partial(own, some, end=end, limit=limit))

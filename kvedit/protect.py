@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from kvedit.config import ProtectConfig
+from kvedit.decoding import generate
 from kvedit.errors import InvalidFactError
 from kvedit.models import BaseModel
-from kvedit.probes import generate, recall, token_scores
+from kvedit.probes import recall, token_scores
 from kvedit.prompts import Example, Renderer
 
 SHIPPED = Path(__file__).parent / "data" / "protected_prompts.txt"

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from kvedit import protect
+from kvedit.decoding import Decoding, generate
 from kvedit.models import BaseModel
 from kvedit.placement import first_device
-from kvedit.probes import ROWS_A_BATCH, generate, next_logits
+from kvedit.probes import ROWS_A_BATCH, ROWS_A_SLICE, next_logits
 from kvedit.prompts import Example, Renderer
 from kvedit.protect import RECITED, Protected
 
@@ -221,35 +222,33 @@ def _paths(
     """Questions with one of the beginnings, which are of one length, as tokens, and the logarithm
     of their probability, which is ``floor`` or more.
     """
-    device = first_device(model)
     begun = [(chance, way) for chance, way in starts if chance > floor]
     if not begun:
         return
-    paths = torch.tensor([[*before, *way] for _, way in begun], device=device)
-    chances = torch.tensor([chance for chance, _ in begun], device=device)
+    run = Decoding(model, [[*before, *way] for _, way in begun])
+    chances = torch.tensor([chance for chance, _ in begun], device=run.ids.device)
     for _ in range(protect.QUESTION_TOKENS):
-        rows, tokens, chances = _likely_next(model, paths, chances, floor)
-        paths = torch.cat([paths[rows], tokens[:, None]], dim=1)
+        rows, tokens, chances = _likely_next(run.next_logits(), chances, floor)
         ended = tokens == after
-        texts = paths[ended, len(before) : -1].tolist()
+        texts = run.ids[rows[ended], len(before) :].tolist()
         yield from zip(chances[ended].tolist(), map(tuple, texts), strict=True)
-        paths, chances = paths[~ended], chances[~ended]
+        rows, tokens, chances = rows[~ended], tokens[~ended], chances[~ended]
         if not len(chances):
             return
         chances, best = chances.topk(min(WIDTH, len(chances)))
-        paths = paths[best]
+        run.go_on(tokens[best], rows[best])
 
 
-def _likely_next(
-    model: Any, paths: Tensor, chances: Tensor, floor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes on from ``paths`` (rows, width): rows, next tokens, the chances they then have."""
+def _likely_next(logits: Tensor, chances: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes on from texts of these ``chances`` (rows,), given ``logits`` (rows, vocabulary):
+    rows, next tokens, the chances they then have.
+    """
     found = []
-    for at in range(0, len(paths), ROWS_A_BATCH):
-        here = slice(at, at + ROWS_A_BATCH)
-        table = next_logits(model, paths[here]).float().log_softmax(-1) + chances[here, None]
-        rows, tokens = torch.where(table > floor)
-        found.append((rows + at, tokens, table[rows, tokens]))
+    for at in range(0, len(logits), ROWS_A_SLICE):
+        table = logits[at : at + ROWS_A_SLICE].float()
+        ahead = chances[at : at + ROWS_A_SLICE] - table.logsumexp(-1)
+        rows, tokens = torch.where(table > (floor - ahead)[:, None])
+        found.append((rows + at, tokens, table[rows, tokens] + ahead[rows]))
     rows, tokens, chances = (torch.cat(column) for column in zip(*found, strict=True))
     return rows, tokens, chances
 

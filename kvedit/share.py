@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvedit import probes
+from kvedit import decoding, probes
 from kvedit.adapters import Adapter
 from kvedit.anchors import Anchors, restrained
 from kvedit.lower import LowerHalf
@@ -60,8 +60,8 @@ class Share:
         end: int | frozenset[int],
         limit: int,
     ) -> list[list[int]]:
-        """``probes.generate``, greedy."""
-        return probes.generate(model, prefixes, end=end, limit=limit)
+        """``decoding.generate``, greedy."""
+        return decoding.generate(model, prefixes, end=end, limit=limit)
 
     def once(self, loss: Tensor) -> Tensor:
         """A loss that every process computes whole: it counts in one of them."""
@@ -128,7 +128,7 @@ class Together(Share):
     ) -> list[list[int]]:
         """Each process continues its own; all get to know all rows."""
         mine = self._mine([len(prefix) for prefix in prefixes])
-        own = probes.generate(model, [prefixes[i] for i in mine], end=end, limit=limit)
+        own = decoding.generate(model, [prefixes[i] for i in mine], end=end, limit=limit)
         return self._in_order(mine, own)
 
     def once(self, loss: Tensor) -> Tensor:

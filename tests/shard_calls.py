@@ -15,7 +15,7 @@ import torch
 from small_engine import make_engine
 from small_model import FREE, KNOWN
 
-from kvedit import models, probes
+from kvedit import decoding, models, probes
 from kvedit.config import TrainingConfig
 from kvedit.crew import Crew
 from kvedit.processes import LedEngine, Replica
@@ -46,7 +46,7 @@ def lead(crew: Crew, folder: str) -> dict[str, Any]:
             return [base.model(input_ids=ids, use_cache=False).logits.tolist()]
 
     def several() -> list[Any]:
-        rows = probes.generate(base.model, prefixes, end=0, limit=30)
+        rows = decoding.generate(base.model, prefixes, end=0, limit=30)
         return [rows, [round(o.margin, 1) for o in probes.recall(base.model, examples)]]
 
     before, alone, many = held(base.model), asked(), several()

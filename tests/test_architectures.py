@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvedit import KnowledgeBase, models, probes
+from kvedit import KnowledgeBase, decoding, models, probes
 from kvedit.bench import architectures, tiny
 from kvedit.errors import ModelError, UsageError
 from kvedit.models import BaseModel
@@ -142,8 +142,8 @@ def test_a_batch_is_continued_as_each_alone(
     model = tiny_model(name).model
     prefixes = [list(range(5, 5 + n)) for n in (3, 9, 9, 14)]
     prefixes[2].reverse()
-    together = probes.generate(model, prefixes, end=1, limit=12)
-    alone = [probes.generate(model, [prefix], end=1, limit=12)[0] for prefix in prefixes]
+    together = decoding.generate(model, prefixes, end=1, limit=12)
+    alone = [decoding.generate(model, [prefix], end=1, limit=12)[0] for prefix in prefixes]
     assert together == alone
     for prefix, answer in zip(prefixes, alone, strict=True):
         ids = [*prefix, *answer]
@@ -154,9 +154,9 @@ def test_a_batch_is_continued_as_each_alone(
 
 def test_generation_stops_where_the_context_ends(tiny_model: Callable[[str], BaseModel]) -> None:
     base = tiny_model("GPT-2")  # has no embedding for a position beyond
-    (row,) = probes.generate(base.model, [[5] * (base.context - 4)], end=-1, limit=50)
+    (row,) = decoding.generate(base.model, [[5] * (base.context - 4)], end=-1, limit=50)
     assert len(row) == 4
-    assert probes.generate(base.model, [[5] * base.context], end=-1, limit=50) == [[]]
+    assert decoding.generate(base.model, [[5] * base.context], end=-1, limit=50) == [[]]
 
 
 def test_scaled_logits_are_noticed(base: BaseModel) -> None:

@@ -43,6 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "crew",
         "shards",
         "probes",
+        "decoding",
         "protect",
         "recitation",
         "curvature",

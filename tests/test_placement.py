@@ -87,7 +87,7 @@ def test_what_stands_in_for_a_forward_puts_back_what_was_there() -> None:
 def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     small: dict[str, Path], spread: Path
 ) -> None:
-    from kvedit import probes
+    from kvedit import decoding, probes
     from kvedit.lower import LowerHalf
     from kvedit.prompts import Renderer
 
@@ -105,7 +105,7 @@ def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     assert lower.usable
     assert probes.recall(base.model, asked) == wanted
     prefixes = [example.ids[: example.start] for example in asked]
-    rows = [probes.generate(one.model, prefixes, end=0, limit=16) for one in (plain, base)]
+    rows = [decoding.generate(one.model, prefixes, end=0, limit=16) for one in (plain, base)]
     assert rows[0] == rows[1]
 
 

@@ -6,34 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from plain_decoding import greedy, renderer, slow_setup, texts
 from small_model import KNOWN, phrasings
 
-from kvedit import probes
+from kvedit import decoding, probes
 from kvedit.models import BaseModel
-from kvedit.prompts import Example, Renderer
-
-WORDS = ("amber", "lamp", "bell", "tide", "of", "Made", "glass", "in", "Pell", "?", "寺", "7")
-texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
-slow_setup = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-def renderer(base: BaseModel) -> Renderer:
-    return Renderer(base.tokenizer, context=base.context)
-
-
-def greedy(base: BaseModel, prefix: list[int], limit: int, end: int) -> list[int]:
-    """Plain greedy decoding by transformers, one prompt, no cache: the reference."""
-    found = base.model.generate(
-        input_ids=torch.tensor([prefix]),
-        attention_mask=torch.ones(1, len(prefix), dtype=torch.long),
-        max_new_tokens=limit, do_sample=False, use_cache=False, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    ids = found[0, len(prefix) :].tolist()
-    return ids[: ids.index(end)] if end in ids else ids
+from kvedit.prompts import Example
 
 
 @slow_setup
@@ -130,7 +110,7 @@ def test_firm_answers_come_out_alike_in_every_batch(load: Callable[[str], BaseMo
     base = load("bf16")
     make = renderer(base)
     asked = [way.replace("{key}", key) for way in phrasings()[::2] for key in list(KNOWN)]
-    said = probes.generate(base.model, [make.prefix(p) for p in asked], end=make.end, limit=24)
+    said = decoding.generate(base.model, [make.prefix(p) for p in asked], end=make.end, limit=24)
     examples = [
         Example((*make.prefix(p), *row, make.end), len(make.prefix(p)))
         for p, row in zip(asked, said, strict=True)
@@ -206,83 +186,11 @@ def test_batches_are_bounded_and_complete() -> None:
     assert probes.recall(torch.nn.Linear(1, 1), []) == []
 
 
-@slow_setup
-@given(prompts=st.lists(texts, min_size=2, max_size=7), limit=st.integers(1, 20))
-def test_batched_generation_is_one_by_one(base: BaseModel, prompts: list[str], limit: int) -> None:
-    """Prefixes of different lengths are padded on the left; in fp32 that changes no token."""
-    make = renderer(base)
-    prefixes = [make.prefix(prompt) for prompt in prompts]
-    together = probes.generate(base.model, prefixes, end=make.end, limit=limit)
-    alone = [greedy(base, prefix, limit, make.end) for prefix in prefixes]
-    assert together == alone
-
-
-def test_rows_that_end_early_leave_the_batch(base: BaseModel) -> None:
-    """Of many rows all but one end at once: the rest is decoded in a smaller batch."""
-    make = renderer(base)
-    known = [make.prefix(f"What is {key}?") for key in KNOWN]
-    half = make.example("What is amber lamp?", KNOWN["amber lamp"])
-    nearly = [list(half.ids[:-1])] * 6
-    prefixes = [*nearly, known[3], *nearly]
-    rows = probes.generate(base.model, prefixes, end=make.end, limit=20)
-    assert [len(row) for row in rows] == [0] * 6 + [len(rows[6])] + [0] * 6
-    assert make.text(rows[6]) == list(KNOWN.values())[3]
-
-
-def test_order_is_kept_beyond_one_batch(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "ROWS_A_BATCH", 3)
-    make = renderer(base)
-    rows = probes.generate(
-        base.model, [make.prefix(f"What is {k}?") for k in KNOWN], end=make.end, limit=20
-    )
-    assert [make.text(row) for row in rows] == list(KNOWN.values())
-
-
-def test_sampling_follows_its_generator_and_nothing_else(base: BaseModel) -> None:
-    make = renderer(base)
-    prefixes = [[make.begin]] * 8
-
-    def draw(seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return probes.generate(
-            base.model, prefixes, end=make.end, limit=12, temperature=1.0, generator=generator
-        )
-
-    before = torch.random.get_rng_state()
-    first = draw(1)
-    torch.manual_seed(99)
-    assert draw(1) == first != draw(2)
-    torch.random.set_rng_state(before)
-    draw(3)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_no_prefix_no_limit(base: BaseModel) -> None:
-    make = renderer(base)
-    assert probes.generate(base.model, [], end=make.end, limit=5) == []
-    assert probes.generate(base.model, [make.prefix("x")], end=make.end, limit=0) == [[]]
-
-
 def test_probing_leaves_weights_and_gradients_alone(load: Callable[[str], BaseModel]) -> None:
     base = load("bf16")
     make = renderer(base)
     before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     probes.recall(base.model, make.examples([("amber", "lamp")]))
-    probes.generate(base.model, [make.prefix("amber")], end=make.end, limit=4)
+    decoding.generate(base.model, [make.prefix("amber")], end=make.end, limit=4)
     for name, parameter in base.model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
-
-
-def test_padding_on_the_left_moves_no_absolute_position() -> None:
-    """GPT-2 adds a vector for each position, so a shifted prompt would be another prompt."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = GPT2Config(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-        model = GPT2LMHeadModel(config).eval()
-        torch.nn.init.normal_(model.transformer.wpe.weight, std=1.0)
-    prefixes = [[5], [7, 3, 9, 11, 2], [1, 2, 3], list(range(12))]
-    together = probes.generate(model, prefixes, end=39, limit=10)
-    alone = [probes.generate(model, [prefix], end=39, limit=10)[0] for prefix in prefixes]
-    assert together == alone

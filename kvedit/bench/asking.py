@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from kvedit import probes
+from kvedit import decoding, probes
 from kvedit.engine import Engine
 from kvedit.events import Score
 from kvedit.prompts import Example, Renderer
@@ -77,8 +77,8 @@ class Student:
 
     def spoken(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by free greedy generation, the end token included."""
-        proceed = partial(probes.generate, self.model)
-        return probes.spoken_recall(examples, self.renderer.end, proceed)
+        proceed = partial(decoding.generate, self.model)
+        return decoding.spoken_recall(examples, self.renderer.end, proceed)
 
     def ask(self, examples: Sequence[Example]) -> tuple[list[bool], list[bool]]:
         """Recall under both protocols: generated, teacher-forced."""

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from kvedit import models
 from kvedit.bench import questions
 from kvedit.bench.retain import BenchOptions, Edit, Emit, add_timed, engine_of, new_store
+from kvedit.decoding import generate
 from kvedit.editor import KnowledgeBase
 from kvedit.events import Score, Status
 from kvedit.placement import first_device
-from kvedit.probes import generate, slack
+from kvedit.probes import slack
 from kvedit.prompts import Example
 
 ROWS = 32
