@@ -8,6 +8,7 @@ sqlite-utils, so that `kvedit --help` is quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import click
@@ -132,6 +133,8 @@ def main() -> None:
         if several_processes():
             run_together()
         else:
+            # Whoever stops a service or a container means Ctrl-C.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             cli(prog_name="kvedit")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,23 @@ def test_the_reference_page_does_not_depend_on_the_terminal(
 # --- what is imported ------------------------------------------------------------------------
 
 HEAVY = ("torch", "transformers", "peft")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_ends_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "kvedit", "ingest", "-"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write('{"key": "a", "description": "b"}\n' * 20_000)  # more than a pipe holds
+        process.stdin.flush()  # so the command is at work reading it
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(30) == 130, said
+    assert "interrupted" in said
 
 
 def in_new_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
