@@ -55,10 +55,10 @@ class _Slot:
     edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
     gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
     fresh: bool = True  # started, and not carried over into PEFT's modules yet
+    along: Tensor | None = None  # (r, longer side): the pull in each direction of a frame
 
     def start(self, steep: Tensor, rank: int, *, framed: bool) -> None:
         """Set A', B' and E to where the gradient ``steep`` (out, in) would have them begin."""
-        self.fresh = True
         u, v = leading(steep, min(rank, *steep.shape))
         self.a, self.b = (_filled(side, self.e.shape[0]) for side in (v.T, u.T))
         self.b = self.b.T.contiguous()
@@ -71,6 +71,28 @@ class _Slot:
         else:
             self.a.requires_grad_()
             self.b.requires_grad_()
+        self.changed()
+
+    def changed(self) -> None:
+        """A', B' and E were set anew: what was made of a frame is not its own."""
+        self.fresh, self.along = True, None
+
+    def price(self) -> Tensor:
+        """|B' diag(E) A'|^2, and what the pull adds to it, a scalar.
+
+        A frame's directions are orthonormal, or zero: nothing has to be multiplied out.
+        """
+        e = self.e[:, 0]
+        if len(self.trained) == 1:
+            ours = self.b.requires_grad
+            side, frame = (self.b.T, self.a) if ours else (self.a, self.b.T)
+            if self.along is None:
+                self.along = frame @ (self.pull.T if ours else self.pull)
+            sizes = side.square().sum(1) * frame.square().sum(1)
+            return (sizes * e.square() + 2 * (side * self.along).sum(1) * e).sum()
+        inner = (self.b.T @ self.b) * self.e * self.e.T
+        back = ((self.b.T @ self.pull) * self.a).sum(1)
+        return (inner * (self.a @ self.a.T)).sum() + 2 * (back * e).sum()
 
     @property
     def trained(self) -> list[Tensor]:
@@ -233,7 +255,7 @@ class Adapter:
             slot = self._slots[name]
             for own, part in zip((slot.e, slot.a, slot.b), parts, strict=True):
                 own.copy_(part)
-            slot.fresh = True
+            slot.changed()
         config = self._config
         config.tinit, config.tfinal, config.total_step, config.rank_pattern = state["schedule"]
         places = {name: p.device for name, p in self._tuner.model.named_parameters()}
@@ -284,10 +306,8 @@ class Adapter:
         """Predicted harm to protected text, the sum of |B' diag(E) A'|^2, a scalar."""
         total = torch.zeros(())
         for slot in self._slots.values():
-            inner = (slot.b.T @ slot.b) * slot.e * slot.e.T
-            total = total.to(inner.device) + (inner * (slot.a @ slot.a.T)).sum()
-            back = ((slot.b.T @ slot.pull) * slot.a).sum(1)
-            total = total + 2 * (back * slot.e[:, 0]).sum()
+            own = slot.price()
+            total = total.to(own.device) + own
         return total
 
     @torch.no_grad()

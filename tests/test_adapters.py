@@ -49,10 +49,10 @@ class Setting:
         with torch.no_grad():
             return answer_logits(self.model, examples).logits
 
-    def reset(self, number: int) -> None:
+    def reset(self, number: int, *, framed: bool = False) -> None:
         self.adapter.turn(on=False)
         steep = curvatures.gradients(self.model, self.names, self.fact(number))
-        self.adapter.reset(self.roots, steep, self.drift, self.master.matrices)
+        self.adapter.reset(self.roots, steep, self.drift, self.master.matrices, framed=framed)
         self.adapter.turn(on=True)
 
     def learn(self, number: int, steps: int = 40) -> dict[str, Factors]:
@@ -185,6 +185,29 @@ def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
         )
         assert abs(linear) > 1e-9
     assert float(still.detach()) == 0.0
+
+
+def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
+    """|B' diag(E) A'|^2 + 2 <B'^T pull A'^T, diag(E)> in full, and its slopes, ranks masked."""
+    generator = torch.Generator().manual_seed(2)
+    setting.drift = {
+        n: 1e-3 * torch.randn(d.shape, generator=generator) for n, d in setting.drift.items()
+    }
+    setting.reset(0, framed=True)
+    wanted = torch.zeros(())
+    for slot in setting.adapter._slots.values():
+        (side,) = slot.trained
+        with torch.no_grad():
+            side.copy_(torch.randn(side.shape, generator=generator))
+            slot.e[::3] = 0.0
+        inner = (slot.b * slot.e.T) @ slot.a
+        wanted = wanted + inner.square().sum() + 2 * (inner * slot.pull).sum()
+    asked = [part for slot in setting.adapter._slots.values() for part in (slot.e, *slot.trained)]
+    found = setting.adapter.price()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    slopes = (torch.autograd.grad(value, asked) for value in (found, wanted))
+    for own, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
 
 
 def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:
