@@ -50,12 +50,16 @@ class Checks:
     lost: tuple[str, ...]
 
 
-def refusals(checks: Checks, gate: GateConfig) -> tuple[str, ...]:
-    """Why the edit must not be committed; empty when it may."""
+def refusals(checks: Checks, gate: GateConfig, *, surely: bool = False) -> tuple[str, ...]:
+    """Why the edit must not be committed; empty when it may.
+
+    ``surely``: locality probes, which are few, refuse it only for more than chance explains.
+    """
+    harmed = (surely_misses if surely else misses)(checks.unmoved, gate.locality)
     reasons = [
         _below("recall probes", checks.recall, gate.recall),
         _below("never-trained phrasings", checks.paraphrase, gate.paraphrase),
-        _below("locality probes", checks.unmoved, gate.locality),
+        _below("locality probes", checks.unmoved, gate.locality) if harmed else "",
     ]
     if misses(checks.retention, gate.retention):
         named = ", ".join(checks.lost[:5]) + (" and others" if len(checks.lost) > 5 else "")
@@ -75,3 +79,8 @@ def _below(what: str, score: Score, wanted: float) -> str:
 def misses(score: Score, wanted: float) -> bool:
     """Whether a score is below the share that is wanted; an empty one never is."""
     return score.rate is not None and score.rate < wanted
+
+
+def surely_misses(score: Score, wanted: float) -> bool:
+    """Whether its 95% interval lies below the share that is wanted."""
+    return score.n > 0 and score.interval()[1] < wanted
