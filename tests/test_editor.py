@@ -378,7 +378,7 @@ def test_a_refused_group_is_taught_otherwise(
         before = state(knowledge)
         whole = knowledge.engine.master.displacement()
 
-        def wreck(lesson: Any, config: Any, on_step: Any, group: Any) -> Taught:
+        def wreck(lesson: Any, config: Any, on_step: Any, group: Any, *rest: Any) -> Taught:
             lessons.append(group)
             noise = torch.Generator().manual_seed(len(lessons))
             delta = {

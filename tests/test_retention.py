@@ -115,6 +115,15 @@ def test_nothing_probed_is_nothing_missed() -> None:
     assert refusals(checks(unmoved=Score(0, 0), retention=Score(0, 0)), GATE) == ()
 
 
+@pytest.mark.parametrize(("kept", "refused"), [(32, False), (30, False), (28, False), (27, True)])
+def test_a_large_lesson_is_not_refused_by_chance(kept: int, refused: bool) -> None:
+    """Of 32 probes 28 are within the interval of 95%, 27 are not (Wilson)."""
+    found = checks(unmoved=Score(kept, 32))
+    assert bool(refusals(found, GATE, surely=True)) == refused
+    assert bool(refusals(found, GATE)) == (kept < 31)
+    assert refusals(checks(unmoved=Score(0, 0)), GATE, surely=True) == ()
+
+
 def test_every_reason_is_given_and_long_lists_are_cut() -> None:
     bad = checks(
         recall=Score(0, 10),
