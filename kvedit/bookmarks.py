@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kvedit.errors import KveditError
+from kvedit.errors import KveditError, OutOfTimeError
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
 
 EVERY = 120.0  # seconds between two of them, at least
@@ -32,7 +33,10 @@ Keep = Callable[[Callable[[], State]], None]
 
 
 class Bookmarks:
-    """Those of one store; ``say`` tells that a lesson goes on, ``warn`` that one is not kept."""
+    """Those of one store; ``say`` tells that a lesson goes on, ``warn`` that one is not kept.
+
+    From ``deadline`` (``time.monotonic``) on a lesson ends where it stands.
+    """
 
     def __init__(
         self,
@@ -40,8 +44,10 @@ class Bookmarks:
         *,
         say: Callable[[str], None] = lambda text: None,
         warn: Callable[[str], None] = lambda text: None,
+        deadline: float | None = None,
     ) -> None:
         self._folder, self._say, self._warn = folder, say, warn
+        self._deadline = math.inf if deadline is None else deadline
         self._due = time.monotonic() + EVERY
 
     def find(self, lesson: str) -> State | None:
@@ -60,10 +66,17 @@ class Bookmarks:
         return state
 
     def keep(self, lesson: str, state: Callable[[], State]) -> None:
-        """Keep where the lesson stands, if it is time to."""
+        """Keep where the lesson stands, if it is time to.  Raises OutOfTimeError."""
         began = time.monotonic()
-        if began < self._due:
-            return
+        if began >= min(self._due, self._deadline):
+            self._write(lesson, state, began)
+        if began >= self._deadline:
+            raise OutOfTimeError(
+                "time is up in the middle of a group",
+                hint="Run the same command again: it goes on from where the lesson stands.",
+            )
+
+    def _write(self, lesson: str, state: Callable[[], State], began: float) -> None:
         body = io.BytesIO()
         torch.save(state(), body)
         data = body.getvalue()
@@ -74,7 +87,7 @@ class Bookmarks:
                 clean_temporary(self._folder)
             write_atomic(path, hashlib.sha256(data).digest() + data)
         except KveditError as error:
-            self._due = float("inf")
+            self._due = math.inf
             self._warn(f"where the lesson stands is not kept: {error.message}")
             return
         now = time.monotonic()

@@ -54,6 +54,9 @@ class KnowledgeBase:
         self._plans = Planner(store, engine)
         self._room = Room(engine, store.config.group, self._warn_of_room)
         self._anew_refused = False
+        self.deadline: float | None = None
+        """When (``time.monotonic``) a group's lesson ends where it stands, with OutOfTimeError; the
+        same group taught again goes on from there."""
 
     @classmethod
     def create(
@@ -350,7 +353,9 @@ class KnowledgeBase:
             return replace(report, revision=new, seconds=time.monotonic() - began)
 
     def _run(self, plan: Plan, force: bool) -> EditReport:
-        edit = Transaction(self.store, self.engine, self._work.config, plan, self._emit)
+        edit = Transaction(
+            self.store, self.engine, self._work.config, plan, self._emit, self.deadline
+        )
         head = self.store.head()
         try:
             report = edit.run(force=force)

@@ -124,3 +124,7 @@ class Interrupted(KveditError):
     """The user stopped the program; nothing of the edit in flight was kept."""
 
     exit_code = 130
+
+
+class OutOfTimeError(Interrupted):
+    """The time that was given is up; the lesson in flight goes on the next time."""

@@ -23,6 +23,7 @@ from kvedit.errors import (
     InvalidFactError,
     KveditError,
     LockedError,
+    OutOfTimeError,
     ProcessesDifferError,
     ProcessLostError,
     TextTooLongError,
@@ -122,8 +123,14 @@ def ingest(
     without ``skip_invalid``, do not fit the model; LockedError, DiskFullError or CorruptStoreError
     if the run cannot go on.  Ctrl-C ends it with a report.
     """
-    with knowledge.store.lock():
-        return _Run(knowledge, options or IngestOptions(), emit).run(facts)
+    options = options or IngestOptions()
+    if options.max_seconds is not None:
+        knowledge.deadline = time.monotonic() + options.max_seconds
+    try:
+        with knowledge.store.lock():
+            return _Run(knowledge, options, emit).run(facts)
+    finally:
+        knowledge.deadline = None
 
 
 def unfit(engine: Engine, facts: Sequence[Fact], emit: Emit) -> dict[str, str]:
@@ -225,24 +232,32 @@ class _Run:
                 groups.limit(self._knowledge.largest_group)
                 self._verify_if_due()
                 self._tell()
-            if self._count("committed"):
-                self._verify(None if stopped != "time" else self._options.sample)
+            self._verify_at_end(stopped)
+        except OutOfTimeError:
+            self._settle(group)
+            stopped = "time"
+            self._verify_at_end(stopped)
         except (KeyboardInterrupt, Interrupted):
             self._settle(group)
             return "interrupted"
         return stopped if self._total > len(self._tried()) else ""
 
+    def _verify_at_end(self, stopped: str) -> None:
+        """Everything, but where there is no time."""
+        if self._count("committed"):
+            self._verify(self._options.sample if stopped == "time" else None)
+
     def _must_stop(self) -> str:
-        options, failures = self._options, self._count("rejected") + self._count("failed")
+        options, deadline = self._options, self._knowledge.deadline
+        failures = self._count("rejected") + self._count("failed")
         if options.max_failures is not None and failures >= options.max_failures:
             return "failures"
         if self._errors >= ERRORS_IN_A_ROW:
             return "errors"
-        elapsed = time.monotonic() - self._began
-        return "time" if options.max_seconds is not None and elapsed >= options.max_seconds else ""
+        return "time" if deadline is not None and time.monotonic() >= deadline else ""
 
     def _teach(self, group: Sequence[Fact]) -> tuple[list[Fact], bool]:
-        """Teach a group; what breaks it as a whole is tried again fact by fact.
+        """Teach a group; one that breaks as a whole is halved.
 
         Returns the facts that are to be tried in a later group, and whether an edit was refused.
         """
@@ -252,9 +267,7 @@ class _Run:
             raise
         except Exception as error:  # the border of a fact: the others go on without it
             if len(group) > 1:
-                for fact in group:
-                    self._teach([fact])
-                return [], True
+                return self._teach_halves(group), True
             self._errors += 1
             self._record(group[0], (), _said(error))
             return [], True
@@ -266,6 +279,15 @@ class _Run:
             if fact not in left:
                 self._record(fact, reports, "no edit was made for it")
         return left, any(report.outcome == "rejected" for report in reports)
+
+    def _teach_halves(self, group: Sequence[Fact]) -> list[Fact]:
+        """Returns the facts that are to be tried in a later group."""
+        left: list[Fact] = []
+        half = (len(group) + 1) // 2
+        for part in (group[:half], group[half:]):
+            hopeless = self._errors >= ERRORS_IN_A_ROW
+            left += part if hopeless else self._teach(part)[0]
+        return left
 
     def _committed(self, fact: Fact) -> bool:
         row = self._knowledge.store.find(fact.key)

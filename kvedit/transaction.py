@@ -21,7 +21,7 @@ from kvedit.bookmarks import Bookmarks
 from kvedit.config import Config, GroupConfig, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
-from kvedit.errors import Interrupted, TrainingError
+from kvedit.errors import Interrupted, OutOfTimeError, TrainingError
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Status, Warning_
 from kvedit.files import put
 from kvedit.plans import Plan
@@ -65,7 +65,13 @@ class Transaction:
     """Carries out one plan; make a new one for each edit."""
 
     def __init__(
-        self, store: Store, engine: Engine, config: Config, plan: Plan, emit: Emit
+        self,
+        store: Store,
+        engine: Engine,
+        config: Config,
+        plan: Plan,
+        emit: Emit,
+        deadline: float | None = None,
     ) -> None:
         self._store, self._engine, self._config = store, engine, config
         self._plan, self._emit = plan, emit
@@ -79,6 +85,7 @@ class Transaction:
             store.path / "cache",
             say=lambda text: emit(Status(phase=text, key=plan.key)),
             warn=lambda text: emit(Warning_(text=text, code="not-kept")),
+            deadline=deadline,
         )
 
     def run(self, *, force: bool = False) -> EditReport:
@@ -95,6 +102,9 @@ class Transaction:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
             state = "was committed before" if committed else "did not happen"
             raise Interrupted(f"interrupted: the edit of {self._plan.key} {state}") from error
+        except OutOfTimeError as error:
+            self._abandon(edit_id, "canceled", error.message, snapshot)
+            raise
         except Exception as error:  # the border of one edit: put the model back, then pass it on
             self._abandon(edit_id, "failed", f"{type(error).__name__}: {error}", snapshot)
             if isinstance(error, TrainingError):  # it would end there again

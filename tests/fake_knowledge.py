@@ -60,6 +60,7 @@ class FakeKnowledge:
     refuses: set[str] = field(default_factory=set)
     together: bool = False
     largest_group: int | None = None
+    deadline: float | None = None
     loses: set[str] = field(default_factory=set)
     retention: Score = field(default_factory=Score)
     engine: FakeEngine = field(default_factory=FakeEngine)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from kvedit.config import GroupConfig
 from kvedit.deltas import to_bytes
 from kvedit.editor import KnowledgeBase
 from kvedit.engine import Engine
+from kvedit.errors import OutOfTimeError
 from kvedit.facts import Fact
 from kvedit.training import Lesson, Step
 
@@ -200,6 +202,25 @@ def test_a_group_that_is_killed_goes_on(empty_store: Path) -> None:
     steps = [event.step for event in events if event.message_type == "status" and event.step]
     assert steps[0] == 10
     assert list((empty_store / "cache").glob("lesson-*")) == []
+
+
+def test_when_time_is_up_a_lesson_ends_where_it_stands(empty_store: Path) -> None:
+    group = [Fact.create(*pair) for pair in FREE[:3]]
+    steps: list[int] = []
+    with KnowledgeBase.open(
+        empty_store, on_event=lambda event: steps.append(getattr(event, "step", 0))
+    ) as knowledge:
+        before = knowledge.engine.master.digest()
+        for _ in range(2):  # a step each
+            knowledge.deadline = time.monotonic()
+            with pytest.raises(OutOfTimeError, match="middle of a group"):
+                knowledge.add_group(group, carry=True)
+            assert knowledge.engine.master.digest() == before
+        assert [edit.state for edit in knowledge.store.history()] == ["canceled"] * 2
+        knowledge.deadline = None
+        steps.clear()
+        assert knowledge.add_group(group, carry=True)[0].outcome == "committed"
+    assert next(step for step in steps if step) == 3
 
 
 def test_a_state_is_what_torch_loads_without_running_anything(engine: Engine) -> None:

@@ -22,7 +22,9 @@ from kvedit.errors import (
     Interrupted,
     InvalidFactError,
     LockedError,
+    OutOfTimeError,
     ProcessesDifferError,
+    TrainingError,
 )
 from kvedit.events import EditReport, IngestProgress, Score
 from kvedit.facts import Fact
@@ -207,6 +209,46 @@ def test_limits(knowledge: FakeKnowledge, monkeypatch: pytest.MonkeyPatch) -> No
     knowledge.refuses = {fact.key for fact in facts(9)}
     report = run(knowledge, facts(9), max_failures=2, group=1)
     assert (counts(report), report.stopped, report.left) == ((0, 2, 0), "failures", 3)
+
+
+def test_time_may_be_up_in_the_middle_of_a_group(knowledge: FakeKnowledge) -> None:
+    """The groups before it stand, and are verified in passing; the rest is for the next run."""
+
+    def before(fact: Fact) -> None:
+        assert knowledge.deadline is not None
+        if fact.key == facts(9)[5].key:
+            raise OutOfTimeError("time is up")
+
+    knowledge.before = before
+    report = run(knowledge, facts(9), group=3, max_seconds=3600.0, sample=2)
+    assert (counts(report), report.stopped, report.left) == ((3, 0, 0), "time", 6)
+    assert knowledge.verified == [2] and knowledge.deadline is None
+    knowledge.before = lambda fact: None
+    assert counts(run(knowledge, facts(9), group=3)) == (6, 0, 0)
+
+
+def test_one_bad_fact_does_not_cost_its_group(knowledge: FakeKnowledge) -> None:
+    """What breaks a group as a whole is found by halving it."""
+    bad = facts(32)[20].key
+
+    def before(fact: Fact) -> None:
+        if fact.key == bad:
+            raise TrainingError("the training loss became NaN")
+
+    knowledge.before, knowledge.together = before, True
+    report = run(knowledge, facts(32), group=32)
+    assert counts(report) == (31, 0, 1)
+    assert [o.fact.key for o in report.outcomes if o.outcome == "failed"] == [bad]
+    assert len(knowledge.groups) <= 2 * 5 + 1
+
+
+def test_what_breaks_everything_ends_the_run(knowledge: FakeKnowledge) -> None:
+    def before(fact: Fact) -> None:
+        raise RuntimeError("no kernel image")
+
+    knowledge.before = before
+    report = run(knowledge, facts(64), group=64)
+    assert (counts(report), report.stopped, report.left) == ((0, 0, 10), "errors", 54)
 
 
 def test_nothing_is_edited_before_all_is_found_fit(knowledge: FakeKnowledge) -> None:

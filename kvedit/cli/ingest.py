@@ -67,7 +67,10 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
     help="Stop when N facts were rejected or failed.",
 )
 @click.option(
-    "--max-time", callback=seconds, metavar="TIME", help="Stop after a time: 90s, 30m, 1h30m."
+    "--max-time",
+    callback=seconds,
+    metavar="TIME",
+    help="Stop after a time: 90s, 30m, 1h30m; in the middle of a group too.",
 )
 @click.option("--skip-invalid", is_flag=True, help="Go on without the rows that cannot go in.")
 @click.option("--retry", is_flag=True, help="Also try again what was rejected before.")
