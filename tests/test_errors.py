@@ -14,7 +14,7 @@ CODES = {
     "TextTooLongError": 1, "RejectedError": 3, "GateFailedError": 4, "NoStoreError": 10,
     "LockedError": 11, "StoreTooNewError": 12, "ModelMismatchError": 13, "CorruptStoreError": 1,
     "DiskFullError": 1, "ModelError": 1, "TrainingError": 1, "Interrupted": 130,
-    "OutOfTimeError": 130,    "ProcessError": 1, "ProcessLostError": 1, "ProcessesDifferError": 1,
+    "OutOfTimeError": 130, "ProcessError": 1, "ProcessLostError": 1, "ProcessesDifferError": 1,
     "OutOfMemoryError": 1, "KveditError": 1,
 }  # fmt: skip
 
