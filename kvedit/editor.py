@@ -21,6 +21,7 @@ from kvedit.errors import DuplicateKeyError, OutOfMemoryError, UnknownKeyError
 from kvedit.events import EditReport, Event, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
+from kvedit.groups import begins_anew
 from kvedit.keys import Similar, similar, similar_pairs
 from kvedit.pinned import Choice
 from kvedit.plans import Plan, Planner
@@ -257,18 +258,13 @@ class KnowledgeBase:
             return self._run(self._plans.add_together(facts), force)
 
     def _begins_anew(self, facts: Sequence[Fact]) -> bool:
-        """Whether a group, with all that was taught on top of what began with the base model, is so
-        large that everything is better taught once more together.
-
-        On top of what earlier groups taught a group learns less and harms more; and as long as what
-        has piled up is a fixed share of the rest, this takes a fixed number of lessons a fact.
-        """
-        held = [row.fact for row in self.store.facts("committed")]
-        on_top = min(len(held), self.store.taught_on_top())
-        enough = len(facts) + on_top >= (len(held) - on_top) * self.store.config.group.anew
-        if not held or not enough or self._anew_refused:
+        """Whether they are so many (see ``groups.begins_anew``), and there is memory for all."""
+        if self._anew_refused:
             return False
-        return self._room.fits([*held, *facts])
+        held = [row.fact for row in self.store.facts("committed")]
+        on_top, share = self.store.taught_on_top(), self.store.config.group.anew
+        enough = begins_anew(len(facts), len(held), on_top, share)
+        return enough and self._room.fits([*held, *facts])
 
     def _teach_anew(self, facts: Sequence[Fact], force: bool) -> EditReport:
         """A group and all that is held, as one edit of the base model."""

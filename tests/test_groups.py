@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvedit.facts import Fact
-from kvedit.groups import SMALLEST, Groups
+from kvedit.groups import SMALLEST, Groups, begins_anew
 
 
 def fact(key: str) -> Fact:
@@ -98,3 +98,17 @@ def test_groups_stay_as_small_as_memory_wants_them() -> None:
     fixed = Groups(facts(20), 10)
     fixed.limit(5)
     assert len(fixed.take()) == 5
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_beginning_anew_takes_a_fixed_number_of_lessons_a_fact(sizes: list[int]) -> None:
+    """However facts come, with half of the rest piled up: three lessons a fact, and its own."""
+    held = on_top = lessons = 0
+    for size in sizes:
+        if begins_anew(size, held, on_top, 0.5):
+            lessons, on_top = lessons + size + held, 0
+        else:
+            lessons, on_top = lessons + size, on_top + (size if held else 0)
+        held += size
+    assert lessons <= 4 * held
+    assert not begins_anew(1000, 0, 0, 0.5)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvedit.facts import Fact
     from kvedit.ingest import FactOutcome, IngestOptions, IngestReport
     from kvedit.intake import Intake, Near
+    from kvedit.store import Store
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -122,7 +123,9 @@ def ingest(
     _check_target(source, rejected_file)
     intake = _intake(settings, source)
     if dry_run:
-        _show_plan(settings, intake, as_json=as_json, skip=skip_invalid, retry=retry, limit=limit)
+        would = len(intake.new) + (len(intake.refused) if retry else 0)
+        would = min(would, limit) if limit is not None else would
+        _show_plan(settings, intake, would, group, as_json=as_json, skip=skip_invalid)
         return
     _refuse_problems(intake, as_json=as_json, skip=skip_invalid)
     options = IngestOptions(
@@ -316,19 +319,25 @@ def _show(
 
 
 def _show_plan(
-    settings: Settings, intake: Intake, *, as_json: bool, skip: bool, retry: bool,
-    limit: int | None,
-) -> None:  # fmt: skip
+    settings: Settings,
+    intake: Intake,
+    would: int,
+    group: int | None,
+    *,
+    as_json: bool,
+    skip: bool,
+) -> None:
     """What would happen, and how long it may take by what was measured in this store."""
     from kvedit.cli.ingest_tables import plan_fields, plan_lines
     from kvedit.cli.output import print_json_line, print_lines
     from kvedit.store import Store, resolve_store
 
-    path, near, pace = resolve_store(settings.store), _near(intake, []), (0, 0.0)
+    path, near, pace, anew = resolve_store(settings.store), _near(intake, []), (0, 0.0), 0
     if Store.exists(path):
         with Store.open(path, readonly=True) as store:
             near, pace = _near(intake, store.keys()), store.pace()
-    fields = plan_fields(intake, near, pace, retry=retry, limit=limit)
+            anew = _held_anew(store, would, group)
+    fields = plan_fields(intake, near, pace, would, anew)
     code = InvalidFactError.exit_code if intake.problems and not skip else 0
     _tell_problems(intake, as_json=as_json)
     if as_json:
@@ -338,6 +347,16 @@ def _show_plan(
         if code:
             note(settings, "correct these rows, or add --skip-invalid to go on without them")
     click.get_current_context().exit(code)
+
+
+def _held_anew(store: Store, would: int, group: int | None) -> int:
+    """How many facts that are held the first group is taught together with."""
+    from kvedit.groups import begins_anew
+
+    settings = store.config.group
+    first, held = min(would, group or settings.largest), len(store.keys("committed"))
+    begins = first > 1 and begins_anew(first, held, store.taught_on_top(), settings.anew)
+    return held if begins else 0
 
 
 def _near(intake: Intake, held: Sequence[str]) -> list[Near]:

@@ -123,13 +123,12 @@ def plan_fields(
     intake: Intake,
     near: Sequence[Near],
     pace: tuple[int, float],
-    *,
-    retry: bool,
-    limit: int | None,
+    would: int,
+    anew: int,
 ) -> dict[str, Any]:
-    """What a run would do; ``pace`` is facts and seconds measured, none measured no estimate."""
-    would = len(intake.new) + (len(intake.refused) if retry else 0)
-    would = min(would, limit) if limit is not None else would
+    """What a run would do: teach so many facts, and with the first group ``anew`` that are held;
+    ``pace`` is facts and seconds measured, none measured no estimate.
+    """
     each = pace[1] / pace[0] if pace[0] else None
     return {
         "message_type": "summary",
@@ -137,9 +136,10 @@ def plan_fields(
         "dry_run": True,
         **intake_fields(intake),
         "would_teach": would,
+        "would_teach_anew": anew,
         "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
         "seconds_per_fact": None if each is None else round(each, 3),
-        "seconds_estimated": None if each is None else round(each * would, 1),
+        "seconds_estimated": None if each is None else round(each * (would + anew), 1),
     }
 
 
@@ -154,5 +154,7 @@ def plan_lines(intake: Intake, near: Sequence[Near], fields: dict[str, Any]) -> 
         time = "no estimate of the time: no fact was taught in this store yet"
     else:
         time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
-    lines.append(f"would teach {fields['would_teach']}: {time}")
+    anew = fields["would_teach_anew"]
+    beside = f", and once more {anew} that {'is' if anew == 1 else 'are'} held" if anew else ""
+    lines.append(f"would teach {fields['would_teach']}{beside}: {time}")
     return [*lines, "nothing was changed"]

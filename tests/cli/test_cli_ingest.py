@@ -208,7 +208,9 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(base: type[Learnin
     result = run("ingest", "f.jsonl", "--dry-run")
     assert result.exit_code == 1
     assert "line 4" in result.stderr
-    assert "would teach 2: about 4.0 s, at 2.0 s a fact" in result.stdout
+    assert "would teach 2, and once more 1 that is held: about 6.0 s, at 2.0 s" in result.stdout
+    alone = run("ingest", "f.jsonl", "--dry-run", "--skip-invalid", "--group", "1")
+    assert "would teach 2: about 4.0 s, at 2.0 s a fact" in alone.stdout
     assert base.learned == [facts(1)[0].key]
 
 
