@@ -175,7 +175,9 @@ class Decoding:
 
     def _take(self, rows: Tensor) -> None:
         more = len(rows) / self.rows
-        self._large = more > 1 and not self._padded and self._bytes() * more > CACHED_BYTES
+        grown = more > 1 and self._bytes() * more > CACHED_BYTES
+        still = self._large and len(rows) > ROWS_A_BATCH
+        self._large = not self._padded and (grown or still)
         self.ids, self._mask = self.ids[rows], self._mask[rows]
         if self._cache and self.divisible and not self._large:
             # A cache over several devices takes indices from the CPU alone.
@@ -188,7 +190,8 @@ class Decoding:
         layers = getattr(self._cache, "layers", None)
         if not layers or not all(hasattr(layer, "keys") for layer in layers):
             return math.inf
-        return float(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
+        parts = (part for layer in layers for part in (layer.keys, layer.values))
+        return float(sum(part.nbytes for part in parts if part is not None))
 
 
 @cache
