@@ -155,8 +155,9 @@ class Ways:
         """Choose what is asked, then search for more to protect; the seconds of the search."""
         asked = self._choose(knowledge)
         began = time.monotonic()
-        if search:
-            knowledge.protect_for(len(self._facts), leave_out=asked)
+        held = len(knowledge.store.keys("committed"))  # by a run that is gone on with
+        if search and held < len(self._facts):
+            knowledge.protect_for(len(self._facts) - held, leave_out=asked)
         spent = time.monotonic() - began
         self._check(knowledge)
         return spent
