@@ -38,6 +38,7 @@ WARM_UP = 5
 LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each round
 AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
 YIELD = 0.5  # of the price's weight, in each of these rounds
+FEW = 0.1  # of the facts fail: from then on near-ties are taught again too
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
@@ -194,12 +195,16 @@ class BreadthFirst(Loop):
     def _missing(self) -> list[int]:
         """The facts that are not recalled under all of their prompts, with the final ranks.
 
-        One that hangs on a near-tie is not: the next edit would turn it.
+        When few fail, those that hang on a near-tie are missing too: the next edit would turn them.
+        Of thousands most do for a long time, and they would take the places of those that fail.
         """
         self._adapter.write()
         asked = [(i, example) for i, fact in enumerate(self._lesson.new) for example in fact]
         outcomes = self._share.recall(self._model, [example for _, example in asked], self._lower)
-        pairs = zip(asked, outcomes, strict=True)
+        pairs = list(zip(asked, outcomes, strict=True))
+        failing = {fact for (fact, _), outcome in pairs if not outcome.passed}
+        if len(failing) > FEW * self._count:
+            return sorted(failing)
         return sorted({fact for (fact, _), outcome in pairs if not outcome.firm})
 
     def _next(self) -> int:

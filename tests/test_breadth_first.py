@@ -107,6 +107,33 @@ def test_what_hangs_on_a_near_tie_is_taught_again(
     assert set(seen) == {1}
 
 
+def test_near_ties_wait_until_few_facts_fail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three facts one fails at first, later none; one hangs on a near-tie all the time."""
+    new = [examples(engine, number) for number in range(3)]
+    looks: list[int] = []
+    rounds: list[list[int]] = []
+    begin = BreadthFirst._begin_round
+
+    def recall(model: object, asked: list[Example], lower: object) -> list[Outcome]:
+        looks.append(len(asked))
+        fails, tied = new[0][0], new[1][-1]
+        return [
+            Outcome(not (example == fails and len(looks) < 3), 0.01, doubtful=example == tied)
+            for example in asked
+        ]
+
+    def begun(self: BreadthFirst) -> None:
+        begin(self)
+        rounds.append(self._part.missing)
+
+    monkeypatch.setattr(engine.share, "recall", recall)
+    monkeypatch.setattr(BreadthFirst, "_begin_round", begun)
+    engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=4, again=3, rounds=3))
+    assert rounds == [[0], [0], [1], [1]]
+
+
 def test_nothing_changes_outside_the_lesson(engine: Engine) -> None:
     before = engine.master.digest()
     margins = [o.margin for o in engine.recall(examples(engine, 5))]
