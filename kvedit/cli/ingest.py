@@ -123,8 +123,7 @@ def ingest(
     _check_target(source, rejected_file)
     intake = _intake(settings, source)
     if dry_run:
-        would = len(intake.new) + (len(intake.refused) if retry else 0)
-        would = min(would, limit) if limit is not None else would
+        would = _count(intake, limit, retry=retry)
         _show_plan(settings, intake, would, group, as_json=as_json, skip=skip_invalid)
         return
     _refuse_problems(intake, as_json=as_json, skip=skip_invalid)
@@ -316,6 +315,12 @@ def _show(
         next_step(settings, "ingest", "--retry", str(path))
     elif report.count("committed"):
         next_step(settings, "status")
+
+
+def _count(intake: Intake, limit: int | None, *, retry: bool) -> int:
+    """How many facts a run would teach."""
+    would = len(intake.new) + (len(intake.refused) if retry else 0)
+    return would if limit is None else min(would, limit)
 
 
 def _show_plan(
