@@ -55,11 +55,10 @@ def refusals(checks: Checks, gate: GateConfig, *, surely: bool = False) -> tuple
 
     ``surely``: locality probes, which are few, refuse it only for more than chance explains.
     """
-    harmed = (surely_misses if surely else misses)(checks.unmoved, gate.locality)
     reasons = [
         _below("recall probes", checks.recall, gate.recall),
         _below("never-trained phrasings", checks.paraphrase, gate.paraphrase),
-        _below("locality probes", checks.unmoved, gate.locality) if harmed else "",
+        _below("locality probes", checks.unmoved, gate.locality, surely=surely),
     ]
     if misses(checks.retention, gate.retention):
         named = ", ".join(checks.lost[:5]) + (" and others" if len(checks.lost) > 5 else "")
@@ -70,17 +69,16 @@ def refusals(checks: Checks, gate: GateConfig, *, surely: bool = False) -> tuple
     return tuple(reason for reason in reasons if reason)
 
 
-def _below(what: str, score: Score, wanted: float) -> str:
-    if not misses(score, wanted):
+def _below(what: str, score: Score, wanted: float, *, surely: bool = False) -> str:
+    if not misses(score, wanted, surely=surely):
         return ""
     return f"{what}: {score.passed} of {score.n} passed, {wanted:.0%} needed"
 
 
-def misses(score: Score, wanted: float) -> bool:
-    """Whether a score is below the share that is wanted; an empty one never is."""
-    return score.rate is not None and score.rate < wanted
-
-
-def surely_misses(score: Score, wanted: float) -> bool:
-    """Whether its 95% interval lies below the share that is wanted."""
-    return score.n > 0 and score.interval()[1] < wanted
+def misses(score: Score, wanted: float, *, surely: bool = False) -> bool:
+    """Whether a score is below the share that is wanted, ``surely`` with its whole 95% interval; an
+    empty one never is.
+    """
+    if score.rate is None:
+        return False
+    return (score.interval()[1] if surely else score.rate) < wanted

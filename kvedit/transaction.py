@@ -27,7 +27,7 @@ from kvedit.files import put
 from kvedit.plans import Plan
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
-from kvedit.retention import Checks, at_risk, misses, refusals, surely_misses
+from kvedit.retention import Checks, at_risk, misses, refusals
 from kvedit.store import FactChange, FactRow, ProbeRow, Store
 from kvedit.training import Lesson, Step
 
@@ -216,8 +216,7 @@ class Transaction:
         within the gate.
         """
         if self._plan.group:
-            judge = surely_misses if self._large else misses
-            return judge(checks.unmoved, self._config.gate.locality)
+            return misses(checks.unmoved, self._config.gate.locality, surely=self._large)
         return checks.unmoved.passed < checks.unmoved.n
 
     def _teach(
