@@ -1,4 +1,4 @@
-"""When two keys are the same, and when they are merely close.
+"""When two keys are the same, when they are merely close, and many of them in a sentence.
 
 Invariants:
 - ``normalise`` is idempotent and never empty for a key that has a visible character.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Protocol
 
+NAMED = 5  # keys in a sentence, of a group of thousands
 _SHORT = 3
 _LOOSE = 60.0
 _NOT_EQUAL = 99.0
@@ -33,6 +34,12 @@ class Similar:
 
     key: str
     score: float
+
+
+def in_words(keys: Sequence[str]) -> str:
+    """The keys for a sentence: all of them, or the first few and how many more there are."""
+    more = len(keys) - NAMED
+    return ", ".join(keys) if more <= 0 else f"{', '.join(keys[:NAMED])} and {more:,} more"
 
 
 def naming(keys: Iterable[str]) -> Callable[[str], bool]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvedit.config import GateConfig
 from kvedit.events import Score
-from kvedit.keys import similar
+from kvedit.keys import in_words, similar
 from kvedit.records import FactRow
 
 
@@ -61,10 +61,9 @@ def refusals(checks: Checks, gate: GateConfig, *, surely: bool = False) -> tuple
         _below("locality probes", checks.unmoved, gate.locality, surely=surely),
     ]
     if misses(checks.retention, gate.retention):
-        named = ", ".join(checks.lost[:5]) + (" and others" if len(checks.lost) > 5 else "")
         reasons.append(
-            f"earlier facts lost: {named} ({checks.retention.passed} of {checks.retention.n} kept,"
-            f" {gate.retention:.0%} needed)"
+            f"earlier facts lost: {in_words(checks.lost)} ({checks.retention.passed} of"
+            f" {checks.retention.n} kept, {gate.retention:.0%} needed)"
         )
     return tuple(reason for reason in reasons if reason)
 

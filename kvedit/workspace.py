@@ -20,7 +20,7 @@ from kvedit.curvature import Curvature
 from kvedit.engine import Engine
 from kvedit.errors import KveditError, LockedError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
-from kvedit.keys import normalise
+from kvedit.keys import in_words, normalise
 from kvedit.prompts import Example
 from kvedit.store import ProtectedRow, Store
 
@@ -65,8 +65,8 @@ class Workspace:
         except LockedError:
             return
         for edit in left:
-            names = ", ".join(edit.keys)
-            text = f"recovered: the {edit.kind} of {names} was interrupted and did not happen"
+            what = f"{edit.kind} of {in_words(edit.keys)}"
+            text = f"recovered: the {what} was interrupted and did not happen"
             self.emit(
                 Warning_(text=text, code="recovered", key=edit.keys[0] if edit.keys else None)
             )

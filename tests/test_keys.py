@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvedit.keys import did_you_mean, naming, normalise, similar, similar_pairs
+from kvedit.keys import did_you_mean, in_words, naming, normalise, similar, similar_pairs
 
 
 @settings(max_examples=50, deadline=None)
@@ -126,3 +126,14 @@ def test_pairs_are_what_similar_finds_one_by_one(keys: list[str], others: list[s
 def test_a_text_names_a_key_as_words_of_its_own(key: str, text: str, names: bool) -> None:
     assert naming([key, "Ada Lovelace"])(text) is names
     assert not naming([])(text)
+
+
+@given(st.lists(st.text("abc", min_size=1), max_size=5))
+def test_a_few_keys_are_all_named(keys: list[str]) -> None:
+    assert in_words(keys) == ", ".join(keys)
+
+
+def test_of_thousands_of_keys_the_first_are_named() -> None:
+    keys = [f"fact {n}" for n in range(1, 3001)]
+    assert in_words(keys[:6]) == "fact 1, fact 2, fact 3, fact 4, fact 5 and 1 more"
+    assert in_words(keys) == "fact 1, fact 2, fact 3, fact 4, fact 5 and 2,995 more"

@@ -134,4 +134,4 @@ def test_every_reason_is_given_and_long_lists_are_cut() -> None:
     )
     reasons = refusals(bad, GATE)
     assert len(reasons) == 4
-    assert "a, b, c, d, e and others" in reasons[3]
+    assert "earlier facts lost: a, b, c, d, e and 2 more (0 of 7 kept" in reasons[3]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvedit.cli.output import edit_lines, pad, score_text, seconds_text, size_text, table
+from kvedit.keys import in_words
 
 if TYPE_CHECKING:
     from kvedit.export import ExportReport
@@ -131,7 +132,7 @@ def edits_table(edits: Sequence[EditRow]) -> list[str]:
             edit.kind,
             edit.state,
             when(edit.finished_at or edit.started_at),
-            ", ".join(edit.keys) + (f": {'; '.join(edit.reasons)}" if edit.reasons else ""),
+            in_words(edit.keys) + (f": {'; '.join(edit.reasons)}" if edit.reasons else ""),
         )
         for edit in edits
     ]
