@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ from torch import Tensor
 from kvedit.bookmarks import Keep, State
 from kvedit.config import GroupConfig
 from kvedit.descent import Descent
+from kvedit.prompts import Example
 from kvedit.training import Loop, Trained
 
 WARM_UP = 5
 LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each round
 AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
 YIELD = 0.5  # of the price's weight, in each of these rounds
+CROWD = 256  # facts; each of more is disturbed longer between two of its turns
 FEW = 0.1  # of the facts fail: from then on near-ties are taught again too
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
@@ -61,9 +64,22 @@ def _scaled(number: int, facts: int) -> int:
     return max(1, round(number * math.sqrt(facts / 64)))
 
 
+def _crowd(facts: int) -> float:
+    """How many times too many they are for the lead and the rounds' steps of a few hundred."""
+    return max(1.0, facts / CROWD)
+
+
 def _falling(step: int, steps: int) -> float:
     """The share of the rate at a step: long ones learn, and what they harm short ones mend."""
     return 1 - (1 - LAST_RATE) * step / steps
+
+
+def _missed(held: Sequence[Sequence[bool]]) -> dict[int, list[int]]:
+    """For each fact of which not every prompt holds it, the numbers of those that do not."""
+    prompts = {
+        fact: [i for i, holds in enumerate(each) if not holds] for fact, each in enumerate(held)
+    }
+    return {fact: missed for fact, missed in prompts.items() if missed}
 
 
 @dataclass(slots=True)
@@ -73,7 +89,8 @@ class _Part:
     steps: int
     done: int = 0
     round: int = 0  # 0: the passes
-    missing: list[int] = field(default_factory=list)
+    missing: dict[int, list[int]] = field(default_factory=dict)
+    """Facts that are not recalled, each with the numbers of its prompts that are not."""
 
 
 class BreadthFirst(Loop):
@@ -86,6 +103,8 @@ class BreadthFirst(Loop):
         self._weight = group.shift_weight / math.sqrt(64 * self._count)
         self._batch = batch_of(group, self._count)
         self._anchors = anchors_of(group, self._count)
+        self._lead = group.lead * _crowd(self._count) ** 0.25
+        self._again_rate = AGAIN_RATE / math.sqrt(_crowd(self._count))
         earlier = self._lesson.earlier / self._count
         self._earlier_weight = min(max(earlier, LEAST_WEIGHT), MOST_WEIGHT)
         self._part = _Part(max(8, math.ceil(group.passes * self._count / self._batch)))
@@ -134,7 +153,8 @@ class BreadthFirst(Loop):
             self._adapter.begin_pruning(step, steps=max(1, int(pruning)))
         elif step > prune + pruning:
             self._phase = "hold"
-        self._teach([self._next() for _ in range(self._batch)], _falling(step, total))
+        facts = [self._next() for _ in range(self._batch)]
+        self._teach([self._under_any(fact) for fact in facts], _falling(step, total))
 
     def _begin_round(self) -> None:
         """Look what is not recalled yet: it is taught next, at half the price that it had."""
@@ -147,18 +167,23 @@ class BreadthFirst(Loop):
             self._total += steps
 
     def _again(self, step: int) -> None:
-        """A step on what is missing, with as many others beside it."""
-        hard = self._some(self._part.missing, self._batch // 2 or 1)
-        more = [self._next() for _ in range(self._batch - len(hard))]
-        share = AGAIN_RATE * _falling(step, self._part.steps)
-        self._teach(list({*hard, *more}), share)
+        """A step on what is missing, under prompts that miss it, with as many others beside it."""
+        missing = self._part.missing
+        hard = self._some(sorted(missing), self._batch // 2 or 1)
+        more = {self._next() for _ in range(self._batch - len(hard))} - set(hard)
+        again = [self._lesson.new[fact][self._rng.choice(missing[fact])] for fact in hard]
+        share = self._again_rate * _falling(step, self._part.steps)
+        self._teach([*again, *(self._under_any(fact) for fact in sorted(more))], share)
 
-    def _teach(self, facts: Sequence[int], share: float) -> None:
-        """One step on some of the facts."""
+    def _under_any(self, fact: int) -> Example:
+        """The fact under one of its prompts."""
+        return self._rng.choice(list(self._lesson.new[fact]))
+
+    def _teach(self, new: Sequence[Example], share: float) -> None:
+        """One step on some of the facts, each under a prompt."""
         self._step_number += 1
         rise = min(1.0, (self._step_number - 1) / WARM_UP)  # the first step only looks
         self._set_rate(self._group.learning_rate * self._to_gain * rise * share)
-        new = [self._rng.choice(list(self._lesson.new[fact])) for fact in facts]
         chosen = self._earlier()
         earlier = [self._rng.choice(list(self._lesson.rehearsal[fact])) for fact in chosen]
         margins = self._step(self._step_number, new, earlier)[len(new) :]
@@ -182,7 +207,7 @@ class BreadthFirst(Loop):
         return Descent(vectors, lr=self._group.learning_rate)
 
     def _ease(self) -> tuple[float, float]:
-        return self._group.lead, self._group.settled
+        return self._lead, self._group.settled
 
     def _held(self) -> Tensor | float:
         anchors = self._lesson.anchors
@@ -192,20 +217,21 @@ class BreadthFirst(Loop):
         chosen = self._some(range(len(anchors)), self._anchors)
         return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
 
-    def _missing(self) -> list[int]:
-        """The facts that are not recalled under all of their prompts, with the final ranks.
+    def _missing(self) -> dict[int, list[int]]:
+        """The facts that are not recalled, and under which of their prompts, with the final ranks.
 
         When few fail, those that hang on a near-tie are missing too: the next edit would turn them.
         Of thousands most do for a long time, and they would take the places of those that fail.
         """
         self._adapter.write()
-        asked = [(i, example) for i, fact in enumerate(self._lesson.new) for example in fact]
-        outcomes = self._share.recall(self._model, [example for _, example in asked], self._lower)
-        pairs = list(zip(asked, outcomes, strict=True))
-        failing = {fact for (fact, _), outcome in pairs if not outcome.passed}
+        facts = self._lesson.new
+        asked = [example for fact in facts for example in fact]
+        outcomes = iter(self._share.recall(self._model, asked, self._lower))
+        of_facts = [list(islice(outcomes, len(fact))) for fact in facts]
+        failing = _missed([[outcome.passed for outcome in fact] for fact in of_facts])
         if len(failing) > FEW * self._count:
-            return sorted(failing)
-        return sorted({fact for (fact, _), outcome in pairs if not outcome.firm})
+            return failing
+        return _missed([[outcome.firm for outcome in fact] for fact in of_facts])
 
     def _next(self) -> int:
         """Every fact once, in a new order each time."""

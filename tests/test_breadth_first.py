@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from small_model import FREE
 
+from kvedit import breadth_first
 from kvedit.breadth_first import AGAIN_RATE, LAST_RATE, BreadthFirst
 from kvedit.config import GroupConfig
 from kvedit.engine import Engine
@@ -53,9 +54,9 @@ def test_every_pass_goes_over_all_facts(engine: Engine, monkeypatch: pytest.Monk
     seen: Counter[int] = Counter()
     teach = BreadthFirst._teach
 
-    def counted(self: BreadthFirst, facts: list[int], share: float) -> None:
-        seen.update(facts)
-        teach(self, facts, share)
+    def counted(self: BreadthFirst, taught: list[Example], share: float) -> None:
+        seen.update(fact for fact, own in enumerate(new) for example in taught if example in own)
+        teach(self, taught, share)
 
     monkeypatch.setattr(BreadthFirst, "_teach", counted)
     new = [examples(engine, number) for number in range(4)]
@@ -63,25 +64,29 @@ def test_every_pass_goes_over_all_facts(engine: Engine, monkeypatch: pytest.Monk
     assert set(seen.values()) == {6}
 
 
+@pytest.mark.parametrize("crowd", [1, 4])
 def test_steps_grow_shorter_in_the_passes_and_in_each_round(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, crowd: int
 ) -> None:
+    """In the rounds of a crowd they are shorter from the start, and its answers are led further."""
+    monkeypatch.setattr(breadth_first, "CROWD", 2 / crowd)
     told: dict[str, list[float]] = {}
     teach = BreadthFirst._teach
 
-    def kept(self: BreadthFirst, facts: list[int], share: float) -> None:
+    def kept(self: BreadthFirst, taught: list[Example], share: float) -> None:
         told.setdefault(self._phase, []).append(share)
-        teach(self, facts, share)
+        assert self._ease() == (pytest.approx(GROUP.lead * crowd**0.25), GROUP.settled)
+        teach(self, taught, share)
 
     monkeypatch.setattr(BreadthFirst, "_teach", kept)
-    monkeypatch.setattr(BreadthFirst, "_missing", lambda self: [0, 1])
+    monkeypatch.setattr(BreadthFirst, "_missing", lambda self: {0: [0], 1: [0]})
     one_round = replace(GROUP, passes=8, again=10, rounds=1)
     engine.teach(
         Lesson([examples(engine, n) for n in range(2)]), None, lambda step: None, one_round
     )
     again = told.pop("again")
     passes = [share for shares in told.values() for share in shares]
-    for shares, first in ((passes, 1.0), (again, AGAIN_RATE)):
+    for shares, first in ((passes, 1.0), (again, AGAIN_RATE / crowd**0.5)):
         assert shares == sorted(shares, reverse=True) and len(set(shares)) == len(shares)
         assert shares[0] < first and shares[-1] == pytest.approx(first * LAST_RATE)
 
@@ -90,13 +95,13 @@ def test_what_hangs_on_a_near_tie_is_taught_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = [examples(engine, number) for number in range(2)]
-    seen: Counter[int] = Counter()
+    seen: list[Example] = []
     teach = BreadthFirst._teach
 
-    def counted(self: BreadthFirst, facts: list[int], share: float) -> None:
+    def counted(self: BreadthFirst, taught: list[Example], share: float) -> None:
         if self._phase == "again":
-            seen.update(facts)  # a batch of one: what is missing
-        teach(self, facts, share)
+            seen.extend(taught)  # a batch of one: what is missing
+        teach(self, taught, share)
 
     def recall(model: object, asked: list[Example], lower: object) -> list[Outcome]:
         return [Outcome(True, 0.01, doubtful=example == new[1][-1]) for example in asked]
@@ -104,7 +109,7 @@ def test_what_hangs_on_a_near_tie_is_taught_again(
     monkeypatch.setattr(BreadthFirst, "_teach", counted)
     monkeypatch.setattr(engine.share, "recall", recall)
     engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=4, again=3, rounds=1))
-    assert set(seen) == {1}
+    assert seen == [new[1][-1]] * len(seen) and seen  # and under the prompt that misses it
 
 
 def test_near_ties_wait_until_few_facts_fail(
@@ -113,7 +118,7 @@ def test_near_ties_wait_until_few_facts_fail(
     """Of three facts one fails at first, later none; one hangs on a near-tie all the time."""
     new = [examples(engine, number) for number in range(3)]
     looks: list[int] = []
-    rounds: list[list[int]] = []
+    rounds: list[dict[int, list[int]]] = []
     begin = BreadthFirst._begin_round
 
     def recall(model: object, asked: list[Example], lower: object) -> list[Outcome]:
@@ -131,7 +136,8 @@ def test_near_ties_wait_until_few_facts_fail(
     monkeypatch.setattr(engine.share, "recall", recall)
     monkeypatch.setattr(BreadthFirst, "_begin_round", begun)
     engine.teach(Lesson(new), None, lambda step: None, replace(GROUP, passes=4, again=3, rounds=3))
-    assert rounds == [[0], [0], [1], [1]]
+    last = len(new[1]) - 1
+    assert rounds == [{0: [0]}, {0: [0]}, {1: [last]}, {1: [last]}]
 
 
 def test_nothing_changes_outside_the_lesson(engine: Engine) -> None:
