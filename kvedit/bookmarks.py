@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
+from kvedit.database import LESSONS
 from kvedit.errors import KveditError, OutOfTimeError
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
 
 EVERY = 120.0  # seconds between two of them, at least
 SHARE = 0.02  # of the time may go into them
-_PATTERN = "lesson-*.pt"
 State = dict[str, Any]
 """Tensors on the CPU, numbers and texts, in dicts, lists and tuples."""
 Keep = Callable[[Callable[[], State]], None]
@@ -95,8 +95,8 @@ class Bookmarks:
 
     def clear(self) -> None:
         """Drop all of them: the edit that they are of has ended."""
-        for path in self._folder.glob(_PATTERN):
+        for path in self._folder.glob(LESSONS):
             remove(path)
 
     def _path(self, lesson: str) -> Path:
-        return self._folder / _PATTERN.replace("*", lesson[:16])
+        return self._folder / LESSONS.replace("*", lesson[:16])

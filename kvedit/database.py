@@ -41,6 +41,7 @@ from kvedit.records import Row
 DB_NAME = "kvedit.db"
 BUSY_SECONDS = 10.0
 DELTA_SUFFIX = ".safetensors"
+LESSONS = "lesson-*.pt"  # in the cache: where a lesson stands that was broken off
 _Self = TypeVar("_Self", bound="StoreBase")
 
 
@@ -156,6 +157,11 @@ class StoreBase:
     def checkpoints_path(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what saves time and can be made again."""
+        return self.path / "cache"
 
     @property
     def exports(self) -> Path:

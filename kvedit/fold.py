@@ -180,4 +180,4 @@ def read_curvature(store: Store, revision: int, name: str, texts: str = "") -> C
 
 
 def _curvature_path(store: Store, name: str) -> Path:
-    return store.path / "cache" / f"{name}-curvature.safetensors"
+    return store.cache / f"{name}-curvature.safetensors"

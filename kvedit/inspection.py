@@ -13,10 +13,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvedit.database import DB_NAME, sqlite_errors
+from kvedit.database import DB_NAME, LESSONS, sqlite_errors
 from kvedit.errors import CorruptStoreError, KveditError, UsageError
 from kvedit.files import (
     TEMPORARY,
@@ -55,14 +56,22 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "health": dict(Counter(row.health for row in facts if row.state == "committed")),
         "edits": {row["state"]: row["n"] for row in edits},
         "last_edit_at": max((row["last"] for row in edits if row["last"]), default=None),
+        "unfinished_at": _unfinished(store),
         "checkpoints": len(store.checkpoints()),
         "protected": query("SELECT count(*) AS n FROM protected")[0]["n"],
         "bytes": {
             "database": _size(store.db_path),
             "deltas": _size(store.deltas),
             "checkpoints": _size(store.checkpoints_path),
+            "cache": _size(store.cache),
         },
     }
+
+
+def _unfinished(store: Store) -> str | None:
+    """When a lesson that has not ended was last kept, so that it can go on from there."""
+    kept = [path.stat().st_mtime for path in store.cache.glob(LESSONS)]
+    return datetime.fromtimestamp(max(kept), UTC).isoformat() if kept else None
 
 
 def _size(path: Path) -> int:

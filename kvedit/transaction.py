@@ -82,7 +82,7 @@ class Transaction:
         self._refused: tuple[str, ...] = ()
         self._again: tuple[FactChange, ...] = ()  # held facts that are taught once more
         self._bookmarks = Bookmarks(
-            store.path / "cache",
+            store.cache,
             say=lambda text: emit(Status(phase=text, key=plan.key)),
             warn=lambda text: emit(Warning_(text=text, code="not-kept")),
             deadline=deadline,

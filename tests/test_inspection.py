@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import tarfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_status_counts(store: Store) -> None:
     assert isinstance(sizes, dict)
     assert sizes["deltas"] == sum(path.stat().st_size for path in store.deltas.iterdir()) > 0
     assert sizes["database"] > 0
+    assert sizes["cache"] == 0
+
+
+def test_status_tells_of_a_lesson_that_was_broken_off(store: Store) -> None:
+    assert store.status()["unfinished_at"] is None
+    store.cache.mkdir()
+    (store.cache / "lesson-0123456789abcdef.pt").write_bytes(b"kept")
+    kept = store.status()["unfinished_at"]
+    assert isinstance(kept, str)
+    assert datetime.now(UTC) - datetime.fromisoformat(kept) < timedelta(minutes=1)
 
 
 def test_a_sound_store_has_no_problem_and_says_what_was_checked(store: Store) -> None:

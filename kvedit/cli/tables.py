@@ -151,11 +151,18 @@ def status_lines(fields: Mapping[str, Any]) -> list[str]:
         ("health", _counts(fields["health"], HEALTH_COLOURS)),
         ("edits", _counts(fields["edits"])),
         ("last edit", f"{when(fields['last_edit_at'])} UTC" if fields["last_edit_at"] else "never"),
+        *_unfinished(fields["unfinished_at"]),
         ("protected", f"{fields['protected']} texts"),
         ("checkpoints", fields["checkpoints"]),
         ("size", ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())),
     ]
     return [f"{label:<12} {value}" for label, value in pairs]
+
+
+def _unfinished(kept: str | None) -> list[tuple[str, str]]:
+    """A lesson that is being taught, or was broken off."""
+    told = f"a lesson, kept {when(kept)} UTC; if nothing runs, the same command goes on with it"
+    return [("unfinished", told)] if kept else []
 
 
 def _counts(counts: Mapping[str, int], colours: Mapping[str, str] | None = None) -> str:
