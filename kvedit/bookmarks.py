@@ -4,7 +4,8 @@ A group is one edit, committed as a whole, and its lesson may take an hour.  Who
 would begin again, and whoever is killed again and again would never come to an end.
 
 Invariants:
-- A bookmark is of one lesson, named by all that its loop is given: no other goes on from it.
+- A bookmark is of one lesson, named by all that its loop is given: no other goes on from it, nor
+  a loop that keeps something else.
 - It only saves time.  One that is missing or damaged means to begin at the beginning, and one that
   cannot be written ends nothing.
 """
@@ -25,6 +26,7 @@ from kvedit.database import LESSONS
 from kvedit.errors import KveditError, OutOfTimeError
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
 
+FORMAT = 2  # of what loops keep; part of a bookmark's name
 EVERY = 120.0  # seconds between two of them, at least
 SHARE = 0.02  # of the time may go into them
 State = dict[str, Any]
@@ -99,4 +101,4 @@ class Bookmarks:
             remove(path)
 
     def _path(self, lesson: str) -> Path:
-        return self._folder / LESSONS.replace("*", lesson[:16])
+        return self._folder / LESSONS.replace("*", f"{FORMAT}-{lesson[:16]}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,15 +71,22 @@ def status(store: Store, query: Query) -> dict[str, object]:
 
 def _unfinished(store: Store) -> str | None:
     """When a lesson that has not ended was last kept, so that it can go on from there."""
-    kept = [path.stat().st_mtime for path in store.cache.glob(LESSONS)]
-    return datetime.fromtimestamp(max(kept), UTC).isoformat() if kept else None
+    kept = max((found.st_mtime for found in _stats(store.cache.glob(LESSONS))), default=None)
+    return None if kept is None else datetime.fromtimestamp(kept, UTC).isoformat()
 
 
 def _size(path: Path) -> int:
     """The bytes of a file, or of all files in a folder; 0 if there is none."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+    return sum(found.st_size for found in _stats([path, *path.rglob("*")]))
+
+
+def _stats(paths: Iterable[Path]) -> Iterator[os.stat_result]:
+    """What is known of those that are files; another process may take one away meanwhile."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                yield found
 
 
 def integrity(store: Store, query: Query, *, deep: bool = True) -> list[Finding]:

@@ -65,6 +65,18 @@ def taught(
     return made, steps
 
 
+def test_what_other_code_kept_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Bookmarks(tmp_path / "cache")
+    kept.keep("name", lambda: {"step": 3})
+    assert kept.find("name") == {"step": 3}
+    monkeypatch.setattr(bookmarks, "FORMAT", bookmarks.FORMAT + 1)
+    assert kept.find("name") is None
+    kept.clear()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_a_lesson_goes_on_as_if_nothing_had_been(engine: Engine, tmp_path: Path) -> None:
     whole, steps = taught(engine)
     phases = [step.phase for step in steps]
