@@ -41,7 +41,7 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each r
 AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
 YIELD = 0.5  # of the price's weight, in each of these rounds
 CROWD = 256  # facts; each of more is disturbed longer between two of its turns
-FEW = 0.1  # of the facts fail: from then on near-ties are taught again too
+FEW_FAILING = 0.1  # of the facts: from then on near-ties are taught again too
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
 
@@ -229,7 +229,7 @@ class BreadthFirst(Loop):
         outcomes = iter(self._share.recall(self._model, asked, self._lower))
         of_facts = [list(islice(outcomes, len(fact))) for fact in facts]
         failing = _missed([[outcome.passed for outcome in fact] for fact in of_facts])
-        if len(failing) > FEW * self._count:
+        if len(failing) > FEW_FAILING * self._count:
             return failing
         return _missed([[outcome.firm for outcome in fact] for fact in of_facts])
 

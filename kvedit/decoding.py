@@ -84,18 +84,29 @@ def _finish(
     return texts
 
 
-def spoken_recall(
+def spoken(
     examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
-) -> list[bool]:
-    """Exact recall by real greedy generation, tokens and end compared; ``proceed`` as ``generate``
-    of a model.
+) -> list[list[int]]:
+    """What is answered by real greedy generation, as tokens, up to a little more than the longest
+    answer expected; ``proceed`` as ``generate`` of a model.
     """
     limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
-    rows = proceed([e.ids[: e.start] for e in examples], end=end, limit=limit)
+    return proceed([e.ids[: e.start] for e in examples], end=end, limit=limit)
+
+
+def recalled(examples: Sequence[Example], rows: Sequence[Sequence[int]], end: int) -> list[bool]:
+    """Whether what was ``spoken`` is exactly what is expected, tokens and end compared."""
     return [
         (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
         for row, e in zip(rows, examples, strict=True)
     ]
+
+
+def spoken_recall(
+    examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
+) -> list[bool]:
+    """Exact recall by real greedy generation; ``proceed`` as ``generate`` of a model."""
+    return recalled(examples, spoken(examples, end, proceed), end)
 
 
 def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int]]:

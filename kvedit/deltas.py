@@ -25,6 +25,7 @@ from kvedit.files import sync_directory, verify_manifest, write_atomic, write_ma
 from kvedit.models import weights_digest
 
 _MASTER_FILE = "master.safetensors"
+_NOTHING = 1e-12  # a matrix of zeros has moved far, not infinitely far
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,8 @@ class Master:
     def norms(self) -> dict[str, float]:
         """Each matrix's distance from the base, as a share of the base's Frobenius norm."""
         return {
-            name: float(moved.norm() / self._base[name].norm())
-            for name, moved in self.displacement().items()
+            name: float((self._master[name] - base).norm() / base.norm().clamp_min(_NOTHING))
+            for name, base in self._base.items()
         }
 
     def write_checkpoint(self, folder: Path) -> str:

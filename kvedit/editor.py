@@ -329,6 +329,7 @@ class KnowledgeBase:
             )
             try:
                 self._work.go_to(revision)
+                report = replace(report, moved=self.engine.master.norms())
                 new = self.store.commit_edit(
                     edit_id,
                     expected_head=head,

@@ -370,6 +370,12 @@ class Engine:
         """Exact recall by real greedy generation, tokens and end compared."""
         return decoding.spoken_recall(examples, self.renderer.end, self.proceed)
 
+    def answers(self, examples: Sequence[Example]) -> tuple[list[bool], list[str]]:
+        """The same, and what was said to each, as text."""
+        rows = decoding.spoken(examples, self.renderer.end, self.proceed)
+        exact = decoding.recalled(examples, rows, self.renderer.end)
+        return exact, [self.renderer.answer_text(row) for row in rows]
+
 
 def group_load(
     group: GroupConfig,

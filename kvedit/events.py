@@ -102,7 +102,8 @@ class EditReport:
 
     ``key`` is for showing; ``keys`` are those of all facts that the edit was about.  ``refused``
     has what the gate said of each attempt that it refused; ``again`` earlier facts were taught once
-    more with these, from the base model on.
+    more with these, from the base model on.  ``moved`` is how far each edited matrix is from the
+    base model's since then, as a share of its Frobenius norm.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -129,6 +130,7 @@ class EditReport:
     left: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     again: int = 0
+    moved: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields, scores with rate and interval."""

@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import stat
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from kvedit.database import DB_NAME, LESSONS, sqlite_errors
@@ -58,6 +60,7 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "edits": {row["state"]: row["n"] for row in edits},
         "last_edit_at": max((row["last"] for row in edits if row["last"]), default=None),
         "unfinished_at": _unfinished(store),
+        "moved": _moved(query),
         "checkpoints": len(store.checkpoints()),
         "protected": query("SELECT count(*) AS n FROM protected")[0]["n"],
         "bytes": {
@@ -73,6 +76,21 @@ def _unfinished(store: Store) -> str | None:
     """When a lesson that has not ended was last kept, so that it can go on from there."""
     kept = max((found.st_mtime for found in _stats(store.cache.glob(LESSONS))), default=None)
     return None if kept is None else datetime.fromtimestamp(kept, UTC).isoformat()
+
+
+def _moved(query: Query) -> dict[str, object] | None:
+    """How far the edited matrices are from the base model's at the head, as shares of their norms:
+    the median, the most, and which that is.
+    """
+    latest = query("SELECT report FROM edits WHERE state = 'committed' ORDER BY id DESC LIMIT 1")
+    shares: dict[str, float] = json.loads(latest[0]["report"]).get("moved") if latest else {}
+    if not shares:
+        return None
+    most = max(shares, key=shares.__getitem__)
+    return {
+        "matrices": len(shares), "median": median(shares.values()), "most": shares[most],
+        "matrix": most,
+    }  # fmt: skip
 
 
 def _size(path: Path) -> int:

@@ -36,10 +36,10 @@ class Similar:
     score: float
 
 
-def in_words(keys: Sequence[str]) -> str:
+def in_words(keys: Sequence[str], most: int = NAMED) -> str:
     """The keys for a sentence: all of them, or the first few and how many more there are."""
-    more = len(keys) - NAMED
-    return ", ".join(keys) if more <= 0 else f"{', '.join(keys[:NAMED])} and {more:,} more"
+    more = len(keys) - most
+    return ", ".join(keys) if more <= 0 else f"{', '.join(keys[:most])} and {more:,} more"
 
 
 def naming(keys: Iterable[str]) -> Callable[[str], bool]:

@@ -239,7 +239,7 @@ def _capacity(document: Document) -> Figure:
         _both_protocols(held, one, f"C{number}", APART ** (2 * number))
     held.axhline(HOLDS, color="grey", linewidth=1, linestyle="--")
     _facts_axis(held, [point for one in models for point in one["points"]])
-    _percent_axis(held, "New facts held (ERR)")
+    _percent_axis(held, "New facts held, of all given")
     held.set_ylabel("%")
     held.legend(fontsize="small", loc="best")
     _bars(a_parameter, models, [one["stored_bits"] / one["touched"] for one in models], "{:.2g}")
@@ -254,8 +254,8 @@ def _both_protocols(axes: Axes, one: Document, colour: str, shift: float) -> Non
     """What a model holds, by free generation and teacher-forced."""
     label = f"{_name(one)}, {one['parameters'] / 1e6:.1f}M"
     forced = {"label": f"{label}, teacher-forced", "color": colour, **FORCED_STYLE}
-    _curve(axes, one["points"], "committed", "generated", shift, label=label, color=colour)
-    _curve(axes, one["points"], "committed", "forced", shift * APART, **forced)
+    _curve(axes, one["points"], "tried", "generated", shift, label=label, color=colour)
+    _curve(axes, one["points"], "tried", "forced", shift * APART, **forced)
 
 
 def _bars(axes: Axes, models: Sequence[Document], values: Sequence[float], form: str) -> None:

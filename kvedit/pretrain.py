@@ -3,7 +3,8 @@
     python -m kvedit.pretrain --data DIR --out kvedit/data/kvedit-tiny
 
 DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``.  The facts never
-enter the repository: only weights, tokenizer and the lists of what was trained on do.
+enter the repository: only weights, tokenizer and the lists of what was trained on do.  ``--width``
+and ``--layers`` make models of other sizes, to set what a model holds against its size.
 
 Invariants:
 - Whether a fact is held out depends on its name alone (``is_held_out``), never on a file's order.
@@ -40,6 +41,7 @@ CHAT_TEMPLATE = (
 )
 Rows = list[list[list[int]]]  # packed rows, each a list of tokenized documents
 ROW = 256  # tokens in a packed row
+WIDTH, LAYERS, HEADS = 256, 6, 4
 POET_HOLD_OUT = 0.515
 RELATION_HOLD_OUT = 0.30
 PHRASINGS = Path(__file__).parent / "data" / "phrasings"
@@ -196,14 +198,17 @@ def train_tokenizer(corpus: Corpus, size: int, seed: int) -> PreTrainedTokenizer
     return fast
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, width: int = WIDTH, layers: int = LAYERS
+) -> LlamaForCausalLM:
+    """Weights at random, from torch's global generator; ``width`` a multiple of ``HEADS``."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -379,10 +384,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=13)
     parser.add_argument("--rows", type=int, default=8, help="packed rows a step")
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"a multiple of {2 * HEADS}")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon", action="store_true")
     args = parser.parse_args(argv)
+    if args.width < 1 or args.width % (2 * HEADS):
+        parser.error(f"--width must be a multiple of {2 * HEADS}, got {args.width}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -396,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     tokenizer = train_tokenizer(corpus, args.vocabulary, args.seed)
     plan = batches(corpus, tokenizer, args.epochs, args.rows, args.seed)
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, args.width, args.layers)
     log.info("%.2fM parameters, %d steps", model.num_parameters() / 1e6, len(plan))
     tokens = train(model, plan, tokenizer.pad_token_id, args.muon)
     log.info("%d tokens were never seen and got an embedding", fill_unused(model, plan))
@@ -405,6 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     record = {
+        "parameters": model.num_parameters(),
         "tokens": tokens,
         "steps": len(plan),
         "epochs": args.epochs,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kvedit.events import Score
@@ -134,6 +135,7 @@ def _pictures(
         ("Facts in the model, by revision", _grown(held, edits)),
         ("Earlier facts still recalled, at each check", _kept(checks)),
         ("Smallest lead of each fact's answer, logits", _leads(margins)),
+        ("Distance of the edited matrices from the base model's", _distances(edits)),
     ]
 
 
@@ -182,6 +184,30 @@ def _leads(margins: Sequence[float]) -> str:
         axes.set_ylabel("facts")
 
     return _svg(draw)
+
+
+def _distances(edits: Sequence[EditRow]) -> str:
+    """How far the weights have moved, by revision; that they grow is how editors collapse."""
+    told = sorted((e.revision, _shares(e)) for e in edits if e.revision is not None and _shares(e))
+    if len(told) < 2:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        revisions = [revision for revision, _ in told]
+        axes.plot(revisions, [max(shares) for _, shares in told], label="the farthest")
+        axes.plot(revisions, [median(shares) for _, shares in told], label="median")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("revision")
+        axes.set_ylabel("% of a matrix's norm")
+        axes.legend(fontsize="small")
+
+    return _svg(draw)
+
+
+def _shares(edit: EditRow) -> list[float]:
+    """How far each matrix was from the base model's after an edit, %; an older one does not say."""
+    moved = edit.report.get("moved")
+    return [100 * share for share in moved.values()] if isinstance(moved, dict) else []
 
 
 def _svg(draw: Any) -> str:

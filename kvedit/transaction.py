@@ -341,6 +341,7 @@ class Transaction:
             seconds=time.monotonic() - self._began,
             timings=dict(self._timings),
             ranks={matrix: factors.rank for matrix, factors in delta.items()},
+            moved=self._engine.master.norms() if outcome == "committed" else {},
             similar=self._plan.similar,
             broke=found.checks.lost if forced else (),
             delta=name,

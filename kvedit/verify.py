@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from kvedit import protect
 from kvedit.engine import Engine
 from kvedit.events import EditReport, RetentionCheck, Score
 from kvedit.keys import naming
+from kvedit.metrics import ngram_entropy
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.protect import Protected
@@ -25,12 +27,16 @@ from kvedit.transaction import probe_row
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseReport:
     """TRR: of what the base model knew, how much is still said exactly, by free ``generated``
-    answers and teacher-forced (``score``); ``lost`` are the questions that are not.
+    answers and teacher-forced (``score``); ``lost`` are the questions that are not.  ``fluency`` is
+    that of the generated answers, ``base_fluency`` that of the base model's to the same questions:
+    the mean n-gram entropy in bits (``metrics.ngram_entropy``), None where nothing was asked.
     """
 
     score: Score
     generated: Score
     lost: tuple[str, ...] = ()
+    fluency: float | None = None
+    base_fluency: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,21 +105,27 @@ def check_base(
     examples = [protect.example(engine.renderer, text) for text in drawn]
     say(f"asking {len(examples)} questions that the base model could answer")
     outcomes = engine.decided(examples)
-    spoken = engine.generated_recall(examples)
+    spoken, said = engine.answers(examples)
     results = [
         probe_row(None, "locality", example, outcome)
         for example, outcome in zip(examples, outcomes, strict=True)
     ]
     results += [
-        _spoken_row(None, "locality", example, said)
-        for example, said in zip(examples, spoken, strict=True)
+        _spoken_row(None, "locality", example, passed)
+        for example, passed in zip(examples, spoken, strict=True)
     ]
     store.record_results(results, revision)
     return BaseReport(
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
         generated=Score(sum(spoken), len(spoken), "generated"),
-        lost=tuple(e.prompt for e, said in zip(examples, spoken, strict=True) if not said),
+        lost=tuple(e.prompt for e, passed in zip(examples, spoken, strict=True) if not passed),
+        fluency=_fluency(said),
+        base_fluency=_fluency([example.answer for example in examples]),
     )
+
+
+def _fluency(texts: Sequence[str]) -> float | None:
+    return mean(map(ngram_entropy, texts)) if texts else None
 
 
 def _spoken_row(fact_id: int | None, kind: str, example: Example, passed: bool) -> ProbeRow:

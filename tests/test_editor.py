@@ -525,6 +525,7 @@ def test_verify_asks_what_the_base_model_knew(taught: KnowledgeBase) -> None:
     base = report.base
     assert base is not None and base.score.n == base.generated.n == 8
     assert len(base.lost) == 8 - base.generated.passed
+    assert base.base_fluency is not None and (base.fluency or 0) > base.base_fluency / 2
     counts = {
         row.protocol: row.n
         for row in taught.store.probe_counts()
@@ -536,6 +537,7 @@ def test_verify_asks_what_the_base_model_knew(taught: KnowledgeBase) -> None:
     taught.rollback(0)
     untouched = taught.verify(base=10_000).base
     assert untouched is not None and untouched.generated.rate == 1.0
+    assert untouched.fluency == untouched.base_fluency
     assert untouched.generated.n > 8  # all there are
 
 

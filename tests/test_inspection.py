@@ -53,6 +53,12 @@ def test_status_tells_of_a_lesson_that_was_broken_off(store: Store) -> None:
     assert datetime.now(UTC) - datetime.fromisoformat(kept) < timedelta(minutes=1)
 
 
+def test_status_tells_how_far_the_weights_have_moved(store: Store, tmp_path: Path) -> None:
+    moved = {"matrices": 2, "median": 0.03, "most": 0.04, "matrix": "down"}
+    assert store.status()["moved"] == pytest.approx(moved)
+    assert new_store(tmp_path / "empty").status()["moved"] is None
+
+
 def test_a_sound_store_has_no_problem_and_says_what_was_checked(store: Store) -> None:
     assert problems(store) == []
     assert len(store.integrity()) == 5

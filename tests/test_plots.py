@@ -167,7 +167,7 @@ def test_retain_shows_both_methods_and_counts_all_facts() -> None:
 
 def test_capacity_has_a_line_under_each_protocol_and_bits() -> None:
     drawn = panels(CAPACITY)
-    held = lines(drawn["New facts held (ERR)"])
+    held = lines(drawn["New facts held, of all given"])
     assert held["small, 1.0M"][1] == [100.0, 100.0]
     assert held["small, 1.0M, teacher-forced"][1] == pytest.approx([100 * 15 / 16, 100 * 31 / 32])
     bits = drawn["Bits stored a touched parameter"]

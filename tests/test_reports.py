@@ -57,7 +57,7 @@ def test_it_says_what_is_held_and_what_was_lost(store: Store) -> None:
     assert "50.0% [9.5, 90.5], 1 of 2" in text  # retention, with its interval
     assert text.index("bread regressed") < text.index("anvil recalled")
     assert "what a candle is" in text
-    assert page.count("<figure>") == 3
+    assert page.count("<figure>") == 4
 
 
 def test_a_page_needs_nothing_beside_it(store: Store) -> None:

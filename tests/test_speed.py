@@ -207,9 +207,10 @@ def test_the_largest_number_is_before_the_first_fall() -> None:
             both([True] * passed + [False] * (20 - passed), []).generated,
             both([], [True] * forced + [False] * (20 - forced)).forced,
         )
+        whole = both([True], [True])
         return Point(
-            method="m", after=after, tried=found, committed=found, phrasings=found, poets=found,
-            relations=found, any_poets=found,
+            method="m", after=after, tried=found, committed=whole, phrasings=whole, poets=whole,
+            relations=whole, any_poets=whole,
         )  # fmt: skip
 
     assert largest([point(16, 20), point(32, 19)]) == (32, False)

@@ -60,8 +60,9 @@ class FactRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """One model: ``largest`` is the last mark before the first one where the share of committed
-    facts that is recalled, under either protocol, is below 95%; ``fell`` whether there was one.
+    """One model: ``largest`` is the last mark before the first one where the share of facts given
+    that is recalled, under either protocol, is below 95%; ``fell`` whether there was one.  Of facts
+    given, not of facts committed: a model that is full shows it in what the gate refuses.
     """
 
     model: str
@@ -150,10 +151,12 @@ def _capacity(
 
 
 def largest(points: Sequence[Point], share: float = HOLDS) -> tuple[int, bool]:
-    """The last mark before the committed facts fall below a share, 0 if the first; if they fell."""
+    """The last mark before the facts held fall below a share of all given, 0 if the first; if they
+    fell.
+    """
     until = 0
     for point in points:
-        rates = (point.committed.generated.rate, point.committed.forced.rate)
+        rates = (point.tried.generated.rate, point.tried.forced.rate)
         if any(rate is not None and rate < share for rate in rates):
             return until, True
         until = point.after

@@ -8,6 +8,7 @@ from statistics import mean
 from kvedit.bench.capacity import Capacity, CapacityResult, FactRecord, difference, first_lost
 from kvedit.bench.report import BRACKETS, Sheet
 from kvedit.bench.report_strategies import outcomes_row, points_sheet
+from kvedit.keys import in_words
 
 NAMED = 12
 _ASPECTS: tuple[tuple[str, Callable[[FactRecord], float | None]], ...] = (
@@ -21,9 +22,9 @@ NOTES = (
     "A fact's bits: negative log2 likelihood of its answer, the end token included, under the base"
     " model, the mean over its training phrasings. Stored: the bits of the facts recalled under all"
     " training phrasings at the end, by generation and teacher-forced. The largest N is the last"
-    " mark before the share of the committed facts that is recalled falls below 95% under either"
-    " protocol; before the last mark, generation asks one phrasing of each fact. Lost: committed"
-    f" and not recalled at the end. {BRACKETS} Differences: bootstrap 95% intervals."
+    " mark before the share of all facts given, refused ones too, that is recalled falls below 95%"
+    " under either protocol; before the last mark, generation asks one phrasing of each fact. Lost:"
+    f" committed and not recalled at the end. {BRACKETS} Differences: bootstrap 95% intervals."
 )
 
 
@@ -96,7 +97,6 @@ def _difference(one: Sequence[float], other: Sequence[float]) -> str:
 def _lost(one: Capacity) -> Sheet:
     rows = []
     for mark, keys in first_lost(one.facts).items():
-        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-        rows.append((str(mark), str(len(keys)), "、".join(keys[:NAMED]) + more))
+        rows.append((str(mark), str(len(keys)), in_words(keys, NAMED)))
     headers = ("not recalled from this mark on", "how many", "which")
     return Sheet(f"Which facts went first: {one.model}", headers, tuple(rows))

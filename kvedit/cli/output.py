@@ -194,4 +194,13 @@ def _timings(report: EditReport) -> str:
 
 
 def _rank_lines(report: EditReport) -> list[str]:
-    return [f"  rank {rank:>3}  {name}" for name, rank in sorted(report.ranks.items())]
+    """For each matrix the rank of the change, and how far it is from the base model's by now."""
+    return [
+        f"  rank {rank:>3}  {_moved(report, name)}{name}"
+        for name, rank in sorted(report.ranks.items())
+    ]
+
+
+def _moved(report: EditReport, name: str) -> str:
+    share = report.moved.get(name)
+    return "" if share is None else f"{f'{share:.2%}':>7} from the base  "

@@ -152,6 +152,7 @@ def status_lines(fields: Mapping[str, Any]) -> list[str]:
         ("edits", _counts(fields["edits"])),
         ("last edit", f"{when(fields['last_edit_at'])} UTC" if fields["last_edit_at"] else "never"),
         *_unfinished(fields["unfinished_at"]),
+        *_moved(fields["moved"]),
         ("protected", f"{fields['protected']} texts"),
         ("checkpoints", fields["checkpoints"]),
         ("size", ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())),
@@ -163,6 +164,14 @@ def _unfinished(kept: str | None) -> list[tuple[str, str]]:
     """A lesson that is being taught, or was broken off."""
     told = f"a lesson, kept {when(kept)} UTC; if nothing runs, the same command goes on with it"
     return [("unfinished", told)] if kept else []
+
+
+def _moved(moved: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How far the weights are from the base model's."""
+    if moved is None:
+        return []
+    parts = f"{moved['median']:.1%} of the length of a matrix (median of {moved['matrices']})"
+    return [("moved", f"{parts}, at most {moved['most']:.1%} ({moved['matrix']})")]
 
 
 def _counts(counts: Mapping[str, int], colours: Mapping[str, str] | None = None) -> str:
@@ -192,6 +201,8 @@ def _base_fields(base: BaseReport) -> dict[str, Any]:
         "generated": base.generated.to_json(),
         "teacher_forced": base.score.to_json(),
         "lost": list(base.lost),
+        "fluency": base.fluency,
+        "base_fluency": base.base_fluency,
     }
 
 
@@ -218,7 +229,15 @@ def verify_lines(report: VerifyReport, *, verbose: bool = False) -> list[str]:
     for score in (report.base.generated, report.base.score) if report.base else ():
         if score.n:
             lines.append(f"  base knowledge kept (TRR)  {score_text(score)}")
-    return lines
+    return lines + (_fluency_lines(report.base) if report.base else [])
+
+
+def _fluency_lines(base: BaseReport) -> list[str]:
+    """How varied the answers are, beside the base model's."""
+    if base.fluency is None or base.base_fluency is None:
+        return []
+    own = f"{base.fluency:.2f} bits  (the base model's: {base.base_fluency:.2f})"
+    return [f"  fluency of these answers   {own}"]
 
 
 def _lost_base_lines(base: BaseReport, *, verbose: bool) -> list[str]:

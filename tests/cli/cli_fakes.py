@@ -31,6 +31,7 @@ COMMITTED = EditReport(
     seconds=3.14,
     timings={"train": 2.5, "gate": 0.5, "journal": 0.001},
     ranks={"layers.0.q_proj": 16},
+    moved={"layers.0.q_proj": 0.0123},
     similar=(Similar("夢中情人", 88.0),),
 )
 REJECTED = replace(
@@ -46,6 +47,8 @@ class FakeBaseReport(NamedTuple):
     score: Score
     generated: Score
     lost: tuple[str, ...] = ()
+    fluency: float | None = 4.0
+    base_fluency: float | None = 4.5
 
 
 class FakeVerify(NamedTuple):

@@ -36,6 +36,8 @@ def test_verify_asks_what_the_base_model_knew(filled: Path, fake: type[FakeBase]
     document = json.loads(run("verify", "--base", "100", "--json").stdout.splitlines()[-1])
     assert document["base"]["generated"]["passed"] == 98
     assert document["base"]["lost"] == ["Who was A?", "Who was B?"]
+    assert (document["base"]["fluency"], document["base"]["base_fluency"]) == (4.0, 4.5)
+    assert "fluency of these answers   4.00 bits  (the base model's: 4.50)" in said
     assert FakeBase.last is not None and FakeBase.last.calls[-1][2]["base"] == 100
     fake.verified = FakeVerify(base=kept._replace(lost=tuple(f"Q{i}" for i in range(90))))
     said = run("verify", "--base", "100").stdout

@@ -64,7 +64,10 @@ def test_quiet_prints_the_result_alone(filled: Path, fake: type[FakeBase]) -> No
 
 def test_verbose_lists_the_ranks(filled: Path) -> None:
     assert "layers.0.q_proj" not in run("add", "x", "--text", "y").stdout
-    assert "rank  16  layers.0.q_proj" in run("-v", "add", "x", "--text", "y").stdout
+    assert (
+        "rank  16    1.23% from the base  layers.0.q_proj"
+        in run("-v", "add", "x", "--text", "y").stdout
+    )
 
 
 def test_a_rejected_edit_lists_its_reasons_and_exits_with_3(

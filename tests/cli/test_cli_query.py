@@ -121,7 +121,7 @@ def test_history_shows_why_an_edit_was_refused(filled: Path) -> None:
 
 def test_status(filled: Path) -> None:
     text = run("status").stdout
-    assert "kvedit-tiny" in text and "unfinished" not in text
+    assert "kvedit-tiny" in text and "unfinished" not in text and "moved" not in text
     assert json.loads(run("status", "--json").stdout)["head"] == 2
     (filled / "cache").mkdir(exist_ok=True)
     (filled / "cache" / "lesson-0123456789abcdef.pt").write_bytes(b"kept")
