@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvedit import export, fold, lora_export, memory, models, pinned, protect
 from kvedit.engine import Engine
-from kvedit.errors import DuplicateKeyError, OutOfMemoryError, UnknownKeyError
+from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Event, Warning_
 from kvedit.export import ExportReport
 from kvedit.facts import Fact, LocalityProbe
-from kvedit.groups import begins_anew
-from kvedit.keys import Similar, similar, similar_pairs
+from kvedit.keys import Similar, similar
 from kvedit.pinned import Choice
 from kvedit.plans import Plan, Planner
 from kvedit.prompts import Example
 from kvedit.retention import at_risk
-from kvedit.room import Room
 from kvedit.store import FactRow, Finding, Store
+from kvedit.together import Together
 from kvedit.transaction import Transaction
 from kvedit.verify import BaseReport, VerifyReport, check_base, check_facts
 from kvedit.workspace import Workspace
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from kvedit.crew import Crew
 
 OnEvent = Callable[[Event], None]
-REPAIR_GROUP, REPAIR_ROUNDS = 64, 3
+REPAIR_ROUNDS = 3
 _Self = TypeVar("_Self", bound="KnowledgeBase")
 
 
@@ -53,8 +52,7 @@ class KnowledgeBase:
         self._emit: OnEvent = on_event or (lambda event: None)
         self._work = Workspace(store, engine, self._emit)
         self._plans = Planner(store, engine)
-        self._room = Room(engine, store.config.group, self._warn_of_room)
-        self._anew_refused = False
+        self._together = Together(self._work, self._plans, self._run, self.add_fact)
         self.deadline: float | None = None
         """When (``time.monotonic``) a group's lesson ends where it stands, with OutOfTimeError; the
         same group taught again goes on from there."""
@@ -197,95 +195,12 @@ class KnowledgeBase:
         that does not fit even alone is reported as ``failed``.  Raises what ``add_fact`` raises;
         what was committed before stands.
         """
-        if len(facts) == 1:
-            return (self.add_fact(facts[0], force=force),)
-        parts = self._room.parts(facts)
-        if len(parts) > 1:
-            return self._add_parts(parts, force, carry)
-        report = self._room.attempt(facts, lambda: self._teach_group(facts, force))
-        if report is None:
-            return self._add_parts(self._room.parts(facts), force, carry)
-        missing = [fact for fact in facts if not self._holds(fact)]
-        if report.outcome == "committed" and carry:
-            return (report,)
-        half = (len(missing) + 1) // 2
-        few = report.outcome == "committed" and len(missing) <= len(facts) // 4
-        parts = [[f] for f in missing] if few else [missing[:half], missing[half:]]
-        more = self._add_parts([part for part in parts if part], force, carry)
-        self._warn_apart(facts)
-        return (report, *more)
-
-    def _add_parts(
-        self, parts: Sequence[Sequence[Fact]], force: bool, carry: bool
-    ) -> tuple[EditReport, ...]:
-        """``add_group`` for each; a fact that there is no memory for does not keep the others."""
-        found: list[EditReport] = []
-        for part in parts:
-            try:
-                found += self.add_group(part, force=force, carry=carry)
-            except OutOfMemoryError as error:  # of one fact: more than one are split
-                found.append(self._did_not_fit("add", part[0].key, error))
-        return tuple(found)
+        return self._together.add(facts, force=force, carry=carry)
 
     @property
     def largest_group(self) -> int | None:
         """How many facts are taught together at most since memory ran out; None if it never did."""
-        return self._room.largest
-
-    def _warn_of_room(self, text: str) -> None:
-        self._emit(Warning_(text=text, code="out-of-memory"))
-
-    def _did_not_fit(self, kind: str, key: str, error: OutOfMemoryError) -> EditReport:
-        """A fact's failure, as a report."""
-        report = EditReport(
-            kind=kind, outcome="failed", key=key, keys=(key,), parent=self.store.head(),
-            reasons=(f"{error.message}. {error.hint}",),
-        )  # fmt: skip
-        self._emit(report)
-        return report
-
-    def _teach_group(self, facts: Sequence[Fact], force: bool) -> EditReport:
-        """One edit for all facts that the store does not hold yet."""
-        for fact in facts:
-            self.engine.examples(fact)  # raises before anything is written
-        with self._work.editing():
-            if self._begins_anew(facts):
-                report = self._teach_anew(facts, force)
-                if report.outcome == "committed":
-                    return report
-                self._anew_refused = True
-            self._work.prepare_group(len(facts))
-            return self._run(self._plans.add_together(facts), force)
-
-    def _begins_anew(self, facts: Sequence[Fact]) -> bool:
-        """Whether they are so many (see ``groups.begins_anew``), and there is memory for all."""
-        if self._anew_refused:
-            return False
-        held = [row.fact for row in self.store.facts("committed")]
-        on_top, share = self.store.taught_on_top(), self.store.config.group.anew
-        enough = begins_anew(len(facts), len(held), on_top, share)
-        return enough and self._room.fits([*held, *facts])
-
-    def _teach_anew(self, facts: Sequence[Fact], force: bool) -> EditReport:
-        """A group and all that is held, as one edit of the base model."""
-        self._work.prepare_group(len(facts), measured=False)
-        held = len(self.store.keys("committed"))
-        self._say(f"{len(facts)} facts and the {held} that are held, from the base model on")
-        with self._work.from_base():
-            return self._run(self._plans.add_together(facts, anew=True), force)
-
-    def _holds(self, fact: Fact) -> bool:
-        row = self.store.find(fact.key)
-        return row is not None and row.state == "committed"
-
-    def _warn_apart(self, facts: Sequence[Fact]) -> None:
-        """Say so when of two close keys only one went in."""
-        keys = [fact.key for fact in facts]
-        held = [self._holds(fact) for fact in facts]
-        for one, other, score in similar_pairs(keys, keys):
-            if held[one] and not held[other]:
-                text = f"{keys[other]} did not go in, {keys[one]}, much like it ({score:.0f}), did"
-                self._emit(Warning_(text=text, code="apart", key=keys[other]))
+        return self._together.largest
 
     def update(self, key: str, description: str, *, force: bool = False) -> EditReport:
         """Give a fact another text.  Raises UnknownKeyError."""
@@ -460,7 +375,7 @@ class KnowledgeBase:
             again = [row for row in rows if row.fact.key in lost]
             if not again:
                 break
-            repaired += self._repair_all(again)
+            repaired += self._together.repair(again)
             report = self._check(rows)
         kept = self._check_base(base) if base else None
         seconds = time.monotonic() - began
@@ -474,22 +389,6 @@ class KnowledgeBase:
         known = self._work.known_texts()
         revision = self._work.revision
         return check_base(self.engine, self.store, revision, known, sample, self._say)
-
-    def _repair_all(self, rows: Sequence[FactRow]) -> list[EditReport]:
-        """Repair in groups, as large as there is memory for."""
-        parts = self._room.parts(rows, REPAIR_GROUP)
-        if len(parts) > 1:
-            return [report for part in parts for report in self._repair_all(part)]
-        try:
-            report = self._room.attempt([row.fact for row in rows], lambda: self._repair(rows))
-        except OutOfMemoryError as error:
-            return [self._did_not_fit("repair", rows[0].fact.key, error)]
-        return self._repair_all(rows) if report is None else [report]
-
-    def _repair(self, rows: Sequence[FactRow]) -> EditReport:
-        with self._work.editing():
-            self._work.prepare_group(0)
-            return self._run(self._plans.repair(rows), False)
 
     def doctor(self, deep: bool = True) -> list[Finding]:
         """Check the store; ``deep`` also replays every revision and compares the digests."""

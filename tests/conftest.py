@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pytest
 from small_engine import Kept, make_engine
 
 if TYPE_CHECKING:
+    from kvedit import KnowledgeBase
     from kvedit.engine import Engine
     from kvedit.models import BaseModel
 
@@ -98,3 +99,51 @@ def empty_store(empty_kept: Kept, tmp_path: Path) -> Path:
 def taught_store(taught_kept: Kept, tmp_path: Path) -> Path:
     """A store with three facts, this test's own."""
     return Path(shutil.copytree(taught_kept.path, tmp_path / "store"))
+
+
+@pytest.fixture
+def events() -> list[Any]:
+    """What the stores that ``empty`` and ``taught`` opened have told."""
+    return []
+
+
+@pytest.fixture
+def empty(empty_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
+    """``empty_store``, opened."""
+    from kvedit import KnowledgeBase
+
+    with KnowledgeBase.open(empty_store, on_event=events.append) as knowledge:
+        yield knowledge
+
+
+@pytest.fixture
+def taught(taught_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
+    """``taught_store``, opened."""
+    from kvedit import KnowledgeBase
+
+    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+        yield knowledge
+
+
+@pytest.fixture
+def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lessons that teach nothing in no time: another small random delta each."""
+    import torch
+
+    from kvedit.deltas import Factors
+    from kvedit.engine import Engine, Taught
+    from kvedit.training import Trained
+
+    generator = torch.Generator().manual_seed(0)
+
+    def teach(engine: Engine, *_: object) -> Taught:
+        made = {}
+        for name, weight in engine.master.snapshot().items():
+            b, a = (
+                torch.randn(s, generator=generator)
+                for s in ((len(weight), 1), (1, weight.shape[1]))
+            )
+            made[name] = Factors(b * 1e-3, a * 1e-2)
+        return Taught(made, Trained(1, True, 0.0, 0.0), 0.0)
+
+    monkeypatch.setattr(Engine, "teach", teach)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ from small_model import FREE, KNOWN
 from kvedit import KnowledgeBase
 from kvedit.errors import DiskFullError, UsageError
 from kvedit.files import TEMPORARY
-
-
-@pytest.fixture
-def taught(taught_store: Path) -> Iterator[KnowledgeBase]:
-    with KnowledgeBase.open(taught_store) as knowledge:
-        yield knowledge
 
 
 def test_plain_transformers_gives_the_same_answers(taught: KnowledgeBase, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "transaction",
         "verify",
         "workspace",
+        "together",
         "editor",
         "ingest",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,6 @@ from small_model import FREE
 
 from kvedit import KnowledgeBase, lora_export
 from kvedit.errors import UsageError
-
-
-@pytest.fixture
-def taught(taught_store: Path) -> Iterator[KnowledgeBase]:
-    with KnowledgeBase.open(taught_store) as knowledge:
-        yield knowledge
 
 
 def test_peft_alone_gives_the_same_answers(

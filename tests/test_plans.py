@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +14,6 @@ from kvedit import KnowledgeBase  # noqa: E402
 from kvedit.facts import Fact, LocalityProbe  # noqa: E402
 from kvedit.plans import Planner  # noqa: E402
 from kvedit.store import FactRow  # noqa: E402
-
-
-@pytest.fixture
-def taught(taught_store: Path) -> Iterator[KnowledgeBase]:
-    """A store with the first three facts."""
-    with KnowledgeBase.open(taught_store) as knowledge:
-        yield knowledge
 
 
 @pytest.fixture
