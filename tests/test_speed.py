@@ -55,11 +55,16 @@ def timed(given: dict[str, Any]) -> SpeedResult:
 
 
 @pytest.fixture(scope="module")
-def held(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> CapacityResult:
-    """Two facts in one group."""
+def to_hold(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> StrategyOptions:
+    """Two facts in one group, in a store that is kept."""
     options = StrategyOptions(**{**given, "plain_facts": 0, "groups": ("all",)})
-    options = replace(options, store_dir=_copy(options, tmp_path_factory.mktemp("capacity")))
-    return capacity(options, (given["model"],), lambda event: None)
+    return replace(options, store_dir=_copy(options, tmp_path_factory.mktemp("capacity")))
+
+
+@pytest.fixture(scope="module")
+def held(to_hold: StrategyOptions) -> CapacityResult:
+    """What was found of them."""
+    return capacity(to_hold, (to_hold.model,), lambda event: None)
 
 
 def _copy(options: BenchOptions, folder: Path) -> Path:
@@ -163,6 +168,14 @@ def test_capacity(held: CapacityResult) -> None:
     assert "similarity of the closest other key" in page and "held at the end" in page
     assert f"| {one.bits_per_touched:.2g} |" in page and one.bits_per_touched > 0
     assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
+
+
+def test_a_capacity_run_that_goes_on_counts_the_same_bits(
+    to_hold: StrategyOptions, held: CapacityResult
+) -> None:
+    again = replace(to_hold, resume=True)
+    (one,) = capacity(again, (again.model,), lambda event: None).models
+    assert one.facts == held.models[0].facts and one.stored_bits > 0
 
 
 def test_all_models_are_taught_the_same_facts(

@@ -114,7 +114,11 @@ def capacity(
     emit: Emit,
     tell: Tell = lambda result, point: None,
 ) -> CapacityResult:
-    """Teach the same facts to each model in the way that ``options.groups`` names first."""
+    """Teach the same facts to each model in the way that ``options.groups`` names first.
+
+    With ``options.resume`` a run that was stopped goes on; when its facts were lost before that is
+    not known any more.
+    """
     folders = [questions.load(options.data, models.locate(source)) for source in sources]
     found = []
     for number, (source, data) in enumerate(
@@ -183,7 +187,7 @@ class _Ledger:
         known = {
             fact.key: examples for fact in self._facts if (examples := _rendered(engine, fact))
         }
-        costs = iter(bits(engine.base.model, [e for own in known.values() for e in own]))
+        costs = iter(_base_bits(engine, [e for own in known.values() for e in own]))
         for key, own in known.items():
             tokens = len(own[0].ids) - own[0].start
             self._bits[key] = mean([next(costs) for _ in own]), tokens
@@ -227,6 +231,16 @@ def _rendered(engine: Engine, fact: Fact) -> list[Example]:
         return engine.examples(fact)
     except TextTooLongError:
         return []
+
+
+def _base_bits(engine: Engine, examples: Sequence[Example]) -> list[float]:
+    """What each answer costs the base model; the engine's may know facts by now."""
+    here = engine.master.snapshot()
+    engine.master.reset()
+    try:
+        return bits(engine.base.model, examples)
+    finally:
+        engine.master.restore(here)
 
 
 @torch.no_grad()

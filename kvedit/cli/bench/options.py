@@ -77,6 +77,11 @@ base_sample = click.option(
 )
 
 
+resume = click.option(
+    "--resume", is_flag=True, help="Go on with runs that were stopped, in the stores they left."
+)
+
+
 def kind(*more: str, default: str = "poets") -> Option:
     """Which facts of the data folder are taught."""
     return click.option(

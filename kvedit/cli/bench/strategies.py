@@ -25,9 +25,7 @@ from kvedit.cli.common import Settings
     metavar="N|all|auto",
     help="Facts taught together; may be given more than once. [1, 16, all, auto]",
 )
-@click.option(
-    "--resume", is_flag=True, help="Go on with runs that were stopped, in the stores they left."
-)
+@options.resume
 @click.pass_obj
 def strategies(
     settings: Settings, /, json_file: Path | None, plot: Path | None, plain: bool, **given: Any
