@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,11 +56,14 @@ RENDERED = 8192
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """A lesson's result: the delta that would be merged, and how the training went."""
+    """A lesson's result: the delta that would be merged, how the training went, and its seconds;
+    ``before`` were spent by processes that ended in it.
+    """
 
     delta: dict[str, Factors]
     trained: Trained
     seconds: float
+    before: float = 0.0
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -281,6 +284,11 @@ class Engine:
     ) -> Taught:
         """``teach``, from where a group's lesson stood before if it was ``begun``."""
         began = time.monotonic()
+        before = float(begun["seconds"]) if begun is not None else 0.0
+
+        def timed(state: Callable[[], State]) -> Callable[[], State]:
+            return lambda: {**state(), "seconds": before + time.monotonic() - began}
+
         rng = random.Random(config.seed)
         start = self._steepest(lesson, rng)
         adapter = self._adapter_for(len(lesson.new), group)
@@ -297,14 +305,14 @@ class Engine:
                 if group is None:
                     trained = train(*given)
                 else:
-                    loop = BreadthFirst(group, *given, keep=keep)
+                    loop = BreadthFirst(group, *given, keep=lambda state: keep(timed(state)))
                     if begun is not None:
                         loop.resume(begun)
                     trained = loop.run()
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)
-        return Taught(delta, trained, time.monotonic() - began)
+        return Taught(delta, trained, time.monotonic() - began, before)
 
     def _name_of(self, lesson: Lesson, config: TrainingConfig, group: GroupConfig) -> str:
         """A digest of all that decides how a group's lesson goes, but what was measured."""

@@ -102,8 +102,9 @@ class EditReport:
 
     ``key`` is for showing; ``keys`` are those of all facts that the edit was about.  ``refused``
     has what the gate said of each attempt that it refused; ``again`` earlier facts were taught once
-    more with these, from the base model on.  ``moved`` is how far each edited matrix is from the
-    base model's since then, as a share of its Frobenius norm.
+    more with these, from the base model on.  ``before`` are those of its ``seconds`` that processes
+    spent which ended in a lesson it went on with.  ``moved`` is how far each edited matrix is from
+    the base model's since then, as a share of its Frobenius norm.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -130,6 +131,7 @@ class EditReport:
     left: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     again: int = 0
+    before: float = 0.0
     moved: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> JsonDict:

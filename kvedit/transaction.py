@@ -76,6 +76,7 @@ class Transaction:
         self._store, self._engine, self._config = store, engine, config
         self._plan, self._emit = plan, emit
         self._began = time.monotonic()
+        self._before = 0.0  # seconds that processes spent which ended in a lesson of this edit
         self._timings: dict[str, float] = {}
         self._steps = 0
         self._left: tuple[str, ...] = ()
@@ -141,8 +142,8 @@ class Transaction:
                 restores=0 if self._plan.anew else None,
             )
         self._tell_retention(found, revision)
-        spent = time.monotonic() - self._began
-        return replace(report, revision=revision, seconds=spent, timings=dict(self._timings))
+        timings = dict(self._timings)
+        return replace(report, revision=revision, seconds=self._seconds, timings=timings)
 
     def _narrow(self, found: _Found) -> _Found:
         """Go on with the facts of the group that were learned; the others stay as they were."""
@@ -238,6 +239,8 @@ class Transaction:
         with self._timed("train"):
             found = self._engine.teach(lesson, config, self._tell_step, group, self._bookmarks)
         self._steps += found.trained.steps
+        self._before += found.before
+        self._timings["train"] += found.before
         return found
 
     def _choose_risks(self) -> list[_Risk]:
@@ -338,7 +341,8 @@ class Transaction:
             locality=found.checks.unmoved,
             retention=found.checks.retention,
             steps=self._steps,
-            seconds=time.monotonic() - self._began,
+            seconds=self._seconds,
+            before=self._before,
             timings=dict(self._timings),
             ranks={matrix: factors.rank for matrix, factors in delta.items()},
             moved=self._engine.master.norms() if outcome == "committed" else {},
@@ -387,6 +391,10 @@ class Transaction:
                     key=key, revision=revision, passed=row.passed, margin=row.margin
                 )
                 self._emit(check)
+
+    @property
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._began
 
     def _timed(self, name: str) -> _Timer:
         return _Timer(self._timings, name)

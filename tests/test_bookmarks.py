@@ -98,9 +98,11 @@ def test_another_process_goes_on(
     whole, steps = taught(engine)
     taught(make_engine(load("bf16")), until=7, kept=Bookmarks(tmp_path))
     told: list[str] = []
+    assert whole.before == 0.0
     again, rest = taught(make_engine(load("bf16")), kept=Bookmarks(tmp_path, say=told.append))
     assert [step.step for step in rest] == [step.step for step in steps[7:]]
     assert again.trained.steps == whole.trained.steps
+    assert again.before > 0
     assert told == ["going on with what was being taught when kvedit ended"]
 
 
@@ -208,6 +210,7 @@ def test_a_group_that_is_killed_goes_on(empty_store: Path) -> None:
         assert knowledge.store.head() == 0
         report = knowledge.add_group([Fact.create(*pair) for pair in FREE[:3]], carry=True)[0]
         assert report.outcome == "committed" and report.steps > 9
+        assert 0 < report.before < min(report.timings["train"], report.seconds)
         assert [f.what for f in knowledge.doctor() if f.level != "ok"] == []
     told = [event.phase for event in events if event.message_type == "status"]
     assert "going on with what was being taught when kvedit ended" in told

@@ -3,8 +3,8 @@
 Invariants:
 - The clock stands still while something is measured: seconds are those of teaching alone.
 - The last measurement comes after the run's own last verification and its repairs.
-- A run that goes on in a store where another was stopped counts the seconds of both, but not those
-  of the group that was lost.
+- A run that goes on in a store where another was stopped counts the seconds of both; of the group
+  that was broken off, those up to where its lesson goes on.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Course:
     def __call__(self, event: Event) -> None:
         """Take an event of the store or of the run."""
         if isinstance(event, EditReport):
+            self._clock.add(event.before)
             for name, spent in event.timings.items():
                 self._parts[name] = self._parts.get(name, 0.0) + spent
         elif isinstance(event, Status):
@@ -220,6 +221,10 @@ class _Clock:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began - self._stopped
+
+    def add(self, seconds: float) -> None:
+        """Seconds of a process that ended."""
+        self._stopped -= seconds
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
