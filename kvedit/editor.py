@@ -234,7 +234,7 @@ class KnowledgeBase:
     def rollback(self, revision: int) -> EditReport:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
         began = time.monotonic()
-        with self._work.editing():
+        with self._work.editing(teaching=False):
             wanted = self.store.revision(revision)
             head = self.store.head()
             changes = self.store.rollback_changes(revision)

@@ -47,12 +47,14 @@ class Workspace:
         self._margins: Curvature | None = None  # of what the base model knows
 
     @contextmanager
-    def editing(self) -> Iterator[None]:
-        """The store's lock for the length of one edit, the model brought up to the head."""
+    def editing(self, *, teaching: bool = True) -> Iterator[None]:
+        """The store's lock for the length of one edit, the model brought up to the head; if it is
+        one that teaches, with protected text and the curvature of it.
+        """
         with self.store.lock():
             try:
                 with memory.watched():
-                    self._prepare()
+                    self._prepare(teaching)
                     yield
             except OutOfMemoryError:
                 self.engine.release()  # what is kept for speed must not fail the next edit too
@@ -88,11 +90,13 @@ class Workspace:
         finally:
             self.go_to(here)
 
-    def _prepare(self) -> None:
+    def _prepare(self, teaching: bool) -> None:
         """Before an edit: the head's weights, protected text, and the curvature of both."""
         self.recover()
         if self.revision != self.store.head():
             self.go_to(self.store.head())
+        if not teaching:
+            return
         if self.store.meta(_PROTECTED) != _DONE:
             self.make_protected(self._control_texts())
         if self._measured != self.revision:

@@ -419,6 +419,21 @@ def test_a_rollback_appends_and_can_be_rolled_back(taught: KnowledgeBase) -> Non
     assert taught.ask(f"What is {FREE[2][0]}?") == FREE[2][1]
 
 
+def test_a_rollback_measures_nothing(
+    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What must stay is measured before facts are taught; of thousands that takes minutes."""
+
+    def measured(*_: Any) -> None:
+        raise AssertionError("measured")
+
+    for name in ("_load_curvature", "_measure", "make_protected"):
+        monkeypatch.setattr(workspace.Workspace, name, measured)
+    assert taught.rollback(1).outcome == "committed"
+    with pytest.raises(AssertionError, match="measured"):
+        taught.add(*FREE[3])
+
+
 def test_rollback_to_a_revision_that_is_not_there(taught: KnowledgeBase) -> None:
     before = state(taught)
     with pytest.raises(UsageError, match="no revision 9"):
