@@ -65,7 +65,7 @@ def _scaled(number: int, facts: int) -> int:
 
 
 def _crowd(facts: int) -> float:
-    """How many times too many they are for the lead and the rounds' steps of a few hundred."""
+    """How many times too many they are for the lead and the length of steps of a few hundred."""
     return max(1.0, facts / CROWD)
 
 
@@ -103,8 +103,11 @@ class BreadthFirst(Loop):
         self._weight = group.shift_weight / math.sqrt(64 * self._count)
         self._batch = batch_of(group, self._count)
         self._anchors = anchors_of(group, self._count)
-        self._lead = group.lead * _crowd(self._count) ** 0.25
-        self._again_rate = AGAIN_RATE / math.sqrt(_crowd(self._count))
+        own, whole = _crowd(self._count), _crowd(self._count + self._lesson.earlier)
+        self._lead = group.lead * whole**0.25
+        # What is held already has its turn more seldom still: no step may be longer than it bears.
+        self._rate = group.learning_rate * math.sqrt(own / whole)
+        self._again_rate = AGAIN_RATE / math.sqrt(own)
         earlier = self._lesson.earlier / self._count
         self._earlier_weight = min(max(earlier, LEAST_WEIGHT), MOST_WEIGHT)
         self._part = _Part(max(8, math.ceil(group.passes * self._count / self._batch)))
@@ -183,7 +186,7 @@ class BreadthFirst(Loop):
         """One step on some of the facts, each under a prompt."""
         self._step_number += 1
         rise = min(1.0, (self._step_number - 1) / WARM_UP)  # the first step only looks
-        self._set_rate(self._group.learning_rate * self._to_gain * rise * share)
+        self._set_rate(self._rate * self._to_gain * rise * share)
         chosen = self._earlier()
         earlier = [self._rng.choice(list(self._lesson.rehearsal[fact])) for fact in chosen]
         margins = self._step(self._step_number, new, earlier)[len(new) :]

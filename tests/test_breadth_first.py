@@ -91,6 +91,26 @@ def test_steps_grow_shorter_in_the_passes_and_in_each_round(
         assert shares[0] < first and shares[-1] == pytest.approx(first * LAST_RATE)
 
 
+@pytest.mark.parametrize(("earlier", "crowd"), [(0, 1), (6, 4)])
+def test_on_top_of_a_crowd_steps_are_shorter_and_leads_larger(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, earlier: int, crowd: int
+) -> None:
+    monkeypatch.setattr(breadth_first, "CROWD", 2)
+    rates: list[float] = []
+    put = BreadthFirst._set_rate
+
+    def kept(self: BreadthFirst, rate: float) -> None:
+        rates.append(rate / self._to_gain if self._to_gain else 0.0)
+        assert self._ease()[0] == pytest.approx(GROUP.lead * crowd**0.25)
+        put(self, rate)
+
+    monkeypatch.setattr(BreadthFirst, "_set_rate", kept)
+    lesson = Lesson([examples(engine, n) for n in range(2)], earlier=earlier)
+    engine.teach(lesson, None, lambda step: None, replace(GROUP, passes=12, rounds=0))
+    longest = GROUP.learning_rate / crowd**0.5
+    assert 0.4 * longest < max(rates) < longest
+
+
 def test_what_hangs_on_a_near_tie_is_taught_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
