@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_engine import Kept
+from small_model import FREE
 
 from kvedit import KnowledgeBase, fold
 from kvedit.deltas import Master
@@ -144,7 +145,9 @@ def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -
 
 @pytest.mark.parametrize("part", ["base", "head"])
 @pytest.mark.parametrize("harm", ["missing", "empty", "cut", "other"])
-def test_a_damaged_cache_is_measured_again(taught_store: Path, harm: str, part: str) -> None:
+def test_a_damaged_cache_is_measured_again(
+    taught_store: Path, random_lessons: None, harm: str, part: str
+) -> None:
     file = taught_store / "cache" / f"{part}-curvature.safetensors"
     whole = file.read_bytes()
     if harm == "missing":
@@ -161,17 +164,17 @@ def test_a_damaged_cache_is_measured_again(taught_store: Path, harm: str, part: 
         said.append(getattr(event, "phase", ""))
 
     with KnowledgeBase.open(taught_store, on_event=listen) as knowledge:
-        knowledge.rollback(2)
+        assert knowledge.add(*FREE[3]).outcome == "rejected"  # measured before it was taught
     assert any(phase.startswith("measuring") for phase in said)
     assert file.is_file() and len(file.read_bytes()) > len(whole) // 2
 
 
-def test_a_sound_cache_is_not_measured_again(taught_store: Path) -> None:
+def test_a_sound_cache_is_not_measured_again(taught_store: Path, random_lessons: None) -> None:
     said: list[str] = []
     with KnowledgeBase.open(
         taught_store, on_event=lambda event: said.append(getattr(event, "phase", ""))
     ) as knowledge:
-        knowledge.rollback(2)
+        assert knowledge.add(*FREE[3]).outcome == "rejected"
     assert not any(phase.startswith("measuring") for phase in said)
 
 
