@@ -239,12 +239,12 @@ class KnowledgeBase:
             head = self.store.head()
             changes = self.store.rollback_changes(revision)
             edit_id = self.store.plan_edit("rollback", changes, {"restores": revision})
-            report = EditReport(
-                kind="rollback", outcome="committed", key=f"to {revision}", parent=head
-            )
             try:
                 self._work.go_to(revision)
-                report = replace(report, moved=self.engine.master.norms())
+                report = EditReport(
+                    kind="rollback", outcome="committed", key=f"to {revision}", parent=head,
+                    moved=self.engine.master.norms(),
+                )  # fmt: skip
                 new = self.store.commit_edit(
                     edit_id,
                     expected_head=head,

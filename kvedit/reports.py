@@ -188,7 +188,8 @@ def _leads(margins: Sequence[float]) -> str:
 
 def _distances(edits: Sequence[EditRow]) -> str:
     """How far the weights have moved, by revision; that they grow is how editors collapse."""
-    told = sorted((e.revision, _shares(e)) for e in edits if e.revision is not None and _shares(e))
+    found = [(edit.revision, _shares(edit)) for edit in edits]
+    told = sorted((at, shares) for at, shares in found if at is not None and shares)
     if len(told) < 2:
         return ""
 
