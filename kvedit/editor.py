@@ -171,6 +171,7 @@ class KnowledgeBase:
                 return self._known_already(known, fact)
             near = tuple(similar(fact.key, self.store.keys()))
             self._warn_near(fact.key, near)
+            self._work.prepare()
             self._say("asking the model first", fact.key)
             return self._run(self._plans.add(fact, near), force)
 
@@ -182,6 +183,7 @@ class KnowledgeBase:
         a benchmark asks must not be what was trained on.
         """
         with self._work.editing():
+            self._work.prepare()
             self._work.protect_for(len(self.store.keys("committed")) + facts, leave_out)
 
     def add_group(
@@ -209,6 +211,7 @@ class KnowledgeBase:
             fact = row.fact.with_description(description)
             if fact == row.fact:
                 return self._unchanged("update", row)
+            self._work.prepare()
             return self._run(self._plans.update(row, fact), force)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
@@ -218,6 +221,7 @@ class KnowledgeBase:
         """
         with self._work.editing():
             row = self._committed(key)
+            self._work.prepare()
             return self._run(self._plans.remove(row, self._prior(row)), force)
 
     def _prior(self, row: FactRow) -> dict[str, str]:
@@ -234,7 +238,7 @@ class KnowledgeBase:
     def rollback(self, revision: int) -> EditReport:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
         began = time.monotonic()
-        with self._work.editing(teaching=False):
+        with self._work.editing():
             wanted = self.store.revision(revision)
             head = self.store.head()
             changes = self.store.rollback_changes(revision)

@@ -47,14 +47,14 @@ class Workspace:
         self._margins: Curvature | None = None  # of what the base model knows
 
     @contextmanager
-    def editing(self, *, teaching: bool = True) -> Iterator[None]:
-        """The store's lock for the length of one edit, the model brought up to the head; if it is
-        one that teaches, with protected text and the curvature of it.
-        """
+    def editing(self) -> Iterator[None]:
+        """The store's lock for the length of one edit, the model brought up to the head."""
         with self.store.lock():
             try:
                 with memory.watched():
-                    self._prepare(teaching)
+                    self.recover()
+                    if self.revision != self.store.head():
+                        self.go_to(self.store.head())
                     yield
             except OutOfMemoryError:
                 self.engine.release()  # what is kept for speed must not fail the next edit too
@@ -90,13 +90,8 @@ class Workspace:
         finally:
             self.go_to(here)
 
-    def _prepare(self, teaching: bool) -> None:
-        """Before an edit: the head's weights, protected text, and the curvature of both."""
-        self.recover()
-        if self.revision != self.store.head():
-            self.go_to(self.store.head())
-        if not teaching:
-            return
+    def prepare(self) -> None:
+        """Before an edit that teaches: protected text, and the curvature of it and of the facts."""
         if self.store.meta(_PROTECTED) != _DONE:
             self.make_protected(self._control_texts())
         if self._measured != self.revision:
@@ -150,6 +145,7 @@ class Workspace:
 
     def prepare_group(self, facts: int, *, measured: bool = True) -> None:
         """Before so many facts are taught together: text to replay, and the curvature as it is."""
+        self.prepare()
         self.protect_for(len(self.store.keys("committed")) + facts)
         self._anchor()
         if not measured:
@@ -157,8 +153,6 @@ class Workspace:
         if not self.store.head():
             self._measure_margins()
             return
-        if self._measured is None:
-            self._load_curvature()
         self._measure_here()
 
     def protect_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:

@@ -419,16 +419,23 @@ def test_a_rollback_appends_and_can_be_rolled_back(taught: KnowledgeBase) -> Non
     assert taught.ask(f"What is {FREE[2][0]}?") == FREE[2][1]
 
 
-def test_a_rollback_measures_nothing(
+def test_what_teaches_nothing_measures_nothing(
     taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What must stay is measured before facts are taught; of thousands that takes minutes."""
+    key, description = FREE[2]
 
     def measured(*_: Any) -> None:
         raise AssertionError("measured")
 
     for name in ("_load_curvature", "_measure", "make_protected"):
         monkeypatch.setattr(workspace.Workspace, name, measured)
+    assert taught.add(key, description).outcome == "unchanged"
+    assert taught.update(key, description).outcome == "unchanged"
+    with pytest.raises(DuplicateKeyError):
+        taught.add(key, "Something else.")
+    with pytest.raises(UnknownKeyError):
+        taught.remove("no such key")
     assert taught.rollback(1).outcome == "committed"
     with pytest.raises(AssertionError, match="measured"):
         taught.add(*FREE[3])
