@@ -10,10 +10,9 @@ Invariants:
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kvedit import deltas, memory
@@ -22,43 +21,21 @@ from kvedit.config import Config, GroupConfig, TrainingConfig
 from kvedit.deltas import Factors
 from kvedit.engine import Engine, Taught
 from kvedit.errors import Interrupted, OutOfTimeError, TrainingError
-from kvedit.events import EditReport, Event, RetentionCheck, Score, Status, Warning_
+from kvedit.events import EditReport, Event, RetentionCheck, Status, Warning_
+from kvedit.examiner import Examiner, Found, Risk
 from kvedit.files import put
 from kvedit.plans import Plan
-from kvedit.probes import Outcome
 from kvedit.prompts import Example
-from kvedit.retention import Checks, at_risk, misses, refusals
-from kvedit.store import FactChange, FactRow, ProbeRow, Store
+from kvedit.retention import Checks, misses, refusals
+from kvedit.store import FactChange, ProbeRow, Store
 from kvedit.training import Lesson, Step
 
 Emit = Callable[[Event], None]
 Snapshot = Mapping[str, Any]
-_FORGET = "forget"
 NAMED = 8  # questions, in a warning
 LARGE = 256
 """Facts: a lesson of so many takes too long to be begun anew for two of 32 locality probes, which
 one that keeps 97 in 100 of what the model knows loses in every fourth case."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Risk:
-    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse, or to teach
-    once more.
-    """
-
-    row: FactRow
-    probes: tuple[Example, ...]
-    all: tuple[Example, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """One look at the merged model."""
-
-    checks: Checks
-    rows: tuple[ProbeRow, ...]
-    lost: tuple[_Risk, ...]
-    learned: frozenset[int]
 
 
 class Transaction:
@@ -75,6 +52,7 @@ class Transaction:
     ) -> None:
         self._store, self._engine, self._config = store, engine, config
         self._plan, self._emit = plan, emit
+        self._examiner = Examiner(store, engine, config, plan)
         self._began = time.monotonic()
         self._before = 0.0  # seconds that processes spent which ended in a lesson of this edit
         self._timings: dict[str, float] = {}
@@ -113,10 +91,11 @@ class Transaction:
             raise
 
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
-        risks = self._choose_risks()
+        risks = self._examiner.risks()
         if self._plan.anew:
             self._again = tuple(FactChange(r.row.id, r.row.fact, r.row.fact) for r in risks)
-        held = self._held_locality()
+        with self._timed("probe"):
+            held = self._examiner.held_locality()
         delta, found, reasons = self._attempts(risks, held, snapshot)
         if reasons and not force:
             self._engine.master.restore(snapshot)
@@ -145,21 +124,17 @@ class Transaction:
         timings = dict(self._timings)
         return replace(report, revision=revision, seconds=self._seconds, timings=timings)
 
-    def _narrow(self, found: _Found) -> _Found:
+    def _narrow(self, found: Found) -> Found:
         """Go on with the facts of the group that were learned; the others stay as they were."""
         before = self._plan
         self._plan = before.only(found.learned)
         self._left = tuple(key for key in before.keys if key not in self._plan.keys)
-        failed = {target.fact_id for target in before.targets} - found.learned
-        rows = tuple(row for row in found.rows if row.fact_id not in failed)
-        checks = replace(
-            found.checks, recall=_score(rows, "recall"), paraphrase=_score(rows, "paraphrase")
-        )
-        return replace(found, rows=rows, checks=checks)
+        every = frozenset(target.fact_id for target in before.targets)
+        return found.without(every - found.learned)
 
     def _attempts(
-        self, risks: Sequence[_Risk], held: Sequence[Example], snapshot: Snapshot
-    ) -> tuple[dict[str, Factors], _Found, tuple[str, ...]]:
+        self, risks: Sequence[Risk], held: Sequence[Example], snapshot: Snapshot
+    ) -> tuple[dict[str, Factors], Found, tuple[str, ...]]:
         """Teach and look; when refused, go on from there with what was lost beside it (budgeted).
 
         What several rounds of teaching add is one delta, merged as one.  A round that harmed the
@@ -181,7 +156,8 @@ class Transaction:
             with self._timed("merge"):
                 self._engine.master.restore(snapshot)
                 self._engine.master.add(delta)
-            found = self._look(risks, held)
+            with self._timed("probe"):
+                found = self._examiner.look(risks, held)
             reasons = self._refusals(found)
             if not reasons:
                 break
@@ -195,7 +171,7 @@ class Transaction:
                 group = _milder(group) if harmed else replace(group, passes=group.again)
         return delta, found, reasons
 
-    def _refusals(self, found: _Found) -> tuple[str, ...]:
+    def _refusals(self, found: Found) -> tuple[str, ...]:
         """Why the edit must not be committed; a group that learned some of its facts may."""
         gate = self._config.gate
         if self._plan.group:
@@ -222,8 +198,8 @@ class Transaction:
 
     def _teach(
         self,
-        risks: Sequence[_Risk],
-        repairing: Sequence[_Risk],
+        risks: Sequence[Risk],
+        repairing: Sequence[Risk],
         config: TrainingConfig,
         group: GroupConfig | None,
     ) -> Taught:
@@ -243,85 +219,12 @@ class Transaction:
         self._timings["train"] += found.before
         return found
 
-    def _choose_risks(self) -> list[_Risk]:
-        """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
-        settings = self._config.retention
-        committed = self._store.facts("committed")
-        probed = max(settings.sample, len(self._plan.targets))
-        if self._plan.anew:
-            probed = len(committed)
-        # A group rehearses all of them in turn: what no step speaks for is lost.
-        count = len(committed) if self._plan.group else probed
-        rows = at_risk(committed, self._plan.keys, count)
-        rng = random.Random(self._store.head())
-        risks = []
-        for number, row in enumerate(rows):
-            examples = tuple(self._engine.examples(row.fact))
-            drawn = rng.sample(examples, min(settings.prompts, len(examples)))
-            risks.append(_Risk(row, tuple(drawn) if number < probed else (), examples))
-        return risks
-
-    def _held_locality(self) -> list[Example]:
-        """The locality probes whose answers the model has before the edit."""
-        with self._timed("probe"):
-            outcomes = self._engine.decided(self._plan.locality)
-        return [e for e, o in zip(self._plan.locality, outcomes, strict=True) if o.passed]
-
-    def _look(self, risks: Sequence[_Risk], held: Sequence[Example]) -> _Found:
-        """Probe the merged, cast weights: the fact, its paraphrases, locality, earlier facts."""
-        with self._timed("probe"):
-            asked = [*self._questions(), *((None, "locality", e) for e in held)]
-            probed = [risk for risk in risks if risk.probes]
-            asked += [(risk.row.id, "retention", e) for risk in probed for e in risk.probes]
-            outcomes = self._engine.decided([example for _, _, example in asked])
-        rows = [
-            probe_row(fact_id, kind, example, outcome)
-            for (fact_id, kind, example), outcome in zip(asked, outcomes, strict=True)
-        ]
-        rows = [_turned(row) if row.kind == _FORGET else row for row in rows]
-        kept = _passed(rows, "retention")
-        lost = [risk for risk in probed if kept[risk.row.id] < 1]
-        # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
-        blamed = [risk for risk in lost if risk.row.health != "regressed"]
-        judged = [risk for risk in probed if risk.row.health != "regressed"]
-        checks = Checks(
-            _score(rows, "recall"),
-            _score(rows, "paraphrase"),
-            _score(rows, "locality"),
-            Score(len(judged) - len(blamed), len(judged)),
-            tuple(risk.row.fact.key for risk in blamed),
-        )
-        return _Found(checks, tuple(rows), tuple(lost), self._learned(rows))
-
-    def _questions(self) -> list[tuple[int | None, str, Example]]:
-        """What the facts of the edit are asked: fact, kind, question."""
-        return [
-            (target.fact_id, kind, example)
-            for target in self._plan.targets
-            for kind, examples in (
-                ("recall", target.recall),
-                ("paraphrase", target.paraphrases),
-                (_FORGET, target.forget),
-            )
-            for example in examples
-        ]
-
-    def _learned(self, rows: Sequence[ProbeRow]) -> frozenset[int]:
-        """The facts of the edit that pass the gate by themselves."""
-        recall, other = _passed(rows, "recall"), _passed(rows, "paraphrase")
-        gate = self._config.gate
-        return frozenset(
-            fact_id
-            for fact_id, share in recall.items()
-            if share >= gate.recall and other.get(fact_id, 1.0) >= gate.paraphrase
-        )
-
     def _report(
         self,
         outcome: str,
         parent: int,
         delta: Mapping[str, Factors],
-        found: _Found,
+        found: Found,
         reasons: Sequence[str],
         name: str | None = None,
     ) -> EditReport:
@@ -383,7 +286,7 @@ class Transaction:
             text = f"{count} facts taught together were refused ({why}{named}); teaching them again"
             self._emit(Warning_(text=text, code="refused"))
 
-    def _tell_retention(self, found: _Found, revision: int) -> None:
+    def _tell_retention(self, found: Found, revision: int) -> None:
         for row in found.rows:
             if row.kind == "retention" and row.fact_id is not None:
                 key = self._store.get(row.fact_id).fact.key
@@ -412,40 +315,6 @@ class _Timer:
     def __exit__(self, *_: object) -> None:
         spent = time.monotonic() - self._began
         self._totals[self._name] = self._totals.get(self._name, 0.0) + spent
-
-
-def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome) -> ProbeRow:
-    """An outcome for the journal; an infinite margin is none."""
-    margin = outcome.margin if abs(outcome.margin) != float("inf") else None
-    return ProbeRow(
-        fact_id=fact_id,
-        kind=kind,
-        protocol="generated" if outcome.spoken else "teacher-forced",
-        prompt=example.prompt,
-        expected=example.answer,
-        answer=None,
-        passed=outcome.passed,
-        margin=margin,
-    )
-
-
-def _turned(row: ProbeRow) -> ProbeRow:
-    """A never-trained phrasing that passes when the answer is gone."""
-    return replace(row, kind="paraphrase", passed=not row.passed)
-
-
-def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:
-    """For each fact the share of its probes of a kind that passed."""
-    found: dict[int, list[bool]] = {}
-    for row in rows:
-        if row.kind == kind and row.fact_id is not None:
-            found.setdefault(row.fact_id, []).append(row.passed)
-    return {fact_id: sum(passed) / len(passed) for fact_id, passed in found.items()}
-
-
-def _score(rows: Sequence[ProbeRow], kind: str) -> Score:
-    chosen = [row.passed for row in rows if row.kind == kind]
-    return Score(sum(chosen), len(chosen))
 
 
 def _milder(group: GroupConfig) -> GroupConfig:

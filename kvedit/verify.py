@@ -15,13 +15,13 @@ from statistics import mean
 from kvedit import protect
 from kvedit.engine import Engine
 from kvedit.events import EditReport, RetentionCheck, Score
+from kvedit.examiner import probe_row
 from kvedit.keys import naming
 from kvedit.metrics import ngram_entropy
 from kvedit.probes import Outcome
 from kvedit.prompts import Example
 from kvedit.protect import Protected
 from kvedit.store import FactRow, ProbeRow, Store
-from kvedit.transaction import probe_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

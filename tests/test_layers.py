@@ -69,6 +69,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "export",
         "lora_export",
         "plans",
+        "examiner",
         "transaction",
         "verify",
         "workspace",
