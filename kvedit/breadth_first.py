@@ -41,6 +41,7 @@ LAST_RATE = 0.1  # of the learning rate, at the end of the passes, and of each r
 AGAIN_RATE = 0.4  # of it, at the beginning of a round for what is not recalled then
 YIELD = 0.5  # of the price's weight, in each of these rounds
 CROWD = 256  # facts; each of more is disturbed longer between two of its turns
+MANY = 1000  # facts; of more there are more rounds
 FEW_FAILING = 0.1  # of the facts: from then on near-ties are taught again too
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1  # when pruning begins, and how long it takes, as shares of the steps
 
@@ -67,6 +68,14 @@ def _scaled(number: int, facts: int) -> int:
 def _crowd(facts: int) -> float:
     """How many times too many they are for the lead and the length of steps of a few hundred."""
     return max(1.0, facts / CROWD)
+
+
+def rounds_of(group: GroupConfig, facts: int) -> int:
+    """The most rounds after the passes: ``rounds`` for up to 1,000 facts, in proportion for more.
+
+    Of thousands each round mends a smaller share, and near-ties have their turn late.
+    """
+    return math.ceil(group.rounds * max(1.0, facts / MANY))
 
 
 def _falling(step: int, steps: int) -> float:
@@ -108,6 +117,7 @@ class BreadthFirst(Loop):
         # What is held already has its turn more seldom still: no step may be longer than it bears.
         self._rate = group.learning_rate * math.sqrt(own / whole)
         self._again_rate = AGAIN_RATE / math.sqrt(own)
+        self._rounds = rounds_of(group, self._count)
         earlier = self._lesson.earlier / self._count
         self._earlier_weight = min(max(earlier, LEAST_WEIGHT), MOST_WEIGHT)
         self._part = _Part(max(8, math.ceil(group.passes * self._count / self._batch)))
@@ -134,7 +144,7 @@ class BreadthFirst(Loop):
         if self._part.round == 0:
             self._steps(self._pass)
             self._begin_round()
-        while self._part.missing and self._part.round <= self._group.rounds:
+        while self._part.missing and self._part.round <= self._rounds:
             self._steps(self._again)
             self._begin_round()
         learned = not self._part.missing
@@ -164,7 +174,7 @@ class BreadthFirst(Loop):
         missing = self._missing()
         steps = math.ceil(self._group.again * len(missing) / self._batch)
         self._part = _Part(steps, 0, self._part.round + 1, missing)
-        if self._part.round <= self._group.rounds and missing:
+        if self._part.round <= self._rounds and missing:
             self._phase = "again"
             self._weight *= YIELD
             self._total += steps

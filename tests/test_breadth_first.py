@@ -160,6 +160,25 @@ def test_near_ties_wait_until_few_facts_fail(
     assert rounds == [{0: [0]}, {0: [0]}, {1: [last]}, {1: [last]}]
 
 
+@pytest.mark.parametrize(("many", "looks"), [(1000, 3), (3, 3), (2, 4)])
+def test_of_more_than_a_thousand_facts_there_are_more_rounds(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, many: int, looks: int
+) -> None:
+    """In proportion: three facts where two are many have three rounds for two."""
+    asked: list[int] = []
+
+    def recall(model: object, examples: list[Example], lower: object) -> list[Outcome]:
+        asked.append(len(examples))
+        return [Outcome(False, -1.0) for _ in examples]
+
+    new = [examples(engine, number) for number in range(3)]
+    monkeypatch.setattr(engine.share, "recall", recall)
+    monkeypatch.setattr(breadth_first, "MANY", many)
+    two = replace(GROUP, passes=4, again=3, rounds=2)
+    assert not engine.teach(Lesson(new), None, lambda step: None, two).trained.learned
+    assert len(asked) == looks  # one after the passes, one after each round
+
+
 def test_nothing_changes_outside_the_lesson(engine: Engine) -> None:
     before = engine.master.digest()
     margins = [o.margin for o in engine.recall(examples(engine, 5))]
