@@ -11,6 +11,7 @@ Invariants:
 - A document is never cut and never attends to its neighbours in a packed row, so what the model
   sees in training is what it sees when it is asked.
 - The same seed and thread count render and order the same documents.
+- A run that was stopped goes on, with the same command, from where it stood two minutes before.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvedit.bookmarks import Bookmarks, Keep, State
 
 log = logging.getLogger(__name__)
 
@@ -308,47 +311,89 @@ def schedule(step: int, total: int, warmup: int = 100) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: LlamaForCausalLM, plan: list[Rows], pad: int, muon: bool) -> int:
-    """Run the plan; returns the number of tokens seen."""
-    forward = torch.compile(model)
-    optimizers = make_optimizers(model, muon)
-    peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    tokens, began, running = 0, time.monotonic(), 0.0
-    for step, rows in enumerate(plan):
-        batch = to_batch(rows, pad)
-        factor = schedule(step, len(plan))
-        for optimizer, lrs in zip(optimizers, peaks, strict=True):
+class Run:
+    """One pretraining run over its ``plan``; ``state`` is where it stands between two steps."""
+
+    def __init__(self, model: LlamaForCausalLM, plan: list[Rows], pad: int, muon: bool) -> None:
+        self._model, self._plan, self._pad = model, plan, pad
+        self._forward = torch.compile(model)
+        self._optimizers = make_optimizers(model, muon)
+        self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
+        self.step = self.tokens = 0
+        self.loss = math.nan  # a running mean
+
+    def state(self) -> State:
+        return {
+            "model": self._model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "progress": [self.step, self.tokens, self.loss],
+        }
+
+    def resume(self, state: State) -> None:
+        self._model.load_state_dict(state["model"])
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.step, self.tokens, self.loss = state["progress"]
+
+    def finish(self, keep: Keep = lambda state: None) -> int:
+        """All steps that are left; returns the number of tokens seen."""
+        began, before = time.monotonic(), self.tokens
+        while self.step < len(self._plan):
+            self._advance(self._plan[self.step])
+            if self.step % 50 == 0 or self.step == len(self._plan):
+                spent = time.monotonic() - began
+                log.info(
+                    "step %d/%d  loss %.3f  %.1fM tokens  %.0f tok/s  %.0f s",
+                    self.step,
+                    len(self._plan),
+                    self.loss,
+                    self.tokens / 1e6,
+                    (self.tokens - before) / spent,
+                    spent,
+                )
+            keep(self.state)
+        return self.tokens
+
+    def _advance(self, rows: Rows) -> None:
+        factor = schedule(self.step, len(self._plan))
+        for optimizer, lrs in zip(self._optimizers, self._peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
+        loss = self._loss_of(to_batch(rows, self._pad))
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += sum(len(doc) for row in rows for doc in row)
+        first = math.isnan(self.loss)
+        self.loss = loss.item() if first else 0.98 * self.loss + 0.02 * loss.item()
+
+    def _loss_of(self, batch: Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(
+            logits = self._forward(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
                 position_ids=batch.positions,
                 use_cache=False,
             ).logits
-            loss = torch.nn.functional.cross_entropy(
+            return torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100
             )
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens += sum(len(doc) for row in rows for doc in row)
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0 or step == len(plan) - 1:
-            spent = time.monotonic() - began
-            log.info(
-                "step %d/%d  loss %.3f  %.1fM tokens  %.0f tok/s  %.0f s",
-                step,
-                len(plan),
-                running,
-                tokens / 1e6,
-                tokens / spent,
-                spent,
-            )
-    return tokens
+
+
+def train(run: Run, bookmarks: Bookmarks, name: str) -> int:
+    """To the end, from where a run of this name stood when its process ended, if one did."""
+    if (state := bookmarks.find(name)) is not None:
+        run.resume(state)
+        log.info("going on after step %d", run.step)
+    return run.finish(lambda state: bookmarks.keep(name, state))
+
+
+def name_of(plan: list[Rows], *settings: object) -> str:
+    """A run by all that it is given: no other goes on from where it stood."""
+    return hashlib.sha256(repr((plan, settings)).encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -407,9 +452,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = batches(corpus, tokenizer, args.epochs, args.rows, args.seed)
     model = new_model(tokenizer, args.width, args.layers)
     log.info("%.2fM parameters, %d steps", model.num_parameters() / 1e6, len(plan))
-    tokens = train(model, plan, tokenizer.pad_token_id, args.muon)
-    log.info("%d tokens were never seen and got an embedding", fill_unused(model, plan))
     args.out.mkdir(parents=True, exist_ok=True)
+    bookmarks = Bookmarks(args.out, warn=log.warning)
+    name = name_of(plan, model.config.to_json_string(), args.muon, args.seed)
+    tokens = train(Run(model, plan, tokenizer.pad_token_id, args.muon), bookmarks, name)
+    log.info("%d tokens were never seen and got an embedding", fill_unused(model, plan))
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
@@ -428,6 +475,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.out / "pretrained_relations.tsv").write_text(
         "".join(f"{r.relation}\t{r.subject}\n" for r in corpus.relations), encoding="utf-8"
     )
+    bookmarks.clear()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from kvedit import pretrain  # noqa: E402
+from kvedit.bookmarks import Bookmarks  # noqa: E402
+from kvedit.errors import OutOfTimeError  # noqa: E402
 
 documents = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=pretrain.ROW), max_size=60)
 
@@ -81,6 +85,45 @@ def test_tokens_that_were_never_seen_can_be_told_apart() -> None:
     assert torch.equal(weight[:10], before)
     apart = torch.pdist(weight[10:].detach().float())
     assert float(apart.min()) > 0.1 * float(before.norm(dim=1).mean())
+
+
+PLAN = [[[[step, 3, 4, 5, 6]], [[7, 8, step]]] for step in range(10, 16)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[pretrain.Run, torch.nn.Module]]:
+    """A new run over the same plan each time, from other weights than the last, not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+
+    def make() -> tuple[pretrain.Run, torch.nn.Module]:
+        model = pretrain.new_model(Words(), 16, 1)  # type: ignore[arg-type]
+        return pretrain.Run(model, PLAN, pad=1, muon=True), model
+
+    return make
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    run: Callable[[], tuple[pretrain.Run, torch.nn.Module]], tmp_path: Path
+) -> None:
+    whole, expected = run()
+    begun = copy.deepcopy(whole.state())
+    assert whole.finish() == 8 * len(PLAN)
+
+    stopped, _ = run()
+    stopped.resume(begun)
+    with pytest.raises(OutOfTimeError):  # keeps where it stands, then ends
+        pretrain.train(stopped, Bookmarks(tmp_path, deadline=0.0), "a run")
+    assert stopped.step == 1
+
+    resumed, model = run()
+    assert pretrain.train(resumed, Bookmarks(tmp_path), "a run") == 8 * len(PLAN)
+    assert (resumed.step, resumed.loss) == (whole.step, whole.loss)
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+
+
+def test_another_run_does_not_go_on_from_it() -> None:
+    assert pretrain.name_of(PLAN, "shape", 0) == pretrain.name_of(list(PLAN), "shape", 0)
+    assert len({pretrain.name_of(*given) for given in ((PLAN, 0), (PLAN, 1), (PLAN[1:], 0))}) == 3
 
 
 def test_a_width_that_heads_do_not_divide_is_refused(
