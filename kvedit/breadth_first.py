@@ -70,7 +70,7 @@ def _crowd(facts: int) -> float:
     return max(1.0, facts / CROWD)
 
 
-def rounds_of(group: GroupConfig, facts: int) -> int:
+def _rounds_of(group: GroupConfig, facts: int) -> int:
     """The most rounds after the passes: ``rounds`` for up to 1,000 facts, in proportion for more.
 
     Of thousands each round mends a smaller share, and near-ties have their turn late.
@@ -117,7 +117,7 @@ class BreadthFirst(Loop):
         # What is held already has its turn more seldom still: no step may be longer than it bears.
         self._rate = group.learning_rate * math.sqrt(own / whole)
         self._again_rate = AGAIN_RATE / math.sqrt(own)
-        self._rounds = rounds_of(group, self._count)
+        self._rounds = _rounds_of(group, self._count)
         earlier = self._lesson.earlier / self._count
         self._earlier_weight = min(max(earlier, LEAST_WEIGHT), MOST_WEIGHT)
         self._part = _Part(max(8, math.ceil(group.passes * self._count / self._batch)))

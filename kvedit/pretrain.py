@@ -320,7 +320,7 @@ class Run:
         self._optimizers = make_optimizers(model, muon)
         self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
         self.step = self.tokens = 0
-        self.loss = math.nan  # a running mean
+        self.loss = 0.0  # a running mean
 
     def state(self) -> State:
         return {
@@ -365,10 +365,9 @@ class Run:
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.item() if self.step == 0 else 0.98 * self.loss + 0.02 * loss.item()
         self.step += 1
         self.tokens += sum(len(doc) for row in rows for doc in row)
-        first = math.isnan(self.loss)
-        self.loss = loss.item() if first else 0.98 * self.loss + 0.02 * loss.item()
 
     def _loss_of(self, batch: Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
