@@ -6,7 +6,7 @@ STAMP := .venv/.complete
 # Out of reach or empty is fine: pip then takes the version it finds elsewhere.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-slow lint format docs clean
+.PHONY: help demo test test-slow test-gpu lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,9 @@ test: lint  ## ruff, mypy --strict and pytest
 
 test-slow: $(STAMP)  ## the tests that train a model
 	$(PY) -m pytest -m 'slow and not gpu'
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device, and a torch that knows it
+	$(PY) -m pytest -m gpu
 
 lint: $(STAMP)  ## ruff and mypy --strict alone
 	$(PY) -m ruff check .

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from kvedit.keys import naming
 from kvedit.lower import LowerHalf
-from kvedit.placement import first_device
-from kvedit.probes import ROWS_A_SLICE, by_length, last_hidden, padded, project, projects
+from kvedit.placement import first_device, is_accelerated
+from kvedit.probes import by_length, last_hidden, padded, project, projects, slices
 from kvedit.prompts import Example
 
 TURNED = 1.0
@@ -71,7 +71,7 @@ class Anchors:
         if not projects(model):
             return cls([], [])
         states: dict[int, Tensor] = {}
-        for batch in by_length(examples, alike=True):
+        for batch in by_length(examples, alike=not is_accelerated(model)):
             part = [examples[i] for i in batch]
             with torch.no_grad():
                 hidden, targets = _answers(model, part, lower)
@@ -97,7 +97,8 @@ class Anchors:
     ) -> Tensor:
         """(N,): KL(base || model) at each answer token, nats, in no particular order."""
         parts = []
-        for batch in by_length([self._examples[i] for i in chosen], alike=True):
+        texts = [self._examples[i] for i in chosen]
+        for batch in by_length(texts, alike=not is_accelerated(model)):
             own = [chosen[i] for i in batch]
             hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
             with torch.no_grad():
@@ -121,8 +122,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, base: Tensor) -> Tensor:
         found = torch.empty(len(logits), device=logits.device)
-        for at in range(0, len(logits), ROWS_A_SLICE):
-            here = slice(at, at + ROWS_A_SLICE)
+        for here in slices(logits):
             ours = logits[here].float().log_softmax(1)
             theirs = base[here].float().log_softmax(1)
             found[here] = (theirs.exp() * (theirs - ours)).sum(1)
@@ -133,8 +133,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
         logits, base = ctx.saved_tensors
         back = torch.empty_like(logits)
-        for at in range(0, len(logits), ROWS_A_SLICE):
-            here = slice(at, at + ROWS_A_SLICE)
+        for here in slices(logits):
             apart = logits[here].float().softmax(1) - base[here].float().softmax(1)
             back[here] = apart * slopes[here, None]
         return back, None

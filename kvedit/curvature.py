@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.errors import ModelError
+from kvedit.placement import generator
 from kvedit.probes import Answers, answer_logits, batch_tokens, by_length
 from kvedit.prompts import Example
 
@@ -230,23 +231,24 @@ def _outer(gradient: Tensor, inputs: Tensor) -> Tensor:
     return gradient.flatten(0, -2).float().T @ inputs.flatten(0, -2).float()
 
 
-def information(answers: Answers, generator: torch.Generator) -> Tensor:
+def information(answers: Answers, chance: torch.Generator) -> Tensor:
     """Minus log p of answers drawn from the model, summed: the second moment of its gradient is the
     Fisher information.
     """
-    weights = torch.softmax(answers.logits.detach().float().cpu(), -1)
-    drawn = torch.multinomial(weights, 1, generator=generator)[:, 0].to(answers.logits.device)
+    weights = torch.softmax(answers.logits.detach().float().to(chance.device), -1)
+    drawn = torch.multinomial(weights, 1, generator=chance)[:, 0].to(answers.logits.device)
     return functional.cross_entropy(answers.logits, drawn, reduction="sum")
 
 
-def margins(answers: Answers, generator: torch.Generator) -> Tensor:
+def margins(answers: Answers, chance: torch.Generator) -> Tensor:
     """By how much each answer token leads all others together, in logits, summed with random signs:
     without them what several tokens ask of one position would add up.
     """
     wanted = answers.targets[:, None]
     others = answers.logits.scatter(1, wanted, float("-inf")).logsumexp(1)
     leads = answers.logits.gather(1, wanted)[:, 0] - others
-    signs = torch.randint(0, 2, (len(leads),), generator=generator).mul_(2).sub_(1)
+    size, device = (len(leads),), chance.device
+    signs = torch.randint(0, 2, size, generator=chance, device=device).mul_(2).sub_(1)
     return (leads * signs.to(leads)).sum()
 
 
@@ -262,12 +264,12 @@ def measure(
     of something whose mean gradient is zero.
     """
     total: Curvature | None = None
-    generator = torch.Generator().manual_seed(seed)
+    chance = generator(model, seed)
     recorder = _Recorder(model, names)
     try:
         for batch in by_length(examples, batch_tokens(model)):
             part = [examples[i] for i in batch]
-            of(answer_logits(model, part), generator).backward()  # type: ignore[no-untyped-call]
+            of(answer_logits(model, part), chance).backward()  # type: ignore[no-untyped-call]
             tokens = sum(len(example.ids) for example in part)
             own = Curvature(_batch_moments(recorder, names, _lengths(part)), tokens)
             total = (

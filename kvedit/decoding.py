@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from kvedit.models import context_of, has_own_code
-from kvedit.placement import first_device, is_spread
+from kvedit.placement import first_device, is_accelerated, is_spread
 from kvedit.probes import ROWS_A_BATCH, next_logits
 from kvedit.prompts import Example
 
 CACHED_BYTES = 1 << 30
 """Of keys and values that are kept for rows that branch; more rows than fit read all again."""
+MOST_ROWS = 1024
+"""In a batch on an accelerator, which a small model's rows do not fill."""
 
 
 @torch.no_grad()
@@ -44,7 +46,8 @@ def generate(
     """
     texts: list[list[int]] = [[] for _ in prefixes]
     context = context_of(model)
-    for part in _batches(model, prefixes):
+    longest = max(map(len, prefixes), default=0) + limit
+    for part in _batches(model, prefixes, rows_a_batch(model, longest)):
         room = min(limit, context - len(prefixes[part[-1]]))
         run = Decoding(model, [prefixes[i] for i in part])
         for index, row in zip(part, _finish(run, end, room, temperature, generator), strict=True):
@@ -109,14 +112,35 @@ def spoken_recall(
     return recalled(examples, spoken(examples, end, proceed), end)
 
 
-def _batches(model: Any, prefixes: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def rows_a_batch(model: Any, tokens: int) -> int:
+    """How many texts of so many tokens go on together: on an accelerator more, where their keys and
+    values fit.
+    """
+    if not is_accelerated(model):
+        return ROWS_A_BATCH
+    fitting = CACHED_BYTES // max(1, tokens * _cached_a_token(model))
+    return max(ROWS_A_BATCH, min(MOST_ROWS, fitting))
+
+
+def _cached_a_token(model: Any) -> int:
+    """Bytes of keys and values, as the configuration says; taken for large where it does not."""
+    config = model.config.get_text_config()
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+    except AttributeError:
+        return CACHED_BYTES
+
+
+def _batches(model: Any, prefixes: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
     """Indices by length; of one length each for a model whose own code may not know padding."""
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     alike = has_own_code(model)
     batch: list[int] = []
     for index in order:
         other = alike and batch and len(prefixes[batch[0]]) != len(prefixes[index])
-        if batch and (other or len(batch) >= ROWS_A_BATCH):
+        if batch and (other or len(batch) >= rows):
             yield batch
             batch = []
         batch.append(index)

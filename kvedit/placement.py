@@ -66,6 +66,17 @@ def first_device(model: nn.Module) -> torch.device:
     return next(found, torch.device("cpu"))
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether a model lies on more than a CPU; one without weights, whether it would."""
+    kinds = {p.device.type for p in model.parameters()} - {"meta"}
+    return kinds != {"cpu"} if kinds else torch.cuda.is_available()
+
+
+def generator(model: nn.Module, seed: int) -> torch.Generator:
+    """A source of random numbers where the model is: what is drawn from it need not travel."""
+    return torch.Generator(first_device(model)).manual_seed(seed)
+
+
 def is_spread(model: Any) -> bool:
     """Whether a model lies on more than one device."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1

@@ -11,6 +11,7 @@ Invariants:
 - A document is never cut and never attends to its neighbours in a packed row, so what the model
   sees in training is what it sees when it is asked.
 - The same seed and thread count render and order the same documents.
+- A GPU is used where there is one.
 - A run that was stopped goes on, with the same command, from where it stood two minutes before.
 """
 
@@ -26,7 +27,9 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -251,25 +254,24 @@ def pack(documents: list[list[int]]) -> list[list[list[int]]]:
     return rows
 
 
-def to_batch(rows: list[list[list[int]]], pad: int) -> Batch:
-    shape = (len(rows), ROW)
-    ids = torch.full(shape, pad)
-    labels = torch.full(shape, -100)
-    positions = torch.zeros(shape, dtype=torch.long)
-    segment = torch.full(shape, -1)
-    for r, row in enumerate(rows):
-        at = 0
-        for s, doc in enumerate(row):
-            end = at + len(doc)
-            ids[r, at:end] = torch.tensor(doc)
-            labels[r, at + 1 : end] = torch.tensor(doc[1:])
-            positions[r, at:end] = torch.arange(len(doc))
-            segment[r, at:end] = s
-            at = end
+def to_batch(rows: Rows, pad: int, device: torch.device | str = "cpu") -> Batch:
+    table = torch.tensor([_columns(row, pad) for row in rows]).to(device)
+    ids, labels, positions, segment = table.unbind(1)
     same = segment[:, :, None] == segment[:, None, :]
-    visible = same & torch.ones(ROW, ROW, dtype=torch.bool).tril()
-    mask = torch.zeros(len(rows), 1, ROW, ROW).masked_fill_(~visible[:, None], -1e9)
-    return Batch(ids, labels, positions, mask)
+    visible = same & torch.ones(ROW, ROW, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(len(rows), 1, ROW, ROW, device=device)
+    return Batch(ids, labels, positions, mask.masked_fill_(~visible[:, None], -1e9))
+
+
+def _columns(row: list[list[int]], pad: int) -> list[list[int]]:
+    """A packed row's ids, labels and positions, and which document each token is of."""
+    spare = ROW - sum(map(len, row))
+    return [
+        [*chain.from_iterable(row), *[pad] * spare],
+        [*chain.from_iterable((-100, *doc[1:]) for doc in row), *[-100] * spare],
+        [*chain.from_iterable(range(len(doc)) for doc in row), *[0] * spare],
+        [*chain.from_iterable([at] * len(doc) for at, doc in enumerate(row)), *[-1] * spare],
+    ]
 
 
 def batches(
@@ -316,11 +318,17 @@ class Run:
 
     def __init__(self, model: LlamaForCausalLM, plan: list[Rows], pad: int, muon: bool) -> None:
         self._model, self._plan, self._pad = model, plan, pad
-        self._forward = torch.compile(model)
+        # On a GPU compiling takes longer than it saves in so few steps.
+        self._forward: Any = torch.compile(model) if model.device.type == "cpu" else model
         self._optimizers = make_optimizers(model, muon)
         self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
         self.step = self.tokens = 0
-        self.loss = 0.0  # a running mean
+        self._loss = torch.zeros((), device=model.device)  # a running mean
+
+    @property
+    def loss(self) -> float:
+        """The running mean; a GPU is waited for here, and not in a step."""
+        return float(self._loss)
 
     def state(self) -> State:
         return {
@@ -333,7 +341,8 @@ class Run:
         self._model.load_state_dict(state["model"])
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
-        self.step, self.tokens, self.loss = state["progress"]
+        self.step, self.tokens, loss = state["progress"]
+        self._loss.fill_(loss)
 
     def finish(self, keep: Keep = lambda state: None) -> int:
         """All steps that are left; returns the number of tokens seen."""
@@ -359,18 +368,18 @@ class Run:
         for optimizer, lrs in zip(self._optimizers, self._peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
-        loss = self._loss_of(to_batch(rows, self._pad))
+        loss = self._loss_of(to_batch(rows, self._pad, self._model.device))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.loss = loss.item() if self.step == 0 else 0.98 * self.loss + 0.02 * loss.item()
+        self._loss.lerp_(loss.detach(), 0.02 if self.step else 1.0)
         self.step += 1
         self.tokens += sum(len(doc) for row in rows for doc in row)
 
     def _loss_of(self, batch: Batch) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self._model.device.type, torch.bfloat16):
             logits = self._forward(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
@@ -431,6 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=WIDTH, help=f"a multiple of {2 * HEADS}")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon", action="store_true")
     args = parser.parse_args(argv)
@@ -450,11 +460,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = train_tokenizer(corpus, args.vocabulary, args.seed)
     plan = batches(corpus, tokenizer, args.epochs, args.rows, args.seed)
     model = new_model(tokenizer, args.width, args.layers)
-    log.info("%.2fM parameters, %d steps", model.num_parameters() / 1e6, len(plan))
+    torch.nn.Module.to(model, args.device)
+    size, steps = model.num_parameters() / 1e6, len(plan)
+    log.info("%.2fM parameters, %d steps on %s", size, steps, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     bookmarks = Bookmarks(args.out, warn=log.warning)
     name = name_of(plan, model.config.to_json_string(), args.muon, args.seed)
     tokens = train(Run(model, plan, tokenizer.pad_token_id, args.muon), bookmarks, name)
+    model.cpu()
     log.info("%d tokens were never seen and got an embedding", fill_unused(model, plan))
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(args.out)

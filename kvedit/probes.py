@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kvedit.lower import LowerHalf
 from kvedit.models import vocabulary
-from kvedit.placement import first_device
+from kvedit.placement import first_device, is_accelerated
 from kvedit.prompts import Example
 
 TOKENS_A_BATCH = 4096
@@ -34,6 +34,10 @@ LOGITS_A_BATCH = 64 * 1024 * 1024  # of a large vocabulary they would outweigh t
 LEAST_TOKENS = 256
 ROWS_A_BATCH = 256
 ROWS_A_SLICE = 128
+NUMBERS_A_SLICE = 64 * 1024 * 1024
+"""On an accelerator, which has no such cache and waits for every kernel that is launched."""
+WIDER = 4
+"""Times the tokens of a batch on an accelerator, which small ones do not fill."""
 WIDTHS = 32
 TIED = 3.0  # steps of the dtype, at the logit's size: leads that the shape of a batch may turn
 _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -161,8 +165,7 @@ def token_scores(
     model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
 ) -> TokenScores:
     """Score every answer token, examples of like length together so that little is padded."""
-    batches = by_length(examples, batch_tokens(model), alike=True)
-    parts = [_scores(model, examples, batch, lower) for batch in batches]
+    parts = [_scores(model, examples, batch, lower) for batch in batches(model, examples)]
     names = ("leads", "slacks", "rows", "losses")
     return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -209,14 +212,13 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(logits), device=logits.device)
         norms, leads = torch.empty_like(losses), torch.empty_like(losses)
-        for at in range(0, len(logits), ROWS_A_SLICE):
-            end = min(at + ROWS_A_SLICE, len(logits))
-            some = logits[at:end].to(torch.float32, copy=True)  # written to below
-            own = targets[at:end]
-            norms[at:end] = some.logsumexp(1)
+        for here in slices(logits):
+            some = logits[here].to(torch.float32, copy=True)  # written to below
+            own = targets[here]
+            norms[here] = some.logsumexp(1)
             mine = some.gather(1, own[:, None])
-            losses[at:end] = norms[at:end] - mine[:, 0]
-            leads[at:end] = mine[:, 0] - some.scatter_(1, own[:, None], float("-inf")).amax(1)
+            losses[here] = norms[here] - mine[:, 0]
+            leads[here] = mine[:, 0] - some.scatter_(1, own[:, None], float("-inf")).amax(1)
         ctx.save_for_backward(logits, targets, norms)
         leads = torch.nan_to_num(leads, nan=float("-inf"))
         ctx.mark_non_differentiable(leads)
@@ -226,8 +228,7 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, slopes: Tensor, _: Tensor) -> tuple[Tensor, None]:
         logits, targets, norms = ctx.saved_tensors
         back = torch.empty_like(logits)
-        for at in range(0, len(logits), ROWS_A_SLICE):
-            here = slice(at, at + ROWS_A_SLICE)
+        for here in slices(logits):
             share = logits[here].to(torch.float32, copy=True).sub_(norms[here, None]).exp_()
             share.scatter_add_(1, targets[here, None], share.new_full((len(share), 1), -1.0))
             back[here] = share.mul_(slopes[here, None])
@@ -293,7 +294,15 @@ def _softcap(model: Any, logits: Tensor) -> Tensor:
 
 def batch_tokens(model: nn.Module) -> int:
     """How many tokens a batch may have, so that its logits stay within bounds."""
-    return max(LEAST_TOKENS, min(TOKENS_A_BATCH, LOGITS_A_BATCH // vocabulary(model)))
+    times = WIDER if is_accelerated(model) else 1
+    return max(LEAST_TOKENS, times * min(TOKENS_A_BATCH, LOGITS_A_BATCH // vocabulary(model)))
+
+
+def batches(model: nn.Module, examples: Sequence[Example]) -> Iterator[list[int]]:
+    """``by_length``, as it pays where the model is: on a CPU padding costs as much as text does, on
+    an accelerator it is the number of batches that costs.
+    """
+    return by_length(examples, batch_tokens(model), alike=not is_accelerated(model))
 
 
 def by_length(
@@ -323,7 +332,7 @@ def recall(
 ) -> list[Outcome]:
     """Exact recall of each example by one forward pass (teacher-forced)."""
     found: dict[int, Outcome] = {}
-    for batch in by_length(examples, batch_tokens(model), alike=True):
+    for batch in batches(model, examples):
         answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
         found.update(zip(batch, _leads(model, answers).outcomes(len(batch)), strict=True))
     return [found[i] for i in range(len(examples))]
@@ -337,12 +346,15 @@ def _leads(model: nn.Module, answers: Answers) -> Leads:
     places = torch.arange(len(logits), device=logits.device), answers.targets
     mine = logits[places].float()
     logits[places] = float("-inf")
-    leads = mine - torch.cat([rows.float().amax(1) for rows in _slices(logits)])
+    leads = mine - torch.cat([logits[here].float().amax(1) for here in slices(logits)])
     leads = torch.nan_to_num(leads, nan=float("-inf"))
     return Leads(leads, slack(model, mine), answers.rows)
 
 
-def _slices(table: Tensor) -> Iterator[Tensor]:
+def slices(table: Tensor) -> Iterator[slice]:
     """Its rows, a few at a time, so that what is made of them stays in the processor's cache."""
-    for at in range(0, len(table), ROWS_A_SLICE):
-        yield table[at : at + ROWS_A_SLICE]
+    rows = ROWS_A_SLICE
+    if table.device.type != "cpu":
+        rows = max(rows, NUMBERS_A_SLICE // table.shape[1])
+    for at in range(0, len(table), rows):
+        yield slice(at, min(at + rows, len(table)))

@@ -23,6 +23,7 @@ from kvedit.config import ProtectConfig
 from kvedit.decoding import generate
 from kvedit.errors import InvalidFactError
 from kvedit.models import BaseModel
+from kvedit.placement import generator
 from kvedit.probes import recall, token_scores
 from kvedit.prompts import Example, Renderer
 
@@ -68,9 +69,9 @@ def make(
     progress: Progress = lambda text: None,
 ) -> ProtectedSet:
     """Let the model say what it knows; ``extra`` are the user's own texts, all of them kept."""
-    generator = torch.Generator().manual_seed(seed)
+    chance = generator(base.model, seed)
     progress("drawing questions from the model")
-    questions = draw_questions(base, renderer, config.drafts, generator)
+    questions = draw_questions(base, renderer, config.drafts, chance)
     drawn = list(dict.fromkeys(readable(renderer, questions)))
     shipped = SHIPPED.read_text(encoding="utf-8").splitlines()
     taken = {text.prompt for text in extra}
@@ -95,7 +96,7 @@ def make(
         *long[: config.long],
         *short[: config.short],
         *(t for t in asked if t.prompt not in known),
-        *write_freely(base, renderer, config.free, generator),
+        *write_freely(base, renderer, config.free, chance),
     )
     return ProtectedSet(control, locality)
 
@@ -177,7 +178,7 @@ def draw_questions(
     base: BaseModel,
     renderer: Renderer,
     count: int,
-    generator: torch.Generator,
+    chance: torch.Generator,
     temperature: float = QUESTION_TEMPERATURE,
 ) -> list[list[int]]:
     """What the model would have a user ask, as tokens: its continuation of an empty user turn.
@@ -194,7 +195,7 @@ def draw_questions(
         end=after,
         limit=QUESTION_TOKENS,
         temperature=temperature,
-        generator=generator,
+        generator=chance,
     )
     return [ids for ids in found if len(ids) < QUESTION_TOKENS]
 
@@ -229,13 +230,13 @@ def _says(renderer: Renderer, prompt: str, text: str) -> list[int]:
 
 
 def write_freely(
-    base: BaseModel, renderer: Renderer, count: int, generator: torch.Generator
+    base: BaseModel, renderer: Renderer, count: int, chance: torch.Generator
 ) -> list[Protected]:
     if count == 0:
         return []
     prefixes = [[renderer.begin]] * count
     texts = generate(
-        base.model, prefixes, end=renderer.end, limit=128, temperature=1.0, generator=generator
+        base.model, prefixes, end=renderer.end, limit=128, temperature=1.0, generator=chance
     )
     kept = dict.fromkeys(text for ids in texts if (text := renderer.text(ids).strip()))
     return [Protected("", text, "free") for text in kept]

@@ -27,8 +27,8 @@ from torch import Tensor
 from kvedit import protect
 from kvedit.decoding import Decoding, generate
 from kvedit.models import BaseModel
-from kvedit.placement import first_device
-from kvedit.probes import ROWS_A_BATCH, ROWS_A_SLICE, next_logits
+from kvedit.placement import first_device, generator
+from kvedit.probes import ROWS_A_BATCH, next_logits, slices
 from kvedit.prompts import Example, Renderer
 from kvedit.protect import RECITED, Protected
 
@@ -63,15 +63,15 @@ def recite(
     ``unasked`` the answers are looked for under others, as all that the model knows.  A model
     without a chat template writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
     """
-    generator = torch.Generator().manual_seed(seed)
+    chance = generator(base.model, seed)
     progress("listening to how the model asks")
     if renderer.empty_user_turn() is None:
-        return tuple(protect.write_freely(base, renderer, drafts // DRAFTS_A_TEXT, generator))
+        return tuple(protect.write_freely(base, renderer, drafts // DRAFTS_A_TEXT, chance))
     count = min(drafts, SKETCH)
-    sketch = protect.draw_questions(base, renderer, count, generator, SKETCH_TEMPERATURE)
+    sketch = protect.draw_questions(base, renderer, count, chance, SKETCH_TEMPERATURE)
     sources = [
         *(_Source(_followed(base, renderer, stem)) for stem in _stems(sketch, drafts // ROUND)),
-        *(_Source(_sampled(base, renderer, warmth, generator)) for warmth in TEMPERATURES),
+        *(_Source(_sampled(base, renderer, warmth, chance)) for warmth in TEMPERATURES),
     ]
     search = _Search(base, renderer, known, unasked)
     search.race(sources, drafts, progress)
@@ -244,21 +244,21 @@ def _likely_next(logits: Tensor, chances: Tensor, floor: float) -> tuple[Tensor,
     rows, next tokens, the chances they then have.
     """
     found = []
-    for at in range(0, len(logits), ROWS_A_SLICE):
-        table = logits[at : at + ROWS_A_SLICE].float()
-        ahead = chances[at : at + ROWS_A_SLICE] - table.logsumexp(-1)
+    for here in slices(logits):
+        table = logits[here].float()
+        ahead = chances[here] - table.logsumexp(-1)
         rows, tokens = torch.where(table > (floor - ahead)[:, None])
-        found.append((rows + at, tokens, table[rows, tokens] + ahead[rows]))
+        found.append((rows + here.start, tokens, table[rows, tokens] + ahead[rows]))
     rows, tokens, chances = (torch.cat(column) for column in zip(*found, strict=True))
     return rows, tokens, chances
 
 
 def _sampled(
-    base: BaseModel, renderer: Renderer, warmth: float, generator: torch.Generator
+    base: BaseModel, renderer: Renderer, warmth: float, chance: torch.Generator
 ) -> Iterator[str]:
     """Questions drawn at a temperature, for as long as there are any."""
     while True:
-        drawn = protect.draw_questions(base, renderer, ROWS_A_BATCH, generator, warmth)
+        drawn = protect.draw_questions(base, renderer, ROWS_A_BATCH, chance, warmth)
         texts = list(protect.readable(renderer, drawn))
         if not texts:
             return

@@ -200,7 +200,9 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(footprint, "SHAPES", {"tiny": tiny})
     monkeypatch.setattr(footprint, "DESCRIPTION", 12)
     monkeypatch.setattr(footprint, "CONTEXT", 64)
-    found = footprint.measure("tiny", torch.float32, steps, (1, 16), lambda event: None)
+    found = footprint.measure(
+        "tiny", torch.float32, steps, (1, 16), lambda event: None, counted=True
+    )
     one, many = found.edits
     assert (one.facts, one.outcome, one.default_steps) == (1, "committed", CONFIG.max_steps)
     group = GroupConfig()
@@ -214,6 +216,7 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
         assert cost.projected == pytest.approx(cost.seconds + missing * cost.step)
         assert cost.projected_cpu == pytest.approx(cost.cpu + missing * cost.cpu_step)
         assert cost.cpu > cost.cpu_step > 0
+        assert 0 < cost.rate < found.matmul and cost.operations > 2 * 16 * cost.tokens * 64 * 64
     sheet = footprint.measured_sheet(found)
     assert len(sheet.rows) == 2 and all(len(row) == len(sheet.headers) for row in sheet.rows)
 

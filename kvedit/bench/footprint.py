@@ -7,6 +7,7 @@ Invariants:
   random learns nothing reliably, and what is timed is the whole length of a lesson.
 - A measured peak is this process's own since the edit began, on Linux; elsewhere since its start.
 - A lesson that is cut to some steps says so; seconds for all of them are projected and called that.
+- What is timed is not counted: floating-point operations come from one more edit of the same size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -24,10 +25,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from kvedit import memory
+from kvedit import memory, models
 from kvedit.bench.report import Sheet
-from kvedit.bench.speed import peak_memory
+from kvedit.bench.speed import matmul_rate, peak_memory
 from kvedit.breadth_first import batch_of
 from kvedit.config import Config, GroupConfig
 from kvedit.editor import KnowledgeBase
@@ -95,7 +97,9 @@ class EditCost:
     ``tokens`` is the length of a text, question and answer; of the ``default_steps`` only ``steps``
     were made, each of ``step`` seconds; ``cpu`` and ``cpu_step`` are the same in seconds of all its
     threads together, which other work on the machine does not lengthen; ``estimate`` is what was
-    computed, in bytes.
+    computed, in bytes.  ``card`` is the peak of a GPU's memory, in bytes, and ``card_estimate``
+    what was computed of it; ``operations`` are the floating-point operations of a step, 0 where
+    they were not counted.
     """
 
     facts: int
@@ -110,6 +114,14 @@ class EditCost:
     timings: Mapping[str, float]
     peak: int
     estimate: int
+    card: int
+    card_estimate: int
+    operations: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second in a step."""
+        return self.operations / self.step
 
     @property
     def projected(self) -> float:
@@ -129,11 +141,14 @@ class EditCost:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Edits of a random model; ``created`` is what making the store took, in seconds, ``loaded``
-    the most memory until then, in bytes; ``verified`` the seconds of asking for all facts at last.
+    the most memory until then, in bytes; ``verified`` the seconds of asking for all facts at last;
+    ``matmul`` the operations a second of a large product of the model's dtype on its ``device``.
     """
 
     shape: str
     dtype: str
+    device: str
+    matmul: float
     created: float
     loaded: int
     verified: float
@@ -182,10 +197,17 @@ def _cells(sizes: memory.Sizes) -> tuple[str, ...]:
 
 
 def measure(
-    shape: str, dtype: torch.dtype, steps: int | None, groups: Sequence[int], emit: Emit
+    shape: str,
+    dtype: torch.dtype,
+    steps: int | None,
+    groups: Sequence[int],
+    emit: Emit,
+    *,
+    counted: bool = False,
 ) -> Measured:
     """Make a random model and a store for it, and teach as many facts at a time as ``groups`` says;
-    each lesson for so many steps, or (None) its whole length.
+    each lesson for so many steps, or (None) its whole length.  What is ``counted`` is taught once
+    more, with other facts.
     """
     with TemporaryDirectory(prefix="kvedit-memory-") as folder:
         emit(Status(phase=f"making a random model of {shape}"))
@@ -199,16 +221,38 @@ def measure(
             costs = [_edit(knowledge, facts, number, clock) for number, facts in enumerate(groups)]
             began = time.monotonic()
             knowledge.verify()
-            name = str(dtype).removeprefix("torch.")
             spent = time.monotonic() - began
-            return Measured(shape, name, created, loaded, spent, tuple(costs))
+            if counted:
+                costs = [
+                    replace(cost, operations=_operations(knowledge, cost.facts, number, clock))
+                    for number, cost in enumerate(costs, len(costs))
+                ]
+            device = knowledge.engine.base.device
+            return Measured(
+                shape=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                device=_device_name(device),
+                matmul=matmul_rate(dtype, device) if counted else 0.0,
+                created=created,
+                loaded=loaded,
+                verified=spent,
+                edits=tuple(costs),
+            )
+
+
+def _device_name(device: torch.device) -> str:
+    """What users call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _saved(shape: str, dtype: torch.dtype, folder: Path) -> Path:
     """The model on the disk, with a tokenizer of few tokens: what it costs is the vocabulary."""
     from transformers import AutoTokenizer
 
-    make(shape, dtype, "cpu", max_position_embeddings=CONTEXT).save_pretrained(folder)
+    made = make(shape, dtype, models.device().type, max_position_embeddings=CONTEXT)
+    made.save_pretrained(folder)
+    del made
+    memory.give_back()
     AutoTokenizer.from_pretrained(EMBEDDED_PATH).save_pretrained(folder)
     return folder
 
@@ -225,15 +269,19 @@ def _settings(steps: int | None) -> str:
 
 
 class _Clock:
-    """Passes events on, and keeps when each step of training ended."""
+    """Passes events on, and keeps when each step of training ended, and what was counted then."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self.steps: list[_Now] = []
+        self.counter: FlopCounterMode | None = None
+        self.counts: list[int] = []
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Status) and event.loss is not None:
             self.steps.append(_now())
+            if self.counter is not None:
+                self.counts.append(self.counter.get_total_flops())
         self._emit(event)
 
 
@@ -253,10 +301,26 @@ def _now() -> _Now:
     return _Now(time.monotonic(), time.process_time())
 
 
+def _operations(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> int:
+    """Of a step that teaches so many new facts together, forward and backward: each matrix product
+    (m x k by k x n) and attention, as 2 m k n; the median of the steps.
+    """
+    clock.counts.clear()
+    with FlopCounterMode(display=False) as clock.counter:
+        knowledge.add_group(_new(knowledge, facts, number), carry=True)
+    clock.counter = None
+    return int(median(later - earlier for earlier, later in pairwise(clock.counts)))
+
+
+def _new(knowledge: KnowledgeBase, facts: int, number: int) -> list[Fact]:
+    """Facts that no other number has."""
+    return [_fact(knowledge, 1000 * number + i) for i in range(facts)]
+
+
 def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
     """Teach so many new facts together."""
     held = len(knowledge.store.keys("committed"))
-    new = [_fact(knowledge, 1000 * number + i) for i in range(facts)]
+    new = _new(knowledge, facts, number)
     texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
     clock.steps.clear()
     _restart_peak()
@@ -282,6 +346,7 @@ def _cost(
     defaults, report = Config(), reports[-1]
     whole = len(reports) == 1  # else there was no memory for all of them together
     alone = facts == 1
+    estimate = knowledge.engine.estimate(load)
     return EditCost(
         facts=facts,
         tokens=load.length,
@@ -294,7 +359,9 @@ def _cost(
         cpu=spent.cpu,
         timings=report.timings,
         peak=_peak(),
-        estimate=knowledge.engine.estimate(load).total,
+        estimate=estimate.total,
+        card=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        card_estimate=estimate.on_device,
     )
 
 
@@ -314,23 +381,36 @@ def measured_sheet(found: Measured) -> Sheet:
         "shape", "dtype", "facts at once", "tokens a text", "outcome (open gate)", "steps made",
         "a step, s", "in all, s", "training", "probes", "merge", "journal", "default steps",
         "projected, s", "a step, CPU s", "in all, CPU s", "projected, CPU s", "peak, GiB",
-        "computed, GiB",
+        "computed, GiB", "GPU peak, GiB", "computed, GPU, GiB", "GFLOP a step", "TFLOP/s",
+        "share of the matrix rate",
     )  # fmt: skip
     title = (
-        f"Edits measured with {torch.get_num_threads()} threads at work; making the store:"
-        f" {found.created:.0f} s, {found.loaded / _GIB:.1f} GiB;"
+        f"Edits measured on {found.device} with {torch.get_num_threads()} threads at work; making"
+        f" the store: {found.created:.0f} s, {found.loaded / _GIB:.1f} GiB;"
         f" verifying all facts at last: {found.verified:.0f} s"
     )
+    if found.matmul:
+        title += f"; a large matrix product: {found.matmul / 1e12:.2f} TFLOP/s"
     return Sheet(title, headers, tuple(_measured_row(found, one) for one in found.edits))
 
 
 def _measured_row(found: Measured, one: EditCost) -> tuple[str, ...]:
+    card = ("-", "-")
+    if one.card:
+        card = (f"{one.card / _GIB:.1f}", f"{one.card_estimate / _GIB:.1f}")
+    counted = ("-", "-", "-")
+    if one.operations:
+        counted = (
+            f"{one.operations / 1e9:.1f}", f"{one.rate / 1e12:.2f}",
+            f"{100 * one.rate / found.matmul:.1f}%",
+        )  # fmt: skip
     parts = (one.timings.get(name, 0.0) for name in ("train", "probe", "merge", "journal"))
     return (
         found.shape, found.dtype, str(one.facts), str(one.tokens), one.outcome, str(one.steps),
         f"{one.step:.2f}", f"{one.seconds:.0f}", *(f"{part:.1f}" for part in parts),
         str(one.default_steps), f"{one.projected:.0f}", f"{one.cpu_step:.2f}", f"{one.cpu:.0f}",
         f"{one.projected_cpu:.0f}", f"{one.peak / _GIB:.1f}", f"{one.estimate / _GIB:.1f}",
+        *card, *counted,
     )  # fmt: skip
 
 
@@ -343,7 +423,9 @@ def _fact(knowledge: KnowledgeBase, number: int) -> Fact:
 
 
 def _restart_peak() -> None:
-    """Let the system forget the peak so far, where it can."""
+    """Let the system forget the peak so far, where it can, and the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

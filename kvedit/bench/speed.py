@@ -49,6 +49,8 @@ from kvedit.metrics import bootstrap
 from kvedit.training import Lesson
 
 MATMUL_SIDE = 1024
+ACCELERATED_SIDE = 8192
+"""Of a product on an accelerator, which 1024 would not fill."""
 MATMUL_SECONDS = 0.5
 REHEARSED = 16
 SEARCH = "search"
@@ -372,10 +374,11 @@ def _hooked(engine: Engine, parts: dict[str, float]) -> Iterator[None]:
 def matmul_rate(
     dtype: torch.dtype,
     device: torch.device,
-    side: int = MATMUL_SIDE,
+    side: int | None = None,
     seconds: float = MATMUL_SECONDS,
 ) -> float:
     """Operations a second (2 side^3 a product) of the fastest of many square products."""
+    side = side or matmul_side(device)
     one = torch.randn(side, side).to(device, dtype)
     fastest, until = float("inf"), time.monotonic() + seconds
     while fastest == float("inf") or time.monotonic() < until:
@@ -385,6 +388,11 @@ def matmul_rate(
         _wait(device)
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * side**3 / fastest
+
+
+def matmul_side(device: torch.device) -> int:
+    """Of the square products that tell what a device can do."""
+    return MATMUL_SIDE if device.type == "cpu" else ACCELERATED_SIDE
 
 
 def _wait(device: torch.device) -> None:

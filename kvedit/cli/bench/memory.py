@@ -11,9 +11,11 @@ from kvedit.cli.common import Settings
 @click.command()
 @click.option(
     "--measure",
-    "shape",
+    "shapes",
     type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
-    help="Also make a store for a random model of this shape, on the CPU, and teach it.",
+    multiple=True,
+    help="Also make a store for a random model of this shape, on the GPU if there is one, and"
+    " teach it; may be given more than once.",
 )
 @click.option(
     "--facts",
@@ -29,18 +31,30 @@ from kvedit.cli.common import Settings
     type=click.IntRange(min=8),
     help="Cut each lesson to so many steps; seconds for the others are projected. [all steps]",
 )
+@click.option(
+    "--operations",
+    "counted",
+    is_flag=True,
+    help="Also teach as many facts with the operations of a step counted, and set them against a"
+    " large matrix product of the same machine.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.pass_obj
 def memory(
-    settings: Settings, shape: str | None, groups: tuple[int, ...], steps: int | None, dtype: str
+    settings: Settings,
+    shapes: tuple[str, ...],
+    groups: tuple[int, ...],
+    steps: int | None,
+    counted: bool,
+    dtype: str,
 ) -> None:
     """How much memory editing takes, by model size and setting; and seconds, measured.
 
     \b
     Examples:
       kvedit bench memory
-      kvedit bench memory --measure 0.5B --dtype bfloat16
-      kvedit bench memory --measure 0.5B --dtype bfloat16 --facts 16 --steps 8
+      kvedit bench memory --measure 0.5B --measure 1.5B --dtype bfloat16
+      kvedit bench memory --measure 0.5B --dtype bfloat16 --facts 16 --steps 8 --operations
     """
     import torch
 
@@ -48,8 +62,9 @@ def memory(
     from kvedit.cli.progress import make_reporter
 
     sheets = [footprint.computed()]
-    if shape is not None:
+    for shape in shapes:
         with make_reporter(quiet=settings.quiet) as reporter:
-            found = footprint.measure(shape, getattr(torch, dtype), steps, groups, reporter)
+            kind = getattr(torch, dtype)
+            found = footprint.measure(shape, kind, steps, groups, reporter, counted=counted)
         sheets.append(footprint.measured_sheet(found))
     show("Memory", "shapes of Qwen2.5, random weights", "", sheets)

@@ -1,0 +1,166 @@
+"""On a GPU: what a store promises, and what the CPU says of the same model.
+
+Run with ``make test-gpu``; the machine needs a CUDA device and a torch that knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from small_engine import Kept, digest, holds  # noqa: E402
+from small_model import FREE, KNOWN, phrasings, settings  # noqa: E402
+
+from kvedit import KnowledgeBase, decoding, models, placement, pretrain, probes  # noqa: E402
+from kvedit import curvature as curvatures  # noqa: E402
+from kvedit.facts import Fact  # noqa: E402
+from kvedit.lower import LowerHalf  # noqa: E402
+from kvedit.models import BaseModel  # noqa: E402
+from kvedit.prompts import Example, Renderer  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.fixture
+def on_card(small: dict[str, Path]) -> BaseModel:
+    """The small model where it goes by itself."""
+    return models.load(str(small["fp32"]))
+
+
+@pytest.fixture
+def on_cpu(small: dict[str, Path]) -> BaseModel:
+    """The same weights on the CPU."""
+    return models.load(str(small["fp32"]), device_map="cpu")
+
+
+@pytest.fixture
+def asked(on_cpu: BaseModel) -> list[Example]:
+    """What it knows, under a few phrasings."""
+    renderer = Renderer(on_cpu.tokenizer, context=on_cpu.context, stops=on_cpu.stops)
+    pairs = [(w.replace("{key}", k), a) for k, a in KNOWN.items() for w in phrasings()[::3]]
+    return renderer.examples(pairs)
+
+
+@pytest.fixture
+def knowledge(small: dict[str, Path], tmp_path: Path) -> Iterator[KnowledgeBase]:
+    """A new store."""
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "kvedit.toml").write_text(settings(), encoding="utf-8")
+    with KnowledgeBase.create(path, small["bf16"]) as made:
+        yield made
+
+
+def test_a_model_goes_to_the_card_and_takes_larger_batches(
+    on_card: BaseModel, on_cpu: BaseModel
+) -> None:
+    assert on_card.device.type == "cuda" and placement.is_accelerated(on_card.model)
+    assert not placement.is_accelerated(on_cpu.model)
+    assert probes.batch_tokens(on_card.model) == probes.WIDER * probes.batch_tokens(on_cpu.model)
+    assert decoding.rows_a_batch(on_card.model, 100) > decoding.rows_a_batch(on_cpu.model, 100)
+
+
+def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
+    lower = LowerHalf(on_card.model, models.target_names(on_card.model))
+    expected = probes.recall(on_cpu.model, asked)
+    for kept in (None, lower, lower):
+        found = probes.recall(on_card.model, asked, kept)
+        assert [o.passed for o in found] == [o.passed for o in expected]
+        assert all(abs(a.margin - b.margin) < 0.05 for a, b in zip(found, expected, strict=True))
+    prefixes = [example.ids[: example.start] for example in asked]
+    rows = [decoding.generate(one.model, prefixes, end=0, limit=16) for one in (on_card, on_cpu)]
+    assert rows[0] == rows[1]
+
+
+def test_both_measure_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
+    names = models.target_names(on_cpu.model)
+    there, here = (curvatures.gradients(one.model, names, asked) for one in (on_card, on_cpu))
+    for name in names:
+        assert float((there[name].cpu() - here[name]).norm() / here[name].norm()) < 0.01
+    # What is drawn differs from device to device; how far it adds up does not.
+    sizes = [
+        curvatures.measure(one.model, names, asked, of=curvatures.margins)._size()
+        for one in (on_card, on_cpu)
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(on_card: BaseModel) -> None:
+    def draw(seed: int) -> list[list[int]]:
+        return decoding.generate(
+            on_card.model,
+            [[1]] * 8,
+            end=0,
+            limit=8,
+            temperature=1.0,
+            generator=placement.generator(on_card.model, seed),
+        )
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+def test_a_fact_is_added_kept_and_taken_back(knowledge: KnowledgeBase, empty_kept: Kept) -> None:
+    base = digest(knowledge)
+    assert base == empty_kept.digests[0]  # no edit has touched it yet
+    for fact in FREE[:3]:
+        assert knowledge.add(*fact).outcome == "committed"
+    head = digest(knowledge)
+    assert all(all(holds(knowledge, *fact)) for fact in FREE[:3])
+    path = knowledge.store.path
+    knowledge.close()
+    with KnowledgeBase.open(path) as again:
+        assert digest(again) == head
+        assert again.verify().generated.passed == 3
+        again.rollback(0)
+        assert digest(again) == base
+
+
+def test_facts_are_taught_together(knowledge: KnowledgeBase) -> None:
+    facts = [Fact.create(*one, lang="en") for one in FREE]
+    (report,) = knowledge.add_group(facts)
+    assert report.outcome == "committed"
+    assert all(all(holds(knowledge, *fact)) for fact in FREE)
+
+
+def test_a_store_made_on_the_card_opens_on_the_cpu(knowledge: KnowledgeBase) -> None:
+    knowledge.add(*FREE[0])
+    head, path = digest(knowledge), knowledge.store.path
+    knowledge.close()
+    (path / "kvedit.toml").write_text("[model]\ndevice_map = 'cpu'\n" + settings(), "utf-8")
+    with KnowledgeBase.open(path) as again:
+        assert again.engine.base.device.type == "cpu"
+        assert digest(again) == head
+        assert again.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+
+
+def test_the_same_lesson_gives_the_same_bits(small: dict[str, Path], tmp_path: Path) -> None:
+    digests = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kvedit.toml").write_text(settings(), encoding="utf-8")
+        with KnowledgeBase.create(tmp_path / name, small["bf16"]) as knowledge:
+            knowledge.add(*FREE[0])
+            digests.append(digest(knowledge))
+    assert digests[0] == digests[1]
+
+
+def test_pretraining_runs_there() -> None:
+    class Words:
+        bos_token_id = eos_token_id = 0
+        pad_token_id = 1
+
+        def __len__(self) -> int:
+            return 50
+
+    plan: list[pretrain.Rows] = [[[[2, 3, 4, 5, 6]], [[7, 8, 9]]] for _ in range(150)]
+    model = pretrain.new_model(Words(), 16, 1).cuda()  # type: ignore[arg-type]
+    run = pretrain.Run(model, plan, pad=1, muon=True)
+    assert run.finish() == 8 * len(plan)
+    assert run.loss < 1.0
