@@ -14,7 +14,7 @@ from kvedit.cli.common import Settings
     "shapes",
     type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
     multiple=True,
-    help="Also make a store for a random model of this shape, on the GPU if there is one, and"
+    help="Make a store for a random model of this shape, on the GPU if there is one, and"
     " teach it; may be given more than once.",
 )
 @click.option(
@@ -48,7 +48,8 @@ def memory(
     counted: bool,
     dtype: str,
 ) -> None:
-    """How much memory editing takes, by model size and setting; and seconds, measured.
+    """How much memory editing takes, by model size and setting, computed; or, with --measure, how
+    much it took, and how long.
 
     \b
     Examples:
@@ -61,10 +62,11 @@ def memory(
     from kvedit.bench import footprint
     from kvedit.cli.progress import make_reporter
 
-    sheets = [footprint.computed()]
+    model = "shapes of Qwen2.5, random weights"
+    if not shapes:
+        show("Memory", model, "", [footprint.computed()])
     for shape in shapes:
         with make_reporter(quiet=settings.quiet) as reporter:
             kind = getattr(torch, dtype)
             found = footprint.measure(shape, kind, steps, groups, reporter, counted=counted)
-        sheets.append(footprint.measured_sheet(found))
-    show("Memory", "shapes of Qwen2.5, random weights", "", sheets)
+        show("Memory", model, "", [footprint.measured_sheet(found)])
