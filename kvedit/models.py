@@ -170,6 +170,9 @@ def _load_weights(source: str, loading: Loading) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
     except errors as error:
         raise _cannot("model", source, error) from error
+    # cuDNN's attention writes a plan for every new shape, and here nearly every shape is new: the
+    # plans took five times as long as all else that decoding does.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     placed = loading.device_map or quantised.method(model)  # packed ones are put there as loaded
     return model if placed else model.to(device())
 

@@ -7,7 +7,8 @@ Invariants:
   random learns nothing reliably, and what is timed is the whole length of a lesson.
 - A measured peak is this process's own since the edit began, on Linux; elsewhere since its start.
 - A lesson that is cut to some steps says so; seconds for all of them are projected and called that.
-- What is timed is not counted: floating-point operations come from one more edit of the same size.
+- What is timed is not counted: floating-point operations come from one more lesson for as many
+  facts, which is not merged.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvedit import memory, models
@@ -37,6 +39,7 @@ from kvedit.engine import group_load
 from kvedit.events import EditReport, Event, Status
 from kvedit.facts import Fact
 from kvedit.models import EMBEDDED_PATH
+from kvedit.training import Lesson
 
 _GIB = 1024**3
 Emit = Callable[[Event], None]
@@ -45,6 +48,8 @@ DESCRIPTION = 100
 """Tokens of what is taught."""
 CONTEXT = 256
 ANCHORED = 32
+COUNTED = 8
+"""Steps of a lesson whose operations are counted."""
 _WORDS = ("amber", "brown", "clover", "dusty", "ember", "fallow", "gentle", "hollow", "knotted")
 _OPEN = """\
 [protect]
@@ -206,8 +211,8 @@ def measure(
     counted: bool = False,
 ) -> Measured:
     """Make a random model and a store for it, and teach as many facts at a time as ``groups`` says;
-    each lesson for so many steps, or (None) its whole length.  What is ``counted`` is taught once
-    more, with other facts.
+    each lesson for so many steps, or (None) its whole length.  If operations are to be ``counted``,
+    lessons for as many other facts follow.
     """
     with TemporaryDirectory(prefix="kvedit-memory-") as folder:
         emit(Status(phase=f"making a random model of {shape}"))
@@ -224,7 +229,7 @@ def measure(
             spent = time.monotonic() - began
             if counted:
                 costs = [
-                    replace(cost, operations=_operations(knowledge, cost.facts, number, clock))
+                    replace(cost, operations=_operations(knowledge, cost.facts, number))
                     for number, cost in enumerate(costs, len(costs))
                 ]
             device = knowledge.engine.base.device
@@ -269,19 +274,15 @@ def _settings(steps: int | None) -> str:
 
 
 class _Clock:
-    """Passes events on, and keeps when each step of training ended, and what was counted then."""
+    """Passes events on, and keeps when each step of training ended."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self.steps: list[_Now] = []
-        self.counter: FlopCounterMode | None = None
-        self.counts: list[int] = []
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Status) and event.loss is not None:
             self.steps.append(_now())
-            if self.counter is not None:
-                self.counts.append(self.counter.get_total_flops())
         self._emit(event)
 
 
@@ -301,15 +302,25 @@ def _now() -> _Now:
     return _Now(time.monotonic(), time.process_time())
 
 
-def _operations(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> int:
+def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
     """Of a step that teaches so many new facts together, forward and backward: each matrix product
-    (m x k by k x n) and attention, as 2 m k n; the median of the steps.
+    (m x k by k x n) and attention, as 2 m k n; the median of the first few steps.
     """
-    clock.counts.clear()
-    with FlopCounterMode(display=False) as clock.counter:
-        knowledge.add_group(_new(knowledge, facts, number), carry=True)
-    clock.counter = None
-    return int(median(later - earlier for earlier, later in pairwise(clock.counts)))
+    engine, config = knowledge.engine, knowledge.store.config
+    earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
+    new = [engine.examples(fact) for fact in _new(knowledge, facts, number)]
+    group, training = config.group, replace(config.training, max_steps=COUNTED)
+    group = replace(group, passes=_passes(group, facts, COUNTED), rounds=0)
+    counts: list[int] = []
+    # Of a kernel for attention the counter knows nothing where keys are fewer than queries.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        engine.teach(
+            Lesson(new, earlier, engine.anchors, len(earlier)),
+            training,
+            lambda step: counts.append(counter.get_total_flops()),
+            group if facts > 1 else None,
+        )
+    return int(median(after - before for before, after in pairwise(counts)))
 
 
 def _new(knowledge: KnowledgeBase, facts: int, number: int) -> list[Fact]:
