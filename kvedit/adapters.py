@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from kvedit.curvature import Roots, times
 from kvedit.deltas import Factors
 from kvedit.models import is_matrix
+from kvedit.widened import product
 
 NAME = "edit"
 _SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator judges ranks by
@@ -468,12 +469,12 @@ class _Edited(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, e: Tensor, slot: _Slot) -> Tensor:
         ctx.save_for_backward(x, slot.edited)
         ctx.slot = slot
-        return x @ slot.edited.T
+        return product(x, slot.edited.T)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         x, edited = ctx.saved_tensors
-        whole = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        whole = product(gradient.flatten(0, -2).T, x.flatten(0, -2))
         known = ctx.slot.gradient
         ctx.slot.gradient = whole.float() if known is None else known.add_(whole)
-        return gradient @ edited if ctx.needs_input_grad[0] else None, None, None
+        return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from kvedit import placement, quantised
+from kvedit import placement, quantised, widened
 from kvedit.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,9 @@ def _load_weights(source: str, loading: Loading) -> Any:
     # plans took five times as long as all else that decoding does.
     torch.backends.cuda.enable_cudnn_sdp(False)
     placed = loading.device_map or quantised.method(model)  # packed ones are put there as loaded
-    return model if placed else model.to(device())
+    model = model if placed else model.to(device())
+    widened.widen(model)
+    return model
 
 
 def again(base: BaseModel, *, device_map: str | None = None) -> BaseModel:

@@ -1,0 +1,117 @@
+"""Products of half-precision matrices on a CPU that is slow at them.
+
+torch multiplies bf16 and fp16 quickly where oneDNN has kernels for them: on x86 from AVX-512 on.
+Elsewhere, on most laptops, it does so in a plain loop, fifty times slower than in fp32.  There the
+operands are widened to fp32, multiplied, and the product rounded once, which is what the quick
+kernels do as well: they too sum in fp32.
+
+Invariants:
+- Weights and activations stay in their dtype: what is stored, digested and told of near-ties does
+  not depend on the processor.
+- A model that needs none of this is left as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvedit.placement import first_device
+
+HALF = (torch.bfloat16, torch.float16)
+SIDE = 256  # of the products that are timed
+SLOW = 8.0  # times the seconds of fp32: quick kernels take less than twice, plain loops fifty times
+ATTENTION = "kvedit_widened_sdpa"
+
+
+@cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a dtype much more slowly than wider ones: tried once,
+    a tenth of a second where it is so.
+    """
+    return dtype in HALF and _seconds(dtype) > SLOW * _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """The quickest of a few products."""
+    one = torch.ones(SIDE, SIDE, dtype=dtype)
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        one @ one
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """``one @ other``, (..., n) and (n, m), both of one dtype, in which it comes out."""
+    if _widens(one):
+        return (one.float() @ other.float()).to(one.dtype)
+    return one @ other
+
+
+def _widens(operand: Tensor) -> bool:
+    return operand.device.type == "cpu" and is_slow(operand.dtype)
+
+
+def widen(model: Any) -> None:
+    """Let a model on the CPU multiply in fp32 where its own dtype is slow there: its linear layers,
+    and attention where transformers lets it be chosen.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if first_device(model).type != "cpu" or not is_slow(model.dtype):
+        return
+    ways = {nn.Linear: _linear, Conv1D: _conv1d}
+    for module in model.modules():
+        if (way := ways.get(type(module))) is not None:
+            # Where accelerate fetches weights from elsewhere, inside of that.
+            name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+            setattr(module, name, partial(way, module))
+    if getattr(model.config, "_attn_implementation", "") == "sdpa":
+        _register_attention()
+        model.set_attn_implementation(ATTENTION)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    if not _widens(x):
+        return functional.linear(x, layer.weight, layer.bias)
+    bias = None if layer.bias is None else layer.bias.float()
+    return functional.linear(x.float(), layer.weight.float(), bias).to(x.dtype)
+
+
+def _conv1d(layer: Any, x: Tensor) -> Tensor:
+    """GPT-2's, whose weight is (in, out)."""
+    if not _widens(x):
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    return (x.float() @ layer.weight.float() + layer.bias.float()).to(x.dtype)
+
+
+@cache
+def _register_attention() -> None:
+    """Make a way of attention known to transformers: its own, in fp32."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not _widens(query):
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    found, _ = sdpa_attention_forward(
+        module, query.float(), key.float(), value.float(), mask, **more
+    )
+    return found.to(query.dtype), None

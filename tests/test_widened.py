@@ -1,0 +1,93 @@
+"""Half precision on a CPU that is slow at it: the same answers, weights left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvedit import models, widened
+from kvedit.models import BaseModel
+
+TRIED = widened.is_slow
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU that is slow at half precision, whatever this one is."""
+    monkeypatch.setattr(widened, "is_slow", lambda dtype: dtype in widened.HALF)
+    yield
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 9), st.sampled_from(widened.HALF))
+def test_a_product_is_rounded_once(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows * 100 + inner)
+    one = torch.randn(rows, inner, generator=generator).to(dtype)
+    other = torch.randn(inner, out, generator=generator).to(dtype)
+    found = widened.product(one, other)
+    assert found.dtype == dtype
+    assert torch.equal(found, (one.float() @ other.float()).to(dtype))
+
+
+def test_full_precision_is_left_alone() -> None:
+    one = torch.randn(3, 4)
+    assert torch.equal(widened.product(one, one.T), one @ one.T)
+
+
+def test_whether_it_is_slow_is_found_by_trying() -> None:
+    ratio = widened._seconds(torch.bfloat16) / widened._seconds(torch.float32)
+    assert TRIED(torch.bfloat16) == (ratio > widened.SLOW)
+    assert not TRIED(torch.float32)
+
+
+def test_a_model_says_the_same_and_keeps_its_weights(
+    small: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = models.load(str(small["bf16"]))
+    assert wide.model.config._attn_implementation == widened.ATTENTION
+    monkeypatch.setattr(widened, "is_slow", lambda dtype: False)
+    plain = models.load(str(small["bf16"]))
+    assert plain.model.config._attn_implementation == "sdpa"
+    assert wide.fingerprint == plain.fingerprint
+    for name, weight in wide.model.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, plain.model.get_parameter(name))
+    logits = [_logits(one) for one in (wide, plain)]
+    assert logits[0].dtype == torch.bfloat16
+    apart = (logits[0].float() - logits[1].float()).norm() / logits[1].float().norm()
+    assert float(apart) < 0.02
+
+
+def _logits(base: BaseModel) -> Tensor:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 5, 6, 7]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    with torch.no_grad():
+        found: Tensor = base.model(input_ids=ids, attention_mask=mask).logits
+    return found
+
+
+def test_gradients_reach_what_is_below(load: Callable[[str], BaseModel]) -> None:
+    model = load("bf16").model
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).float().sum().backward()
+    expected = layer.weight.float().sum(0).expand_as(x)
+    assert x.grad is not None
+    assert torch.allclose(x.grad.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_gpt2s_layers_too() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(5, 7).to(torch.bfloat16)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 7, dtype=torch.bfloat16)
+    found = widened._conv1d(layer, x)
+    wide = functional.linear(x.float(), layer.weight.float().T, layer.bias.float())
+    assert torch.equal(found, wide.to(torch.bfloat16))
