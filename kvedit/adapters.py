@@ -54,6 +54,7 @@ class _Slot:
     pull: Tensor
     weight: Tensor  # (out, in): what the change is added to
     edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
+    scale: float  # PEFT's, of B diag(E) A; read once, since a GPU is waited for to read it
     gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
     fresh: bool = True  # started, and not carried over into PEFT's modules yet
     along: Tensor | None = None  # (r, longer side): the pull in each direction of a frame
@@ -148,10 +149,6 @@ class _Slot:
         self.gradient = None
         for values in (self.module.lora_A, self.module.lora_B, self.module.lora_E):
             values[NAME].grad = None
-
-    @property
-    def scale(self) -> float:
-        return float(self.module.scaling[NAME] / (self.module.ranknum[NAME] + 1e-5))
 
 
 def group_rank(rank: int, facts: int) -> int:
@@ -436,7 +433,8 @@ def _slot(module: Any) -> _Slot:
     for values in (module.lora_A, module.lora_B, module.lora_E):
         values[NAME].data = values[NAME].data.float()  # PEFT casts them to the base's dtype
     empty = torch.empty(0)
-    return _Slot(module, empty, empty, Roots(empty, empty), empty, empty, empty)
+    scale = float(module.scaling[NAME] / (module.ranknum[NAME].detach() + 1e-5))
+    return _Slot(module, empty, empty, Roots(empty, empty), empty, empty, empty, scale)
 
 
 def _is_plain(layer: Any) -> bool:

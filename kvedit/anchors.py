@@ -113,7 +113,8 @@ def _answers(
     """The last hidden states at all answer positions, row by row, and the targets (rows, width)."""
     ids, targets = padded(examples)
     hidden = last_hidden(model, ids.to(first_device(model)), examples, lower)
-    return hidden[(targets >= 0).to(hidden.device)], targets
+    rows, places = (targets >= 0).nonzero(as_tuple=True)  # here: an accelerator is not waited for
+    return hidden[rows.to(hidden.device), places.to(hidden.device)], targets
 
 
 class _Divergence(torch.autograd.Function):

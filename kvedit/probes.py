@@ -85,16 +85,19 @@ def answers_of(
 ) -> Answers:
     """One forward pass; ``lower`` may save its lower half; logits in float only if ``exact``."""
     ids, targets = padded(examples)
-    ids, chosen = ids.to(first_device(model)), targets >= 0
+    ids = ids.to(first_device(model))
+    rows, places = (targets >= 0).nonzero(as_tuple=True)  # here: an accelerator is not waited for
+    wanted = targets[rows, places]
     if projects(model):
         hidden = last_hidden(model, ids, examples, lower)
-        logits = project(model, hidden[chosen.to(hidden.device)])
+        rows = rows.to(hidden.device)
+        logits = project(model, hidden[rows, places.to(hidden.device)])
     else:
         whole = model(input_ids=ids, use_cache=False).logits
-        logits = whole[chosen.to(whole.device)]
-    rows = torch.arange(len(examples))[:, None].expand_as(targets)[chosen]
-    wanted, rows = targets[chosen].to(logits.device), rows.to(logits.device)
-    return Answers(logits.float() if exact else logits, wanted, rows)
+        rows = rows.to(whole.device)
+        logits = whole[rows, places.to(whole.device)]
+    found = logits.float() if exact else logits
+    return Answers(found, wanted.to(logits.device), rows.to(logits.device))
 
 
 def projects(model: Any) -> bool:

@@ -78,18 +78,20 @@ def widen(model: Any) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    if not _widens(x):
-        return functional.linear(x, layer.weight, layer.bias)
-    bias = None if layer.bias is None else layer.bias.float()
-    return functional.linear(x.float(), layer.weight.float(), bias).to(x.dtype)
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    if _widens(x):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def _conv1d(layer: Any, x: Tensor) -> Tensor:
     """GPT-2's, whose weight is (in, out)."""
-    if not _widens(x):
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
-    return (x.float() @ layer.weight.float() + layer.bias.float()).to(x.dtype)
+    weight, bias = layer.weight, layer.bias
+    if _widens(x):
+        weight, bias = weight.float(), bias.float()
+    found: Tensor = x.to(weight.dtype) @ weight + bias
+    return found.to(x.dtype)
 
 
 @cache
