@@ -40,6 +40,7 @@ from kvedit.widened import product
 
 NAME = "edit"
 _SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator judges ranks by
+Tensors = list[Tensor] | tuple[Tensor, ...]
 _NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
 
 
@@ -57,7 +58,9 @@ class _Slot:
     scale: float  # PEFT's, of B diag(E) A; read once, since a GPU is waited for to read it
     gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
     fresh: bool = True  # started, and not carried over into PEFT's modules yet
-    along: Tensor | None = None  # (r, longer side): the pull in each direction of a frame
+    # Of a frame's directions, where there is one: how the pull lies, (r, longer side), and the
+    # square of their length, (r, 1).
+    along: tuple[Tensor, Tensor] | None = None
 
     def start(self, steep: Tensor, rank: int, *, framed: bool) -> None:
         """Set A', B' and E to where the gradient ``steep`` (out, in) would have them begin."""
@@ -84,17 +87,16 @@ class _Slot:
 
         A frame's directions are orthonormal, or zero: nothing has to be multiplied out.
         """
-        e = self.e[:, 0]
-        if len(self.trained) == 1:
-            ours = self.b.requires_grad
-            side, frame = (self.b.T, self.a) if ours else (self.a, self.b.T)
-            if self.along is None:
-                self.along = frame @ (self.pull.T if ours else self.pull)
-            sizes = side.square().sum(1) * frame.square().sum(1)
-            return (sizes * e.square() + 2 * (side * self.along).sum(1) * e).sum()
-        inner = (self.b.T @ self.b) * self.e * self.e.T
-        back = ((self.b.T @ self.pull) * self.a).sum(1)
-        return (inner * (self.a @ self.a.T)).sum() + 2 * (back * e).sum()
+        if len(self.trained) == 2:
+            both: Tensor = _Price.apply(self.a, self.b, self.e, self.pull)  # type: ignore[no-untyped-call]
+            return both
+        ours = self.b.requires_grad
+        side, frame = (self.b.T, self.a) if ours else (self.a, self.b.T)
+        if self.along is None:
+            pull = self.pull.T if ours else self.pull
+            self.along = frame @ pull, frame.square().sum(1, keepdim=True)
+        one: Tensor = _FramedPrice.apply(side, self.e, *self.along)  # type: ignore[no-untyped-call]
+        return one
 
     @property
     def trained(self) -> list[Tensor]:
@@ -183,6 +185,9 @@ class Adapter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
             self._tuner: Any = AdaLoraModel(model, self._config, NAME)  # type: ignore[no-untyped-call]
+        self._allocator: Any = self._tuner.rankallocator
+        look = partial(_look, self._allocator, _own_parameters(model))
+        setattr(self._allocator, "update_ipt", look)  # noqa: B010 - PEFT has no hook for it
         self._slots = {name: _slot(model.get_submodule(name)) for name in names}
         for slot in self._slots.values():
             if slot.lean:  # a quantised layer keeps PEFT's forward pass
@@ -229,11 +234,11 @@ class Adapter:
         self._config.tinit, self._config.tfinal = _NEVER - 2, 0
         self._config.total_step = _NEVER
         self._config.rank_pattern = None
-        self._tuner.rankallocator.reset_ipt()
+        self._allocator.reset_ipt()
 
     def state(self) -> dict[str, Any]:
         """Where an edit stands, on the CPU: coordinates, and what the allocator has seen."""
-        allocator, config = self._tuner.rankallocator, self._config
+        allocator, config = self._allocator, self._config
         return {
             "slots": {
                 name: tuple(part.detach().cpu() for part in (slot.e, slot.a, slot.b))
@@ -259,7 +264,7 @@ class Adapter:
         places = {name: p.device for name, p in self._tuner.model.named_parameters()}
         for kind, values in state["seen"].items():
             placed = {name: value.to(places[name]) for name, value in values.items()}
-            setattr(self._tuner.rankallocator, kind, placed)
+            setattr(self._allocator, kind, placed)
 
     def starting_values(self) -> list[Tensor]:
         """What an edit starts from, frames as well."""
@@ -302,11 +307,8 @@ class Adapter:
 
     def price(self) -> Tensor:
         """Predicted harm to protected text, the sum of |B' diag(E) A'|^2, a scalar."""
-        total = torch.zeros(())
-        for slot in self._slots.values():
-            own = slot.price()
-            total = total.to(own.device) + own
-        return total
+        prices = [slot.price() for slot in self._slots.values()]
+        return torch.stack([price.to(prices[0].device) for price in prices]).sum()
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
@@ -429,6 +431,38 @@ def _turned(root: Tensor) -> Tensor:
     return root if root.ndim == 1 else root.T
 
 
+def _own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's A, B and E of every wrapped module, by name."""
+    named = model.named_parameters()
+    return {name: p for name, p in named if "lora_" in name and name.endswith(f".{NAME}")}
+
+
+@torch.no_grad()
+def _look(allocator: Any, parameters: Mapping[str, Tensor], _: nn.Module) -> None:
+    """PEFT's ``RankAllocator.update_ipt``, the same arithmetic for all matrices at once.
+
+    One by one it launched a sixth of the kernels of a step, which is what a GPU waits for.
+    """
+    values = list(parameters.values())
+    if not allocator.ipt:
+        for kind in _SEEN:
+            getattr(allocator, kind).update({n: torch.zeros_like(p) for n, p in parameters.items()})
+    before = {kind: [getattr(allocator, kind)[name] for name in parameters] for kind in _SEEN}
+    slopes = [p.grad for p in values if p.grad is not None]  # all have one after a step
+    seen = torch._foreach_abs(torch._foreach_mul(values, slopes))
+    mean = _smoothed(before["exp_avg_ipt"], seen, allocator.beta1)
+    apart = torch._foreach_abs(torch._foreach_sub(seen, mean))
+    unsure = _smoothed(before["exp_avg_unc"], apart, allocator.beta2)
+    for kind, found in zip(_SEEN, (seen, mean, unsure), strict=True):
+        getattr(allocator, kind).update(zip(parameters, found, strict=True))
+
+
+def _smoothed(before: Tensors, now: Tensors, share: float) -> Tensors:
+    """``share`` of what was, and the rest of what is."""
+    kept, new = torch._foreach_mul(before, share), torch._foreach_mul(now, 1 - share)
+    return torch._foreach_add(kept, new)
+
+
 def _slot(module: Any) -> _Slot:
     for values in (module.lora_A, module.lora_B, module.lora_E):
         values[NAME].data = values[NAME].data.float()  # PEFT casts them to the base's dtype
@@ -476,3 +510,47 @@ class _Edited(torch.autograd.Function):
         known = ctx.slot.gradient
         ctx.slot.gradient = whole.float() if known is None else known.add_(whole)
         return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None
+
+
+class _Price(torch.autograd.Function):
+    """``|b diag(e) a|^2 + 2 <pull, b diag(e) a>``, a scalar: a (r, in), b (out, r), e (r, 1), pull
+    (out, in).
+
+    The gradients, which share most of its products, are formed with it: taken by autograd they were
+    three times as many kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, e: Tensor, pull: Tensor) -> Tensor:
+        rows, columns, sizes = a @ a.T, b.T @ b, e @ e.T
+        back, inner = b.T @ pull, columns * sizes
+        pulled = (back * a).sum(1, keepdim=True)
+        ctx.save_for_backward(
+            2 * torch.addmm(e * back, inner, a),
+            2 * torch.addmm((pull @ a.T) * e.T, b, sizes * rows),
+            2 * torch.addmm(pulled, columns * rows, e),
+        )
+        return (inner * rows).sum() + 2 * (pulled * e).sum()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        of_a, of_b, of_e = ctx.saved_tensors
+        return slope * of_a, slope * of_b, slope * of_e, None
+
+
+class _FramedPrice(torch.autograd.Function):
+    """The same where the other side's directions are at right angles: side (r, n), e (r, 1); along
+    (r, n) is how the pull lies in those directions, squares (r, 1) are their lengths squared.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, side: Tensor, e: Tensor, along: Tensor, squares: Tensor) -> Tensor:
+        once = squares * e
+        lengths, pulled = side.square().sum(1, keepdim=True), (side * along).sum(1, keepdim=True)
+        ctx.save_for_backward(2 * (side * (once * e) + along * e), 2 * (once * lengths + pulled))
+        return (e * (once * lengths + 2 * pulled)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_side, of_e = ctx.saved_tensors
+        return slope * of_side, slope * of_e, None, None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_model import FREE, KNOWN
 
+from kvedit import adapters
 from kvedit import curvature as curvatures
 from kvedit.adapters import NAME, Adapter
 from kvedit.config import TrainingConfig
@@ -208,6 +209,44 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
     slopes = (torch.autograd.grad(value, asked) for value in (found, wanted))
     for own, other in zip(*slopes, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
+
+
+def test_the_prices_slopes_are_those_of_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    a, b, e, pull = some(3, 7), some(5, 3), some(3, 1), some(5, 7)
+    change = (b * e.T) @ a
+    wanted = change.square().sum() + 2 * (change * pull).sum()
+    torch.testing.assert_close(adapters._Price.apply(a, b, e, pull), wanted)
+    trained = tuple(part.requires_grad_() for part in (a, b, e))
+    assert torch.autograd.gradcheck(adapters._Price.apply, (*trained, pull))
+    side, squares = some(3, 7).requires_grad_(), some(3, 1).square()
+    assert torch.autograd.gradcheck(adapters._FramedPrice.apply, (side, e, some(3, 7), squares))
+
+
+def test_the_allocator_sees_what_pefts_own_would(setting: Setting) -> None:
+    setting.learn(0, steps=6)
+    allocator = setting.adapter._allocator
+    generator = torch.Generator().manual_seed(4)
+    own = adapters._own_parameters(setting.model)
+    assert len(own) == 3 * len(setting.names)
+    allocator.reset_ipt()
+    for _ in range(3):
+        for parameter in own.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        before = {kind: dict(getattr(allocator, kind)) for kind in adapters._SEEN}
+        allocator.update_ipt(setting.model)
+        found = {kind: dict(getattr(allocator, kind)) for kind in adapters._SEEN}
+        for kind, values in before.items():
+            setattr(allocator, kind, values)
+        type(allocator).update_ipt(allocator, setting.model)
+        for kind, values in found.items():
+            expected = getattr(allocator, kind)
+            assert values.keys() == expected.keys() == own.keys()
+            assert all(torch.equal(values[name], expected[name]) for name in own)
 
 
 def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:
