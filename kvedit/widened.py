@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import cache, partial
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.placement import first_device
+
+log = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
 SIDE = 256  # of the products that are timed
@@ -67,6 +70,7 @@ def widen(model: Any) -> None:
 
     if first_device(model).type != "cpu" or not is_slow(model.dtype):
         return
+    log.info("this processor is slow at %s: products are computed in float32", model.dtype)
     ways = {nn.Linear: _linear, Conv1D: _conv1d}
     for module in model.modules():
         if (way := ways.get(type(module))) is not None:
