@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from kvedit.keys import naming
 from kvedit.lower import LowerHalf
-from kvedit.placement import first_device, is_accelerated
-from kvedit.probes import by_length, last_hidden, padded, project, projects, slices
+from kvedit.placement import first_device
+from kvedit.probes import batches, last_hidden, padded, project, projects, slices
 from kvedit.prompts import Example
 
 TURNED = 1.0
@@ -71,7 +71,7 @@ class Anchors:
         if not projects(model):
             return cls([], [])
         states: dict[int, Tensor] = {}
-        for batch in by_length(examples, alike=not is_accelerated(model)):
+        for batch in batches(model, examples):
             part = [examples[i] for i in batch]
             with torch.no_grad():
                 hidden, targets = _answers(model, part, lower)
@@ -97,8 +97,7 @@ class Anchors:
     ) -> Tensor:
         """(N,): KL(base || model) at each answer token, nats, in no particular order."""
         parts = []
-        texts = [self._examples[i] for i in chosen]
-        for batch in by_length(texts, alike=not is_accelerated(model)):
+        for batch in batches(model, [self._examples[i] for i in chosen]):
             own = [chosen[i] for i in batch]
             hidden, _ = _answers(model, [self._examples[i] for i in own], lower)
             with torch.no_grad():

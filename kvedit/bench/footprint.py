@@ -26,12 +26,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from kvedit import memory, models
 from kvedit.bench.report import Sheet
-from kvedit.bench.speed import matmul_rate, peak_memory
+from kvedit.bench.speed import counting, matmul_rate, peak_memory
 from kvedit.breadth_first import batch_of
 from kvedit.config import Config, GroupConfig
 from kvedit.editor import KnowledgeBase
@@ -303,8 +301,8 @@ def _now() -> _Now:
 
 
 def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
-    """Of a step that teaches so many new facts together, forward and backward: each matrix product
-    (m x k by k x n) and attention, as 2 m k n; the median of the first few steps.
+    """Of a step that teaches so many new facts together, forward and backward: the median of the
+    first few.
     """
     engine, config = knowledge.engine, knowledge.store.config
     earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
@@ -312,8 +310,7 @@ def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
     group, training = config.group, replace(config.training, max_steps=COUNTED)
     group = replace(group, passes=_passes(group, facts, COUNTED), rounds=0)
     counts: list[int] = []
-    # Of a kernel for attention the counter knows nothing where keys are fewer than queries.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         engine.teach(
             Lesson(new, earlier, engine.anchors, len(earlier)),
             training,
