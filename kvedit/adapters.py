@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from kvedit.curvature import Roots, times
 from kvedit.deltas import Factors
 from kvedit.models import is_matrix
+from kvedit.prices import FramedPrice, Price
 from kvedit.widened import product
 
 NAME = "edit"
@@ -88,14 +89,14 @@ class _Slot:
         A frame's directions are orthonormal, or zero: nothing has to be multiplied out.
         """
         if len(self.trained) == 2:
-            both: Tensor = _Price.apply(self.a, self.b, self.e, self.pull)  # type: ignore[no-untyped-call]
+            both: Tensor = Price.apply(self.a, self.b, self.e, self.pull)  # type: ignore[no-untyped-call]
             return both
         ours = self.b.requires_grad
         side, frame = (self.b.T, self.a) if ours else (self.a, self.b.T)
         if self.along is None:
             pull = self.pull.T if ours else self.pull
             self.along = frame @ pull, frame.square().sum(1, keepdim=True)
-        one: Tensor = _FramedPrice.apply(side, self.e, *self.along)  # type: ignore[no-untyped-call]
+        one: Tensor = FramedPrice.apply(side, self.e, *self.along)  # type: ignore[no-untyped-call]
         return one
 
     @property
@@ -510,47 +511,3 @@ class _Edited(torch.autograd.Function):
         known = ctx.slot.gradient
         ctx.slot.gradient = whole.float() if known is None else known.add_(whole)
         return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None
-
-
-class _Price(torch.autograd.Function):
-    """``|b diag(e) a|^2 + 2 <pull, b diag(e) a>``, a scalar: a (r, in), b (out, r), e (r, 1), pull
-    (out, in).
-
-    The gradients, which share most of its products, are formed with it: taken by autograd they were
-    three times as many kernels.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, e: Tensor, pull: Tensor) -> Tensor:
-        rows, columns, sizes = a @ a.T, b.T @ b, e @ e.T
-        back, inner = b.T @ pull, columns * sizes
-        pulled = (back * a).sum(1, keepdim=True)
-        ctx.save_for_backward(
-            2 * torch.addmm(e * back, inner, a),
-            2 * torch.addmm((pull @ a.T) * e.T, b, sizes * rows),
-            2 * torch.addmm(pulled, columns * rows, e),
-        )
-        return (inner * rows).sum() + 2 * (pulled * e).sum()
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        of_a, of_b, of_e = ctx.saved_tensors
-        return slope * of_a, slope * of_b, slope * of_e, None
-
-
-class _FramedPrice(torch.autograd.Function):
-    """The same where the other side's directions are at right angles: side (r, n), e (r, 1); along
-    (r, n) is how the pull lies in those directions, squares (r, 1) are their lengths squared.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, side: Tensor, e: Tensor, along: Tensor, squares: Tensor) -> Tensor:
-        once = squares * e
-        lengths, pulled = side.square().sum(1, keepdim=True), (side * along).sum(1, keepdim=True)
-        ctx.save_for_backward(2 * (side * (once * e) + along * e), 2 * (once * lengths + pulled))
-        return (e * (once * lengths + 2 * pulled)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        of_side, of_e = ctx.saved_tensors
-        return slope * of_side, slope * of_e, None, None

@@ -211,22 +211,6 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
 
 
-def test_the_prices_slopes_are_those_of_their_formulas() -> None:
-    generator = torch.Generator().manual_seed(3)
-
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    a, b, e, pull = some(3, 7), some(5, 3), some(3, 1), some(5, 7)
-    change = (b * e.T) @ a
-    wanted = change.square().sum() + 2 * (change * pull).sum()
-    torch.testing.assert_close(adapters._Price.apply(a, b, e, pull), wanted)
-    trained = tuple(part.requires_grad_() for part in (a, b, e))
-    assert torch.autograd.gradcheck(adapters._Price.apply, (*trained, pull))
-    side, squares = some(3, 7).requires_grad_(), some(3, 1).square()
-    assert torch.autograd.gradcheck(adapters._FramedPrice.apply, (side, e, some(3, 7), squares))
-
-
 def test_the_allocator_sees_what_pefts_own_would(setting: Setting) -> None:
     setting.learn(0, steps=6)
     allocator = setting.adapter._allocator

@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "model": (
         "prompts",
         "placement",
+        "prices",
         "widened",
         "quantised",
         "models",
