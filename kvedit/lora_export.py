@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvedit import adapters, models, probes
+from kvedit import adapters, lora, models, probes
 from kvedit.deltas import Factors
 from kvedit.engine import Engine
 from kvedit.errors import UsageError
@@ -105,7 +105,7 @@ def _smallest(
     while low < high:
         middle = (low + high) // 2
         progress(f"trying rank {middle} of {most}")
-        adapters.cut_lora(wrapped, full, middle)
+        lora.cut(wrapped, full, middle)
         if all(outcome.passed for outcome in probes.recall(wrapped, green)):
             high = middle
         else:
@@ -118,7 +118,7 @@ def _write(engine: Engine, folder: Path, factors: Mapping[str, Factors]) -> None
         not isinstance(_plain(engine.base.model.get_submodule(name)), torch.nn.Linear)
         for name in factors
     )
-    adapters.write_lora(folder, factors, base=engine.base.path, conv=conv)
+    lora.write(folder, factors, base=engine.base.path, conv=conv)
 
 
 def _plain(module: Any) -> Any:
@@ -129,7 +129,7 @@ def _plain(module: Any) -> Any:
 def _loaded(engine: Engine, folder: Path) -> Any:
     """A fresh base model under the adapter, as transformers' own class: PEFT wraps it in place."""
     fresh = models.again(engine.base)
-    adapters.load_lora(fresh.model, folder)
+    lora.load(fresh.model, folder)
     return fresh.model
 
 

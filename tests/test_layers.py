@@ -42,6 +42,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "models",
         "adapters",
         "deltas",
+        "lora",
         "crew",
         "shards",
         "probes",
@@ -90,7 +91,7 @@ HEAVY = frozenset({"torch", "transformers", "peft", "accelerate"})
 NEVER_HEAVY = frozenset({*LAYERS["base"], *LAYERS["store"], "reports", "plots"})
 LIGHT_AT_IMPORT = frozenset({*NEVER_HEAVY, *LAYERS["cli"], ROOT})
 FORBIDDEN = {"model": frozenset(LAYERS["store"])}  # the model layer knows nothing of the store
-PEFT_SEAM = frozenset({"adapters", "plain"})  # plain: the baseline, PEFT as it comes
+PEFT_SEAM = frozenset({"adapters", "lora", "plain"})  # plain: the baseline, PEFT as it comes
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 
