@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kvedit import widened
 from kvedit.bookmarks import Bookmarks, Keep, State
 
 log = logging.getLogger(__name__)
@@ -371,15 +372,19 @@ class Run:
         loss = self._loss_of(to_batch(rows, self._pad, self._model.device))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        with widened.Products():  # type: ignore[no-untyped-call]  # Muon works in bf16
+            for optimizer in self._optimizers:
+                optimizer.step()
         for optimizer in self._optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._loss.lerp_(loss.detach(), 0.02 if self.step else 1.0)
         self.step += 1
         self.tokens += sum(len(doc) for row in rows for doc in row)
 
     def _loss_of(self, batch: Batch) -> Tensor:
-        with torch.autocast(self._model.device.type, torch.bfloat16):
+        place = self._model.device.type
+        slow = place == "cpu" and widened.is_slow(torch.bfloat16)
+        with torch.autocast(place, torch.bfloat16, enabled=not slow):
             logits = self._forward(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvedit.placement import first_device
 
@@ -30,6 +31,7 @@ HALF = (torch.bfloat16, torch.float16)
 SIDE = 256  # of the products that are timed
 SLOW = 8.0  # times the seconds of fp32: quick kernels take less than twice, plain loops fifty times
 ATTENTION = "kvedit_widened_sdpa"
+_OF_MATRICES = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 @cache
@@ -60,6 +62,16 @@ def product(one: Tensor, other: Tensor) -> Tensor:
 
 def _widens(operand: Tensor) -> bool:
     return operand.device.type == "cpu" and is_slow(operand.dtype)
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """In this context all products of two matrices are ``product``s: for code that is not ours."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        more = kwargs or {}
+        if func not in _OF_MATRICES or not _widens(args[0]):
+            return func(*args, **more)
+        return func(*(operand.float() for operand in args), **more).to(args[0].dtype)
 
 
 def widen(model: Any) -> None:

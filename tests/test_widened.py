@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,33 @@ def test_a_product_is_rounded_once(rows: int, inner: int, out: int, dtype: torch
 def test_full_precision_is_left_alone() -> None:
     one = torch.randn(3, 4)
     assert torch.equal(widened.product(one, one.T), one @ one.T)
+    with widened.Products():
+        assert torch.equal(one @ one.T, widened.product(one, one.T))
+
+
+def test_products_of_others_are_rounded_once() -> None:
+    one, other = torch.randn(5, 40).bfloat16(), torch.randn(40, 5).bfloat16()
+    more = torch.randn(5, 5).bfloat16()
+    with widened.Products():
+        found, added = one @ other, torch.addmm(more, one, other, beta=2.0, alpha=-3.0)
+    assert torch.equal(found, widened.product(one, other))
+    exact = 2.0 * more.double() - 3.0 * (one.double() @ other.double())
+    assert added.dtype == torch.bfloat16
+    torch.testing.assert_close(added.double(), exact, rtol=2.0**-8, atol=1e-6)
+
+
+def test_muon_takes_the_same_step() -> None:
+    """It makes its directions orthogonal by products of bf16 matrices, wherever it runs."""
+    found = []
+    for context in (widened.Products(), nullcontext()):
+        weight = nn.Parameter(torch.linspace(-1, 1, 48).reshape(6, 8))
+        weight.grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Muon([weight], lr=0.02)
+        with context:
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=0)
+    assert not torch.equal(found[0], torch.linspace(-1, 1, 48).reshape(6, 8))
 
 
 def test_whether_it_is_slow_is_found_by_trying() -> None:
