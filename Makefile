@@ -2,6 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.complete
+# Processes that share the tests, one thread each: of matrices this small two threads do no more than
+# one, and threads that outnumber the cores wait for each other.
+JOBS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 # PyPI's Linux build of torch drags in several GB of CUDA libraries; this index has the CPU build.
 # Out of reach or empty is fine: pip then takes the version it finds elsewhere.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -26,11 +30,11 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)  ## the main job, for real, in a temporary store
 	$(PY) -m kvedit.demo
 
-test: lint  ## ruff, mypy --strict and pytest
-	$(PY) -m pytest
+test: lint  ## ruff, mypy --strict and pytest; JOBS=N processes share the tests
+	$(PYTEST)
 
 test-slow: $(STAMP)  ## the tests that train a model
-	$(PY) -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device, and a torch that knows it
 	$(PY) -m pytest -m gpu

@@ -67,9 +67,15 @@ def first_device(model: nn.Module) -> torch.device:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether a model lies on more than a CPU; one without weights, whether it would."""
-    kinds = {p.device.type for p in model.parameters()} - {"meta"}
-    return kinds != {"cpu"} if kinds else torch.cuda.is_available()
+    """Whether a model lies on more than a CPU; one without weights, whether it would.
+
+    Asked in every step: only a model that is spread is looked at as a whole.
+    """
+    kinds = (p.device.type for p in model.parameters() if p.device.type != "meta")
+    first = next(kinds, None)
+    if first is None:
+        return torch.cuda.is_available()
+    return first != "cpu" or (is_spread(model) and any(kind != "cpu" for kind in kinds))
 
 
 def generator(model: nn.Module, seed: int) -> torch.Generator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,21 +15,9 @@ if TYPE_CHECKING:
     from kvedit.engine import Engine
     from kvedit.models import BaseModel
 
-THREADS = "KVEDIT_TEST_THREADS"
-"""Set it to limit torch's threads, for instance to 1 on a machine that is busy."""
-
 
 @pytest.fixture(scope="session")
-def torch_ready() -> None:
-    """Torch as the environment wants it."""
-    import torch
-
-    if count := os.environ.get(THREADS):
-        torch.set_num_threads(int(count))
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory, torch_ready: None) -> dict[str, Path]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the small model: ``fp32`` and ``bf16``."""
     from small_model import build
 

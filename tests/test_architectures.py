@@ -22,7 +22,7 @@ QUICK = ("Phi-3", "GPT-2")  # fused projections with a chat template; Conv1D wit
 
 
 @pytest.fixture(scope="session")
-def untaught(tmp_path_factory: pytest.TempPathFactory, torch_ready: None) -> Callable[[str], Path]:
+def untaught(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of tiny models as they are at random, made once each."""
     made: dict[str, Path] = {}
 
@@ -44,16 +44,14 @@ def tiny_model(untaught: Callable[[str], Path]) -> Callable[[str], BaseModel]:
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
-def test_a_whole_life(name: str, tmp_path: Path, torch_ready: None) -> None:
+def test_a_whole_life(name: str, tmp_path: Path) -> None:
     row = architectures.try_one(tiny.find(name), tmp_path)
     assert row.passed, row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_whole_life_in_half_precision(
-    dtype: torch.dtype, tmp_path: Path, torch_ready: None
-) -> None:
+def test_a_whole_life_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     row = architectures.try_one(tiny.find("Llama"), tmp_path, dtype)
     assert row.passed, row
     assert row.dtype in str(dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvedit import memory
 from kvedit.config import GroupConfig
 from kvedit.errors import OutOfMemoryError
 from kvedit.facts import Fact
@@ -33,6 +34,14 @@ def room(warn: Callable[[str], None] = lambda text: None) -> Room:
 
 def facts(count: int) -> list[Fact]:
     return [Fact.create(f"key {at}", f"text {at}") for at in range(count)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_give_back() -> Iterator[None]:
+    """Garbage is not collected: that takes half a second wherever the whole suite is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "give_back", lambda: None)
+        yield
 
 
 def out_of_memory() -> None:
