@@ -151,7 +151,7 @@ class Loop:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         values, vectors = self._adapter.parameters()
         groups = [{"params": values, "share": 1.0}, {"params": vectors, "share": VECTORS_SHARE}]
-        return torch.optim.Adam(groups, lr=self._config.learning_rate, betas=ADAM_BETAS)
+        return torch.optim.Adam(groups, lr=self._config.learning_rate, betas=ADAM_BETAS, fused=True)
 
     def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> Tensor:
         """One update; returns the margins, in logits, that each example had before it."""
