@@ -200,7 +200,7 @@ class BreadthFirst(Loop):
         chosen = self._earlier()
         earlier = [self._rng.choice(list(self._lesson.rehearsal[fact])) for fact in chosen]
         margins = self._step(self._step_number, new, earlier)[len(new) :]
-        self._margins.update(zip(chosen, margins.tolist(), strict=True))
+        self._margins.update(zip(chosen, margins, strict=True))
         if self._step_number == 1:
             self._to_gain = self._loss
 

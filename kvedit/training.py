@@ -153,7 +153,7 @@ class Loop:
         groups = [{"params": values, "share": 1.0}, {"params": vectors, "share": VECTORS_SHARE}]
         return torch.optim.Adam(groups, lr=self._config.learning_rate, betas=ADAM_BETAS, fused=True)
 
-    def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> Tensor:
+    def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> list[float]:
         """One update; returns the margins, in logits, that each example had before it."""
         self._adapter.write()
         with self._accelerator.autocast():
@@ -168,15 +168,16 @@ class Loop:
         self._after_update()
         self._adapter.allocate(step)
         self._optimizer.zero_grad(set_to_none=True)
-        self._loss = float(loss.detach())
-        self._price = self._share.agreed(float(price.detach()))
+        seen = torch.stack([loss.detach(), price.detach()])
+        # A GPU is waited for once.
+        told = torch.cat([seen, scores.margins(len(new) + len(earlier))]).tolist()
+        self._loss, self._price, margins = told[0], self._share.agreed(told[1]), told[2:]
         if self._loss != self._loss or self._price != self._price:
             raise TrainingError(
                 f"the training loss became NaN at step {step}",
                 hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
             )
-        margins = scores.margins(len(new) + len(earlier))
-        recalled = int((margins[: len(new)] > 0).sum())
+        recalled = sum(margin > 0 for margin in margins[: len(new)])
         self._on_step(
             Step(step, self._total, self._phase, self._loss, self._price, recalled, len(new))
         )
@@ -219,7 +220,7 @@ class _DepthFirst(Loop):
             if self._phase == "learn" and step > PATIENCE:
                 self._weight *= YIELD
             new, earlier = self._draw()
-            self._lead = float(self._step(step, new, earlier)[: len(new)].min())
+            self._lead = min(self._step(step, new, earlier)[: len(new)])
             self._streak = self._streak + 1 if self._lead > 0 else 0
             if self._finished(step):
                 return Trained(step, True, self._loss, self._price)
