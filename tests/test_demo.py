@@ -74,7 +74,7 @@ def test_a_refused_edit_is_told_and_fails_the_demo(
 
 @pytest.mark.slow
 def test_the_real_one_takes_at_most_three_minutes(tmp_path: Path) -> None:
-    """Ten where products of half precision have to be widened: four or five are what README says."""
+    """Ten where half precision is slow: README speaks of four or five minutes there."""
     limit = 600 if widened.is_slow(torch.bfloat16) else 180
     began = time.monotonic()
     done = subprocess.run(
