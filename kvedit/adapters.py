@@ -25,132 +25,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvedit.curvature import Roots, times
+from kvedit.curvature import Roots
 from kvedit.deltas import Factors
 from kvedit.models import is_matrix
-from kvedit.prices import FramedPrice, Price
+from kvedit.stacks import NAME, Slot, Stack
 from kvedit.widened import product
 
-NAME = "edit"
 _SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator judges ranks by
 Tensors = list[Tensor] | tuple[Tensor, ...]
 _NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One wrapped matrix: PEFT's module, and the trained coordinates A' (r, in) and B' (out, r)."""
-
-    module: Any
-    a: Tensor
-    b: Tensor
-    roots: Roots
-    pull: Tensor
-    weight: Tensor  # (out, in): what the change is added to
-    edited: Tensor  # (out, in): the sum, in the dtype that the layer runs in
-    scale: float  # PEFT's, of B diag(E) A; read once, since a GPU is waited for to read it
-    gradient: Tensor | None = None  # (out, in), fp32: of the sum, over the batches of a step
-    fresh: bool = True  # started, and not carried over into PEFT's modules yet
-    # Of a frame's directions, where there is one: how the pull lies, (r, longer side), and the
-    # square of their length, (r, 1).
-    along: tuple[Tensor, Tensor] | None = None
-
-    def start(self, steep: Tensor, rank: int, *, framed: bool) -> None:
-        """Set A', B' and E to where the gradient ``steep`` (out, in) would have them begin."""
-        u, v = leading(steep, min(rank, *steep.shape))
-        self.a, self.b = (_filled(side, self.e.shape[0]) for side in (v.T, u.T))
-        self.b = self.b.T.contiguous()
-        with torch.no_grad():
-            self.e.fill_(1.0 if framed else 0.0)
-        if framed and steep.shape[0] <= steep.shape[1]:
-            self.a = torch.zeros_like(self.a).requires_grad_()
-        elif framed:
-            self.b = torch.zeros_like(self.b).requires_grad_()
-        else:
-            self.a.requires_grad_()
-            self.b.requires_grad_()
-        self.changed()
-
-    def changed(self) -> None:
-        """A', B' and E were set anew: what was made of a frame is not its own."""
-        self.fresh, self.along = True, None
-
-    def price(self) -> Tensor:
-        """|B' diag(E) A'|^2, and what the pull adds to it, a scalar.
-
-        A frame's directions are orthonormal, or zero: nothing has to be multiplied out.
-        """
-        if len(self.trained) == 2:
-            both: Tensor = Price.apply(self.a, self.b, self.e, self.pull)  # type: ignore[no-untyped-call]
-            return both
-        ours = self.b.requires_grad
-        side, frame = (self.b.T, self.a) if ours else (self.a, self.b.T)
-        if self.along is None:
-            pull = self.pull.T if ours else self.pull
-            self.along = frame @ pull, frame.square().sum(1, keepdim=True)
-        one: Tensor = FramedPrice.apply(side, self.e, *self.along)  # type: ignore[no-untyped-call]
-        return one
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """Of A' and B' what is no frame."""
-        return [side for side in (self.a, self.b) if side.requires_grad]
-
-    @property
-    def lean(self) -> bool:
-        """Whether the layer is a matrix that a change can be added to, not a quantised one."""
-        return _is_plain(self.module.base_layer)
-
-    @property
-    def e(self) -> Tensor:
-        """(r, 1): PEFT's own singular values."""
-        values: Tensor = self.module.lora_E[NAME]
-        return values
-
-    def carry_over(self) -> None:
-        """A' and B' as PEFT's A and B; a frame once, when it is set."""
-        a, b = self.module.lora_A[NAME], self.module.lora_B[NAME]
-        if self.fresh or self.a.requires_grad:
-            a.copy_(times(self.a, self.roots.right))
-        if self.fresh or self.b.requires_grad:
-            b.copy_(times(self.b.T, _turned(self.roots.left)).T)
-        self.fresh = False
-        if self.lean:
-            whole = torch.addmm(self.weight.float(), b * (self.e.T * self.scale), a)
-            self.edited = whole.to(self.module.base_layer.weight.dtype)
-
-    def carry_back(self) -> None:
-        """The gradients of PEFT's A and B as those of A' and B', of what is trained alone."""
-        a, b = self.module.lora_A[NAME], self.module.lora_B[NAME]
-        if self.a.requires_grad:
-            _gather(self.a, times(a.grad, _turned(self.roots.right)))
-        if self.b.requires_grad:
-            _gather(self.b, times(b.grad.T, self.roots.left).T)
-
-    def share_out(self) -> None:
-        """The gradients of PEFT's A, B and E from that of the sum ``W + B diag(E) A``."""
-        if self.gradient is None:
-            return
-        a, b = self.module.lora_A[NAME], self.module.lora_B[NAME]
-        inner, scaled = b.T @ self.gradient, self.e.detach() * self.scale  # (r, in), (r, 1)
-        outer = self.gradient @ a.T  # (out, r)
-        a.grad, b.grad = inner * scaled, outer * scaled.T
-        own = (inner * a).sum(1, keepdim=True) * self.scale
-        self.e.grad = own if self.e.grad is None else self.e.grad + own
-        self.gradient = None
-
-    def forget(self) -> None:
-        """Drop gradients: a lesson that was broken off may have left some of a step behind."""
-        self.gradient = None
-        for values in (self.module.lora_A, self.module.lora_B, self.module.lora_E):
-            values[NAME].grad = None
 
 
 def group_rank(rank: int, facts: int) -> int:
@@ -186,11 +75,15 @@ class Adapter:
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
             self._tuner: Any = AdaLoraModel(model, self._config, NAME)  # type: ignore[no-untyped-call]
         self._allocator: Any = self._tuner.rankallocator
-        look = partial(_look, self._allocator, _own_parameters(model))
-        setattr(self._allocator, "update_ipt", look)  # noqa: B010 - PEFT has no hook for it
-        self._slots = {name: _slot(model.get_submodule(name)) for name in names}
+        self._stacks = _stacked(model, names)
+        self._slots = {
+            name: Slot(stack.modules[at], stack, at)
+            for stack, own in self._stacks
+            for at, name in enumerate(own)
+        }
+        self._ranks = _Ranks(self._allocator, self._stacks)
         for slot in self._slots.values():
-            if slot.lean:  # a quantised layer keeps PEFT's forward pass
+            if slot.stack.lean:  # a quantised layer keeps PEFT's forward pass
                 slot.module.forward = partial(_run, slot)
         self.turn(on=False)
 
@@ -224,13 +117,16 @@ class Adapter:
         as they are, in full precision where there is room for it.  With ``framed`` one side stays
         what it is at the start, the other begins at zero, and E is one.
         """
-        for name, slot in self._slots.items():
-            slot.roots = roots[name]
-            steep = _into(gradients[name], slot.roots)
-            slot.pull = _into(drift[name], slot.roots)
-            slot.weight = weights[name]
-            slot.start(steep, self.rank, framed=framed)
-            slot.forget()
+        for stack, names in self._stacks:
+            stack.start(
+                [roots[name] for name in names],
+                [gradients[name] for name in names],
+                [drift[name] for name in names],
+                [weights[name] for name in names],
+                self.rank,
+                framed=framed,
+            )
+            stack.forget()
         self._config.tinit, self._config.tfinal = _NEVER - 2, 0
         self._config.total_step = _NEVER
         self._config.rank_pattern = None
@@ -238,60 +134,58 @@ class Adapter:
 
     def state(self) -> dict[str, Any]:
         """Where an edit stands, on the CPU: coordinates, and what the allocator has seen."""
-        allocator, config = self._allocator, self._config
+        config = self._config
         return {
             "slots": {
-                name: tuple(part.detach().cpu() for part in (slot.e, slot.a, slot.b))
-                for name, slot in self._slots.items()
+                name: tuple(part[at].detach().cpu() for part in (stack.e, stack.a, stack.b))
+                for stack, names in self._stacks
+                for at, name in enumerate(names)
             },
             "schedule": (config.tinit, config.tfinal, config.total_step, config.rank_pattern),
-            "seen": {
-                kind: {name: value.cpu() for name, value in getattr(allocator, kind).items()}
-                for kind in _SEEN
-            },
+            "seen": self._ranks.state(),
         }
 
     @torch.no_grad()
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from the ``state`` of an edit that began as this one, just reset, does."""
-        for name, parts in state["slots"].items():
-            slot = self._slots[name]
-            for own, part in zip((slot.e, slot.a, slot.b), parts, strict=True):
-                own.copy_(part)
-            slot.changed()
+        for stack, names in self._stacks:
+            for at, name in enumerate(names):
+                own = (stack.e, stack.a, stack.b)
+                for whole, part in zip(own, state["slots"][name], strict=True):
+                    whole[at].copy_(part)
+            stack.changed()
         config = self._config
         config.tinit, config.tfinal, config.total_step, config.rank_pattern = state["schedule"]
-        places = {name: p.device for name, p in self._tuner.model.named_parameters()}
-        for kind, values in state["seen"].items():
-            placed = {name: value.to(places[name]) for name, value in values.items()}
-            setattr(self._allocator, kind, placed)
+        self._ranks.resume(state["seen"])
 
     def starting_values(self) -> list[Tensor]:
         """What an edit starts from, frames as well."""
-        return [part for slot in self._slots.values() for part in (slot.e, slot.a, slot.b)]
+        return [part for stack, _ in self._stacks for part in (stack.e, stack.a, stack.b)]
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What is trained: the singular values, and the coordinates A' and B', frames left out."""
-        slots = self._slots.values()
-        values = [slot.e for slot in slots if len(slot.trained) == 2]  # a frame's E stays at one
-        return values, [side for slot in slots for side in slot.trained]
+        """What is trained, all matrices of one shape together: the singular values, and the
+        coordinates A' and B', frames left out.
+        """
+        stacks = [stack for stack, _ in self._stacks]
+        values = [stack.e for stack in stacks if not stack.framed]  # a frame's E stays at one
+        return values, [side for stack in stacks for side in stack.trained]
 
     @torch.no_grad()
     def write(self) -> None:
         """Carry A' and B' over into PEFT's A and B, before the forward passes of a step."""
-        for slot in self._slots.values():
-            slot.carry_over()
+        for stack, _ in self._stacks:
+            stack.carry_over()
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
         """All that ``read_gradients`` reads, zeros where a backward pass left nothing: processes
         that share a step sum these in place before.
         """
-        found = []
-        for slot in self._slots.values():
-            slot.share_out()
-            own = (slot.module.lora_A[NAME], slot.module.lora_B[NAME], slot.e, *slot.trained)
-            for parameter in own:
+        found: list[Tensor] = []
+        for stack, _ in self._stacks:
+            stack.share_out()
+            found += stack.slopes_of_factors()
+            for parameter in (stack.e, *stack.trained):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 found.append(parameter.grad)
@@ -300,21 +194,21 @@ class Adapter:
     @torch.no_grad()
     def read_gradients(self) -> None:
         """Carry the gradients of PEFT's A and B over to A' and B', after a backward pass."""
-        for slot in self._slots.values():
-            slot.share_out()
-            slot.carry_back()
-        # PEFT's own gradients stay until ``allocate`` has read them.
+        for stack, _ in self._stacks:
+            stack.share_out()
+            stack.carry_back()
+        # Those of A and B stay until ``allocate`` has read them.
 
     def price(self) -> Tensor:
         """Predicted harm to protected text, the sum of |B' diag(E) A'|^2, a scalar."""
-        prices = [slot.price() for slot in self._slots.values()]
+        prices = [stack.price() for stack, _ in self._stacks]
         return torch.stack([price.to(prices[0].device) for price in prices]).sum()
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
         """Multiply the singular values: the proximal step of the price, whatever Adam's scale."""
-        for slot in self._slots.values():
-            slot.e.mul_(factor)
+        for stack, _ in self._stacks:
+            stack.e.mul_(factor)
 
     def begin_pruning(self, step: int, *, steps: int) -> None:
         """From this step on shrink the ranks to their budget over ``steps`` steps."""
@@ -324,8 +218,8 @@ class Adapter:
     def allocate(self, step: int) -> None:
         """Let PEFT's allocator see the step's gradients and mask; then forget them."""
         self._tuner.update_and_allocate(step)
-        for slot in self._slots.values():
-            slot.forget()
+        for stack, _ in self._stacks:
+            stack.forget()
 
     @torch.no_grad()
     def factors(self) -> dict[str, Factors]:
@@ -335,73 +229,86 @@ class Adapter:
         for name, slot in self._slots.items():
             kept = slot.e[:, 0] != 0
             if bool(kept.any()):
-                a = (slot.module.lora_A[NAME] * slot.e * slot.scale)[kept]
+                a = (slot.module.lora_A[NAME] * slot.e * slot.stack.scale)[kept]
                 b = slot.module.lora_B[NAME][:, kept]
                 found[name] = Factors(b.float().cpu().clone(), a.float().cpu().clone())
         return found
 
 
-def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(out, rank) and (in, rank): the leading singular vectors, by subspace iteration.
+class _Ranks:
+    """PEFT's ``RankAllocator`` with its arithmetic done for all matrices of a shape at once.
 
-    Halko, Martinsson and Tropp 2011, algorithm 4.4, from a fixed start: ``torch.svd_lowrank`` draws
-    its own from the global generator, which a library must not touch.
+    One by one it launched a sixth of the kernels of a step, which is what a GPU waits for.  What it
+    has seen stays in its own dictionaries, as parts of what stands here.
     """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)
-    basis, _ = torch.linalg.qr(matrix @ start)
-    for _ in range(2):
-        inner, _ = torch.linalg.qr(matrix.T @ basis)
-        basis, _ = torch.linalg.qr(matrix @ inner)
-    u, _, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u, v.T
 
+    def __init__(self, allocator: Any, stacks: Sequence[tuple[Stack, Sequence[str]]]) -> None:
+        self._allocator = allocator
+        self._stacks = [stack for stack, _ in stacks]
+        self._names = [
+            [f"{name}.{kind}.{NAME}" for name in names]
+            for _, names in stacks
+            for kind in ("lora_A", "lora_B", "lora_E")
+        ]
+        self._seen: dict[str, Tensors] = {}
+        self._kept: tuple[Any, list[Tensor]] = (None, [])  # a pattern, and its masks
+        # PEFT has no hooks for these.
+        setattr(allocator, "update_ipt", self._look)  # noqa: B010
+        setattr(allocator, "mask_using_rank_pattern", self._mask)  # noqa: B010
 
-def _into(gradient: Tensor, roots: Roots) -> Tensor:
-    """A gradient with respect to D, (out, in), as one with respect to D'."""
-    return times(times(gradient.T, roots.left).T, _turned(roots.right))
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What the allocator has seen, by kind and by the name of PEFT's parameter, on the CPU."""
+        kinds = {kind: getattr(self._allocator, kind) for kind in _SEEN}
+        return {kind: {n: part.cpu() for n, part in own.items()} for kind, own in kinds.items()}
 
+    def resume(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set what it has seen."""
+        self._allocator.reset_ipt()
+        places = [tensor.device for tensor in self._values()]
+        for kind, own in state.items():
+            if own:
+                whole = [torch.stack([own[name] for name in names]) for names in self._names]
+                self._keep(kind, [one.to(at) for one, at in zip(whole, places, strict=True)])
 
-def _gather(side: Tensor, gradient: Tensor) -> None:
-    """Add to a gradient."""
-    side.grad = gradient if side.grad is None else side.grad + gradient
+    def _values(self) -> list[Tensor]:
+        return [v for stack in self._stacks for v in (stack.factor_a, stack.factor_b, stack.e)]
 
+    def _keep(self, kind: str, seen: Tensors) -> None:
+        self._seen[kind] = seen
+        parts = getattr(self._allocator, kind)
+        for names, whole in zip(self._names, seen, strict=True):
+            parts.update(zip(names, whole.unbind(), strict=True))
 
-def _filled(rows: Tensor, count: int) -> Tensor:
-    """(count, width): rows of zeros added, where a matrix has fewer directions than ranks."""
-    spare = rows.new_zeros(count - len(rows), rows.shape[1])
-    return torch.cat([rows, spare]).contiguous()
+    @torch.no_grad()
+    def _look(self, _: nn.Module) -> None:
+        """``update_ipt``: how much each number counts, by the gradients of this step."""
+        allocator, values = self._allocator, self._values()
+        if not allocator.ipt:
+            self._seen = {kind: [torch.zeros_like(v) for v in values] for kind in _SEEN}
+        slopes = []
+        for stack in self._stacks:
+            of_e = torch.zeros_like(stack.e) if stack.e.grad is None else stack.e.grad
+            slopes += [*stack.slopes_of_factors(), of_e]
+        seen = torch._foreach_abs(torch._foreach_mul(values, slopes))
+        mean = _smoothed(self._seen["exp_avg_ipt"], seen, allocator.beta1)
+        apart = torch._foreach_abs(torch._foreach_sub(seen, mean))
+        unsure = _smoothed(self._seen["exp_avg_unc"], apart, allocator.beta2)
+        for kind, found in zip(_SEEN, (seen, mean, unsure), strict=True):
+            self._keep(kind, found)
 
-
-def _turned(root: Tensor) -> Tensor:
-    """The transpose; a diagonal is its own."""
-    return root if root.ndim == 1 else root.T
-
-
-def _own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's A, B and E of every wrapped module, by name."""
-    named = model.named_parameters()
-    return {name: p for name, p in named if "lora_" in name and name.endswith(f".{NAME}")}
-
-
-@torch.no_grad()
-def _look(allocator: Any, parameters: Mapping[str, Tensor], _: nn.Module) -> None:
-    """PEFT's ``RankAllocator.update_ipt``, the same arithmetic for all matrices at once.
-
-    One by one it launched a sixth of the kernels of a step, which is what a GPU waits for.
-    """
-    values = list(parameters.values())
-    if not allocator.ipt:
-        for kind in _SEEN:
-            getattr(allocator, kind).update({n: torch.zeros_like(p) for n, p in parameters.items()})
-    before = {kind: [getattr(allocator, kind)[name] for name in parameters] for kind in _SEEN}
-    slopes = [p.grad for p in values if p.grad is not None]  # all have one after a step
-    seen = torch._foreach_abs(torch._foreach_mul(values, slopes))
-    mean = _smoothed(before["exp_avg_ipt"], seen, allocator.beta1)
-    apart = torch._foreach_abs(torch._foreach_sub(seen, mean))
-    unsure = _smoothed(before["exp_avg_unc"], apart, allocator.beta2)
-    for kind, found in zip(_SEEN, (seen, mean, unsure), strict=True):
-        getattr(allocator, kind).update(zip(parameters, found, strict=True))
+    @torch.no_grad()
+    def _mask(self, _: nn.Module, pattern: Mapping[str, Sequence[bool]]) -> None:
+        """``mask_using_rank_pattern``: E is zero where a rank was pruned, from then on."""
+        of, masks = self._kept
+        if of is not pattern:
+            own = self._names[2::3]
+            dead = [~torch.tensor([pattern[name] for name in names])[..., None] for names in own]
+            masks = [
+                mask.to(stack.e.device) for mask, stack in zip(dead, self._stacks, strict=True)
+            ]
+            self._kept = pattern, masks
+        for mask, stack in zip(masks, self._stacks, strict=True):
+            stack.e.masked_fill_(mask, 0.0)
 
 
 def _smoothed(before: Tensors, now: Tensors, share: float) -> Tensors:
@@ -410,12 +317,19 @@ def _smoothed(before: Tensors, now: Tensors, share: float) -> Tensors:
     return torch._foreach_add(kept, new)
 
 
-def _slot(module: Any) -> _Slot:
-    for values in (module.lora_A, module.lora_B, module.lora_E):
-        values[NAME].data = values[NAME].data.float()  # PEFT casts them to the base's dtype
-    empty = torch.empty(0)
-    scale = float(module.scaling[NAME] / (module.ranknum[NAME].detach() + 1e-5))
-    return _Slot(module, empty, empty, Roots(empty, empty), empty, empty, empty, scale)
+def _stacked(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
+    """The wrapped modules by shape, by where they are and by whether they are plain matrices."""
+    alike: dict[Any, list[str]] = {}
+    for name in names:
+        module: Any = model.get_submodule(name)
+        a, b = module.lora_A[NAME], module.lora_B[NAME]
+        lean = _is_plain(module.base_layer)
+        scale = float(module.scaling[NAME] / (module.ranknum[NAME].detach() + 1e-5))
+        alike.setdefault((a.shape, b.shape, a.device, lean, scale), []).append(name)
+    return [
+        (Stack([model.get_submodule(name) for name in own], lean, scale), own)
+        for (*_, lean, scale), own in alike.items()
+    ]
 
 
 def _is_plain(layer: Any) -> bool:
@@ -425,7 +339,7 @@ def _is_plain(layer: Any) -> bool:
     return bool(layer.weight.is_floating_point())
 
 
-def _run(slot: _Slot, x: Tensor) -> Tensor:
+def _run(slot: Slot, x: Tensor) -> Tensor:
     """The forward pass of a wrapped matrix."""
     layer = slot.module.base_layer
     if slot.module.disable_adapters:
@@ -439,13 +353,13 @@ def _run(slot: _Slot, x: Tensor) -> Tensor:
 class _Edited(torch.autograd.Function):
     """``x M^T``, M = W + B diag(E) A being given: x (..., in).
 
-    The gradient of M is added up in the slot over all batches of a step; ``read_gradients`` takes
+    The gradient of M is added up in the stack over all batches of a step; ``read_gradients`` takes
     those of the factors from it at once.  (``e`` is here so that there is something to be asked
     for a gradient, even where x has none.)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: Tensor, slot: _Slot) -> Tensor:
+    def forward(ctx: Any, x: Tensor, e: Tensor, slot: Slot) -> Tensor:
         ctx.save_for_backward(x, slot.edited)
         ctx.slot = slot
         return product(x, slot.edited.T)
@@ -454,6 +368,5 @@ class _Edited(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         x, edited = ctx.saved_tensors
         whole = product(gradient.flatten(0, -2).T, x.flatten(0, -2))
-        known = ctx.slot.gradient
-        ctx.slot.gradient = whole.float() if known is None else known.add_(whole)
+        ctx.slot.stack.add(ctx.slot.at, whole)
         return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None

@@ -26,7 +26,7 @@ from kvedit.database import LESSONS
 from kvedit.errors import KveditError, OutOfTimeError
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
 
-FORMAT = 3  # of what loops keep; part of a bookmark's name
+FORMAT = 4  # of what loops keep; part of a bookmark's name
 EVERY = 120.0  # seconds between two of them, at least
 SHARE = 0.02  # of the time may go into them
 State = dict[str, Any]

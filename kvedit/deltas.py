@@ -192,3 +192,19 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     module = model.get_submodule(name)
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(out, rank) and (in, rank): the leading singular vectors, by subspace iteration.
+
+    Halko, Martinsson and Tropp 2011, algorithm 4.4, from a fixed start: ``torch.svd_lowrank`` draws
+    its own from the global generator, which a library must not touch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)
+    basis, _ = torch.linalg.qr(matrix @ start)
+    for _ in range(2):
+        inner, _ = torch.linalg.qr(matrix.T @ basis)
+        basis, _ = torch.linalg.qr(matrix @ inner)
+    u, _, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, v.T

@@ -296,6 +296,7 @@ class Engine:
         steep = curvatures.gradients(self.base.model, self.names, start)
         drift = self._drift(_moved_back(lesson, group))
         adapter.reset(self.roots, steep, drift, self._weights(), framed=group is not None)
+        del steep, drift  # as large as what is edited
         self.share.align(adapter)
         adapter.turn(on=True)
         given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower, self.share)

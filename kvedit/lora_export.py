@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvedit import adapters, lora, models, probes
-from kvedit.deltas import Factors
+from kvedit import lora, models, probes
+from kvedit.deltas import Factors, leading
 from kvedit.engine import Engine
 from kvedit.errors import UsageError
 from kvedit.export import ExportReport, building, compare, save_tokenizer
@@ -72,7 +72,7 @@ def decompose(change: Tensor) -> Factors:
     if min(change.shape) <= FULL_SVD:
         u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
     else:
-        left, right = adapters.leading(change, MOST)
+        left, right = leading(change, MOST)
         s = torch.einsum("or,oi,ir->r", left, change, right)
         u, v = left, right.T
     count = max(1, int((s > _NOISE * s[0]).sum()))

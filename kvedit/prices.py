@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 class Price(torch.autograd.Function):
-    """``|b diag(e) a|^2 + 2 <pull, b diag(e) a>``, a scalar: a (r, in), b (out, r), e (r, 1), pull
-    (out, in).
+    """The sum over k matrices of ``|b diag(e) a|^2 + 2 <pull, b diag(e) a>``, a scalar: a (k, r,
+    in), b (k, out, r), e (k, r, 1), pull (k, out, in).
 
     The gradients, which share most of its products, are formed with it: taken by autograd they were
     three times as many kernels.
@@ -22,13 +22,13 @@ class Price(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, e: Tensor, pull: Tensor) -> Tensor:
-        rows, columns, sizes = a @ a.T, b.T @ b, e @ e.T
-        back, inner = b.T @ pull, columns * sizes
-        pulled = (back * a).sum(1, keepdim=True)
+        rows, columns, sizes = a @ a.mT, b.mT @ b, e @ e.mT
+        back, inner = b.mT @ pull, columns * sizes
+        pulled = (back * a).sum(-1, keepdim=True)
         ctx.save_for_backward(
-            2 * torch.addmm(e * back, inner, a),
-            2 * torch.addmm((pull @ a.T) * e.T, b, sizes * rows),
-            2 * torch.addmm(pulled, columns * rows, e),
+            torch.baddbmm(e * back, inner, a, beta=2, alpha=2),
+            torch.baddbmm((pull @ a.mT) * e.mT, b, sizes * rows, beta=2, alpha=2),
+            torch.baddbmm(pulled, columns * rows, e, beta=2, alpha=2),
         )
         return (inner * rows).sum() + 2 * (pulled * e).sum()
 
@@ -39,14 +39,15 @@ class Price(torch.autograd.Function):
 
 
 class FramedPrice(torch.autograd.Function):
-    """The same where the other side's directions are at right angles: side (r, n), e (r, 1); along
-    (r, n) is how the pull lies in those directions, squares (r, 1) are their lengths squared.
+    """The same where the other side's directions are at right angles: side (k, r, n), e (k, r, 1);
+    along (k, r, n) is how the pull lies in those directions, squares (k, r, 1) are their lengths
+    squared.
     """
 
     @staticmethod
     def forward(ctx: Any, side: Tensor, e: Tensor, along: Tensor, squares: Tensor) -> Tensor:
         once = squares * e
-        lengths, pulled = side.square().sum(1, keepdim=True), (side * along).sum(1, keepdim=True)
+        lengths, pulled = side.square().sum(-1, keepdim=True), (side * along).sum(-1, keepdim=True)
         ctx.save_for_backward(2 * (side * (once * e) + along * e), 2 * (once * lengths + pulled))
         return (e * (once * lengths + 2 * pulled)).sum()
 

@@ -159,7 +159,7 @@ class Loop:
         with self._accelerator.autocast():
             scores = self._share.scores(self._model, [*new, *earlier], self._lower)
             held = self._held()
-        loss = _loss(scores, len(new), *self._ease(), self._earlier_weight)
+        loss = _loss(scores, len(new), len(earlier), *self._ease(), self._earlier_weight)
         price = self._adapter.price().to(loss.device)
         self._accelerator.backward(loss + held + self._share.once(self._weight * price))
         self._share.sum_gradients(self._adapter)
@@ -285,21 +285,23 @@ class _DepthFirst(Loop):
         return all(o.margin > lead and (o.firm or not firmly) for o in outcomes)
 
 
-def _loss(scores: TokenScores, new: int, lead: float, settled: float, earlier: float) -> Tensor:
-    """Cross-entropy of the answer tokens that do not lead yet: new facts', ``earlier`` of the rest.
+def _loss(
+    scores: TokenScores, new: int, others: int, lead: float, settled: float, earlier: float
+) -> Tensor:
+    """Cross-entropy of the answer tokens that do not lead yet: those of ``new`` facts, and
+    ``earlier`` times that of the ``others`` that follow them.
 
     Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
     few that are left count more, each at most as one in ``FEW`` of its side.
     """
     weight = (lead - scores.leads).clamp(settled, 1.0)
-    mine = scores.rows < new
-    loss = _weighted(scores.losses[mine], weight[mine])
-    return (
-        loss
-        if bool(mine.all())
-        else loss + earlier * _weighted(scores.losses[~mine], weight[~mine])
-    )
+    # Numbers, not an index: a GPU would be waited for to know how many there are.
+    mine = (scores.rows < new).to(weight.dtype)
+    loss = _weighted(scores.losses, weight, mine)
+    return loss + earlier * _weighted(scores.losses, weight, 1 - mine) if others else loss
 
 
-def _weighted(losses: Tensor, weight: Tensor) -> Tensor:
-    return (losses * weight).sum() / weight.sum().clamp_min(len(losses) / FEW)
+def _weighted(losses: Tensor, weight: Tensor, side: Tensor) -> Tensor:
+    """The mean of those on one side, (N,) of ones and zeros."""
+    own = weight * side
+    return (losses * own).sum() / torch.maximum(own.sum(), side.sum() / FEW)

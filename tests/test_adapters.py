@@ -141,9 +141,8 @@ def test_what_mattered_for_one_fact_does_not_choose_the_ranks_of_the_next(
             (steep * loss).backward()
             setting.adapter.read_gradients()
             with torch.no_grad():
-                for name in setting.names:
-                    e = setting.model.get_submodule(name).lora_E[NAME]
-                    e -= 0.01 * e.grad
+                for values in setting.adapter.parameters()[0]:
+                    values -= 0.01 * values.grad
             setting.adapter.allocate(step)
         return [(e[:, 0] != 0).tolist() for e in setting.slots().values()]
 
@@ -179,8 +178,8 @@ def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
         delta = setting.learn(number, steps=6)
         priced = float(setting.adapter.price().detach())
         linear = sum(float((setting.drift[n] * (f.b @ f.a)).sum()) for n, f in delta.items())
-        for name in setting.names:
-            setting.adapter._slots[name].pull.zero_()
+        for stack, _ in setting.adapter._stacks:
+            stack._pull.zero_()
         assert priced == pytest.approx(
             float(setting.adapter.price().detach()) + 2 * linear, rel=1e-3
         )
@@ -196,14 +195,15 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
     }
     setting.reset(0, framed=True)
     wanted = torch.zeros(())
-    for slot in setting.adapter._slots.values():
-        (side,) = slot.trained
+    stacks = [stack for stack, _ in setting.adapter._stacks]
+    for stack in stacks:
+        (side,) = stack.trained
         with torch.no_grad():
             side.copy_(torch.randn(side.shape, generator=generator))
-            slot.e[::3] = 0.0
-        inner = (slot.b * slot.e.T) @ slot.a
-        wanted = wanted + inner.square().sum() + 2 * (inner * slot.pull).sum()
-    asked = [part for slot in setting.adapter._slots.values() for part in (slot.e, *slot.trained)]
+            stack.e[:, ::3] = 0.0
+        inner = (stack.b * stack.e.mT) @ stack.a
+        wanted = wanted + inner.square().sum() + 2 * (inner * stack._pull).sum()
+    asked = [part for stack in stacks for part in (stack.e, *stack.trained)]
     found = setting.adapter.price()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     slopes = (torch.autograd.grad(value, asked) for value in (found, wanted))
@@ -211,16 +211,21 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
 
 
-def test_the_allocator_sees_what_pefts_own_would(setting: Setting) -> None:
+def test_the_allocator_sees_and_masks_as_pefts_own_would(setting: Setting) -> None:
     setting.learn(0, steps=6)
     allocator = setting.adapter._allocator
     generator = torch.Generator().manual_seed(4)
-    own = adapters._own_parameters(setting.model)
+    own = {n: p for n, p in setting.model.named_parameters() if "lora_" in n and n.endswith(NAME)}
     assert len(own) == 3 * len(setting.names)
     allocator.reset_ipt()
     for _ in range(3):
-        for parameter in own.values():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for stack, names in setting.adapter._stacks:
+            given = (stack.factor_a, stack.factor_b, stack.e)
+            a, b, e = (torch.randn(part.shape, generator=generator) for part in given)
+            stack._of_factors, stack.e.grad = (a, b), e
+            for at, name in enumerate(names):
+                for kind, slope in (("A", a), ("B", b), ("E", e)):
+                    own[f"{name}.lora_{kind}.{NAME}"].grad = slope[at]
         before = {kind: dict(getattr(allocator, kind)) for kind in adapters._SEEN}
         allocator.update_ipt(setting.model)
         found = {kind: dict(getattr(allocator, kind)) for kind in adapters._SEEN}
@@ -231,6 +236,51 @@ def test_the_allocator_sees_what_pefts_own_would(setting: Setting) -> None:
             expected = getattr(allocator, kind)
             assert values.keys() == expected.keys() == own.keys()
             assert all(torch.equal(values[name], expected[name]) for name in own)
+    with torch.no_grad():
+        pattern = allocator.mask_to_budget(setting.model, TARGET * len(setting.names))
+        for stack, _ in setting.adapter._stacks:
+            stack.e.fill_(1.0)
+        allocator.mask_using_rank_pattern(setting.model, pattern)
+        masked = {n: p.clone() for n, p in own.items() if "lora_E" in n}
+        for stack, _ in setting.adapter._stacks:
+            stack.e.fill_(1.0)
+        type(allocator).mask_using_rank_pattern(allocator, setting.model, pattern)
+    assert 0 < sum(int(p.sum()) for p in masked.values()) < INIT * len(setting.names)
+    assert all(torch.equal(p, own[n]) for n, p in masked.items())
+
+
+def test_an_adapter_goes_on_from_its_state(setting: Setting) -> None:
+    """Coordinates, masks and what the allocator has seen, matrix by matrix."""
+    setting.learn(0, steps=6)
+    state = setting.adapter.state()
+    setting.reset(1)
+    assert any(
+        not torch.equal(own[part], state["slots"][name][part])
+        for name, own in setting.adapter.state()["slots"].items()
+        for part in range(3)
+    )
+    setting.adapter.resume(state)
+    again = setting.adapter.state()
+    assert again["schedule"] == state["schedule"]
+    for name, parts in state["slots"].items():
+        assert all(map(torch.equal, parts, again["slots"][name]))
+    for kind, seen in state["seen"].items():
+        assert seen.keys() == again["seen"][kind].keys()
+        assert all(torch.equal(part, again["seen"][kind][name]) for name, part in seen.items())
+
+
+def test_matrices_of_one_shape_are_moved_together(setting: Setting) -> None:
+    """And each is the storage of PEFT's own module."""
+    setting.reset(0)
+    shapes = {setting.master.matrices[name].shape for name in setting.names}
+    values, sides = setting.adapter.parameters()
+    assert len(values) == len(shapes) < len(setting.names)
+    assert len(sides) == 2 * len(shapes)
+    with torch.no_grad():
+        for number, stacked in enumerate(values, 1):
+            stacked.fill_(float(number))
+    told = {float(e.unique()) for e in setting.slots().values()}
+    assert told == set(map(float, range(1, len(shapes) + 1)))
 
 
 def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:

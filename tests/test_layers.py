@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "prompts",
         "placement",
         "prices",
+        "stacks",
         "widened",
         "quantised",
         "models",

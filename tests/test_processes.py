@@ -284,7 +284,7 @@ def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], row
     def step(share: Share, model: Any) -> tuple[float, Sequence[float], Any]:
         weight = model.model.layers[-1].mlp.down_proj.weight.requires_grad_()
         scores = share.scores(model, examples, None)
-        loss = _loss(scores, (rows + 1) // 2, 2.0, 0.3, 1.5)
+        loss = _loss(scores, (rows + 1) // 2, rows // 2, 2.0, 0.3, 1.5)
         (loss + share.once((weight**2).sum())).backward()
         return float(loss.detach()), scores.margins(rows).tolist(), weight.grad
 
