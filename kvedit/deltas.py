@@ -25,6 +25,7 @@ from kvedit.files import sync_directory, verify_manifest, write_atomic, write_ma
 from kvedit.models import weights_digest
 
 _MASTER_FILE = "master.safetensors"
+_BLOCK = 2**18  # numbers in fp64 that a sum is formed of at a time: they stay in the cache
 _NOTHING = 1e-12  # a matrix of zeros has moved far, not infinitely far
 
 
@@ -84,6 +85,8 @@ class Master:
         # Copies: ``to`` alone gives an fp32 model's own memory, which serving then overwrites.
         self._base = {n: _fp32_copy(weight) for n, weight in self._weights.items()}
         self._master = dict(self._base)
+        self._sizes: dict[str, Tensor] = {}  # Frobenius norms of the base, once asked
+        self._stale: set[str] = set()  # matrices whose cast is not known to be served
 
     @property
     def names(self) -> list[str]:
@@ -104,9 +107,10 @@ class Master:
         return dict(self._master)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put a snapshot back, to the bit."""
+        """Put a snapshot back, to the bit; what did not change since is not cast again."""
+        changed = [name for name, tensor in state.items() if tensor is not self._master[name]]
         self._master = dict(state)
-        self._serve(self._master)
+        self._serve(changed)
 
     def reset(self) -> None:
         """Back to the base model."""
@@ -125,16 +129,18 @@ class Master:
                     f"a delta for {name} does not fit this model",
                     hint="Open the store with the model that it was made for.",
                 )
-            change = factors.b.double() @ factors.a.double()
-            changed[name] = (old.double() + change).float()
+            changed[name] = _sum(old, factors)
         self._master |= changed
         self._serve(delta)
 
     def _serve(self, names: Iterable[str]) -> None:
-        for name in names:
+        """Cast these, and any that a call before, broken off, has left."""
+        self._stale.update(names)
+        for name in sorted(self._stale):
             weight = self._weights[name]
             with torch.no_grad():
                 weight.copy_(self._master[name].to(weight.dtype))
+            self._stale.discard(name)
 
     def write_into(self, model: nn.Module) -> None:
         """Give another copy of the base model these weights, cast to its own dtype."""
@@ -153,8 +159,10 @@ class Master:
 
     def norms(self) -> dict[str, float]:
         """Each matrix's distance from the base, as a share of the base's Frobenius norm."""
+        if not self._sizes:
+            self._sizes = {n: base.norm().clamp_min(_NOTHING) for n, base in self._base.items()}
         return {
-            name: float((self._master[name] - base).norm() / base.norm().clamp_min(_NOTHING))
+            name: float(_distance(self._master[name], base) / self._sizes[name])
             for name, base in self._base.items()
         }
 
@@ -177,6 +185,30 @@ class Master:
             raise CorruptStoreError(f"the checkpoint {folder} is for other matrices")
         self._master = {name: tensors[name] for name in self._base}
         self._serve(self._master)
+
+
+def _sum(old: Tensor, change: Factors) -> Tensor:
+    """(out, in): ``old + b @ a``, formed in fp64 and rounded once to fp32."""
+    a, b = change.a.double(), change.b.double()
+    found, rows = torch.empty_like(old), _rows(old)
+    room = old.new_empty(rows, old.shape[1], dtype=torch.float64)
+    for place, own, left in zip(*(torch.split(x, rows) for x in (found, old, b)), strict=True):
+        block = room[: len(own)]
+        torch.mm(left, a, out=block)
+        place.copy_(block.add_(own))
+    return found
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    """The Frobenius norm of the difference, a scalar."""
+    blocks = zip(*(torch.split(x, _rows(one)) for x in (one, other)), strict=True)
+    whole: Tensor = torch.stack([(own - theirs).norm() for own, theirs in blocks]).norm()
+    return whole
+
+
+def _rows(matrix: Tensor) -> int:
+    """Of a block."""
+    return max(1, _BLOCK // matrix.shape[1])
 
 
 def _fp32_copy(weight: Tensor) -> Tensor:

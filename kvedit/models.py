@@ -418,5 +418,5 @@ def weights_digest(weights: Iterator[tuple[str, Tensor]]) -> str:
     for name, tensor in weights:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         raw = tensor.detach().to("cpu").contiguous().view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
+        digest.update(raw.numpy().data)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kvedit import deltas
 from kvedit.deltas import Factors, Master, from_bytes, to_bytes
 from kvedit.errors import CorruptStoreError, ModelMismatchError
 
@@ -77,6 +78,42 @@ def test_restore_is_exact_and_covers_every_matrix() -> None:
     master.add(delta(4))
     master.restore(state)
     assert bits(layers) == before
+
+
+def test_what_a_restore_that_was_broken_off_left_is_served_by_the_next() -> None:
+    layers = model()
+    master = Master(layers, NAMES)
+    before, state = bits(layers), master.snapshot()
+    master.add(delta(1))
+
+    class Broken:
+        dtype = torch.bfloat16
+
+        def copy_(self, _: torch.Tensor) -> None:
+            raise KeyboardInterrupt
+
+    whole = master._weights["second"]
+    master._weights["second"] = Broken()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        master.restore(state)
+    master._weights["second"] = whole
+    assert bits(layers) != before
+    master.restore(state)
+    assert bits(layers) == before
+
+
+@pytest.mark.parametrize("numbers", [1, 40, 64, 10_000])
+def test_a_sum_in_blocks_is_the_sum(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Formed in fp64 and rounded once, however many rows a block has; so is how far it moved."""
+    monkeypatch.setattr(deltas, "_BLOCK", numbers)
+    layers = model(torch.float32)
+    master = Master(layers, NAMES)
+    base, change = master.snapshot(), delta(1, size=0.25)
+    master.add(change)
+    for name, (b, a) in {n: (f.b.double(), f.a.double()) for n, f in change.items()}.items():
+        assert torch.equal(master.snapshot()[name], (base[name].double() + b @ a).float())
+        moved = float((b @ a).norm() / base[name].double().norm())
+        assert master.norms()[name] == pytest.approx(moved, rel=1e-5)
 
 
 def test_reset_is_the_base_model() -> None:
