@@ -137,7 +137,7 @@ class Adapter:
         config = self._config
         return {
             "slots": {
-                name: tuple(part[at].detach().cpu() for part in (stack.e, stack.a, stack.b))
+                name: tuple(_copy(part[at]) for part in (stack.e, stack.a, stack.b))
                 for stack, names in self._stacks
                 for at, name in enumerate(names)
             },
@@ -259,7 +259,7 @@ class _Ranks:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What the allocator has seen, by kind and by the name of PEFT's parameter, on the CPU."""
         kinds = {kind: getattr(self._allocator, kind) for kind in _SEEN}
-        return {kind: {n: part.cpu() for n, part in own.items()} for kind, own in kinds.items()}
+        return {kind: {n: _copy(part) for n, part in own.items()} for kind, own in kinds.items()}
 
     def resume(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Set what it has seen."""
@@ -309,6 +309,11 @@ class _Ranks:
             self._kept = pattern, masks
         for mask, stack in zip(masks, self._stacks, strict=True):
             stack.e.masked_fill_(mask, 0.0)
+
+
+def _copy(part: Tensor) -> Tensor:
+    """On the CPU, in memory of its own."""
+    return part.detach().to("cpu", copy=True)
 
 
 def _smoothed(before: Tensors, now: Tensors, share: float) -> Tensors:
