@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
     from kvedit import KnowledgeBase
     from kvedit.engine import Engine
     from kvedit.models import BaseModel
+
+
+def pytest_configure() -> None:
+    """Let what tests start be stopped: a shell's background job, and all it starts, is deaf to
+    Ctrl-C, and a command that is to end would be waited for without end.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
