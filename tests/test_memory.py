@@ -218,7 +218,14 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
         assert cost.cpu > cost.cpu_step > 0
         assert 0 < cost.rate < found.matmul and cost.operations > 2 * 16 * cost.tokens * 64 * 64
     sheet = footprint.measured_sheet(found)
-    assert len(sheet.rows) == 2 and all(len(row) == len(sheet.headers) for row in sheet.rows)
+    assert sheet.headers == ("what", "1 fact", "16 facts at once")
+    told = {name: cells for name, *cells in sheet.rows}
+    assert told["tokens a text"] == [str(cost.tokens) for cost in found.edits]
+    assert told["a step, s"] == [f"{cost.step:.2f}" for cost in found.edits]
+    assert told["share of the matrix rate"] == [
+        f"{100 * cost.rate / found.matmul:.1f}%" for cost in found.edits
+    ]
+    assert len(told) == len(sheet.rows) > 15
 
 
 def test_the_table_has_a_row_for_each_setting() -> None:

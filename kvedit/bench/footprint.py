@@ -384,42 +384,53 @@ def _passes(group: GroupConfig, facts: int, steps: int) -> int:
 
 
 def measured_sheet(found: Measured) -> Sheet:
-    """A row for each edit."""
-    headers = (
-        "shape", "dtype", "facts at once", "tokens a text", "outcome (open gate)", "steps made",
-        "a step, s", "in all, s", "training", "probes", "merge", "journal", "default steps",
-        "projected, s", "a step, CPU s", "in all, CPU s", "projected, CPU s", "peak, GiB",
-        "computed, GiB", "GPU peak, GiB", "computed, GPU, GiB", "GFLOP a step", "TFLOP/s",
-        "share of the matrix rate",
-    )  # fmt: skip
+    """A row for each quantity and a column for each edit: there are many of the one, and few of the
+    other.
+    """
+    names = [f"{one.facts} facts at once" if one.facts > 1 else "1 fact" for one in found.edits]
     title = (
-        f"Edits measured on {found.device} with {torch.get_num_threads()} threads at work; making"
-        f" the store: {found.created:.0f} s, {found.loaded / _GIB:.1f} GiB;"
-        f" verifying all facts at last: {found.verified:.0f} s"
+        f"Edits of a random model of {found.shape}, {found.dtype}, measured on {found.device} with"
+        f" {torch.get_num_threads()} threads at work; making the store: {found.created:.0f} s,"
+        f" {found.loaded / _GIB:.1f} GiB; verifying all facts at last: {found.verified:.0f} s"
     )
     if found.matmul:
         title += f"; a large matrix product: {found.matmul / 1e12:.2f} TFLOP/s"
-    return Sheet(title, headers, tuple(_measured_row(found, one) for one in found.edits))
+    columns = [_measured_column(found, one) for one in found.edits]
+    rows = tuple((name, *(column[name] for column in columns)) for name in columns[0])
+    return Sheet(title, ("what", *names), rows)
 
 
-def _measured_row(found: Measured, one: EditCost) -> tuple[str, ...]:
-    card = ("-", "-")
+def _measured_column(found: Measured, one: EditCost) -> dict[str, str]:
+    """What one edit took, by what it is called."""
+    told = {
+        "tokens a text": str(one.tokens),
+        "outcome (open gate)": one.outcome,
+        "steps made": str(one.steps),
+        "a step, s": f"{one.step:.2f}",
+        "in all, s": f"{one.seconds:.0f}",
+    }
+    parts = {"train": "training", "probe": "probes", "merge": "merge", "journal": "journal"}
+    for part, name in parts.items():
+        told[f"of which {name}, s"] = f"{one.timings.get(part, 0.0):.1f}"
+    told |= {
+        "default steps": str(one.default_steps),
+        "in all with those, projected, s": f"{one.projected:.0f}",
+        "a step, CPU s": f"{one.cpu_step:.2f}",
+        "in all, CPU s": f"{one.cpu:.0f}",
+        "in all with default steps, projected, CPU s": f"{one.projected_cpu:.0f}",
+        "peak / computed, GiB": _of(one.peak, one.estimate),
+    }
     if one.card:
-        card = (f"{one.card / _GIB:.1f}", f"{one.card_estimate / _GIB:.1f}")
-    counted = ("-", "-", "-")
+        told["GPU, peak / computed, GiB"] = _of(one.card, one.card_estimate)
     if one.operations:
-        counted = (
-            f"{one.operations / 1e9:.1f}", f"{one.rate / 1e12:.2f}",
-            f"{100 * one.rate / found.matmul:.1f}%",
-        )  # fmt: skip
-    parts = (one.timings.get(name, 0.0) for name in ("train", "probe", "merge", "journal"))
-    return (
-        found.shape, found.dtype, str(one.facts), str(one.tokens), one.outcome, str(one.steps),
-        f"{one.step:.2f}", f"{one.seconds:.0f}", *(f"{part:.1f}" for part in parts),
-        str(one.default_steps), f"{one.projected:.0f}", f"{one.cpu_step:.2f}", f"{one.cpu:.0f}",
-        f"{one.projected_cpu:.0f}", f"{one.peak / _GIB:.1f}", f"{one.estimate / _GIB:.1f}",
-        *card, *counted,
-    )  # fmt: skip
+        told["GFLOP a step"] = f"{one.operations / 1e9:.1f}"
+        told["TFLOP/s"] = f"{one.rate / 1e12:.2f}"
+        told["share of the matrix rate"] = f"{100 * one.rate / found.matmul:.1f}%"
+    return told
+
+
+def _of(peak: int, computed: int) -> str:
+    return f"{peak / _GIB:.1f} / {computed / _GIB:.1f}"
 
 
 def _fact(knowledge: KnowledgeBase, number: int) -> Fact:
