@@ -319,3 +319,16 @@ def test_the_command_prints_tables_and_markdown(data: Path, model: Path, tmp_pat
     scores = {score["what"]: score["found"]["generated"] for score in document["base"]}
     assert scores["pretrained relations"]["passed"] >= 12
     assert scores["held-out poets"]["passed"] == 0
+
+
+def test_a_table_is_drawn_where_no_word_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Markdown it is told in any case."""
+    from kvedit.cli.bench.show import show
+
+    narrow = report.Sheet("narrow", ("what", "seconds"), (("training", "1.5"),))
+    wide = report.Sheet("wide", ("measured",) * 12, (("forty-two",) * 12,))
+    show("Trial", "a model", "", [narrow, wide])
+    told = capsys.readouterr().out
+    assert "│ training │" in told and "| training | 1.5 |" in told
+    assert "│ forty-two │" not in told and "| forty-two | forty-two |" in told
+    assert told.count("┏") == 1

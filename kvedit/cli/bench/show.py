@@ -16,6 +16,7 @@ from kvedit.errors import GateFailedError
 if TYPE_CHECKING:
     from kvedit.bench.report import Sheet
 
+_ANY = 10_000  # columns: more than any table needs
 SEE_TABLE = "See the table above."
 
 
@@ -48,7 +49,7 @@ def run_telling(
 
 
 def show(title: str, model: str, notes: str, sheets: Sequence[Sheet]) -> None:
-    """Tables for the eye, then the same as Markdown."""
+    """Tables for the eye, where they are not too wide for it, then all of them as Markdown."""
     from kvedit.bench import report
 
     _print_tables(sheets)
@@ -82,6 +83,7 @@ def _command() -> str:
 
 def _print_tables(sheets: Sequence[Sheet]) -> None:
     from rich.console import Console
+    from rich.measure import measure_renderables
     from rich.table import Table
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -91,4 +93,6 @@ def _print_tables(sheets: Sequence[Sheet]) -> None:
             table.add_column(header, overflow="fold")
         for row in sheet.rows:
             table.add_row(*(cell.replace(" = ", "\n").replace(" [", "\n[") for cell in row))
-        console.print(table, markup=False)
+        whole = measure_renderables(console, console.options.update(max_width=_ANY), [table])
+        if whole.minimum <= console.width:
+            console.print(table, markup=False)  # else words would be cut into pieces
