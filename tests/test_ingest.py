@@ -336,7 +336,8 @@ def test_a_killed_run_goes_on_where_it_stopped(empty_store: Path) -> None:
     events: list[Any] = []
     with KnowledgeBase.open(empty_store, on_event=events.append) as knowledge:
         assert [row.state for row in knowledge.store.facts()] == ["committed", "pending", "pending"]
-        report = ingest(knowledge, [Fact.create(*pair) for pair in FREE[:3]])
+        facts = [Fact.create(*pair) for pair in FREE[:3]]
+        report = ingest(knowledge, facts, IngestOptions(group=1))
         assert (report.count("committed"), report.unchanged) == (2, 1)
         assert [row.kind for row in knowledge.store.revisions()[1:]] == ["add"] * 3
     assert any("was interrupted and did not happen" in getattr(e, "text", "") for e in events)
