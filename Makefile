@@ -28,7 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 demo: $(STAMP)  ## the main job, for real, in a temporary store
-	$(PY) -m kvedit.demo
+	$(PY) -m kvedit.cli.demo
 
 test: lint  ## ruff, mypy --strict and pytest; JOBS=N processes share the tests
 	$(PYTEST)
@@ -50,7 +50,7 @@ format: $(STAMP)  ## let ruff mend what it can
 
 docs: $(STAMP)  ## write docs/cli.md and store/schema.sql anew
 	$(PY) -m kvedit.cli.docs docs/cli.md
-	$(PY) -m kvedit.migrations > store/.schema.sql
+	$(PY) -m kvedit.store.migrations > store/.schema.sql
 	mv store/.schema.sql store/schema.sql
 
 clean:  ## remove the environment, caches and builds; never the store

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvedit.config import Config as Config
-    from kvedit.editor import KnowledgeBase as KnowledgeBase
+    from kvedit.editing.knowledge_base import KnowledgeBase as KnowledgeBase
     from kvedit.errors import KveditError as KveditError
     from kvedit.events import EditReport as EditReport
     from kvedit.events import Score as Score
-    from kvedit.facts import Fact as Fact
-    from kvedit.facts import LocalityProbe as LocalityProbe
-    from kvedit.store import Store as Store
+    from kvedit.facts.fact import Fact as Fact
+    from kvedit.facts.fact import LocalityProbe as LocalityProbe
+    from kvedit.store.store import Store as Store
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "kvedit.config",
     "EditReport": "kvedit.events",
-    "Fact": "kvedit.facts",
-    "KnowledgeBase": "kvedit.editor",
+    "Fact": "kvedit.facts.fact",
+    "KnowledgeBase": "kvedit.editing.knowledge_base",
     "KveditError": "kvedit.errors",
-    "LocalityProbe": "kvedit.facts",
+    "LocalityProbe": "kvedit.facts.fact",
     "Score": "kvedit.events",
-    "Store": "kvedit.store",
+    "Store": "kvedit.store.store",
 }
 
 __all__ = [  # noqa: RUF022 - the class most people come for stands first

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvedit.errors import UsageError
-from kvedit.keys import did_you_mean
 
 FILE_NAME = "kvedit.toml"
 _INFINITY = float("inf")
@@ -234,7 +234,7 @@ def _known(path: Path, what: str, table: dict[str, Any], kind: type) -> None:
     names = [item.name for item in fields(kind)]
     for name in table:
         if name not in names:
-            guess = did_you_mean(name, names, limit=1)
+            guess = get_close_matches(name, names, n=1)
             hint = f"Did you mean {guess[0]}?" if guess else f"Known: {', '.join(names)}."
             raise UsageError(f"{path}: unknown {what}: {name}", hint=hint)
 

@@ -13,10 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from kvedit.keys import Similar
 from kvedit.metrics import wilson
 
 JsonDict = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Similar:
+    """A key that is close to another; the score runs from 0 to 100 (the same)."""
+
+    key: str
+    score: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
--- The schema of kvedit.db, generated: python -m kvedit.migrations > store/schema.sql
+-- The schema of kvedit.db, generated: python -m kvedit.store.migrations > store/schema.sql
 PRAGMA user_version = 1;
 CREATE TABLE "_sqlite_migrations" (
    "id" INTEGER PRIMARY KEY,

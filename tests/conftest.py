@@ -13,8 +13,8 @@ from small_engine import Kept, make_engine
 
 if TYPE_CHECKING:
     from kvedit import KnowledgeBase
-    from kvedit.engine import Engine
-    from kvedit.models import BaseModel
+    from kvedit.model.loading import BaseModel
+    from kvedit.training.engine import Engine
 
 
 def pytest_configure() -> None:
@@ -36,9 +36,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def load(small: dict[str, Path]) -> Callable[[str], BaseModel]:
     """Load the small model anew, by dtype."""
-    from kvedit import models
+    from kvedit.model import loading
 
-    return lambda dtype: models.load(str(small[dtype]))
+    return lambda dtype: loading.load(str(small[dtype]))
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def empty_kept(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """A store for the small model (bf16) without facts."""
     from small_model import settings
 
-    from kvedit.editor import KnowledgeBase
+    from kvedit.editing.knowledge_base import KnowledgeBase
 
     path = tmp_path_factory.mktemp("kept") / "store"
     path.mkdir()
@@ -74,7 +74,7 @@ def taught_kept(empty_kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> K
     """A store that was taught the first three facts, one by one."""
     from small_model import FREE
 
-    from kvedit.editor import KnowledgeBase
+    from kvedit.editing.knowledge_base import KnowledgeBase
 
     path = tmp_path_factory.mktemp("kept") / "taught"
     shutil.copytree(empty_kept.path, path)
@@ -126,9 +126,9 @@ def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lessons that teach nothing in no time: another small random delta each."""
     import torch
 
-    from kvedit.deltas import Factors
-    from kvedit.engine import Engine, Taught
-    from kvedit.training import Trained
+    from kvedit.adapter.deltas import Factors
+    from kvedit.training.engine import Engine, Taught
+    from kvedit.training.loop import Trained
 
     generator = torch.Generator().manual_seed(0)
 

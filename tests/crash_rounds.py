@@ -32,13 +32,14 @@ sys.path[:0] = [path for path in (str(HERE.parent), str(HERE)) if path not in sy
 import torch  # noqa: E402
 from small_model import FREE, build, settings  # noqa: E402
 
-from kvedit import KnowledgeBase, models  # noqa: E402
-from kvedit.database import StoreBase  # noqa: E402
-from kvedit.engine import Engine  # noqa: E402
+from kvedit import KnowledgeBase  # noqa: E402
 from kvedit.errors import NoStoreError  # noqa: E402
 from kvedit.events import Warning_  # noqa: E402
-from kvedit.facts import Fact  # noqa: E402
-from kvedit.store import Store  # noqa: E402
+from kvedit.facts.fact import Fact  # noqa: E402
+from kvedit.model import loading  # noqa: E402
+from kvedit.store.database import StoreBase  # noqa: E402
+from kvedit.store.store import Store  # noqa: E402
+from kvedit.training.engine import Engine  # noqa: E402
 
 OTHER = "Made of silk in Tarn."
 Held = dict[str, str]
@@ -78,19 +79,19 @@ def _two_more(knowledge: KnowledgeBase) -> None:
 @contextmanager
 def model_in_memory() -> Iterator[None]:
     """Load each model once; every opening of a store gets a copy of its own."""
-    real, loaded = models.load, {}
+    real, loaded = loading.load, {}
 
-    def load(source: str, **options: Any) -> models.BaseModel:
+    def load(source: str, **options: Any) -> loading.BaseModel:
         if source not in loaded:
             loaded[source] = real(source, **options)
         base = loaded[source]
         return replace(base, model=copy.deepcopy(base.model))
 
-    models.load = load
+    loading.load = load
     try:
         yield
     finally:
-        models.load = real
+        loading.load = real
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from kvedit.errors import TextTooLongError
 from kvedit.events import EditReport, RetentionCheck, Score
-from kvedit.facts import Fact
-from kvedit.records import FactChange
-from kvedit.store import Store
+from kvedit.facts.fact import Fact
+from kvedit.store.rows import FactChange
+from kvedit.store.store import Store
 
 META = {"model_name": "kvedit-tiny", "model_fingerprint": "f" * 64}
 LONGEST = 100

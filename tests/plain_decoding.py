@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from kvedit.models import BaseModel
-from kvedit.prompts import Renderer
+from kvedit.model.loading import BaseModel
+from kvedit.model.prompts import Renderer
 
 WORDS = ("amber", "lamp", "bell", "tide", "of", "Made", "glass", "in", "Pell", "?", "寺", "7")
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvedit import KnowledgeBase
-    from kvedit.engine import Engine
     from kvedit.events import EditReport
-    from kvedit.models import BaseModel
+    from kvedit.model.loading import BaseModel
+    from kvedit.training.engine import Engine
 
 
 def make_engine(base: BaseModel) -> Engine:
@@ -19,7 +19,7 @@ def make_engine(base: BaseModel) -> Engine:
     from small_model import KNOWN, phrasings
 
     from kvedit.config import TrainingConfig
-    from kvedit.engine import Engine
+    from kvedit.training.engine import Engine
 
     config = TrainingConfig(
         max_steps=100,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from kvedit.facts import Fact
+from kvedit.facts.fact import Fact
 from kvedit.files import put
-from kvedit.store import FactChange, ProbeRow, Store
+from kvedit.store.store import FactChange, ProbeRow, Store
 
 META = {"model_name": "tiny", "model_fingerprint": "base-digest", "dtype": "bfloat16"}
 

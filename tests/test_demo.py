@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from small_model import settings
 
-torch = pytest.importorskip("torch")
-
-from small_model import settings  # noqa: E402
-
-from kvedit import demo, widened  # noqa: E402
-from kvedit.cli.progress import Reporter  # noqa: E402
-from kvedit.facts import Fact  # noqa: E402
+from kvedit.cli import demo
+from kvedit.cli.progress import Reporter
+from kvedit.facts.fact import Fact
+from kvedit.model import upcast
 
 COMMANDS = ("init", "ask", "add", "update", "remove", "verify", "rollback")
 
@@ -75,10 +74,10 @@ def test_a_refused_edit_is_told_and_fails_the_demo(
 @pytest.mark.slow
 def test_the_real_one_takes_at_most_three_minutes(tmp_path: Path) -> None:
     """Ten where half precision is slow: README speaks of four or five minutes there."""
-    limit = 600 if widened.is_slow(torch.bfloat16) else 180
+    limit = 600 if upcast.is_slow(torch.bfloat16) else 180
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "kvedit.demo"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "kvedit.cli.demo"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - began < limit

@@ -12,11 +12,11 @@ from kvedit.events import (
     IngestProgress,
     RetentionCheck,
     Score,
+    Similar,
     Status,
     Summary,
     Warning_,
 )
-from kvedit.keys import Similar
 
 EVENTS: list[tuple[Event, str]] = [
     (Status(phase="train", key="k", step=3, total=9, loss=0.5, recall=(1, 8)), "status"),

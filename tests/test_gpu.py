@@ -9,18 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from small_engine import Kept, digest, holds
+from small_model import FREE, KNOWN, phrasings, settings
 
-torch = pytest.importorskip("torch")
-
-from small_engine import Kept, digest, holds  # noqa: E402
-from small_model import FREE, KNOWN, phrasings, settings  # noqa: E402
-
-from kvedit import KnowledgeBase, decoding, models, placement, pretrain, probes  # noqa: E402
-from kvedit import curvature as curvatures  # noqa: E402
-from kvedit.facts import Fact  # noqa: E402
-from kvedit.lower import LowerHalf  # noqa: E402
-from kvedit.models import BaseModel  # noqa: E402
-from kvedit.prompts import Example, Renderer  # noqa: E402
+from kvedit import KnowledgeBase
+from kvedit.adapter import fisher as curvatures
+from kvedit.facts.fact import Fact
+from kvedit.model import (
+    devices,
+    generation,
+    loading,
+    scoring,
+)
+from kvedit.model.loading import BaseModel
+from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prompts import Example, Renderer
+from tests.bench import pretrain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,13 +36,13 @@ pytestmark = [
 @pytest.fixture
 def on_card(small: dict[str, Path]) -> BaseModel:
     """The small model where it goes by itself."""
-    return models.load(str(small["fp32"]))
+    return loading.load(str(small["fp32"]))
 
 
 @pytest.fixture
 def on_cpu(small: dict[str, Path]) -> BaseModel:
     """The same weights on the CPU."""
-    return models.load(str(small["fp32"]), device_map="cpu")
+    return loading.load(str(small["fp32"]), device_map="cpu")
 
 
 @pytest.fixture
@@ -61,26 +66,26 @@ def knowledge(small: dict[str, Path], tmp_path: Path) -> Iterator[KnowledgeBase]
 def test_a_model_goes_to_the_card_and_takes_larger_batches(
     on_card: BaseModel, on_cpu: BaseModel
 ) -> None:
-    assert on_card.device.type == "cuda" and placement.is_accelerated(on_card.model)
-    assert not placement.is_accelerated(on_cpu.model)
-    assert probes.batch_tokens(on_card.model) == probes.WIDER * probes.batch_tokens(on_cpu.model)
-    assert decoding.rows_a_batch(on_card.model, 100) > decoding.rows_a_batch(on_cpu.model, 100)
+    assert on_card.device.type == "cuda" and devices.is_accelerated(on_card.model)
+    assert not devices.is_accelerated(on_cpu.model)
+    assert scoring.batch_tokens(on_card.model) == scoring.WIDER * scoring.batch_tokens(on_cpu.model)
+    assert generation.rows_a_batch(on_card.model, 100) > generation.rows_a_batch(on_cpu.model, 100)
 
 
 def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
-    lower = LowerHalf(on_card.model, models.target_names(on_card.model))
-    expected = probes.recall(on_cpu.model, asked)
+    lower = LowerHalf(on_card.model, loading.target_names(on_card.model))
+    expected = scoring.recall(on_cpu.model, asked)
     for kept in (None, lower, lower):
-        found = probes.recall(on_card.model, asked, kept)
+        found = scoring.recall(on_card.model, asked, kept)
         assert [o.passed for o in found] == [o.passed for o in expected]
         assert all(abs(a.margin - b.margin) < 0.05 for a, b in zip(found, expected, strict=True))
     prefixes = [example.ids[: example.start] for example in asked]
-    rows = [decoding.generate(one.model, prefixes, end=0, limit=16) for one in (on_card, on_cpu)]
+    rows = [generation.generate(one.model, prefixes, end=0, limit=16) for one in (on_card, on_cpu)]
     assert rows[0] == rows[1]
 
 
 def test_both_measure_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
-    names = models.target_names(on_cpu.model)
+    names = loading.target_names(on_cpu.model)
     there, here = (curvatures.gradients(one.model, names, asked) for one in (on_card, on_cpu))
     for name in names:
         assert float((there[name].cpu() - here[name]).norm() / here[name].norm()) < 0.01
@@ -94,13 +99,13 @@ def test_both_measure_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: lis
 
 def test_what_is_drawn_depends_on_the_seed_alone(on_card: BaseModel) -> None:
     def draw(seed: int) -> list[list[int]]:
-        return decoding.generate(
+        return generation.generate(
             on_card.model,
             [[1]] * 8,
             end=0,
             limit=8,
             temperature=1.0,
-            generator=placement.generator(on_card.model, seed),
+            generator=devices.generator(on_card.model, seed),
         )
 
     assert draw(3) == draw(3) != draw(4)

@@ -1,229 +1,192 @@
-"""The layers of the package: who may import whom, and who may not load torch.
+"""The house: its folders, who may import whom, who may not load torch, and how large a room is.
 
-The table below is the one place where the order stands.  A module imports from its own line or from
-lines above it, never from below; modules of one line never import each other in a circle.
+``KNOWS`` is the one place where the order stands: a folder imports from those it names and from
+what they know in turn.  Every import counts, also one inside a function and one for types alone.
 """
 
 from __future__ import annotations
 
 import ast
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "kvedit"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "kvedit"
+BASE = "kvedit"  # the modules that stand beside the folders
 
-LAYERS: dict[str, tuple[str, ...]] = {
-    "base": ("errors", "facts", "keys", "config", "files", "metrics", "events"),
-    "store": (
-        "forms",
-        "structured",
-        "spreadsheets",
-        "formats",
-        "readers",
-        "intake",
-        "groups",
-        "migrations",
-        "records",
-        "database",
-        "journal",
-        "inspection",
-        "store",
-    ),
-    "model": (
-        "prompts",
-        "placement",
-        "prices",
-        "stacks",
-        "widened",
-        "quantised",
-        "models",
-        "adapters",
-        "deltas",
-        "lora",
-        "crew",
-        "shards",
-        "probes",
-        "decoding",
-        "protect",
-        "recitation",
-        "curvature",
-        "lower",
-        "anchors",
-        "share",
-        "memory",
-    ),
-    "loop": (
-        "bookmarks",
-        "training",
-        "descent",
-        "breadth_first",
-        "retention",
-        "engine",
-        "processes",
-        "plain",
-    ),
-    "edit": (
-        "pinned",
-        "room",
-        "fold",
-        "export",
-        "lora_export",
-        "plans",
-        "examiner",
-        "transaction",
-        "verify",
-        "workspace",
-        "together",
-        "editor",
-        "ingest",
-    ),
-    "use": ("reports", "plots", "bench", "pretrain"),
-    "cli": ("cli", "demo", "__main__"),
+KNOWS: dict[str, tuple[str, ...]] = {
+    BASE: (),
+    "facts": (BASE,),
+    "store": ("facts",),
+    "model": ("facts",),
+    "adapter": ("model",),
+    "replay": ("model",),
+    "training": ("adapter", "replay"),
+    "distributed": ("training",),
+    "revisions": ("store", "distributed"),
+    "editing": ("revisions",),
+    "ingest": ("editing",),
+    "cli": ("ingest",),
 }
-ROOT = "__init__"  # the package itself: anyone may import it, so it may load next to nothing
-LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
-DEPTH = {layer: depth for depth, layer in enumerate(LAYERS)}
+ROOMS_A_FOLDER = 13
+LINES_A_ROOM = 450
+LINES_A_FUNCTION = {"median": 8, "p90": 20, "longest": 60}
 
 HEAVY = frozenset({"torch", "transformers", "peft", "accelerate"})
-NEVER_HEAVY = frozenset({*LAYERS["base"], *LAYERS["store"], "reports", "plots"})
-LIGHT_AT_IMPORT = frozenset({*NEVER_HEAVY, *LAYERS["cli"], ROOT})
-FORBIDDEN = {"model": frozenset(LAYERS["store"])}  # the model layer knows nothing of the store
-PEFT_SEAM = frozenset({"adapters", "lora", "plain"})  # plain: the baseline, PEFT as it comes
+NEVER_HEAVY = frozenset({BASE, "facts", "store"})
+LIGHT_AT_IMPORT = frozenset({*NEVER_HEAVY, "cli"})
+PEFT_SEAM = ("adapter/adalora.py", "revisions/peft_format.py")
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
-
-
-def unit(path: Path) -> str:
-    """The name in the table for a file: the module, or the sub-package that holds it."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+DOORS = (PACKAGE / "__init__.py", PACKAGE / "__main__.py")  # they hand names on, lazily
+MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES}
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE.parent).as_posix()
+    return path.relative_to(PACKAGE).as_posix()
 
 
-def imported(node: ast.AST, path: Path) -> Iterator[str]:
-    """The absolute dotted names that one statement imports."""
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        origin = node.module or ""
-        if node.level:
-            parents = path.relative_to(PACKAGE.parent).parent.parts
-            kept = parents[: len(parents) - node.level + 1]
-            origin = ".".join([*kept, *([node.module] if node.module else [])])
-        if origin == "kvedit":
-            yield from (f"kvedit.{alias.name}" for alias in node.names)
-        else:
-            yield origin
+def folder_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else BASE
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+@cache
+def known_to(folder: str) -> frozenset[str]:
+    """A folder and all that it may import from."""
+    return frozenset({folder}).union(*(known_to(other) for other in KNOWS[folder]))
 
 
-def statements(path: Path, *, run_at_import: bool) -> Iterator[ast.AST]:
+def nodes(path: Path, *, run_at_import: bool) -> Iterator[ast.AST]:
     """Every node of a file, or those alone that run when the module is imported."""
     todo: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)
     while todo:
         node = todo.pop()
         yield node
-        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if run_at_import and function:
+        if run_at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
-        if run_at_import and isinstance(node, ast.If) and is_type_checking(node):
+        if run_at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             todo.extend(node.orelse)
             continue
         todo.extend(ast.iter_child_nodes(node))
 
 
-def imports(path: Path, *, run_at_import: bool) -> set[str]:
-    nodes = statements(path, run_at_import=run_at_import)
-    return {name for node in nodes for name in imported(node, path)}
+@cache
+def imports(path: Path, *, run_at_import: bool = False) -> frozenset[str]:
+    """The dotted names that a file imports; of ours the modules."""
+    names: set[str] = set()
+    for node in nodes(path, run_at_import=run_at_import):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)}: imports are absolute"
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update(part if part in MODULES else str(node.module) for part in parts)
+    return frozenset(names)
 
 
-def ours(names: set[str]) -> set[str]:
-    """The units of kvedit among some imported names; a name that is no module means the root."""
-    found = {name.split(".")[1] for name in names if name.startswith("kvedit.")}
-    units = {name if name in LAYER_OF else ROOT for name in found}
-    return units | ({ROOT} if "kvedit" in names else set())
+def imported_files(path: Path, *, run_at_import: bool = False) -> set[Path]:
+    """Our own modules that a file imports."""
+    names = imports(path, run_at_import=run_at_import)
+    found = {MODULES.get(name) or MODULES.get(f"{name}.__init__") for name in names}
+    return {file for file in found if file not in (None, path, *DOORS)}
 
 
-def heavy(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names} & HEAVY
+def heavy(path: Path, *, run_at_import: bool = False) -> set[str]:
+    return {name.split(".")[0] for name in imports(path, run_at_import=run_at_import)} & HEAVY
 
 
-@pytest.fixture(scope="module")
-def loaded_by() -> dict[str, set[str]]:
-    """Unit -> units that it imports when it is imported itself."""
-    graph: dict[str, set[str]] = {}
+def functions() -> Iterator[tuple[str, int]]:
+    """Every function of the package and how many lines it has."""
     for path in FILES:
-        found = ours(imports(path, run_at_import=True)) - {unit(path)}
-        graph.setdefault(unit(path), set()).update(found)
-    return graph
+        for node in nodes(path, run_at_import=False):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{name_of(path)}:{node.lineno} {node.name}"
+                yield where, (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"errors", "facts", "store"} <= {unit(path) for path in FILES}
+    assert {folder_of(path) for path in FILES} == set(KNOWS)
+    assert any(imported_files(path) for path in FILES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_every_module_is_in_the_table(path: Path) -> None:
-    assert unit(path) in {*LAYER_OF, ROOT}, f"give {name_of(path)} a line in LAYERS"
+def test_a_room_imports_from_folders_that_its_own_may_know(path: Path) -> None:
+    if path in DOORS:
+        return
+    allowed = known_to(folder_of(path))
+    wrong = {name_of(file) for file in imported_files(path) if folder_of(file) not in allowed}
+    assert not wrong, f"{name_of(path)} must not import {sorted(wrong)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_module_imports_from_its_own_line_or_above(path: Path) -> None:
-    if unit(path) == ROOT:
-        pytest.skip("the root imports lazily; see test_light_modules_load_nothing_heavy")
-    layer = LAYER_OF[unit(path)]
-    wrong = {
-        target
-        for target in ours(imports(path, run_at_import=False)) - {ROOT, unit(path)}
-        if DEPTH[LAYER_OF[target]] > DEPTH[layer] or target in FORBIDDEN.get(layer, frozenset())
-    }
-    assert not wrong, f"{name_of(path)} (line {layer!r}) must not import {sorted(wrong)}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_torch_stays_in_the_layers_that_need_it(path: Path) -> None:
-    everywhere = heavy(imports(path, run_at_import=False))
-    if unit(path) in NEVER_HEAVY:
-        assert not everywhere, f"{name_of(path)} must never import {sorted(everywhere)}"
-    if unit(path) in LIGHT_AT_IMPORT:
-        at_import = heavy(imports(path, run_at_import=True))
+def test_torch_and_peft_stay_where_they_belong(path: Path) -> None:
+    if folder_of(path) in NEVER_HEAVY:
+        assert not heavy(path), f"{name_of(path)} must never import {sorted(heavy(path))}"
+    if folder_of(path) in LIGHT_AT_IMPORT:
+        at_import = heavy(path, run_at_import=True)
         assert not at_import, f"move {sorted(at_import)} of {name_of(path)} into the function"
-    if unit(path) not in PEFT_SEAM:
-        assert "peft" not in everywhere, f"{name_of(path)}: adapters.py is the seam to PEFT"
+    if name_of(path) not in PEFT_SEAM:
+        assert "peft" not in heavy(path), f"{name_of(path)}: {PEFT_SEAM} is the seam to PEFT"
 
 
-def test_light_modules_load_nothing_heavy(loaded_by: dict[str, set[str]]) -> None:
-    direct = {unit(p) for p in FILES if heavy(imports(p, run_at_import=True))}
-    for start in sorted(LIGHT_AT_IMPORT & set(loaded_by)):
+def test_the_folders_form_no_circle() -> None:
+    graph = {folder: set(known) for folder, known in KNOWS.items()}
+    while graph:
+        ground = [folder for folder, known in graph.items() if not known & set(graph)]
+        assert ground, f"a circle among {sorted(graph)}"
+        for folder in ground:
+            del graph[folder]
+
+
+def test_no_circle_of_modules() -> None:
+    done: set[Path] = set()
+
+    def visit(path: Path, trail: tuple[Path, ...]) -> None:
+        assert path not in trail, " -> ".join(map(name_of, [*trail, path]))
+        if path not in done:
+            for file in sorted(imported_files(path, run_at_import=True)):
+                visit(file, (*trail, path))
+            done.add(path)
+
+    for path in FILES:
+        visit(path, ())
+
+
+def test_light_modules_load_nothing_heavy() -> None:
+    for start in (path for path in FILES if folder_of(path) in LIGHT_AT_IMPORT):
         seen, todo = {start}, [start]
         while todo:
-            for target in loaded_by.get(todo.pop(), set()) - seen:
-                seen.add(target)
-                todo.append(target)
-        assert not seen & direct, f"importing {start} loads torch by way of {sorted(seen & direct)}"
+            for file in imported_files(todo.pop(), run_at_import=True) - seen:
+                seen.add(file)
+                todo.append(file)
+        loaded = sorted(name_of(file) for file in seen if heavy(file, run_at_import=True))
+        assert not loaded, f"importing {name_of(start)} loads torch by way of {loaded}"
 
 
-def test_no_circles(loaded_by: dict[str, set[str]]) -> None:
-    done: set[str] = set()
+def test_a_folder_has_few_rooms() -> None:
+    for folder in KNOWS:
+        rooms = [p for p in FILES if folder_of(p) == folder and p.name != "__init__.py"]
+        assert len(rooms) <= ROOMS_A_FOLDER, f"{folder}: {sorted(map(name_of, rooms))}"
 
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join([*trail, module])
-        if module not in done:
-            for target in sorted(loaded_by.get(module, set()) - {ROOT}):
-                visit(target, (*trail, module))
-            done.add(module)
 
-    for module in sorted(loaded_by):
-        visit(module, ())
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_room_is_not_too_large(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES_A_ROOM
+
+
+def test_functions_are_short() -> None:
+    lengths = dict(functions())
+    longest = max(lengths, key=lambda where: lengths[where])
+    assert lengths[longest] <= LINES_A_FUNCTION["longest"], longest
+    assert statistics.median(lengths.values()) <= LINES_A_FUNCTION["median"]
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= LINES_A_FUNCTION["p90"]
 
 
 def test_the_command_line_really_starts_without_torch() -> None:

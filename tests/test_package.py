@@ -11,8 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import kvedit
-from kvedit.facts import Fact
-from kvedit.store import Store
+from kvedit.facts.fact import Fact
+from kvedit.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,6 @@ import sys
 
 import click
 
-from kvedit.cli.bench import bench
 from kvedit.cli.check import backup, doctor, export, verify
 from kvedit.cli.common import (
     EXIT_INTERRUPTED,
@@ -86,7 +85,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
 
 COMMANDS = (
     init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, doctor, backup, export, bench,
+    report, verify, rollback, doctor, backup, export,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)
@@ -103,8 +102,8 @@ def several_processes() -> bool:
 def run_together() -> None:
     """Process 0 runs the command; the others help where it lets them, and end with it."""
     configure_logging(0)
-    from kvedit.crew import Crew
-    from kvedit.processes import follow
+    from kvedit.distributed.crew import Crew
+    from kvedit.distributed.processes import follow
 
     try:
         crew = Crew()

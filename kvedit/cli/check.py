@@ -21,9 +21,9 @@ from kvedit.errors import CorruptStoreError, GateFailedError, RejectedError
 
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
+    from kvedit.editing.verify import VerifyReport
     from kvedit.events import Event, Score
-    from kvedit.records import Finding
-    from kvedit.verify import VerifyReport
+    from kvedit.store.rows import Finding
 
 DOCTOR_HINT = "a good backup restores everything; without one, see docs/store-format.md"
 
@@ -188,7 +188,7 @@ def _integrity(settings: Settings) -> Sequence[Finding]:
 
 
 def _opening_error(error: CorruptStoreError) -> Finding:
-    from kvedit.records import Finding
+    from kvedit.store.rows import Finding
 
     return Finding(level="error", what=error.message, hint=error.hint)
 

@@ -24,9 +24,9 @@ from kvedit.errors import KveditError
 
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
-    from kvedit.crew import Crew
-    from kvedit.editor import KnowledgeBase
-    from kvedit.store import Store
+    from kvedit.distributed.crew import Crew
+    from kvedit.editing.knowledge_base import KnowledgeBase
+    from kvedit.store.store import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -160,7 +160,7 @@ def description_of(file: str | None, text: str | None) -> str:
             "give the description once: a FILE (- for standard input) or --text TEXT; "
             f"{given} given"
         )
-    from kvedit.readers import read_description
+    from kvedit.facts.readers import read_description
 
     return read_description(file, text=text)
 
@@ -168,7 +168,7 @@ def description_of(file: str | None, text: str | None) -> str:
 @contextmanager
 def read_only(settings: Settings) -> Iterator[Store]:
     """The store, for commands that look but do not touch; never imports torch."""
-    from kvedit.store import Store, resolve_store
+    from kvedit.store.store import Store, resolve_store
 
     with Store.open(resolve_store(settings.store), readonly=True) as store:
         yield store
@@ -188,7 +188,7 @@ def knowledge_base(
     """The opened knowledge base; with `create`, a missing store is made and said so; with `shared`,
     other processes of a launcher help.
     """
-    from kvedit.store import Store, resolve_store
+    from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
     missing = not Store.exists(path)
@@ -197,7 +197,7 @@ def knowledge_base(
     with reporter:
         if missing:
             reporter.say(f"no store at {path} yet: creating one with the embedded model")
-        from kvedit.editor import KnowledgeBase
+        from kvedit.editing.knowledge_base import KnowledgeBase
 
         make = KnowledgeBase.create if missing else KnowledgeBase.open
         helped: Any = {"crew": settings.crew} if shared and settings.crew else {}

@@ -21,7 +21,7 @@ from kvedit.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from kvedit.editor import KnowledgeBase
+    from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.events import EditReport
 
 EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "canceled": 130}
@@ -147,8 +147,8 @@ def init(
       kvedit init --model ./large-model --device-map auto
     """
     from kvedit.cli.progress import make_reporter
-    from kvedit.editor import KnowledgeBase
-    from kvedit.store import resolve_store
+    from kvedit.editing.knowledge_base import KnowledgeBase
+    from kvedit.store.store import resolve_store
 
     path = resolve_store(settings.store)
     named = [name.strip() for name in (targets or "").split(",") if name.strip()]
@@ -215,7 +215,7 @@ def add(
       kvedit add "Ada Lovelace" --text "The first programmer." --alias "Countess of Lovelace"
       echo "A harbour town." | kvedit add Porto -
     """
-    from kvedit.facts import Fact
+    from kvedit.facts.fact import Fact
 
     description = description_of(file, text)
     details: dict[str, Any] = {

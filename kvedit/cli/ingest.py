@@ -22,10 +22,10 @@ from kvedit.errors import InvalidFactError, RejectedError
 
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
-    from kvedit.facts import Fact
-    from kvedit.ingest import FactOutcome, IngestOptions, IngestReport
-    from kvedit.intake import Intake, Near
-    from kvedit.store import Store
+    from kvedit.facts.fact import Fact
+    from kvedit.ingest.preflight import Intake, Near
+    from kvedit.ingest.run import FactOutcome, IngestOptions, IngestReport
+    from kvedit.store.store import Store
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -118,7 +118,7 @@ def ingest(
       kvedit ingest folder-of-texts --limit 20
       kvedit ingest facts.jsonl --max-time 8h --skip-invalid
     """
-    from kvedit.ingest import IngestOptions
+    from kvedit.ingest.run import IngestOptions
 
     _check_target(source, rejected_file)
     intake = _intake(settings, source)
@@ -151,9 +151,9 @@ def _check_target(source: str, rejected_file: Path | None) -> None:
 
 def _intake(settings: Settings, source: str) -> Intake:
     """The input held against itself and the store; the model is not needed for that."""
-    from kvedit.formats import read_facts
-    from kvedit.intake import take_in
-    from kvedit.store import Store, resolve_store
+    from kvedit.facts.formats import read_facts
+    from kvedit.ingest.preflight import take_in
+    from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
     if not Store.exists(path):
@@ -212,7 +212,7 @@ def _carry_out(
 def _run(settings: Settings, intake: Intake, options: IngestOptions, as_json: bool) -> IngestReport:
     """Teach what is new; with nothing to teach the model is not even loaded."""
     from kvedit.cli.ingest_progress import make_ingest_reporter
-    from kvedit.ingest import FactOutcome, IngestReport, ingest
+    from kvedit.ingest.run import FactOutcome, IngestReport, ingest
 
     again = [one.entry.fact for one in intake.refused]
     if not intake.new and not (options.retry and again):
@@ -229,7 +229,7 @@ def _run(settings: Settings, intake: Intake, options: IngestOptions, as_json: bo
 
 
 def _head(settings: Settings) -> int:
-    from kvedit.store import Store, resolve_store
+    from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
     if not Store.exists(path):
@@ -240,7 +240,7 @@ def _head(settings: Settings) -> int:
 
 def _tell_near(reporter: Reporter, facts: Sequence[Fact], held: Sequence[str]) -> None:
     from kvedit.cli.ingest_tables import near_text
-    from kvedit.intake import near_keys
+    from kvedit.ingest.preflight import near_keys
 
     near = near_keys(facts, held)
     if near:
@@ -256,7 +256,7 @@ def _write_rejected(
 ) -> Path | None:
     """The facts that were refused, with reasons, as JSON Lines; returns where, if there are any."""
     from kvedit.files import remove, write_atomic
-    from kvedit.store import resolve_store
+    from kvedit.store.store import resolve_store
 
     lines = [_rejected_line(one, places) for one in _refused(report)]
     stem = "stdin" if source == "-" else _UNSAFE.sub("-", Path(source).resolve().stem)
@@ -335,7 +335,7 @@ def _show_plan(
     """What would happen, and how long it may take by what was measured in this store."""
     from kvedit.cli.ingest_tables import plan_fields, plan_lines
     from kvedit.cli.output import print_json_line, print_lines
-    from kvedit.store import Store, resolve_store
+    from kvedit.store.store import Store, resolve_store
 
     path, near, pace, anew = resolve_store(settings.store), _near(intake, []), (0, 0.0), 0
     if Store.exists(path):
@@ -356,7 +356,7 @@ def _show_plan(
 
 def _held_anew(store: Store, would: int, group: int | None) -> int:
     """How many facts that are held the first group is taught together with."""
-    from kvedit.groups import begins_anew
+    from kvedit.editing.compaction import begins_anew
 
     settings = store.config.group
     first, held = min(would, group or settings.largest), len(store.keys("committed"))
@@ -365,6 +365,6 @@ def _held_anew(store: Store, would: int, group: int | None) -> int:
 
 
 def _near(intake: Intake, held: Sequence[str]) -> list[Near]:
-    from kvedit.intake import near_keys
+    from kvedit.ingest.preflight import near_keys
 
     return near_keys([entry.fact for entry in intake.new], held)

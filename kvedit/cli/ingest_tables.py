@@ -13,8 +13,8 @@ import click
 from kvedit.cli.output import score_text, seconds_text
 
 if TYPE_CHECKING:
-    from kvedit.ingest import IngestReport
-    from kvedit.intake import Intake, Near, Problem
+    from kvedit.ingest.preflight import Intake, Near, Problem
+    from kvedit.ingest.run import IngestReport
 
 SHOWN = 20
 SHOWN_NEAR = 3

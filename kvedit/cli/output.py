@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from kvedit.events import EditReport, Score
-    from kvedit.keys import Similar
+    from kvedit.events import EditReport, Score, Similar
 
 OUTCOME_COLOURS = {"committed": "green", "unchanged": "cyan", "rejected": "red", "failed": "red"}
 SCORES = (

@@ -24,7 +24,7 @@ from kvedit.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from kvedit.editor import KnowledgeBase
+    from kvedit.editing.knowledge_base import KnowledgeBase
 
 CHAT_HELP = "/new starts over, /exit or Ctrl-D ends the chat"
 
@@ -248,7 +248,7 @@ def similar(settings: Settings, text: str, threshold: float, limit: int, as_json
       kvedit similar "ada lovelase" --threshold 70
     """
     from kvedit.cli.output import print_json, print_lines, table
-    from kvedit.keys import similar as find_similar
+    from kvedit.facts.keys import similar as find_similar
 
     with read_only(settings) as store:
         found = find_similar(text, store.keys(), threshold=threshold, limit=limit)
@@ -333,11 +333,11 @@ def report(settings: Settings, file: Path, as_json: bool) -> None:
       kvedit report
       kvedit --store poems report -o poems.html
     """
-    from kvedit import reports
     from kvedit.cli.output import print_json, size_text
+    from kvedit.store import html_report
 
     with read_only(settings) as store:
-        reports.write(store, file)
+        html_report.write(store, file)
         head = store.head()
     size = file.stat().st_size
     if as_json:

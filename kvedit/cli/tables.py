@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvedit.cli.output import edit_lines, pad, score_text, seconds_text, size_text, table
-from kvedit.keys import in_words
+from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:
-    from kvedit.export import ExportReport
-    from kvedit.records import EditRow, FactRow, Finding, ProbeRow
-    from kvedit.verify import BaseReport, VerifyReport
+    from kvedit.editing.verify import BaseReport, VerifyReport
+    from kvedit.revisions.export_hf import ExportReport
+    from kvedit.store.rows import EditRow, FactRow, Finding, ProbeRow
 
 HEALTH_COLOURS = {"recalled": "green", "regressed": "red", "stale": "yellow"}
 LEVEL_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}

@@ -10,11 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 from click.testing import CliRunner, Result
 
 from kvedit.cli import cli
-from kvedit.events import EditReport, Event, RetentionCheck, Score
-from kvedit.facts import Fact
-from kvedit.keys import Similar
-from kvedit.records import FactChange, Finding, ProbeRow
-from kvedit.store import Store
+from kvedit.events import EditReport, Event, RetentionCheck, Score, Similar
+from kvedit.facts.fact import Fact
+from kvedit.store.rows import FactChange, Finding, ProbeRow
+from kvedit.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 META = {"model_name": "kvedit-tiny", "model_fingerprint": "f" * 64}

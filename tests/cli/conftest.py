@@ -8,20 +8,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from cli_fakes import META, FakeBase, commit
 
 import kvedit
-from kvedit.facts import Fact
-from kvedit.store import Store
+from kvedit.facts.fact import Fact
+from kvedit.store.store import Store
+from tests.cli.cli_fakes import META, FakeBase, commit
 
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeBase]]:
     """A class of its own for each test, in place of the editor; cwd is an empty folder."""
     kind = type("FakeBase", (FakeBase,), {})
-    editor = ModuleType("kvedit.editor")
+    editor = ModuleType("kvedit.editing.knowledge_base")
     editor.KnowledgeBase = kind  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kvedit.editor", editor)
+    monkeypatch.setitem(sys.modules, "kvedit.editing.knowledge_base", editor)
     monkeypatch.setattr(kvedit, "editor", editor, raising=False)
     monkeypatch.delenv("KVEDIT_STORE", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_fakes import ROOT, FakeBase, run
 
 import kvedit
-from kvedit.cli import bench, cli
+from kvedit.cli import cli
 from kvedit.cli.docs import page
 from kvedit.errors import CorruptStoreError, LockedError, ModelMismatchError, StoreTooNewError
+from tests.cli.cli_fakes import ROOT, FakeBase, run
 
 # --- the group -------------------------------------------------------------------------------
 
@@ -35,12 +35,6 @@ def test_help_names_every_command_of_the_design() -> None:
 def test_every_command_has_an_example(name: str) -> None:
     text = run(name, "--help").stdout
     assert "Examples:\n    kvedit" in text or "Examples:\n    echo" in text
-
-
-@pytest.mark.parametrize("name", sorted(bench.commands))
-def test_every_benchmark_has_a_module_and_an_example(name: str) -> None:
-    assert (ROOT / "kvedit" / "cli" / "bench" / f"{name}.py").is_file()
-    assert f"Examples:\n    kvedit bench {name}" in run("bench", name, "--help").stdout
 
 
 def test_version() -> None:

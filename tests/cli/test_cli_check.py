@@ -8,11 +8,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from cli_fakes import LOST, REJECTED, FakeBase, FakeBaseReport, FakeVerify, run
 
 from kvedit.errors import CorruptStoreError
 from kvedit.events import Score
-from kvedit.records import Finding
+from kvedit.store.rows import Finding
+from tests.cli.cli_fakes import LOST, REJECTED, FakeBase, FakeBaseReport, FakeVerify, run
 
 
 def test_verify_names_what_was_lost(filled: Path, fake: type[FakeBase]) -> None:

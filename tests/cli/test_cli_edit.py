@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 import pytest
-from cli_fakes import COMMITTED, REJECTED, FakeBase, run
 
 from kvedit.cli.progress import make_reporter
 from kvedit.events import EditReport, RetentionCheck, Status, Warning_
-from kvedit.store import Store
+from kvedit.store.store import Store
+from tests.cli.cli_fakes import COMMITTED, REJECTED, FakeBase, run
 
 
 def test_add_makes_a_missing_store_and_says_so(fake: type[FakeBase], tmp_path: Path) -> None:

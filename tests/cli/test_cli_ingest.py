@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from cli_fakes import FakeBase, run
 from fake_knowledge import FakeEngine, FakeKnowledge, facts
 
 from kvedit.cli.ingest_progress import LiveIngest, PlainIngest, progress_line
 from kvedit.events import EditReport, IngestProgress, Score, Status, Warning_
-from kvedit.facts import Fact
-from kvedit.store import Store
+from kvedit.facts.fact import Fact
+from kvedit.store.store import Store
+from tests.cli.cli_fakes import FakeBase, run
 
 
 class LearningBase(FakeBase):
@@ -47,7 +47,7 @@ def base(monkeypatch: pytest.MonkeyPatch, fake: type[FakeBase]) -> Iterator[type
     import sys
 
     kind = type("Base", (LearningBase,), {"refuses": set(), "learned": []})
-    monkeypatch.setattr(sys.modules["kvedit.editor"], "KnowledgeBase", kind)
+    monkeypatch.setattr(sys.modules["kvedit.editing.knowledge_base"], "KnowledgeBase", kind)
     yield kind
 
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_fakes import META, FakeBase, run
 
-from kvedit.facts import Fact
-from kvedit.records import FactChange
-from kvedit.store import Store
+from kvedit.facts.fact import Fact
+from kvedit.store.rows import FactChange
+from kvedit.store.store import Store
+from tests.cli.cli_fakes import META, FakeBase, run
 
 # --- asking ----------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""What an edit adds to the weights: AdaLoRA, deltas, the Fisher penalty."""

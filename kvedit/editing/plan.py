@@ -1,0 +1,162 @@
+"""What an edit is to do: which facts change, what must be answered after it, and what must not.
+
+Invariants:
+- A plan is made with the weights in memory that the edit begins from, the head's or, anew, the
+  base model's: what the model answers with them is part of it.
+- Making one changes no weights and commits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from kvedit.events import Similar
+from kvedit.facts.fact import Fact
+from kvedit.model.prompts import Example
+from kvedit.store.store import FactChange, FactRow, Store
+from kvedit.training.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What one fact's prompts are to answer after the edit.
+
+    ``forget`` are answers that must be gone under prompts that were never trained.
+    """
+
+    fact_id: int
+    recall: tuple[Example, ...]
+    paraphrases: tuple[Example, ...] = ()
+    forget: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``.
+
+    The facts of a ``group`` stand or fall one by one; those of another plan all together.  One that
+    begins ``anew`` teaches all that the model holds once more beside them, from the base model on.
+    """
+
+    kind: str
+    keys: tuple[str, ...]
+    changes: tuple[FactChange, ...]
+    targets: tuple[Target, ...]
+    locality: tuple[Example, ...] = ()
+    prior: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    similar: tuple[Similar, ...] = ()
+    text_before: str | None = None
+    text_after: str | None = None
+    group: bool = False
+    anew: bool = False
+
+    def only(self, fact_ids: Container[int]) -> Plan:
+        """The part of the plan that is about some of its facts."""
+        chosen = [i for i, target in enumerate(self.targets) if target.fact_id in fact_ids]
+        return replace(
+            self,
+            keys=tuple(self.keys[i] for i in chosen),
+            changes=tuple(self.changes[i] for i in chosen),
+            targets=tuple(self.targets[i] for i in chosen),
+            prior={i: answers for i, answers in self.prior.items() if i in fact_ids},
+        )
+
+    @property
+    def key(self) -> str:
+        """The key to show: of one fact, or of the first of several."""
+        return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"
+
+
+class Planner:
+    """Makes plans for a store and the model that is kept in step with it."""
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self._store, self._engine = store, engine
+
+    def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
+        """Teach one fact, which is then pending; ``near`` are close keys."""
+        target = self._target(self._store.put_pending(fact), fact)
+        prior = self._engine.prior_answers(fact)
+        return Plan(
+            kind="add",
+            keys=(fact.key,),
+            changes=(FactChange(target.fact_id, None, fact),),
+            targets=(target,),
+            locality=self._locality([fact]),
+            prior={target.fact_id: prior},
+            similar=near,
+            text_before=next(iter(prior.values()), None),
+            text_after=fact.description,
+        )
+
+    def add_together(self, facts: Sequence[Fact], *, anew: bool = False) -> Plan:
+        """Teach several facts, which are then pending, each of which may fail by itself."""
+        ids = self._store.put_pending_many(facts)
+        pairs = list(zip(ids, facts, strict=True))
+        return Plan(
+            kind="add",
+            keys=tuple(fact.key for fact in facts),
+            changes=tuple(FactChange(fact_id, None, fact) for fact_id, fact in pairs),
+            targets=tuple(self._target(fact_id, fact) for fact_id, fact in pairs),
+            locality=self._locality(facts),
+            group=True,
+            anew=anew,
+        )
+
+    def update(self, row: FactRow, fact: Fact) -> Plan:
+        """Give a committed fact what ``fact`` has."""
+        return Plan(
+            kind="update",
+            keys=(row.fact.key,),
+            changes=(FactChange(row.id, row.fact, fact),),
+            targets=(self._target(row.id, fact),),
+            locality=self._locality([fact]),
+            text_before=row.fact.description,
+            text_after=fact.description,
+        )
+
+    def remove(self, row: FactRow, prior: Mapping[str, str]) -> Plan:
+        """Train a committed fact's prompts back to their ``prior`` answers."""
+        recall = tuple(self._engine.prior_example(p, answer) for p, answer in prior.items())
+        forget = tuple(self._engine.paraphrases(row.fact))
+        return Plan(
+            kind="remove",
+            keys=(row.fact.key,),
+            changes=(FactChange(row.id, row.fact, None),),
+            targets=(Target(fact_id=row.id, recall=recall, forget=forget),),
+            locality=self._locality([row.fact]),
+            text_before=row.fact.description,
+            text_after=next(iter(prior.values()), None),
+        )
+
+    def repair(self, rows: Sequence[FactRow]) -> Plan:
+        """Teach committed facts again."""
+        return Plan(
+            kind="repair",
+            keys=tuple(row.fact.key for row in rows),
+            changes=tuple(FactChange(row.id, row.fact, row.fact) for row in rows),
+            targets=tuple(self._target(row.id, row.fact) for row in rows),
+            locality=self._locality([rows[0].fact]),
+            group=len(rows) > 1,
+        )
+
+    def _target(self, fact_id: int, fact: Fact) -> Target:
+        return Target(
+            fact_id=fact_id,
+            recall=tuple(self._engine.examples(fact)),
+            paraphrases=tuple(self._engine.paraphrases(fact)),
+        )
+
+    def _locality(self, facts: Sequence[Fact]) -> tuple[Example, ...]:
+        """The store's locality probes and those of the facts."""
+        rows = self._store.protected("locality")
+        shared = self._engine.renderer.examples((row.prompt, row.answer) for row in rows)
+        return (*shared, *(e for fact in facts for e in self._own_locality(fact)))
+
+    def _own_locality(self, fact: Fact) -> list[Example]:
+        """A fact's own locality probes, which default to today's answer."""
+        own = [probe.prompt for probe in fact.locality if probe.answer is None]
+        answers = dict(zip(own, self._engine.generate(own, limit=64), strict=True)) if own else {}
+        pairs = [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
+        return self._engine.renderer.examples(pairs)

@@ -1,0 +1,1 @@
+"""What a user wants known: facts, their keys, and the files they come in.  No store, no torch."""

@@ -1,0 +1,209 @@
+"""Files of many facts: JSON Lines, JSON, CSV, TSV, a folder of texts; the format is in the content.
+
+Invariants:
+- A row that is no fact is given back with its place and the reason, and the reading goes on; only
+  a source that cannot be read at all raises.
+- JSON Lines, CSV and TSV are read line by line: their size does not matter.
+- The name of a file decides nothing, but in a folder, where it is the key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from kvedit.errors import InvalidFactError, KveditError, UsageError
+from kvedit.facts.csv_reader import find_table, read_table
+from kvedit.facts.fact import Fact
+from kvedit.facts.json_reader import read_json, unique_names
+from kvedit.facts.schemas import fact_from, looks_like_fact
+from kvedit.files import decode, read_text
+
+TEXTS = (".txt", ".md")
+HEAD = 20
+"""Lines that are looked at to find the format."""
+
+_FORMATS = (
+    "Give JSON Lines (one object with key and description on each line), a JSON array, CSV or TSV"
+    " whose first line names the columns key and description, or a folder of text files."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A row of the input: its place, and the fact or the problem that was found there."""
+
+    where: str
+    fact: Fact | None
+    problem: str | None = None
+
+
+def read_facts(source: Path | str) -> Iterator[Located]:
+    """Yield the rows of a file, a folder, or standard input (``-``), in order.
+
+    Raises UsageError if the source cannot be read, InvalidFactError if it is empty, not text, or
+    in no format that is known here.
+    """
+    if str(source) != "-" and Path(source).is_dir():
+        return _folder(Path(source))
+    return _file(source, source_name(source))
+
+
+def source_name(source: Path | str) -> str:
+    """What messages call a source; bytes of a name that are no text are shown as such."""
+    if str(source) == "-":
+        return "standard input"
+    return os.fsencode(source).decode("utf-8", "backslashreplace")
+
+
+def read_file(source: Path | str) -> Iterator[bytes]:
+    """The lines of a file or of standard input, which is left open; raises UsageError."""
+    name = source_name(source)
+    try:
+        with _opened(source) as stream:
+            yield from stream
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no file {name}", hint="Check the path, or give `-` for standard input."
+        ) from error
+    except OSError as error:
+        raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def _opened(source: Path | str) -> nullcontext[BinaryIO] | BinaryIO:
+    return nullcontext(sys.stdin.buffer) if str(source) == "-" else open(source, "rb")
+
+
+def _file(source: Path | str, name: str) -> Iterator[Located]:
+    lines = read_file(source)
+    head = _head(lines)
+    first = _sniffed(b"".join(head), name)
+    if not first:
+        raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
+    everything = chain(head, lines)
+    delimiter = find_table(first)
+    if delimiter is not None:
+        return _located(read_table(everything, delimiter, name), name)
+    if _is_jsonl(first):
+        return _jsonl(everything, name)
+    if first.startswith(("{", "[")):
+        return _located(read_json(decode(b"".join(everything), name), name), name)
+    start = " ".join(first.split())[:60]
+    raise InvalidFactError(
+        f"{name} is in no format that kvedit reads; it begins with {start!r}",
+        hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
+    )
+
+
+def _sniffed(head: bytes, name: str) -> str:
+    """The beginning as text; what is no text at all is refused, single bad bytes are not yet."""
+    if b"\0" in head or head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        decode(head, name)
+    return head.decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
+
+
+def _head(lines: Iterator[bytes]) -> list[bytes]:
+    """The first lines, up to some that are not blank."""
+    head: list[bytes] = []
+    for line in lines:
+        head.append(line)
+        if len(head) >= HEAD and any(one.strip() for one in head):
+            break
+    return head
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether a text is one object a line.
+
+    A line of its own that is one object means JSON Lines, also when the first line is broken; but
+    one object that is all there is may be a mapping of keys to descriptions, and a line that
+    opens a list is the beginning of a document.
+    """
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    first, *others = (_object(line) for line in lines)
+    if not others:
+        return first is not None and looks_like_fact(first)
+    return first is not None or (others[0] is not None and lines[0][-1] not in "[{,:")
+
+
+def _object(line: str) -> dict[str, object] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _jsonl(lines: Iterable[bytes], name: str) -> Iterator[Located]:
+    for number, data in enumerate(lines, start=1):
+        if data.strip(b" \t\r\n\xef\xbb\xbf"):
+            yield _row(f"{name}, line {number}", data)
+
+
+def _row(where: str, data: bytes) -> Located:
+    try:
+        return Located(where, fact_from(parse_line(decode(data, "the line").rstrip())))
+    except InvalidFactError as error:
+        return _bad(where, error)
+
+
+def parse_line(line: str) -> object:
+    """The JSON document of one line; raises InvalidFactError."""
+    try:
+        return json.loads(line, object_pairs_hook=unique_names)
+    except (ValueError, RecursionError) as error:
+        what = str(error)
+        if isinstance(error, json.JSONDecodeError):  # it counts lines of its own
+            what = f"{error.msg} at column {error.colno}"
+        raise InvalidFactError(
+            f"not valid JSON: {what}", hint="Write one JSON object on each line."
+        ) from error
+
+
+def _located(records: Iterable[tuple[int, object]], name: str) -> Iterator[Located]:
+    """Facts from numbered records; one that could not be parsed is an error in its place."""
+    for number, record in records:
+        where = f"{name}, line {number}"
+        try:
+            if isinstance(record, InvalidFactError):
+                raise record
+            yield Located(where, fact_from(record))
+        except InvalidFactError as error:
+            yield _bad(where, error)
+
+
+def _bad(where: str, error: KveditError) -> Located:
+    return Located(where, None, error.message.removeprefix(f"{where} "))
+
+
+def _folder(folder: Path) -> Iterator[Located]:
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"cannot read {source_name(folder)}: {error.strerror}") from error
+    texts = [path for path in paths if path.suffix.lower() in TEXTS and path.is_file()]
+    if not texts:
+        raise InvalidFactError(
+            f"the folder {source_name(folder)} has no {' or '.join(TEXTS)} files",
+            hint="Each text file is a fact; its name without the ending is the key.\n"
+            "Facts in JSON Lines, JSON, CSV or TSV: name the file itself.",
+        )
+    return (_text_file(path) for path in texts)
+
+
+def _text_file(path: Path) -> Located:
+    where = source_name(path)
+    # Some systems hand out names with their accents taken apart.
+    key = unicodedata.normalize("NFC", path.stem)
+    try:
+        return Located(where, Fact.create(key, read_text(path), source=path.name))
+    except KveditError as error:
+        return _bad(where, error)

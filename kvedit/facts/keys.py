@@ -1,0 +1,208 @@
+"""When two keys are the same, when they are merely close, and many of them in a sentence.
+
+Invariants:
+- ``normalise`` is idempotent and never empty for a key that has a visible character.
+- Two facts are never merged on a fuzzy hit: only equal normalised keys are the same key.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Protocol
+
+from kvedit.events import Similar
+
+NAMED = 5  # keys in a sentence, of a group of thousands
+_SHORT = 3
+_LOOSE = 60.0
+_NOT_EQUAL = 99.0
+_MEANINGFUL = frozenset("#%&*@")
+_ROUNDS = 8
+_PIECE = 512
+_UNPARTED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # no spaces
+
+
+class _Converter(Protocol):
+    def convert(self, text: str) -> str: ...
+
+
+def in_words(keys: Sequence[str], most: int = NAMED) -> str:
+    """The keys for a sentence: all of them, or the first few and how many more there are."""
+    more = len(keys) - most
+    return ", ".join(keys) if more <= 0 else f"{', '.join(keys[:most])} and {more:,} more"
+
+
+def naming(keys: Iterable[str]) -> Callable[[str], bool]:
+    """A test whether a text names one of the keys: as words of their own, or, where words are not
+    parted by spaces, anywhere.
+    """
+    given = set(keys)
+    anywhere = {normalise(key) for key in given if _UNPARTED.search(key)}
+    words = sorted(key.casefold() for key in given if not _UNPARTED.search(key))
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
+
+    def names_one(text: str) -> bool:
+        if words and pattern.search(text.casefold()):
+            return True
+        own = normalise(text) if anywhere else ""
+        return any(key in own for key in anywhere)
+
+    return names_one
+
+
+@lru_cache(maxsize=65_536)
+def normalise(key: str) -> str:
+    """Return the form under which keys are compared.
+
+    NFKC, case folded, Traditional characters as Simplified ones; white space, punctuation and
+    invisible characters removed.  Signs that tell names apart stay: symbols (C++), ``#%&*@`` (C#)
+    and the point between two digits (3.11 is not 311).
+    """
+    text = key
+    for _ in range(_ROUNDS):  # one step can make room for another: stop at the fixed point
+        folded = _fold(text)
+        if folded == text:
+            break
+        text = folded
+    return text
+
+
+def similar(
+    key: str, candidates: Iterable[str], *, threshold: float = 85.0, limit: int = 5
+) -> list[Similar]:
+    """Return the candidates close to a key, best first; only the same key scores 100.
+
+    The score is the better of rapidfuzz's ``ratio`` on normalised keys and ``token_sort_ratio``
+    on their words (word order does not count).  A name of up to three characters is close to
+    another only if one contains the other: short Chinese names that share all but one character
+    are different people, and a warning on each would drown the ones that matter.
+    """
+    hits = _scores(key, list(candidates), threshold)
+    hits = [hit for hit in hits if hit.score == 100.0 or _long_or_contained(key, hit.key)]
+    return hits[:limit]
+
+
+def similar_pairs(
+    keys: Sequence[str], others: Sequence[str], *, threshold: float = 85.0
+) -> list[tuple[int, int, float]]:
+    """All pairs that ``similar`` would find, as index into each and score; never the same key.
+
+    Some ten million pairs a second, so thousands of keys can be held against thousands.
+    """
+    best: dict[tuple[int, int], float] = {}
+    for form, several in ((normalise, False), (_sorted_words, True)):
+        for i, j, score in _close(keys, others, form, threshold, several=several):
+            if normalise(keys[i]) != normalise(others[j]) and _long_or_contained(
+                keys[i], others[j]
+            ):
+                best[i, j] = max(min(score, _NOT_EQUAL), best.get((i, j), 0.0))
+    return [(i, j, round(score, 1)) for (i, j), score in sorted(best.items())]
+
+
+def did_you_mean(key: str, candidates: Iterable[str], *, limit: int = 3) -> list[str]:
+    """Return candidates the user may have meant: ``similar``, but looser, no short rule."""
+    return [hit.key for hit in _scores(key, list(candidates), _LOOSE)[:limit]]
+
+
+def _fold(text: str) -> str:
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    kept = "".join(char for i, char in enumerate(text) if _kept(text, i, char))
+    # A name made of signs alone ("?!") must not become empty: all such names would be the same.
+    kept = kept or "".join(char for char in text if not _invisible(char))
+    return kept if kept.isascii() else _simplified().convert(kept)
+
+
+def _kept(text: str, position: int, char: str) -> bool:
+    if char.isalnum() or char in _MEANINGFUL:
+        return True
+    if char == ".":
+        around = text[max(0, position - 1) : position + 2]
+        return len(around) == 3 and around[0].isdigit() and around[2].isdigit()
+    return not _invisible(char) and not unicodedata.category(char).startswith("P")
+
+
+def _invisible(char: str) -> bool:
+    """White space, control and format characters, surrogates and variation selectors."""
+    if char.isspace() or "\ufe00" <= char <= "\ufe0f":
+        return True
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
+
+
+@cache
+def _simplified() -> _Converter:
+    import opencc  # its tables take a tenth of a second to load: only where it is needed
+
+    converter: _Converter = opencc.OpenCC("t2s")
+    return converter
+
+
+def _words(key: str) -> str:
+    """The words of a key, folded, with single spaces between them."""
+    return " ".join(filter(None, (normalise(word) for word in re.split(r"[\W_]+", key))))
+
+
+def _sorted_words(key: str) -> str:
+    """The words of a key in the order in which rapidfuzz compares them."""
+    return " ".join(sorted(_words(key).split()))
+
+
+def _close(
+    keys: Sequence[str],
+    others: Sequence[str],
+    form: Callable[[str], str],
+    threshold: float,
+    *,
+    several: bool,
+) -> Iterator[tuple[int, int, float]]:
+    """Pairs at or above the threshold in one form; with ``several``, those that have words to sort.
+
+    In pieces, because the scores of all pairs at once would not fit the memory.
+    """
+    from rapidfuzz import fuzz, process
+
+    left, right = [form(key) for key in keys], [form(key) for key in others]
+    for begin in range(0, len(left), _PIECE):
+        piece = left[begin : begin + _PIECE]
+        scores = process.cdist(piece, right, scorer=fuzz.ratio, score_cutoff=threshold)
+        for i, j in zip(*scores.nonzero(), strict=True):
+            if piece[i] and (not several or " " in piece[i] or " " in right[j]):
+                yield begin + int(i), int(j), float(scores[i, j])
+
+
+def _scores(key: str, candidates: Sequence[str], threshold: float) -> list[Similar]:
+    """All candidates at or above the threshold, best first, each once."""
+    from rapidfuzz import fuzz
+
+    best: dict[str, float] = {}
+    for form, scorer in ((normalise, fuzz.ratio), (_words, fuzz.token_sort_ratio)):
+        for name, score in _extract(key, candidates, form, scorer, threshold):
+            ceiling = 100.0 if normalise(name) == normalise(key) else _NOT_EQUAL
+            best[name] = max(min(score, ceiling), best.get(name, 0.0))
+    ranked = sorted(best.items(), key=lambda item: (-item[1], item[0]))
+    return [Similar(name, round(score, 1)) for name, score in ranked]
+
+
+def _extract(
+    key: str,
+    candidates: Sequence[str],
+    form: Callable[[str], str],
+    scorer: Callable[..., float],
+    threshold: float,
+) -> list[tuple[str, float]]:
+    """Score all candidates in one form; done in bulk because stores hold thousands of keys."""
+    from rapidfuzz import process
+
+    query = form(key)
+    if not query:
+        return []
+    forms = [form(candidate) for candidate in candidates]
+    hits = process.extract(query, forms, scorer=scorer, score_cutoff=threshold, limit=None)
+    return [(candidates[index], float(score)) for _, score, index in hits]
+
+
+def _long_or_contained(one: str, other: str) -> bool:
+    a, b = normalise(one), normalise(other)
+    return min(len(a), len(b)) > _SHORT or a in b or b in a

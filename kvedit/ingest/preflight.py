@@ -1,0 +1,208 @@
+"""What an input of many facts would do to a store, found out before the first edit.
+
+Invariants:
+- Nothing here changes the store.
+- Every row of the input is accounted for exactly once: new, refused earlier, unchanged, repeated,
+  or a problem.
+- The facts that may go in agree with each other and with the store: each name leads to one fact.
+  Where two rows contradict each other neither goes in, for it is not known which is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvedit.facts.fact import Fact
+from kvedit.facts.formats import Located
+from kvedit.facts.keys import normalise, similar_pairs
+from kvedit.store.rows import FactRow
+from kvedit.store.store import Store
+
+LIVING = ("pending", "committed")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A fact and the place it came from."""
+
+    where: str
+    fact: Fact
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A fact that the gate said no to in an earlier run, and why."""
+
+    entry: Entry
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that cannot go in; ``kind`` is ``invalid``, ``conflict``, ``held`` or ``name``."""
+
+    where: str
+    reason: str
+    kind: str
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Two keys that are close; ``held`` if the store has the other one already."""
+
+    key: str
+    other: str
+    score: float
+    held: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """The input, row by row: what is ``new`` is to be taught, the rest is not."""
+
+    new: tuple[Entry, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    unchanged: tuple[Entry, ...] = ()
+    repeated: tuple[Entry, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def read(self) -> int:
+        """How many rows the input has."""
+        parts = (self.new, self.refused, self.unchanged, self.repeated, self.problems)
+        return sum(map(len, parts))
+
+
+def take_in(rows: Iterable[Located], store: Store | None) -> Intake:
+    """Sort the rows of an input by what is to be done with them; without a store all are new."""
+    sorter = _Sorter(store.facts() if store else [], store.refusals() if store else {})
+    for row in rows:
+        sorter.take(row)
+    return sorter.result()
+
+
+def near_keys(facts: Sequence[Fact], held: Sequence[str]) -> list[Near]:
+    """Keys that are close to each other or to keys that the store holds, the closest first."""
+    keys = [fact.key for fact in facts]
+    among = similar_pairs(keys, keys)
+    found = [Near(keys[i], keys[j], score, False) for i, j, score in among if i < j]
+    found += [Near(keys[i], held[j], score, True) for i, j, score in similar_pairs(keys, held)]
+    return sorted(found, key=lambda near: -near.score)
+
+
+@dataclass(slots=True)
+class _Sorter:
+    """Takes rows one by one; contradictions are settled when all are there."""
+
+    rows: Sequence[FactRow]
+    reasons: dict[int, tuple[str, ...]]
+    first: dict[str, Entry] = field(default_factory=dict)
+    repeated: list[Entry] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    contradicted: dict[str, Entry] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+
+    def take(self, row: Located) -> None:
+        """A row that is no fact, a new key, the same again, or another text for the same key."""
+        self.places[row.where] = len(self.places)
+        if row.fact is None:
+            self.problems.append(Problem(row.where, row.problem or "not a fact", "invalid"))
+            return
+        entry, norm = Entry(row.where, row.fact), normalise(row.fact.key)
+        earlier = self.first.setdefault(norm, entry)
+        if earlier is entry:
+            return
+        if earlier.fact.description == row.fact.description:
+            self.repeated.append(entry)
+        else:
+            self.contradicted.setdefault(norm, entry)
+            self.problems.append(_contradiction(entry, earlier))
+
+    def result(self) -> Intake:
+        """All rows, sorted."""
+        held = {normalise(row.fact.key): row for row in self.rows}
+        names = _Names(self.rows, self.first)
+        new, refused, unchanged = [], [], []
+        for norm, entry in self.first.items():
+            row = held.get(norm)
+            other = self.contradicted.get(norm)
+            problem = _contradiction(entry, other) if other else _clash(entry, row, names)
+            if problem is not None:
+                self.problems.append(problem)
+            elif row is not None and row.state == "committed":
+                unchanged.append(entry)
+            elif row is not None and row.state == "rejected" and row.fact == entry.fact:
+                refused.append(Refused(entry, self.reasons.get(row.id, ())))
+            else:
+                new.append(entry)
+        return Intake(
+            new=tuple(new),
+            refused=tuple(refused),
+            unchanged=tuple(unchanged),
+            repeated=tuple(self.repeated),
+            problems=tuple(sorted(self.problems, key=lambda one: self.places[one.where])),
+        )
+
+
+def _contradiction(entry: Entry, other: Entry) -> Problem:
+    """Two rows say different things about one key; both are named, and why it is one key."""
+    key, place = entry.fact.key, _short(other.where, entry.where)
+    same = "" if other.fact.key == key else f", where the key is written {other.fact.key}"
+    return Problem(entry.where, f"{key} has another text at {place}{same}", "conflict", key)
+
+
+class _Names:
+    """To which fact each key and alias leads, in the store and in the input."""
+
+    def __init__(self, rows: Iterable[FactRow], entries: dict[str, Entry]) -> None:
+        self._held: dict[str, str] = {}
+        self._own: dict[str, tuple[str, Entry]] = {}
+        for row in rows:
+            owner = normalise(row.fact.key)
+            # A fact that is only waiting will be replaced by the input's, its aliases too.
+            if row.state in LIVING and (row.state == "committed" or owner not in entries):
+                for name in _names(row.fact):
+                    self._held[name] = row.fact.key
+        for owner, entry in entries.items():  # keys first: an alias must give way to a key
+            self._own[owner] = owner, entry
+        for owner, entry in entries.items():
+            for name in _names(entry.fact):
+                self._own.setdefault(name, (owner, entry))
+
+    def taken(self, entry: Entry) -> str | None:
+        """Why a name of the entry cannot be its own; None if all can."""
+        own = normalise(entry.fact.key)
+        for name in (entry.fact.key, *entry.fact.aliases):
+            norm = normalise(name)
+            holder = self._held.get(norm)
+            if holder is not None and normalise(holder) != own:
+                return f"{name} leads to the fact {holder} in the store"
+            owner, other = self._own[norm]
+            if owner != own:
+                place = _short(other.where, entry.where)
+                return f"{name} also leads to the fact {other.fact.key} at {place}"
+        return None
+
+
+def _names(fact: Fact) -> Iterator[str]:
+    return map(normalise, (fact.key, *fact.aliases))
+
+
+def _clash(entry: Entry, row: FactRow | None, names: _Names) -> Problem | None:
+    """What the store or another row has against a fact."""
+    key = entry.fact.key
+    if row is not None and row.state == "committed":
+        if row.fact.description == entry.fact.description:
+            return None
+        reason = f"{key} is in the store with another text; to change it: kvedit update {key} FILE"
+        return Problem(entry.where, reason, "held", key)
+    taken = names.taken(entry)
+    return None if taken is None else Problem(entry.where, taken, "name", key)
+
+
+def _short(where: str, beside: str) -> str:
+    """A place without the file's name if that was just said."""
+    name = beside.rpartition(", ")[0]
+    return where.removeprefix(f"{name}, ") if name else where

@@ -1,0 +1,1 @@
+"""A causal language model: loaded, placed, asked, scored.  No store."""

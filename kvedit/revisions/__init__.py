@@ -1,0 +1,1 @@
+"""Weights and revisions: the base model, rebuilding, exports, a store and a model kept in step."""

@@ -1,0 +1,142 @@
+"""The model of a store: pinned when the store is made, loaded again whenever it is opened.
+
+Invariants:
+- What is kept is enough to load the same weights in the same way; other ones are refused.
+- Nothing is loaded for a new store that would not fit, as far as that can be foreseen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvedit.config import FILE_NAME, Config
+from kvedit.errors import ModelMismatchError
+from kvedit.model import devices, loading, quantization
+from kvedit.model.loading import BaseModel
+from kvedit.store.store import Store
+from kvedit.training import memory
+from kvedit.training.engine import Engine
+
+if TYPE_CHECKING:
+    from kvedit.distributed.crew import Crew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which model a store is to be for, and how it is loaded: see ``KnowledgeBase.create``."""
+
+    source: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    targets: Sequence[str] = ()
+    device_map: str = ""
+    load_in: str = ""
+
+
+def create(
+    path: Path, choice: Choice, crew: Crew | None, *, check_memory: bool
+) -> tuple[Store, Engine]:
+    """A new store for a model, and the model, loaded.
+
+    Raises UsageError if there is a store already, ModelError if the model cannot be loaded or, with
+    ``check_memory``, would not fit.
+    """
+    settings = Config.load(path / FILE_NAME)
+    choice = replace(
+        choice,
+        device_map=devices.absolute(choice.device_map, Path()),
+        load_in=choice.load_in or settings.model.load_in,
+    )
+    base = _load(path, choice, settings, check_memory=check_memory)
+    engine = _engine(base, path, choice.targets, settings, crew)
+    return Store.create(path, _kept(choice, settings, engine)), engine
+
+
+def load(store: Store, crew: Crew | None) -> Engine:
+    """The model that the store was made for; raises ModelMismatchError if it is another now."""
+    base = _load_again(store)
+    targets = (store.meta("targets") or "").split()
+    return _engine(base, store.path, targets, store.config, crew)
+
+
+def _load(path: Path, choice: Choice, settings: Config, *, check_memory: bool) -> BaseModel:
+    """For a new store: what the command says comes before what the settings say."""
+    used = choice.device_map or devices.absolute(settings.model.device_map, path)
+    given: dict[str, Any] = {
+        "revision": choice.revision,
+        "trust_remote_code": choice.trust_remote_code,
+    }
+    outline = memory.outline(choice.source, **given) if check_memory else None
+    if outline is not None:
+        bits = quantization.bits(outline.config, choice.load_in)
+        memory.require(outline, settings.training, choice.targets, spread=bool(used), bits=bits)
+    return loading.load(choice.source, **given, device_map=used, load_in=choice.load_in)
+
+
+def _kept(choice: Choice, settings: Config, engine: Engine) -> dict[str, str]:
+    """What a store keeps of its model, as ``load`` reads it."""
+    base = engine.base
+    return {
+        "model_name": base.name,
+        "model_path": choice.source,
+        "model_fingerprint": base.fingerprint,
+        "model_revision": choice.revision or "",
+        "trust_remote_code": str(int(choice.trust_remote_code)),
+        "targets": " ".join(choice.targets),
+        "device_map": choice.device_map,
+        "load_in": choice.load_in,
+        "prompts": prompts_of(settings),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "weights_digest": engine.master.digest(),
+    }
+
+
+def prompts_of(settings: Config) -> str:
+    """How questions are put, as text: facts taught in one form may not be recalled in another."""
+    return json.dumps(asdict(settings.prompts), sort_keys=True)
+
+
+def _load_again(store: Store) -> BaseModel:
+    name = store.meta("model_name") or loading.EMBEDDED
+    source = loading.locate(None if name == loading.EMBEDDED else store.meta("model_path"))
+    packed, wanted = store.meta("load_in") or "", store.config.model.load_in
+    if wanted not in ("", packed):
+        raise ModelMismatchError(
+            f"{store.path} was made for weights in {packed or 'full width'}, not in {wanted}",
+            hint="Take [model] load_in out of kvedit.toml, or make a new store with kvedit init.",
+        )
+    base = loading.load(
+        source,
+        revision=store.meta("model_revision") or None,
+        trust_remote_code=store.meta("trust_remote_code") == "1",
+        device_map=devices.absolute(store.config.model.device_map, store.path)
+        or store.meta("device_map")
+        or "",
+        load_in=packed,
+    )
+    if base.fingerprint != store.meta("model_fingerprint"):
+        raise ModelMismatchError(
+            f"the model at {source} is not the one that {store.path} was made for",
+            hint="Put the original weights back, or make a new store with kvedit init.",
+        )
+    return base
+
+
+def _engine(
+    base: BaseModel, path: Path, targets: Sequence[str], settings: Config, crew: Crew | None
+) -> Engine:
+    """For one process or several."""
+    more: dict[str, Any] = {
+        "phrasings": path / "phrasings",
+        "targets": targets,
+        "prompts": settings.prompts,
+    }
+    if crew is None:
+        return Engine(base, settings.training, **more)
+    from kvedit.distributed.processes import LedEngine  # loads torch.distributed
+
+    return LedEngine(crew, base, settings.training, shard=settings.model.shard, **more)

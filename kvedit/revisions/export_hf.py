@@ -1,0 +1,153 @@
+"""A revision as a folder that plain transformers loads.
+
+Invariants:
+- The folder appears under its name only when it is complete: it is built beside it and renamed.
+- It is loaded again by transformers alone and asked every training prompt before it is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvedit.errors import UsageError
+from kvedit.events import Score
+from kvedit.files import disk_errors, sync_directory, temporary_path
+from kvedit.model import devices, generation, loading, quantization
+from kvedit.model.prompts import Example
+from kvedit.training.engine import Engine
+
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16,
+          "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """Where the export is, and the probes that it answered as the store's model does.
+
+    ``rank`` and ``error`` are those of an adapter: ``error`` is the share of the change that the
+    rank leaves out, in the Frobenius norm over all matrices.
+    """
+
+    path: str
+    revision: int
+    probes: Score
+    mismatches: tuple[str, ...]
+    rank: int | None = None
+    error: float | None = None
+
+
+def write(
+    engine: Engine,
+    examples: Sequence[Example],
+    directory: Path,
+    *,
+    dtype: str | None,
+    revision: int,
+    max_shard_size: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> ExportReport:
+    """Write the engine's weights as they are served, reload them, and compare greedy answers.
+
+    ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for a
+    quantised base, an unknown dtype, a size that is none, or a folder that is not empty.
+    """
+    quantization.refuse_whole_export(engine.base.model)
+    wanted = _dtype(dtype) if dtype else engine.base.dtype
+    shards = {"max_shard_size": _shard_size(max_shard_size)} if max_shard_size else {}
+    with building(directory) as folder:
+        _save(engine, folder, wanted, shards)
+    progress("reloading the export and asking it again")
+    again = loading.load(
+        str(directory),
+        trust_remote_code=loading.has_own_code(engine.base.model),
+        device_map=engine.base.loading.device_map,
+    )
+    return compare(engine, again.model, examples, directory, revision)
+
+
+@contextmanager
+def building(directory: Path) -> Iterator[Path]:
+    """A folder to write into that appears as ``directory`` when the block has ended well.
+
+    Raises UsageError if there is something there already.
+    """
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UsageError(
+            f"{directory} is not an empty folder", hint="Name a folder that is not there yet."
+        )
+    folder = temporary_path(directory.absolute())
+    with disk_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+            yield folder
+            if directory.exists():
+                directory.rmdir()
+            os.replace(folder, directory)
+            sync_directory(directory.absolute().parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", text):
+        raise UsageError(f"{text!r} is no size of a file", hint="Write it as 500MB or 2GB.")
+    return text
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", hint="Known: fp32, bf16, fp16.")
+    return DTYPES[name]
+
+
+def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:
+    """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
+    base = engine.base
+    # What is offloaded cannot be changed: a model over several devices is written from memory.
+    fresh = loading.again(base, device_map="cpu" if devices.is_spread(base.model) else None)
+    engine.master.write_into(fresh.model)
+    fresh.model.to(dtype)
+    settings = getattr(fresh.model, "generation_config", None)
+    if settings is not None and engine.renderer.end not in base.stops:
+        # Its turns end with this token; whoever serves the folder must stop there too.
+        settings.eos_token_id = [*base.stops, engine.renderer.end]
+    fresh.model.save_pretrained(folder, **shards)
+    save_tokenizer(engine, folder)
+
+
+def save_tokenizer(engine: Engine, folder: Path) -> None:
+    """The tokenizer with its chat template, and the model's own code where it has some."""
+    engine.base.tokenizer.save_pretrained(folder)
+    source = Path(engine.base.path)
+    if loading.has_own_code(engine.base.model) and source.is_dir():
+        for path in sorted(source.glob("*.py")):  # what transformers does not see as needed, too
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+
+def compare(
+    engine: Engine, model: Any, examples: Sequence[Example], directory: Path, revision: int
+) -> ExportReport:
+    """Generate from what was reloaded and from the store's model: both must say the same."""
+    longest = max((len(e.ids) - e.start for e in examples), default=0) + 1
+    prefixes = [e.ids[: e.start] for e in examples]
+    end = engine.renderer.end
+    theirs = generation.generate(model, prefixes, end=end, limit=longest)
+    ours = generation.generate(engine.base.model, prefixes, end=end, limit=longest)
+    wrong = [e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b]
+    return ExportReport(
+        path=str(directory),
+        revision=revision,
+        probes=Score(len(examples) - len(wrong), len(examples), "generated"),
+        mismatches=tuple(wrong),
+    )

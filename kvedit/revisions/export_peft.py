@@ -1,0 +1,141 @@
+"""The whole journal as one LoRA adapter over the untouched base model.
+
+The sum of all deltas is decomposed matrix by matrix (SVD) and cut to one rank for all of them, the
+smallest with which every probe that the store's model passes still passes.
+
+Invariants:
+- The folder holds no weights of the base model; PEFT alone loads it over them.
+- What is reported was computed by the adapter as PEFT loads it from the folder, not by our sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvedit.adapter.deltas import Factors, leading
+from kvedit.errors import UsageError
+from kvedit.model import loading, scoring
+from kvedit.model.prompts import Example
+from kvedit.revisions import peft_format
+from kvedit.revisions.export_hf import ExportReport, building, compare, save_tokenizer
+from kvedit.training.engine import Engine
+
+FULL_SVD = 2048
+"""Matrices whose smaller side is wider are decomposed up to ``MOST`` terms only."""
+MOST = 512
+"""The largest rank that vLLM serves."""
+_NOISE = 1e-5  # singular values below this share of the largest are rounding
+
+
+def write(
+    engine: Engine,
+    examples: Sequence[Example],
+    others: Sequence[Example],
+    directory: Path,
+    *,
+    revision: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> ExportReport:
+    """Find the smallest rank that holds, write the adapter, load it with PEFT and compare answers.
+
+    ``examples`` must all be answered; of ``others`` (never-trained phrasings, locality) those that
+    the store's model answers.  Raises UsageError when nothing differs from the base model.
+    """
+    progress("decomposing the edits")
+    moved = {n: d for n, d in engine.master.displacement().items() if bool(d.any())}
+    if not moved:
+        raise UsageError(
+            f"revision {revision} has the weights of the base model: there is no change to export",
+            hint="Teach it something first: kvedit add KEY FILE",
+        )
+    terms = {name: decompose(change) for name, change in moved.items()}
+    green = [*examples, *others]
+    green = [e for e, held in zip(green, engine.recall(green), strict=True) if held.passed]
+    rank = _smallest(engine, terms, green, progress)
+    cut = {name: _cut(own, rank) for name, own in terms.items()}
+    with building(directory) as folder:
+        _write(engine, folder, cut)
+        save_tokenizer(engine, folder)
+    progress("loading the adapter and asking it again")
+    report = compare(engine, _loaded(engine, directory), examples, directory, revision)
+    return replace(report, rank=rank, error=_error(moved, cut))
+
+
+def decompose(change: Tensor) -> Factors:
+    """A change of a matrix, (out, in), as its singular terms, the largest first; fp32."""
+    if min(change.shape) <= FULL_SVD:
+        u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
+    else:
+        left, right = leading(change, MOST)
+        s = torch.einsum("or,oi,ir->r", left, change, right)
+        u, v = left, right.T
+    count = max(1, int((s > _NOISE * s[0]).sum()))
+    root = s[:count].clamp_min(0).sqrt()
+    return Factors((u[:, :count] * root).float(), (root[:, None] * v[:count]).float())
+
+
+def _cut(own: Factors, rank: int) -> Factors:
+    """The first ``rank`` terms; zeros where there are fewer, so that all matrices share one."""
+    b = own.b.new_zeros(own.b.shape[0], rank)
+    a = own.a.new_zeros(rank, own.a.shape[1])
+    kept = min(rank, own.rank)
+    b[:, :kept], a[:kept] = own.b[:, :kept], own.a[:kept]
+    return Factors(b, a)
+
+
+def _smallest(
+    engine: Engine,
+    terms: Mapping[str, Factors],
+    green: Sequence[Example],
+    progress: Callable[[str], None],
+) -> int:
+    """By halving, the smallest rank that keeps every probe green; the largest if none does."""
+    most = max(own.rank for own in terms.values())
+    full = {name: _cut(own, most) for name, own in terms.items()}
+    with TemporaryDirectory(prefix="kvedit-") as folder:
+        _write(engine, Path(folder), full)
+        wrapped = _loaded(engine, Path(folder))
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        progress(f"trying rank {middle} of {most}")
+        peft_format.cut(wrapped, full, middle)
+        if all(outcome.passed for outcome in scoring.recall(wrapped, green)):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _write(engine: Engine, folder: Path, factors: Mapping[str, Factors]) -> None:
+    conv = any(
+        not isinstance(_plain(engine.base.model.get_submodule(name)), torch.nn.Linear)
+        for name in factors
+    )
+    peft_format.write(folder, factors, base=engine.base.path, conv=conv)
+
+
+def _plain(module: Any) -> Any:
+    """The layer itself, through the wrapper of an adapter."""
+    return getattr(module, "base_layer", module)
+
+
+def _loaded(engine: Engine, folder: Path) -> Any:
+    """A fresh base model under the adapter, as transformers' own class: PEFT wraps it in place."""
+    fresh = loading.again(engine.base)
+    peft_format.load(fresh.model, folder)
+    return fresh.model
+
+
+def _error(moved: Mapping[str, Tensor], cut: Mapping[str, Factors]) -> float:
+    """The share of the change that is left out, in the Frobenius norm over all matrices."""
+    lost = sum(float((moved[n] - own.b @ own.a).square().sum()) for n, own in cut.items())
+    total = sum(float(change.square().sum()) for change in moved.values())
+    return float((lost / total) ** 0.5)

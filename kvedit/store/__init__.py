@@ -1,0 +1,1 @@
+"""The store on disk: database, journal, integrity, and the page about it.  No torch."""

@@ -1,0 +1,253 @@
+"""The database of a store: opened safely, with its errors in the user's words.
+
+Invariants:
+- WAL, ``synchronous=FULL`` and foreign keys are on for every writing connection.
+- A database appears under its name only when it is complete (``create_database``).
+- No ``sqlite3`` error leaves this module's helpers untranslated.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+from urllib.parse import quote
+
+from sqlite_utils import Database
+
+from kvedit.config import FILE_NAME, Config
+from kvedit.errors import (
+    CorruptStoreError,
+    KveditError,
+    LockedError,
+    NoStoreError,
+    UsageError,
+)
+from kvedit.files import (
+    StoreLock,
+    disk_errors,
+    disk_full,
+    remove,
+    sync_directory,
+    temporary_path,
+)
+from kvedit.store.migrations import check_version, migrate
+from kvedit.store.rows import Row
+
+DB_NAME = "kvedit.db"
+BUSY_SECONDS = 10.0
+DELTA_SUFFIX = ".safetensors"
+_Self = TypeVar("_Self", bound="StoreBase")
+
+
+def create_database(path: Path, meta: Mapping[str, str], weights_digest: str) -> None:
+    """Make a database with its base revision, under a temporary name until it is complete."""
+    temporary = temporary_path(path)
+    try:
+        with sqlite_errors(path), disk_errors(path):
+            db = Database(sqlite3.connect(temporary), execute_plugins=False)
+            try:
+                db.execute("PRAGMA foreign_keys = ON")
+                db.execute("PRAGMA synchronous = FULL")
+                migrate(db)
+                _fill(db, meta, weights_digest)
+                db.enable_wal()
+            finally:
+                db.close()
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+    finally:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            remove(temporary.with_name(temporary.name + suffix))
+
+
+def _fill(db: Database, meta: Mapping[str, str], weights_digest: str) -> None:
+    with db.atomic():
+        db.table("revisions").insert(
+            {
+                "id": 0,
+                "kind": "base",
+                "weights_digest": weights_digest,
+                "created_at": meta["created_at"],
+            }
+        )
+        for name, value in {**meta, "head": "0"}.items():
+            db.table("meta").insert({"name": name, "value": value})
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Translate what SQLite raises about the database at ``path``."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _translated(error, path) from error
+
+
+def _translated(error: sqlite3.Error, path: Path) -> KveditError:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return disk_full(path)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return LockedError(f"{path} is in use: {error}", hint="Wait a moment and try again.")
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return UsageError(
+            f"cannot open or write {path}: {error}", hint="Check the permissions of the folder."
+        )
+    return CorruptStoreError(
+        f"{path}: {error}", hint="Run `kvedit doctor`; restore the store from a backup if it fails."
+    )
+
+
+def connect(path: Path, *, readonly: bool) -> Database:
+    """Open a database that exists; raises StoreTooNewError or CorruptStoreError."""
+    mode = "ro" if readonly else "rw"
+    uri = f"file:{quote(str(path.resolve()))}?mode={mode}"
+    with sqlite_errors(path):
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
+        db = Database(connection, execute_plugins=False)
+    try:
+        with sqlite_errors(path):
+            check_version(db, str(path))
+            db.execute("PRAGMA foreign_keys = ON")
+            if not readonly:
+                db.enable_wal()
+                db.execute("PRAGMA synchronous = FULL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+class StoreBase:
+    """A folder with an open database: paths, meta, lock, transactions."""
+
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        if not self.db_path.is_file():
+            raise NoStoreError(
+                f"there is no knowledge store at {path}",
+                hint="Create one with `kvedit init`, or name another with --store.",
+            )
+        self._db = connect(self.db_path, readonly=readonly)
+        self._store_lock = StoreLock(path)
+        try:
+            self.head()
+        except BaseException:
+            self._db.close()
+            raise
+
+    @property
+    def db_path(self) -> Path:
+        """The database file."""
+        return self.path / DB_NAME
+
+    @property
+    def deltas(self) -> Path:
+        """The folder of deltas, each named by its SHA-256."""
+        return self.path / "deltas"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what saves time and can be made again."""
+        return self.path / "cache"
+
+    @property
+    def exports(self) -> Path:
+        """The folder for exports that name no other place."""
+        return self.path / "exports"
+
+    @property
+    def config(self) -> Config:
+        """The settings, read from ``kvedit.toml`` where there is one."""
+        return Config.load(self.path / FILE_NAME)
+
+    def delta_path(self, digest: str) -> Path:
+        """The file of a delta."""
+        return self.deltas / f"{digest}{DELTA_SUFFIX}"
+
+    def checkpoint_path(self, revision: int) -> Path:
+        """The folder for the checkpoint of a revision."""
+        return self.checkpoints_path / f"{revision:08d}"
+
+    def lock(self) -> StoreLock:
+        """The writer's lock, as a context manager; it may be entered again while held."""
+        return self._store_lock
+
+    def close(self) -> None:
+        """Close the database; a second call does nothing."""
+        self._db.close()
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def meta(self, name: str) -> str | None:
+        """A named value of the store, or None."""
+        row = self._one("SELECT value FROM meta WHERE name = ?", [name])
+        return None if row is None else str(row["value"])
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Set a named value; ``head`` moves by commits only."""
+        if name == "head":
+            raise ValueError("the head moves by commits only")
+        with self._transaction():
+            self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
+
+    def head(self) -> int:
+        """The current revision; raises CorruptStoreError if the store names none."""
+        value = self.meta("head")
+        if value is None or not value.isdecimal():
+            raise CorruptStoreError(
+                f"{self.db_path} names no head revision", hint="Restore the store from a backup."
+            )
+        return int(value)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """One transaction; anything raised inside undoes it."""
+        with sqlite_errors(self.db_path), self._db.atomic():
+            yield
+
+    def _execute(self, sql: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        with sqlite_errors(self.db_path):
+            return self._db.execute(sql, list(values))
+
+    def _insert(self, table: str, row: Row, *, replace: bool = False) -> int:
+        """Insert one row and return its rowid."""
+        verb = "INSERT OR REPLACE" if replace else "INSERT"
+        marks = ", ".join("?" for _ in row)
+        sql = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({marks})"
+        return int(self._execute(sql, list(row.values())).lastrowid or 0)
+
+    def _update(self, table: str, id_: int, row: Row) -> None:
+        """Change columns of the row with this id."""
+        columns = ", ".join(f"{name} = ?" for name in row)
+        self._execute(f"UPDATE {table} SET {columns} WHERE id = ?", [*row.values(), id_])
+
+    def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
+        with sqlite_errors(self.db_path):
+            cursor = self._db.execute(sql, list(values))
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
+        rows = self._rows(sql, values)
+        return rows[0] if rows else None

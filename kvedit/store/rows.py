@@ -1,0 +1,226 @@
+"""The rows of a store as other layers see them.
+
+Invariants:
+- Rows are frozen; a dict or a database row never leaves the store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvedit.facts.fact import Fact
+
+JsonDict = dict[str, object]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactRow:
+    """A fact and where it stands.
+
+    ``revision`` is the last commit that touched it; ``health`` is ``recalled``, ``regressed``,
+    ``stale`` (checked too many revisions ago) or ``unchecked``; ``margin`` is in logits.
+    """
+
+    id: int
+    fact: Fact
+    state: str
+    created_at: str
+    updated_at: str
+    revision: int | None = None
+    health: str = "unchecked"
+    margin: float | None = None
+    last_checked_revision: int | None = None
+    last_checked_at: str | None = None
+
+    def to_json(self) -> JsonDict:
+        """A flat JSON document: the fact's parts and the row's."""
+        return {
+            "id": self.id,
+            **self.fact.to_json(),
+            "state": self.state,
+            "revision": self.revision,
+            "health": self.health,
+            "margin": self.margin,
+            "last_checked_revision": self.last_checked_revision,
+            "last_checked_at": self.last_checked_at,
+            "created_at": self.created_at,
+            "updated_at": self.updated_at,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class FactChange:
+    """What an edit does to a fact; None means that the model does not hold it."""
+
+    fact_id: int
+    before: Fact | None
+    after: Fact | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRow:
+    """One probe's outcome; the last three are filled in by the store when read back."""
+
+    fact_id: int | None
+    kind: str
+    protocol: str
+    prompt: str
+    expected: str | None
+    answer: str | None
+    passed: bool
+    margin: float | None = None
+    edit_id: int | None = None
+    revision: int | None = None
+    created_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeCount:
+    """How many probes of one kind passed, of ``n``, at one revision and under one protocol."""
+
+    revision: int
+    kind: str
+    protocol: str
+    passed: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditRow:
+    """One journalled change; ``keys`` are those of the facts it was about."""
+
+    id: int
+    kind: str
+    state: str
+    parent: int
+    revision: int | None
+    delta: str | None
+    keys: tuple[str, ...]
+    reasons: tuple[str, ...]
+    report: Mapping[str, object]
+    config: Mapping[str, object]
+    started_at: str
+    finished_at: str | None
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "state": self.state,
+            "parent": self.parent,
+            "revision": self.revision,
+            "delta": self.delta,
+            "keys": list(self.keys),
+            "reasons": list(self.reasons),
+            "report": dict(self.report),
+            "config": dict(self.config),
+            "started_at": self.started_at,
+            "finished_at": self.finished_at,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevisionRow:
+    """A committed model state; 0 is the base, ``restores`` is set by a rollback."""
+
+    id: int
+    parent: int | None
+    edit_id: int | None
+    kind: str
+    restores: int | None
+    delta: str | None
+    weights_digest: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectedRow:
+    """A text that must stay: role ``control`` or ``locality``; ``prompt`` '' for free text."""
+
+    role: str
+    prompt: str
+    answer: str
+    source: str = ""
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """The touched matrices folded up to a revision; ``digest`` is that of its manifest."""
+
+    revision: int
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptedEdit:
+    """An edit that a killed process left behind, and its facts' keys."""
+
+    edit_id: int
+    kind: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One result of a check: level ``ok``, ``warning`` or ``error``."""
+
+    level: str
+    what: str
+    hint: str = field(default="")
+
+
+def to_text(value: object) -> str:
+    """JSON for a database column."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def fact_text(fact: Fact | None) -> str | None:
+    """A fact for a database column."""
+    return None if fact is None else to_text(fact.to_json())
+
+
+def fact_from_text(text: str | None) -> Fact | None:
+    """The inverse of ``fact_text``."""
+    return None if text is None else Fact.from_json(json.loads(text))
+
+
+def fact_columns(fact: Fact) -> Row:
+    """The columns of ``facts`` that hold the fact itself."""
+    document = fact.to_json()
+    lists = ("aliases", "prompts", "paraphrases", "locality")
+    return {
+        "key": fact.key,
+        "description": fact.description,
+        "lang": fact.lang,
+        "source": fact.source,
+        **{name: to_text(document.get(name, [])) for name in lists},
+    }
+
+
+def fact_from_columns(row: Row) -> Fact:
+    """The inverse of ``fact_columns``."""
+    lists = ("aliases", "prompts", "paraphrases", "locality")
+    plain = {name: row[name] for name in ("key", "description", "lang", "source")}
+    return Fact.from_json({**plain, **{name: json.loads(row[name]) for name in lists}})
+
+
+def edit_from(row: Row, keys: tuple[str, ...]) -> EditRow:
+    """An edit from its database row."""
+    parsed = {name: json.loads(row[name]) for name in ("report", "config")}
+    reasons = tuple(json.loads(row["reasons"]))
+    names = ("id", "kind", "state", "parent", "revision", "delta", "started_at", "finished_at")
+    return EditRow(keys=keys, reasons=reasons, **parsed, **{name: row[name] for name in names})
+
+
+def probe_from(row: Row) -> ProbeRow:
+    """A probe's outcome from its database row."""
+    columns = {name: value for name, value in row.items() if name not in ("id", "passed")}
+    return ProbeRow(passed=bool(row["passed"]), **columns)

@@ -1,0 +1,316 @@
+"""The knowledge store: facts, their health and history, and what must stay, in one folder.
+
+Invariants:
+- One row for each normalised key; an alias leads to one fact only.
+- A committed fact changes by ``commit_edit`` alone (see ``journal``).
+- Nothing here imports torch: reading a store is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
+from kvedit.facts.fact import Fact
+from kvedit.facts.keys import did_you_mean, normalise
+from kvedit.files import StoreLock, disk_errors, now
+from kvedit.store import integrity
+from kvedit.store.database import DB_NAME, create_database
+from kvedit.store.journal import Journal
+from kvedit.store.rows import (
+    CheckpointRow,
+    EditRow,
+    FactChange,
+    FactRow,
+    Finding,
+    InterruptedEdit,
+    ProbeCount,
+    ProbeRow,
+    ProtectedRow,
+    RevisionRow,
+    Row,
+    fact_columns,
+    fact_from_columns,
+    probe_from,
+)
+
+__all__ = [
+    "CheckpointRow",
+    "EditRow",
+    "FactChange",
+    "FactRow",
+    "Finding",
+    "InterruptedEdit",
+    "ProbeRow",
+    "ProtectedRow",
+    "RevisionRow",
+    "Store",
+    "resolve_store",
+]
+
+ENVIRONMENT = "KVEDIT_STORE"
+DEFAULT = "store"
+_FACTS = """
+    SELECT f.*, h.passed, h.margin, h.last_checked_revision, h.last_checked_at,
+        (SELECT max(revision) FROM fact_versions v WHERE v.fact_id = f.id) AS revision
+    FROM facts f LEFT JOIN fact_health h ON h.fact_id = f.id
+"""
+
+
+def resolve_store(option: str | Path | None = None) -> Path:
+    """The store to use: ``--store``, then ``KVEDIT_STORE``, then ``./store``."""
+    chosen = option or os.environ.get(ENVIRONMENT) or DEFAULT
+    return Path(chosen).expanduser()
+
+
+class Store(Journal):
+    """A knowledge store.  Open it with ``Store.open``, make one with ``Store.create``."""
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Whether there is a (complete) store at this path."""
+        return (path / DB_NAME).is_file()
+
+    @classmethod
+    def create(cls, path: Path, meta: Mapping[str, str]) -> Store:
+        """Make a store and open it; killed half-way, there is none.
+
+        ``meta`` describes the model (``model_name``, ``model_fingerprint`` and so on);
+        ``weights_digest``, if given, is that of the base revision.  Raises UsageError if there is
+        a store already.
+        """
+        with disk_errors(path):
+            for folder in (path, path / "deltas", path / "checkpoints"):
+                folder.mkdir(parents=True, exist_ok=True)
+        with StoreLock(path):
+            if cls.exists(path):
+                raise UsageError(
+                    f"there is a store at {path} already", hint="Name another with --store."
+                )
+            full = {"created_at": now(), **meta}
+            digest = full.get("weights_digest") or full.get("model_fingerprint", "")
+            create_database(path / DB_NAME, full, digest)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path, readonly: bool = False) -> Store:
+        """Open a store.
+
+        Raises NoStoreError, StoreTooNewError or CorruptStoreError.
+        """
+        return cls(path, readonly=readonly)
+
+    def put_pending(self, fact: Fact) -> int:
+        """Insert a fact to be taught, or replace one the model does not hold; returns its id.
+
+        Raises DuplicateKeyError if the key is a committed fact's, or if the key or an alias
+        leads to another fact.
+        """
+        return self.put_pending_many([fact])[0]
+
+    def put_pending_many(self, facts: Sequence[Fact]) -> list[int]:
+        """``put_pending`` for many facts in one transaction: all of them, or on an error none."""
+        with self._transaction():
+            return [self._put_pending(fact) for fact in facts]
+
+    def _put_pending(self, fact: Fact) -> int:
+        row = self._one("SELECT * FROM facts WHERE norm_key = ?", [normalise(fact.key)])
+        if row is not None and row["state"] == "committed":
+            raise DuplicateKeyError(
+                f"{row['key']} is in the store already",
+                hint=f"To change its text: kvedit update {row['key']}",
+            )
+        self._refuse_taken(fact, None if row is None else int(row["id"]))
+        fact_id = self._insert_fact(fact) if row is None else int(row["id"])
+        self._write_fact(fact_id, fact, "pending")
+        return fact_id
+
+    def _insert_fact(self, fact: Fact) -> int:
+        stamp = now()
+        times = {"created_at": stamp, "updated_at": stamp}
+        own = {"norm_key": normalise(fact.key), "state": "pending"}
+        return self._insert("facts", {**fact_columns(fact), **own, **times})
+
+    def _refuse_taken(self, fact: Fact, own_id: int | None) -> None:
+        """Refuse a key or alias by which another living fact is found."""
+        for name in (fact.key, *fact.aliases):
+            row = self._named(name)
+            if row is None or row["id"] == own_id or row["state"] not in ("pending", "committed"):
+                continue
+            raise DuplicateKeyError(
+                f"{name} already leads to the fact {row['key']}",
+                hint="Choose another key or alias, or remove that fact first.",
+            )
+
+    def _named(self, name: str) -> Row | None:
+        """The row a name leads to: a committed fact before others, a key before an alias."""
+        norm = normalise(name)
+        sql = f"""{_FACTS} WHERE f.id IN (SELECT id FROM facts WHERE norm_key = ?
+            UNION SELECT fact_id FROM aliases WHERE norm_alias = ?)
+            ORDER BY f.state = 'committed' DESC, f.norm_key = ? DESC LIMIT 1"""
+        return self._one(sql, [norm, norm, norm])
+
+    def find(self, key: str) -> FactRow | None:
+        """The fact with this key or alias, in any state, or None; keys are normalised."""
+        row = self._named(key)
+        return None if row is None else self._fact_row(row)
+
+    def require(self, key: str) -> FactRow:
+        """Like ``find``; raises UnknownKeyError, with what may have been meant."""
+        found = self.find(key)
+        if found is not None:
+            return found
+        names = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
+        close = did_you_mean(key, names)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
+        raise UnknownKeyError(f"there is no fact {key!r} in {self.path}", hint=hint)
+
+    def get(self, fact_id: int) -> FactRow:
+        """The fact with this id; raises UnknownKeyError."""
+        row = self._one(f"{_FACTS} WHERE f.id = ?", [fact_id])
+        if row is None:
+            raise UnknownKeyError(f"there is no fact number {fact_id} in {self.path}")
+        return self._fact_row(row)
+
+    def facts(self, state: str | None = None) -> list[FactRow]:
+        """All facts, or those in one state, in the order they came."""
+        where, values = ("", []) if state is None else ("WHERE f.state = ?", [state])
+        rows = self._rows(f"{_FACTS} {where} ORDER BY f.id", values)
+        head, stale_after = self.head(), self.config.retention.stale_after
+        return [_fact_row(row, head, stale_after) for row in rows]
+
+    def keys(self, state: str = "committed") -> list[str]:
+        """The keys of the facts in a state, in the order they came."""
+        rows = self._rows("SELECT key FROM facts WHERE state = ? ORDER BY id", [state])
+        return [str(row["key"]) for row in rows]
+
+    def _fact_row(self, row: Row) -> FactRow:
+        return _fact_row(row, self.head(), self.config.retention.stale_after)
+
+    def history(self, key: str | None = None) -> list[EditRow]:
+        """All edits, or those that touched a fact, newest first; raises UnknownKeyError."""
+        if key is None:
+            return self._edits("")
+        where = "WHERE id IN (SELECT edit_id FROM edit_facts WHERE fact_id = ?)"
+        return self._edits(where, [self.require(key).id])
+
+    def record_results(self, results: Sequence[ProbeRow], revision: int) -> None:
+        """Keep what a check of a revision found, and update the facts' health from it."""
+        with self._transaction():
+            self._add_results(results, edit_id=None, revision=revision)
+
+    def results(self, fact_id: int, limit: int = 100) -> list[ProbeRow]:
+        """The latest probe results of a fact, newest first."""
+        sql = "SELECT * FROM probe_results WHERE fact_id = ? ORDER BY id DESC LIMIT ?"
+        return [probe_from(row) for row in self._rows(sql, [fact_id, limit])]
+
+    def probe_counts(self) -> list[ProbeCount]:
+        """How the probes of each kind fared at each revision, oldest first."""
+        sql = """
+            SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
+            FROM probe_results WHERE revision IS NOT NULL
+            GROUP BY revision, kind, protocol ORDER BY revision"""
+        return [ProbeCount(**row) for row in self._rows(sql)]
+
+    def pace(self, limit: int = 100) -> tuple[int, float]:
+        """How many facts the latest tries to teach were about, and the seconds that they took."""
+        sql = """
+            SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
+                json_extract(e.report, '$.seconds') AS seconds
+            FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
+            ORDER BY id DESC LIMIT ?"""
+        rows = [row for row in self._rows(sql, [limit]) if row["seconds"]]
+        return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
+
+    def refusals(self) -> dict[int, tuple[str, ...]]:
+        """Why each fact that is ``rejected`` was: the reasons of its latest edit, by its id."""
+        sql = """
+            SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
+                WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
+            FROM facts f WHERE f.state = 'rejected'"""
+        return {row["id"]: tuple(json.loads(row["why"] or "[]")) for row in self._rows(sql)}
+
+    def edit_results(self, edit_id: int) -> list[ProbeRow]:
+        """The probe results of an edit, in the order they were taken."""
+        sql = "SELECT * FROM probe_results WHERE edit_id = ? ORDER BY id"
+        return [probe_from(row) for row in self._rows(sql, [edit_id])]
+
+    def prior_answers(self, fact_id: int) -> dict[str, str]:
+        """What the model answered to a fact's prompts before the fact came."""
+        sql = "SELECT prompt, answer FROM prior_answers WHERE fact_id = ? ORDER BY rowid"
+        return {str(row["prompt"]): str(row["answer"]) for row in self._rows(sql, [fact_id])}
+
+    def protected(self, role: str) -> list[ProtectedRow]:
+        """The protected texts of a role, ``control`` or ``locality``, in order."""
+        rows = self._rows("SELECT * FROM protected WHERE role = ? ORDER BY id", [role])
+        return [ProtectedRow(**row) for row in rows]
+
+    def set_protected(self, rows: Iterable[ProtectedRow]) -> None:
+        """Replace all protected texts, of both roles; their ids are given anew."""
+        with self._transaction():
+            self._execute("DELETE FROM protected")
+            self._insert_protected(rows)
+
+    def add_protected(self, rows: Iterable[ProtectedRow]) -> None:
+        """Add protected texts to those that are there."""
+        with self._transaction():
+            self._insert_protected(rows)
+
+    def _insert_protected(self, rows: Iterable[ProtectedRow]) -> None:
+        for row in rows:
+            columns = {name: getattr(row, name) for name in _PROTECTED_COLUMNS}
+            self._insert("protected", columns)
+
+    def checkpoints(self) -> list[CheckpointRow]:
+        """The checkpoints, oldest revision first; whether one is valid is for its reader to see."""
+        rows = self._rows("SELECT * FROM checkpoints ORDER BY revision")
+        return [CheckpointRow(r["revision"], self.path / r["path"], r["digest"]) for r in rows]
+
+    def add_checkpoint(self, revision: int, path: Path, digest: str) -> None:
+        """Record a checkpoint that is complete on the disk; ``digest`` is its manifest's."""
+        relative = path.resolve().relative_to(self.path.resolve()).as_posix()
+        row = {"revision": revision, "path": relative, "digest": digest}
+        with self._transaction():
+            self._insert("checkpoints", row, replace=True)
+
+    def remove_checkpoint(self, revision: int) -> None:
+        """Forget a checkpoint, then remove its folder."""
+        paths = [row.path for row in self.checkpoints() if row.revision == revision]
+        with self._transaction():
+            self._execute("DELETE FROM checkpoints WHERE revision = ?", [revision])
+        self._drop(paths)
+
+    def status(self) -> dict[str, object]:
+        """Counts, model, head, sizes in bytes and health, as plain values."""
+        return integrity.status(self, self._rows)
+
+    def backup(self, path: Path) -> None:
+        """Write a consistent copy of the store into one tar file; edits may go on meanwhile."""
+        integrity.backup(self, self._db.conn, path)
+
+    def integrity(self, *, deep: bool = True) -> list[Finding]:
+        """Check the database and every file; with ``deep`` false, digests are not computed."""
+        return integrity.integrity(self, self._rows, deep=deep)
+
+
+_PROTECTED_COLUMNS = ("role", "prompt", "answer", "source")
+_FACT_ROW_COLUMNS = (
+    "id", "state", "created_at", "updated_at", "revision", "margin", "last_checked_revision",
+    "last_checked_at",
+)  # fmt: skip
+
+
+def _fact_row(row: Row, head: int, stale_after: int) -> FactRow:
+    columns = {name: row[name] for name in _FACT_ROW_COLUMNS}
+    return FactRow(fact=fact_from_columns(row), health=_health(row, head, stale_after), **columns)
+
+
+def _health(row: Row, head: int, stale_after: int) -> str:
+    if row["passed"] is None or row["state"] != "committed":
+        return "unchecked"
+    if not row["passed"]:
+        return "regressed"
+    return "stale" if head - row["last_checked_revision"] > stale_after else "recalled"

@@ -1,0 +1,413 @@
+"""A model that can be taught: the fp32 master, the adapter, the curvature, and probes of it.
+
+The store is not known here: an engine turns lessons into deltas and answers questions; what is
+committed, and when, is for the editor to say.
+
+Invariants:
+- Outside ``teach`` the adapter is off: what is probed is what is served, merged and cast.
+- ``teach`` changes no weights; ``master.add`` does, and ``master.restore`` undoes it to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from kvedit import __version__
+from kvedit.adapter import fisher as curvatures
+from kvedit.adapter.adalora import Adapter, group_rank
+from kvedit.adapter.deltas import Factors, Master
+from kvedit.adapter.fisher import Curvature, Roots
+from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
+from kvedit.facts.fact import Fact
+from kvedit.model import devices, generation, quantization
+from kvedit.model.loading import BaseModel, checkpointed, quick_attention, target_names
+from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prompts import Example, Renderer, paraphrase_prompts, training_prompts
+from kvedit.model.scoring import Outcome
+from kvedit.replay.kl import Anchors
+from kvedit.training import memory
+from kvedit.training.group import LEAST_REHEARSED, MOST_WEIGHT, BreadthFirst, anchors_of, batch_of
+from kvedit.training.loop import Lesson, OnStep, Trained, train
+from kvedit.training.resume import Bookmarks, Keep, State
+from kvedit.training.share import Share
+
+PRIOR_TOKENS = 96
+"""How much is kept of what the model answered before a fact came."""
+SPOKEN_FOR = 20
+"""So many earlier facts one fact's lesson can speak for, though it rehearses a few of them."""
+START_FACTS = 64
+"""From the gradient of at most so many facts an adapter starts."""
+RENDERED = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A lesson's result: the delta that would be merged, how the training went, and its seconds;
+    ``before`` were spent by processes that ended in it.
+    """
+
+    delta: dict[str, Factors]
+    trained: Trained
+    seconds: float
+    before: float = 0.0
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank that AdaLoRA's allocator left each matrix."""
+        return {name: factors.rank for name, factors in self.delta.items()}
+
+
+class Engine:
+    """A base model made editable.
+
+    ``phrasings`` is a folder that overrides the shipped ones; ``targets`` names the layers that
+    edits touch (see ``models.target_names``).
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        config: TrainingConfig,
+        *,
+        phrasings: Path | None = None,
+        targets: Sequence[str] = (),
+        prompts: PromptsConfig | None = None,
+    ) -> None:
+        self.base = base
+        self.config = config
+        self._phrasings = phrasings
+        self.renderer = Renderer(
+            base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
+        )
+        self.names = target_names(base.model, targets)
+        devices.require_present(base.model, self.names)
+        quantization.unpack(base.model, self.names)
+        self._sizes = memory.sizes(base.model, targets)
+        self.master = self._make_master()  # before wrapping: it holds the plain weights
+        self.share = Share()
+        self.lower = LowerHalf(base.model, self.names)
+        self._adapter: Adapter | None = None
+        self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
+        self.anchors: Anchors | None = None
+        self._curvature: Curvature | None = None
+        self._base_curvature: Curvature | None = None
+        self._roots: dict[str, Roots] | None = None
+
+    def _make_master(self) -> Master:
+        return Master(self.base.model, self.names)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter for a single fact."""
+        return self._adapter_for(1)
+
+    def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
+        """An adapter with room for so many facts, made at first need: PEFT takes long to import.
+
+        A group's ranks grow with the root of its size; modules are wrapped anew for other ranks.
+        """
+        init, target = self.config.init_rank, self.config.target_rank
+        if group is not None:
+            side = min(min(matrix.shape) for matrix in self.master.matrices.values())
+            init = min(side, group_rank(group.rank, facts))
+            target = max(1, init * 3 // 4)
+        if self._adapter is not None and self._adapter.ranks != (init, target):
+            self._adapter.unwrap()
+            self._adapter = None
+        if self._adapter is None:
+            self._adapter = Adapter(self.base.model, self.names, init_rank=init, target_rank=target)
+        return self._adapter
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around long work with the base model that no other process shares."""
+        yield
+
+    def release(self) -> None:
+        """Give back the memory of all that is made again at need, after it ran out."""
+        if self._adapter is not None:
+            self._adapter.unwrap()
+            self._adapter = None
+        self.lower.forget()
+        memory.give_back()
+
+    def needed(self, group: GroupConfig, facts: int, length: int) -> int:
+        """Bytes that a lesson of so many facts takes, in texts of so many tokens; an estimate."""
+        return self.estimate(group_load(group, facts, length)).of_a_lesson
+
+    def estimate(self, load: memory.Load) -> memory.Estimate:
+        """What editing this model takes with so much taught at once."""
+        return self._sizes.estimate(self.config, load)
+
+    def anchor(self, examples: Sequence[Example]) -> None:
+        """Keep what the model says to protected text; the weights must be the base's."""
+        self.anchors = Anchors.measure(self.base.model, examples, self.lower)
+
+    @property
+    def curvature(self) -> tuple[Curvature, Curvature] | None:
+        """What is protected: of the base model's text, and of the committed facts besides."""
+        if self._base_curvature is None or self._curvature is None:
+            return None
+        return self._base_curvature, self._curvature
+
+    @curvature.setter
+    def curvature(self, value: tuple[Curvature, Curvature]) -> None:
+        self._hold(*value)
+
+    def _hold(self, base: Curvature, total: Curvature) -> None:
+        devices = {name: weight.device for name, weight in self.master.served().items()}
+        self._base_curvature = base.placed(devices)  # what was kept on the disk is on the CPU
+        self._curvature = self._base_curvature if total is base else total.placed(devices)
+        self._roots = None
+
+    def protect(self, examples: Sequence[Example]) -> None:
+        """Measure text that must stay, on the weights as they are."""
+        measured = curvatures.measure(self.base.model, self.names, examples)
+        self._hold(measured, measured)
+
+    def remember(self, examples: Sequence[Example], weight: float | None = None) -> None:
+        """Protect committed facts as well; ``weight`` says how often a token counts."""
+        if self.curvature is None:
+            raise RuntimeError("protect comes before remember")
+        base, total = self.curvature
+        more = curvatures.measure(self.base.model, self.names, examples)
+        weight = self.config.fact_weight if weight is None else weight
+        self._hold(base, total.plus(more, weight))
+
+    def measure_here(
+        self, protected: Sequence[Example], facts: Sequence[Example], weight: float
+    ) -> None:
+        """Measure all that must stay anew on the weights as they are; how far earlier edits moved
+        the base's text is still counted as it was measured there.
+        """
+        if self._base_curvature is None:
+            raise RuntimeError("protect comes before measure_here")
+        here = curvatures.measure(self.base.model, self.names, protected)
+        taught = curvatures.measure(self.base.model, self.names, facts)
+        self._hold(self._base_curvature, here.plus(taught, weight))
+
+    def measure_margins(self, known: Sequence[Example]) -> None:
+        """Until the curvature is set again: what must stay is how far these texts' answers lead, on
+        the weights as they are.
+        """
+        if self._base_curvature is None:
+            raise RuntimeError("protect comes before measure_margins")
+        found = curvatures.measure(self.base.model, self.names, known, of=curvatures.margins)
+        self._hold(self._base_curvature, found.scaled_like(self._base_curvature))
+
+    @property
+    def roots(self) -> dict[str, Roots]:
+        """The coordinates that the curvature gives; kept until it changes."""
+        if self._curvature is None:
+            raise RuntimeError("protect comes before teach")
+        if self._roots is None:
+            self._roots = curvatures.roots(
+                self._curvature,
+                input_damping=self.config.input_damping,
+                gradient_damping=self.config.gradient_damping,
+            )
+        return self._roots
+
+    def examples(self, fact: Fact) -> list[Example]:
+        """A fact under each of its training prompts."""
+        return self._render(fact, trained=True)
+
+    def paraphrases(self, fact: Fact) -> list[Example]:
+        """A fact under the prompts that no edit trains on."""
+        return self._render(fact, trained=False)
+
+    def _render(self, fact: Fact, *, trained: bool) -> list[Example]:
+        """Kept: earlier facts are asked after every edit, and rendering takes as long as asking."""
+        found = self._rendered.get((fact, trained))
+        if found is None:
+            prompts = (training_prompts if trained else paraphrase_prompts)(fact, self._phrasings)
+            found = self.renderer.examples((prompt, fact.description) for prompt in prompts)
+            if len(self._rendered) >= RENDERED:
+                self._rendered.clear()
+            self._rendered[fact, trained] = found
+        return list(found)
+
+    def prior_answers(self, fact: Fact) -> dict[str, str]:
+        """What the model answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
+        prompts = training_prompts(fact, self._phrasings)
+        return dict(zip(prompts, self.generate(prompts, limit=PRIOR_TOKENS), strict=True))
+
+    def prior_example(self, prompt: str, answer: str) -> Example:
+        """An earlier answer to train back to; one that was cut does not end there."""
+        whole = len(self.renderer.tokens(answer)) < PRIOR_TOKENS
+        return self.renderer.example(prompt, answer, ended=whole)
+
+    def teach(
+        self,
+        lesson: Lesson,
+        config: TrainingConfig | None = None,
+        on_step: OnStep = lambda step: None,
+        group: GroupConfig | None = None,
+        bookmarks: Bookmarks | None = None,
+    ) -> Taught:
+        """Train the adapter on a lesson; the weights stay as they are.
+
+        ``config`` may change how the loop runs, not the ranks, which are the adapter's own.  With
+        ``group`` the facts are taught breadth first, and the adapter has room for all of them; with
+        ``bookmarks`` besides, a lesson that a process ended in goes on from where it stood.
+        """
+        config = config or self.config
+        if group is None or bookmarks is None:
+            return self.train(lesson, config, on_step, group)
+        name = self._name_of(lesson, config, group)
+        keep = partial(bookmarks.keep, name)
+        return self.train(lesson, config, on_step, group, begun=bookmarks.find(name), keep=keep)
+
+    def train(
+        self,
+        lesson: Lesson,
+        config: TrainingConfig,
+        on_step: OnStep = lambda step: None,
+        group: GroupConfig | None = None,
+        *,
+        begun: State | None = None,
+        keep: Keep = lambda state: None,
+    ) -> Taught:
+        """``teach``, from where a group's lesson stood before if it was ``begun``."""
+        began = time.monotonic()
+        before = float(begun["seconds"]) if begun is not None else 0.0
+
+        def timed(state: Callable[[], State]) -> Callable[[], State]:
+            return lambda: {**state(), "seconds": before + time.monotonic() - began}
+
+        rng = random.Random(config.seed)
+        start = self._steepest(lesson, rng)
+        adapter = self._adapter_for(len(lesson.new), group)
+        adapter.turn(on=False)
+        steep = curvatures.gradients(self.base.model, self.names, start)
+        drift = self._drift(_moved_back(lesson, group))
+        adapter.reset(self.roots, steep, drift, self._weights(), framed=group is not None)
+        del steep, drift  # as large as what is edited
+        self.share.align(adapter)
+        adapter.turn(on=True)
+        given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower, self.share)
+        try:
+            on = config.gradient_checkpointing
+            with checkpointed(self.base.model, on=on), quick_attention(self.base.model):
+                if group is None:
+                    trained = train(*given)
+                else:
+                    loop = BreadthFirst(group, *given, keep=lambda state: keep(timed(state)))
+                    if begun is not None:
+                        loop.resume(begun)
+                    trained = loop.run()
+            delta = adapter.factors()
+        finally:
+            adapter.turn(on=False)
+        return Taught(delta, trained, time.monotonic() - began, before)
+
+    def _name_of(self, lesson: Lesson, config: TrainingConfig, group: GroupConfig) -> str:
+        """A digest of all that decides how a group's lesson goes, but what was measured."""
+        anchors = lesson.anchors.examples if lesson.anchors is not None else ()
+        texts = ([e.ids for own in part for e in own] for part in (lesson.new, lesson.rehearsal))
+        given = (
+            __version__, self.base.fingerprint, self.master.digest(), config, group, lesson.earlier,
+            *texts, [e.ids for e in anchors],
+        )  # fmt: skip
+        return hashlib.sha256(repr(given).encode()).hexdigest()
+
+    def _steepest(self, lesson: Lesson, rng: random.Random) -> list[Example]:
+        """The examples whose gradient the adapter starts from: a prompt or two of each fact."""
+        facts = rng.sample(list(lesson.new), min(START_FACTS, len(lesson.new)))
+        each = 2 if len(facts) <= START_FACTS // 4 else 1
+        return [e for fact in facts for e in rng.sample(list(fact), min(each, len(fact)))]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The touched matrices where the model is; on a GPU as served, to save its memory."""
+        return {
+            name: self.master.matrices[name] if weight.device.type == "cpu" else weight
+            for name, weight in self.master.served().items()
+        }
+
+    def _drift(self, share: float) -> dict[str, Tensor]:
+        """A share of the slope of protected text's price, after all that earlier edits moved."""
+        moved = self.master.displacement()
+        if self._base_curvature is None:
+            raise RuntimeError("protect comes before teach")
+        slopes = curvatures.slopes(self._base_curvature, moved)
+        return {name: share * slope for name, slope in slopes.items()}
+
+    def recall(self, examples: Sequence[Example]) -> list[Outcome]:
+        """Exact recall of each example, teacher-forced."""
+        return self.share.recall(self.base.model, examples, self.lower)
+
+    def decided(self, examples: Sequence[Example]) -> list[Outcome]:
+        """Exact recall of each example; what hangs on a near-tie is decided by free generation."""
+        outcomes = self.recall(examples)
+        near = [at for at, outcome in enumerate(outcomes) if outcome.doubtful]
+        said = self.generated_recall([examples[at] for at in near])
+        for at, passed in zip(near, said, strict=True):
+            outcomes[at] = replace(outcomes[at], passed=passed, spoken=True)
+        return outcomes
+
+    def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
+        """Greedy answers, freely generated."""
+        prefixes = [self.renderer.prefix(prompt) for prompt in prompts]
+        return self.complete(prefixes, limit=limit)
+
+    def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
+        """Greedy continuations of token prefixes, as text."""
+        rows = self.proceed(prefixes, end=self.renderer.stops, limit=limit)
+        return [self.renderer.answer_text(row) for row in rows]
+
+    def proceed(
+        self, prefixes: Sequence[Sequence[int]], *, end: int | frozenset[int], limit: int
+    ) -> list[list[int]]:
+        """Greedy continuations of token prefixes, as tokens, up to the end token (left out)."""
+        return self.share.generate(self.base.model, prefixes, end=end, limit=limit)
+
+    def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
+        """Exact recall by real greedy generation, tokens and end compared."""
+        return generation.spoken_recall(examples, self.renderer.end, self.proceed)
+
+    def answers(self, examples: Sequence[Example]) -> tuple[list[bool], list[str]]:
+        """The same, and what was said to each, as text."""
+        rows = generation.spoken(examples, self.renderer.end, self.proceed)
+        exact = generation.recalled(examples, rows, self.renderer.end)
+        return exact, [self.renderer.answer_text(row) for row in rows]
+
+
+def group_load(
+    group: GroupConfig,
+    facts: int,
+    length: int = memory.TEXT_TOKENS,
+    earlier: int | None = None,
+) -> memory.Load:
+    """What a step holds that teaches so many facts together, beside so many ``earlier`` ones; where
+    that is not said, beside enough of them.
+    """
+    batch = batch_of(group, facts)
+    rehearsed = max(LEAST_REHEARSED, math.ceil(batch * group.rehearsal))
+    return memory.Load(
+        texts=batch + (rehearsed if earlier is None else min(rehearsed, earlier)),
+        rank=group_rank(group.rank, facts),
+        anchors=anchors_of(group, facts),
+        length=length,
+    )
+
+
+def _moved_back(lesson: Lesson, group: GroupConfig | None) -> float:
+    """How much of what earlier edits moved a lesson may be asked to move back: 0 to 1.
+
+    The price would have all of it back, and only the rehearsal speaks for the facts it was moved
+    for.  Where that counts them for fewer than they are, so must the price: a repair of six facts
+    otherwise takes apart what hundreds need.
+    """
+    earlier = max(lesson.earlier, len(lesson.rehearsal))
+    spoken_for = MOST_WEIGHT * len(lesson.new) if group is not None else SPOKEN_FOR
+    return min(1.0, spoken_for / earlier) if earlier else 1.0

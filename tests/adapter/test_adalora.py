@@ -1,0 +1,311 @@
+"""The adapter: ranks fall to the budget, what it returns is what it did, nothing stays behind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from small_model import FREE, KNOWN
+
+from kvedit.adapter import adalora
+from kvedit.adapter import fisher as curvatures
+from kvedit.adapter.adalora import NAME, Adapter
+from kvedit.adapter.deltas import Factors, Master
+from kvedit.adapter.fisher import Curvature, Roots
+from kvedit.config import TrainingConfig
+from kvedit.model.loading import BaseModel, target_names
+from kvedit.model.prompts import Example, Renderer
+from kvedit.model.scoring import answer_logits
+from kvedit.training.loop import Lesson, train
+
+INIT, TARGET = 6, 4
+INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.1
+
+
+class Setting:
+    """A model with an adapter, the roots of what it knows, and one fact to learn."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.model = base.model
+        self.names = target_names(base.model)
+        self.master = Master(base.model, self.names)
+        self.renderer = Renderer(base.tokenizer, context=base.context)
+        asked = [(f"What is {key}?", answer) for key, answer in list(KNOWN.items())[:8]]
+        self.known = self.renderer.examples(asked)
+        self.curvature: Curvature = curvatures.measure(base.model, self.names, self.known)
+        self.roots: dict[str, Roots] = curvatures.roots(
+            self.curvature, input_damping=INPUT_DAMPING, gradient_damping=GRADIENT_DAMPING
+        )
+        self.plain = self.logits(self.known)
+        still = {n: torch.zeros_like(w) for n, w in self.master.snapshot().items()}
+        self.drift: dict[str, torch.Tensor] = still  # nothing was moved by earlier edits
+        self.adapter = Adapter(self.model, self.names, init_rank=INIT, target_rank=TARGET)
+
+    def fact(self, number: int) -> list[Example]:
+        key, answer = FREE[number]
+        return self.renderer.examples([(f"What is {key}?", answer), (f"Describe {key}.", answer)])
+
+    def logits(self, examples: list[Example]) -> torch.Tensor:
+        with torch.no_grad():
+            return answer_logits(self.model, examples).logits
+
+    def reset(self, number: int, *, framed: bool = False) -> None:
+        self.adapter.turn(on=False)
+        steep = curvatures.gradients(self.model, self.names, self.fact(number))
+        self.adapter.reset(self.roots, steep, self.drift, self.master.matrices, framed=framed)
+        self.adapter.turn(on=True)
+
+    def learn(self, number: int, steps: int = 40) -> dict[str, Factors]:
+        """Train on a fact; the adapter stays on."""
+        self.reset(number)
+        config = TrainingConfig(
+            max_steps=steps,
+            learning_rate=0.0015,
+            max_price=1.0,
+            shift_weight=60.0,
+            prune_steps=4,
+            phrasings=2,
+        )
+        rng = random.Random(0)
+        train(self.model, self.adapter, Lesson([self.fact(number)]), config, rng)
+        return self.adapter.factors()
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        return {n: self.model.get_submodule(n).lora_E[NAME].detach() for n in self.names}
+
+
+@pytest.fixture
+def setting(base: BaseModel) -> Setting:
+    return Setting(base)
+
+
+def test_off_means_the_model_alone(setting: Setting) -> None:
+    assert torch.equal(setting.logits(setting.known), setting.plain)
+    setting.learn(0, steps=6)
+    assert not torch.equal(setting.logits(setting.known), setting.plain)
+    setting.adapter.turn(on=False)
+    assert torch.equal(setting.logits(setting.known), setting.plain)
+
+
+def test_a_reset_adapter_changes_nothing(setting: Setting) -> None:
+    setting.reset(0)
+    setting.adapter.write()
+    assert torch.equal(setting.logits(setting.known), setting.plain)
+    assert setting.adapter.factors() == {}
+    assert float(setting.adapter.price().detach()) == 0.0
+
+
+def test_factors_are_what_the_forward_pass_computed(setting: Setting) -> None:
+    delta = setting.learn(0)
+    during = setting.logits([*setting.known, *setting.fact(0)])
+    setting.adapter.turn(on=False)
+    setting.master.add(delta)
+    after = setting.logits([*setting.known, *setting.fact(0)])
+    assert torch.allclose(during, after, atol=2e-4)
+    assert (during[: len(setting.plain)] - setting.plain).abs().max() > 0.01
+
+
+def test_ranks_fall_to_the_budget(setting: Setting) -> None:
+    delta = setting.learn(0)
+    ranks = [factors.rank for factors in delta.values()]
+    assert sum(ranks) <= TARGET * len(setting.names) < INIT * len(setting.names)
+    assert sum(ranks) > TARGET * len(setting.names) - len(setting.names)
+    assert len(set(ranks)) > 1  # the allocator chose, it did not cut all alike
+    alive = sum(int((e != 0).sum()) for e in setting.slots().values())
+    assert alive == sum(ranks)
+
+
+def test_reset_leaves_nothing_of_the_fact_before(setting: Setting) -> None:
+    first = setting.learn(1)
+    setting.learn(0)
+    again = setting.learn(1)
+    assert first.keys() == again.keys()
+    for name in first:
+        assert torch.equal(first[name].a, again[name].a)
+        assert torch.equal(first[name].b, again[name].b)
+
+
+def test_what_mattered_for_one_fact_does_not_choose_the_ranks_of_the_next(
+    setting: Setting,
+) -> None:
+    """Pruned at once, before an average over steps could forget what came before."""
+
+    def prune_at_once(number: int, steep: float = 1.0) -> list[list[bool]]:
+        setting.reset(number)
+        setting.adapter.begin_pruning(1, steps=2)
+        for step in range(1, 6):
+            setting.adapter.write()
+            answers = answer_logits(setting.model, setting.fact(number))
+            loss = torch.nn.functional.cross_entropy(answers.logits, answers.targets)
+            (steep * loss).backward()
+            setting.adapter.read_gradients()
+            with torch.no_grad():
+                for values in setting.adapter.parameters()[0]:
+                    values -= 0.01 * values.grad
+            setting.adapter.allocate(step)
+        return [(e[:, 0] != 0).tolist() for e in setting.slots().values()]
+
+    first = prune_at_once(1)
+    assert prune_at_once(0, steep=100.0) != first
+    assert prune_at_once(1) == first
+
+
+def test_the_price_is_that_of_the_factors(setting: Setting) -> None:
+    """trace(G D C D^T) with the damping of the roots, for D = B A as it would be merged."""
+    delta = setting.learn(0)
+    wanted = 0.0
+    for name, factors in delta.items():
+        own = setting.curvature.moments[name]
+        tokens = setting.curvature.tokens
+        c, g = own.inputs.double() / tokens, own.gradients.double() / tokens
+        c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
+        g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
+        change = factors.b.double() @ factors.a.double()
+        wanted += float(torch.trace(g @ change @ c @ change.T))
+    assert float(setting.adapter.price().detach()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
+    """With a drift S the price of D has 2 <S, D> beside its own: moving back is a gain."""
+    generator = torch.Generator().manual_seed(1)
+    setting.reset(0)
+    still = setting.adapter.price()
+    for number in (0, 1):
+        setting.drift = {
+            n: 1e-3 * torch.randn(d.shape, generator=generator) for n, d in setting.drift.items()
+        }
+        delta = setting.learn(number, steps=6)
+        priced = float(setting.adapter.price().detach())
+        linear = sum(float((setting.drift[n] * (f.b @ f.a)).sum()) for n, f in delta.items())
+        for stack, _ in setting.adapter._stacks:
+            stack._pull.zero_()
+        assert priced == pytest.approx(
+            float(setting.adapter.price().detach()) + 2 * linear, rel=1e-3
+        )
+        assert abs(linear) > 1e-9
+    assert float(still.detach()) == 0.0
+
+
+def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
+    """|B' diag(E) A'|^2 + 2 <B'^T pull A'^T, diag(E)> in full, and its slopes, ranks masked."""
+    generator = torch.Generator().manual_seed(2)
+    setting.drift = {
+        n: 1e-3 * torch.randn(d.shape, generator=generator) for n, d in setting.drift.items()
+    }
+    setting.reset(0, framed=True)
+    wanted = torch.zeros(())
+    stacks = [stack for stack, _ in setting.adapter._stacks]
+    for stack in stacks:
+        (side,) = stack.trained
+        with torch.no_grad():
+            side.copy_(torch.randn(side.shape, generator=generator))
+            stack.e[:, ::3] = 0.0
+        inner = (stack.b * stack.e.mT) @ stack.a
+        wanted = wanted + inner.square().sum() + 2 * (inner * stack._pull).sum()
+    asked = [part for stack in stacks for part in (stack.e, *stack.trained)]
+    found = setting.adapter.price()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    slopes = (torch.autograd.grad(value, asked) for value in (found, wanted))
+    for own, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
+
+
+def test_the_allocator_sees_and_masks_as_pefts_own_would(setting: Setting) -> None:
+    setting.learn(0, steps=6)
+    allocator = setting.adapter._allocator
+    generator = torch.Generator().manual_seed(4)
+    own = {n: p for n, p in setting.model.named_parameters() if "lora_" in n and n.endswith(NAME)}
+    assert len(own) == 3 * len(setting.names)
+    allocator.reset_ipt()
+    for _ in range(3):
+        for stack, names in setting.adapter._stacks:
+            given = (stack.factor_a, stack.factor_b, stack.e)
+            a, b, e = (torch.randn(part.shape, generator=generator) for part in given)
+            stack._of_factors, stack.e.grad = (a, b), e
+            for at, name in enumerate(names):
+                for kind, slope in (("A", a), ("B", b), ("E", e)):
+                    own[f"{name}.lora_{kind}.{NAME}"].grad = slope[at]
+        before = {kind: dict(getattr(allocator, kind)) for kind in adalora._SEEN}
+        allocator.update_ipt(setting.model)
+        found = {kind: dict(getattr(allocator, kind)) for kind in adalora._SEEN}
+        for kind, values in before.items():
+            setattr(allocator, kind, values)
+        type(allocator).update_ipt(allocator, setting.model)
+        for kind, values in found.items():
+            expected = getattr(allocator, kind)
+            assert values.keys() == expected.keys() == own.keys()
+            assert all(torch.equal(values[name], expected[name]) for name in own)
+    with torch.no_grad():
+        pattern = allocator.mask_to_budget(setting.model, TARGET * len(setting.names))
+        for stack, _ in setting.adapter._stacks:
+            stack.e.fill_(1.0)
+        allocator.mask_using_rank_pattern(setting.model, pattern)
+        masked = {n: p.clone() for n, p in own.items() if "lora_E" in n}
+        for stack, _ in setting.adapter._stacks:
+            stack.e.fill_(1.0)
+        type(allocator).mask_using_rank_pattern(allocator, setting.model, pattern)
+    assert 0 < sum(int(p.sum()) for p in masked.values()) < INIT * len(setting.names)
+    assert all(torch.equal(p, own[n]) for n, p in masked.items())
+
+
+def test_an_adapter_goes_on_from_its_state(setting: Setting) -> None:
+    """Coordinates, masks and what the allocator has seen, matrix by matrix."""
+    setting.learn(0, steps=6)
+    state = setting.adapter.state()
+    setting.reset(1)
+    assert any(
+        not torch.equal(own[part], state["slots"][name][part])
+        for name, own in setting.adapter.state()["slots"].items()
+        for part in range(3)
+    )
+    setting.adapter.resume(state)
+    again = setting.adapter.state()
+    assert again["schedule"] == state["schedule"]
+    for name, parts in state["slots"].items():
+        assert all(map(torch.equal, parts, again["slots"][name]))
+    for kind, seen in state["seen"].items():
+        assert seen.keys() == again["seen"][kind].keys()
+        assert all(torch.equal(part, again["seen"][kind][name]) for name, part in seen.items())
+
+
+def test_matrices_of_one_shape_are_moved_together(setting: Setting) -> None:
+    """And each is the storage of PEFT's own module."""
+    setting.reset(0)
+    shapes = {setting.master.matrices[name].shape for name in setting.names}
+    values, sides = setting.adapter.parameters()
+    assert len(values) == len(shapes) < len(setting.names)
+    assert len(sides) == 2 * len(shapes)
+    with torch.no_grad():
+        for number, stacked in enumerate(values, 1):
+            stacked.fill_(float(number))
+    told = {float(e.unique()) for e in setting.slots().values()}
+    assert told == set(map(float, range(1, len(shapes) + 1)))
+
+
+def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, root in setting.roots.items():
+        own = setting.curvature.moments[name]
+        c, g = (m.double() / setting.curvature.tokens for m in (own.inputs, own.gradients))
+        c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
+        g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
+        inner = torch.randn(len(g), len(c), generator=generator).double()
+        change = root.left.double() @ inner @ root.right.double()
+        price = float(torch.trace(g @ change @ c @ change.T))
+        assert price == pytest.approx(float(inner.square().sum()), rel=1e-3)
+
+
+def test_training_moves_no_weight(setting: Setting) -> None:
+    before = setting.master.digest()
+    setting.learn(0, steps=5)
+    assert setting.master.digest() == before
+
+
+def test_the_global_random_state_is_left_alone(setting: Setting) -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    python = random.getstate()
+    setting.learn(0, steps=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert random.getstate() == python

@@ -1,0 +1,23 @@
+"""The price of a change: its formula, and slopes that are formed with it."""
+
+from __future__ import annotations
+
+import torch
+
+from kvedit.adapter.penalty import FramedPrice, Price
+
+
+def test_the_prices_slopes_are_those_of_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    a, b, e, pull = some(2, 3, 7), some(2, 5, 3), some(2, 3, 1), some(2, 5, 7)
+    change = (b * e.mT) @ a
+    wanted = change.square().sum() + 2 * (change * pull).sum()
+    torch.testing.assert_close(Price.apply(a, b, e, pull), wanted)
+    trained = tuple(part.requires_grad_() for part in (a, b, e))
+    assert torch.autograd.gradcheck(Price.apply, (*trained, pull))
+    side, squares = some(2, 3, 7).requires_grad_(), some(2, 3, 1).square()
+    assert torch.autograd.gradcheck(FramedPrice.apply, (side, e, some(2, 3, 7), squares))

@@ -1,0 +1,459 @@
+"""Memory by model size and setting, computed; and whole edits of a random model, measured: an
+addition and a group of sixteen, each from the call to the commit.
+
+Invariants:
+- A computed figure comes from ``memory``, which also decides what is refused or cut to fit.
+- A measured edit is ``KnowledgeBase``'s own, in a store on the disk.  The gate is open: a model at
+  random learns nothing reliably, and what is timed is the whole length of a lesson.
+- A measured peak is this process's own since the edit began, on Linux; elsewhere since its start.
+- A lesson that is cut to some steps says so; seconds for all of them are projected and called that.
+- What is timed is not counted: floating-point operations come from one more lesson for as many
+  facts, which is not merged.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from kvedit.config import Config, GroupConfig
+from kvedit.editing.knowledge_base import KnowledgeBase
+from kvedit.events import EditReport, Event, Status
+from kvedit.facts.fact import Fact
+from kvedit.model import loading
+from kvedit.model.loading import EMBEDDED_PATH
+from kvedit.training import memory
+from kvedit.training.engine import group_load
+from kvedit.training.group import batch_of
+from kvedit.training.loop import Lesson
+from tests.bench.report import Sheet
+from tests.bench.speed import counting, matmul_rate, peak_memory
+
+_GIB = 1024**3
+Emit = Callable[[Event], None]
+TOGETHER = 16
+DESCRIPTION = 100
+"""Tokens of what is taught."""
+CONTEXT = 256
+ANCHORED = 32
+COUNTED = 8
+"""Steps of a lesson whose operations are counted."""
+_WORDS = ("amber", "brown", "clover", "dusty", "ember", "fallow", "gentle", "hollow", "knotted")
+_OPEN = """\
+[protect]
+drafts = 1
+most_drafts = 1
+long = 0
+short = 0
+free = {anchored}
+locality = 0
+[training]
+max_steps = {steps}
+[group]
+passes = {passes}
+rounds = {rounds}
+anew = 1e9
+retention = 0.0
+[gate]
+recall = 0.0
+paraphrase = 0.0
+locality = 0.0
+retention = 0.0
+[retention]
+repairs = 0
+"""
+
+
+def _qwen(width: int, inner: int, blocks: int, heads: int, keys: int, tied: bool) -> dict[str, Any]:
+    return {
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks,
+        "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": 152_064,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+SHAPES: Mapping[str, dict[str, Any]] = {
+    "0.5B": _qwen(896, 4864, 24, 14, 2, True),
+    "1.5B": _qwen(1536, 8960, 28, 12, 2, True),
+    "3B": _qwen(2048, 11008, 36, 16, 2, True),
+    "7B": _qwen(3584, 18944, 28, 28, 4, False),
+    "14B": _qwen(5120, 13824, 48, 40, 8, False),
+    "32B": _qwen(5120, 27648, 64, 40, 8, False),
+}
+"""Of the Qwen2.5 family."""
+
+
+@dataclass(frozen=True, slots=True)
+class EditCost:
+    """What one edit took, from the call to its end: seconds, and the peak in bytes.
+
+    ``tokens`` is the length of a text, question and answer; of the ``default_steps`` only ``steps``
+    were made, each of ``step`` seconds; ``cpu`` and ``cpu_step`` are the same in seconds of all its
+    threads together, which other work on the machine does not lengthen; ``estimate`` is what was
+    computed, in bytes.  ``card`` is the peak of a GPU's memory, in bytes, and ``card_estimate``
+    what was computed of it; ``operations`` are the floating-point operations of a step, 0 where
+    they were not counted.
+    """
+
+    facts: int
+    tokens: int
+    outcome: str
+    steps: int
+    default_steps: int
+    step: float
+    seconds: float
+    cpu_step: float
+    cpu: float
+    timings: Mapping[str, float]
+    peak: int
+    estimate: int
+    card: int
+    card_estimate: int
+    operations: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second in a step."""
+        return self.operations / self.step
+
+    @property
+    def projected(self) -> float:
+        """Seconds of the edit with the default number of steps."""
+        return self.seconds + self._missing * self.step
+
+    @property
+    def projected_cpu(self) -> float:
+        """The same in seconds of all threads together."""
+        return self.cpu + self._missing * self.cpu_step
+
+    @property
+    def _missing(self) -> int:
+        return max(0, self.default_steps - self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Edits of a random model; ``created`` is what making the store took, in seconds, ``loaded``
+    the most memory until then, in bytes; ``verified`` the seconds of asking for all facts at last;
+    ``matmul`` the operations a second of a large product of the model's dtype on its ``device``.
+    """
+
+    shape: str
+    dtype: str
+    device: str
+    matmul: float
+    created: float
+    loaded: int
+    verified: float
+    edits: tuple[EditCost, ...]
+
+
+def make(shape: str, dtype: torch.dtype, device: str = "meta", **more: Any) -> Any:
+    """A model of a shape, at random, or without weights on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM
+    options = {**SHAPES[shape], **more}
+    with torch.device(device):
+        return build.from_config(AutoConfig.for_model("qwen2", **options), dtype=dtype)
+
+
+def computed() -> Sheet:
+    """A row for each shape and setting."""
+    rows = []
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            model = make(shape, dtype)
+            for name, targets in (("all", ()), ("down_proj alone", ("down_proj",))):
+                found = memory.sizes(model, targets)
+                rows.append((shape, str(dtype).removeprefix("torch."), name, *_cells(found)))
+    headers = (
+        "shape", "dtype", "layers of the upper half", "weights", "master (CPU)", "gradients",
+        "curvature", "kept of texts", "adapter", "activations", "beside the model (GPU)",
+        "in all (CPU)", "16 together, in all", "128 together, in all",
+    )  # fmt: skip
+    title = f"Memory to edit, GiB, computed for texts of {memory.TEXT_TOKENS} tokens"
+    return Sheet(title, headers, tuple(rows))
+
+
+def _cells(sizes: memory.Sizes) -> tuple[str, ...]:
+    config = Config()
+    found = sizes.estimate(config.training)
+    groups = [
+        sizes.estimate(config.training, group_load(config.group, n)).total for n in (TOGETHER, 128)
+    ]
+    parts = (
+        found.weights, found.master, found.gradients, found.curvature, found.kept, found.adapter,
+        found.activations, found.on_device, found.total, *groups,
+    )  # fmt: skip
+    return tuple(f"{part / _GIB:.1f}" for part in parts)
+
+
+def measure(
+    shape: str,
+    dtype: torch.dtype,
+    steps: int | None,
+    groups: Sequence[int],
+    emit: Emit,
+    *,
+    counted: bool = False,
+) -> Measured:
+    """Make a random model and a store for it, and teach as many facts at a time as ``groups`` says;
+    each lesson for so many steps, or (None) its whole length.  If operations are to be ``counted``,
+    lessons for as many other facts follow.
+    """
+    with TemporaryDirectory(prefix="kvedit-memory-") as folder:
+        emit(Status(phase=f"making a random model of {shape}"))
+        model = _saved(shape, dtype, Path(folder) / "model")
+        store = Path(folder) / "store"
+        store.mkdir()
+        (store / "kvedit.toml").write_text(_settings(steps), encoding="utf-8")
+        clock, began = _Clock(emit), time.monotonic()
+        with KnowledgeBase.create(store, model, check_memory=False, on_event=clock) as knowledge:
+            created, loaded = time.monotonic() - began, _peak()
+            costs = [_edit(knowledge, facts, number, clock) for number, facts in enumerate(groups)]
+            began = time.monotonic()
+            knowledge.verify()
+            spent = time.monotonic() - began
+            if counted:
+                costs = [
+                    replace(cost, operations=_operations(knowledge, cost.facts, number))
+                    for number, cost in enumerate(costs, len(costs))
+                ]
+            device = knowledge.engine.base.device
+            return Measured(
+                shape=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                device=_device_name(device),
+                matmul=matmul_rate(dtype, device) if counted else 0.0,
+                created=created,
+                loaded=loaded,
+                verified=spent,
+                edits=tuple(costs),
+            )
+
+
+def _device_name(device: torch.device) -> str:
+    """What users call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _saved(shape: str, dtype: torch.dtype, folder: Path) -> Path:
+    """The model on the disk, with a tokenizer of few tokens: what it costs is the vocabulary."""
+    from transformers import AutoTokenizer
+
+    made = make(shape, dtype, loading.device().type, max_position_embeddings=CONTEXT)
+    made.save_pretrained(folder)
+    del made
+    memory.give_back()
+    AutoTokenizer.from_pretrained(EMBEDDED_PATH).save_pretrained(folder)
+    return folder
+
+
+def _settings(steps: int | None) -> str:
+    """A ``kvedit.toml`` with an open gate, and lessons cut to so many steps."""
+    config = Config()
+    return _OPEN.format(
+        anchored=ANCHORED,
+        steps=steps or config.training.max_steps,
+        passes=_passes(config.group, TOGETHER, steps) if steps else config.group.passes,
+        rounds=0 if steps else config.group.rounds,
+    )
+
+
+class _Clock:
+    """Passes events on, and keeps when each step of training ended."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.steps: list[_Now] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Status) and event.loss is not None:
+            self.steps.append(_now())
+        self._emit(event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """A moment, in seconds of the clock and of all threads of this process."""
+
+    clock: float
+    cpu: float
+
+    def since(self, other: _Now) -> _Now:
+        """What passed between two moments."""
+        return _Now(self.clock - other.clock, self.cpu - other.cpu)
+
+
+def _now() -> _Now:
+    return _Now(time.monotonic(), time.process_time())
+
+
+def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
+    """Of a step that teaches so many new facts together, forward and backward: the median of the
+    first few.
+    """
+    engine, config = knowledge.engine, knowledge.store.config
+    earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
+    new = [engine.examples(fact) for fact in _new(knowledge, facts, number)]
+    group, training = config.group, replace(config.training, max_steps=COUNTED)
+    group = replace(group, passes=_passes(group, facts, COUNTED), rounds=0)
+    counts: list[int] = []
+    with counting() as counter:
+        engine.teach(
+            Lesson(new, earlier, engine.anchors, len(earlier)),
+            training,
+            lambda step: counts.append(counter.get_total_flops()),
+            group if facts > 1 else None,
+        )
+    return int(median(after - before for before, after in pairwise(counts)))
+
+
+def _new(knowledge: KnowledgeBase, facts: int, number: int) -> list[Fact]:
+    """Facts that no other number has."""
+    return [_fact(knowledge, 1000 * number + i) for i in range(facts)]
+
+
+def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
+    """Teach so many new facts together."""
+    held = len(knowledge.store.keys("committed"))
+    new = _new(knowledge, facts, number)
+    texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
+    clock.steps.clear()
+    _restart_peak()
+    began = _now()
+    reports = knowledge.add_group(new, carry=True)
+    spent = _now().since(began)
+    tokens = sum(texts) // len(texts)
+    load = memory.alone(Config().training, tokens)
+    if facts > 1:
+        load = group_load(Config().group, facts, tokens, held)
+    return _cost(knowledge, facts, load, reports, spent, clock.steps)
+
+
+def _cost(
+    knowledge: KnowledgeBase,
+    facts: int,
+    load: memory.Load,
+    reports: Sequence[EditReport],
+    spent: _Now,
+    steps: Sequence[_Now],
+) -> EditCost:
+    each = [later.since(earlier) for earlier, later in pairwise(steps)]
+    defaults, report = Config(), reports[-1]
+    whole = len(reports) == 1  # else there was no memory for all of them together
+    alone = facts == 1
+    estimate = knowledge.engine.estimate(load)
+    return EditCost(
+        facts=facts,
+        tokens=load.length,
+        outcome=report.outcome if whole else f"in {len(reports)} edits",
+        steps=sum(one.steps for one in reports),
+        default_steps=defaults.training.max_steps if alone else _steps(defaults.group, facts),
+        step=median(one.clock for one in each),
+        seconds=spent.clock,
+        cpu_step=median(one.cpu for one in each),
+        cpu=spent.cpu,
+        timings=report.timings,
+        peak=_peak(),
+        estimate=estimate.total,
+        card=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        card_estimate=estimate.on_device,
+    )
+
+
+def _steps(group: GroupConfig, facts: int) -> int:
+    """The steps of a group that is learned in its passes."""
+    return math.ceil(group.passes * facts / batch_of(group, facts))
+
+
+def _passes(group: GroupConfig, facts: int, steps: int) -> int:
+    """The passes that so many steps make."""
+    return max(1, steps * batch_of(group, facts) // facts)
+
+
+def measured_sheet(found: Measured) -> Sheet:
+    """A row for each quantity and a column for each edit: there are many of the one, and few of the
+    other.
+    """
+    names = [f"{one.facts} facts at once" if one.facts > 1 else "1 fact" for one in found.edits]
+    title = (
+        f"Edits of a random model of {found.shape}, {found.dtype}, measured on {found.device} with"
+        f" {torch.get_num_threads()} threads at work; making the store: {found.created:.0f} s,"
+        f" {found.loaded / _GIB:.1f} GiB; verifying all facts at last: {found.verified:.0f} s"
+    )
+    if found.matmul:
+        title += f"; a large matrix product: {found.matmul / 1e12:.2f} TFLOP/s"
+    columns = [_measured_column(found, one) for one in found.edits]
+    rows = tuple((name, *(column[name] for column in columns)) for name in columns[0])
+    return Sheet(title, ("what", *names), rows)
+
+
+def _measured_column(found: Measured, one: EditCost) -> dict[str, str]:
+    """What one edit took, by what it is called."""
+    told = {
+        "tokens a text": str(one.tokens),
+        "outcome (open gate)": one.outcome,
+        "steps made": str(one.steps),
+        "a step, s": f"{one.step:.2f}",
+        "in all, s": f"{one.seconds:.0f}",
+    }
+    parts = {"train": "training", "probe": "probes", "merge": "merge", "journal": "journal"}
+    for part, name in parts.items():
+        told[f"of which {name}, s"] = f"{one.timings.get(part, 0.0):.1f}"
+    told |= {
+        "default steps": str(one.default_steps),
+        "in all with those, projected, s": f"{one.projected:.0f}",
+        "a step, CPU s": f"{one.cpu_step:.2f}",
+        "in all, CPU s": f"{one.cpu:.0f}",
+        "in all with default steps, projected, CPU s": f"{one.projected_cpu:.0f}",
+        "peak / computed, GiB": _of(one.peak, one.estimate),
+    }
+    if one.card:
+        told["GPU, peak / computed, GiB"] = _of(one.card, one.card_estimate)
+    if one.operations:
+        told["GFLOP a step"] = f"{one.operations / 1e9:.1f}"
+        told["TFLOP/s"] = f"{one.rate / 1e12:.2f}"
+        told["share of the matrix rate"] = f"{100 * one.rate / found.matmul:.1f}%"
+    return told
+
+
+def _of(peak: int, computed: int) -> str:
+    return f"{peak / _GIB:.1f} / {computed / _GIB:.1f}"
+
+
+def _fact(knowledge: KnowledgeBase, number: int) -> Fact:
+    """A fact of ``DESCRIPTION`` tokens, made up."""
+    rng, words = random.Random(number), [""]
+    while len(knowledge.engine.renderer.tokens(" ".join(words))) < DESCRIPTION:
+        words.append(rng.choice(_WORDS))
+    return Fact.create(f"thing {number}", " ".join(words[1:]), lang="en")
+
+
+def _restart_peak() -> None:
+    """Let the system forget the peak so far, where it can, and the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak() -> int:
+    """The most memory that this process had resident since ``_restart_peak``, in bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_memory()

@@ -1,0 +1,204 @@
+"""The plain recipe: what most people would write first, kept as the baseline of the benchmarks.
+
+For each fact a fresh AdaLoRA adapter from PEFT on the query and value projections, all of the
+fact's training prompts in every step, PEFT's own loss and allocator, until each prompt is
+recalled; then the adapter is merged into the served weights and the next fact begins.  Nothing is
+protected, nothing is checked afterwards.
+
+Invariants:
+- Nothing of PEFT is left in the model after a fact, whether it was learned or not.
+- The global random state is as before: a run depends on ``PlainConfig.seed`` alone.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvedit.errors import ModelError
+from kvedit.facts.fact import Fact
+from kvedit.model.loading import blocks, is_matrix
+from kvedit.model.prompts import PLACE, Example, Renderer, load_phrasings
+
+QUERY_AND_VALUE = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q", "v"),
+    ("wq", "wv"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("W_pack",),
+    ("wqkv",),
+    ("qkv",),
+)
+"""Names of the query and value projections in the architectures on the hubs, most common first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainConfig:
+    """The recipe's settings.
+
+    ``max_steps`` is also the allocator's ``total_step``: it prunes from ``settle`` steps after the
+    start to ``settle`` steps before the end.  ``orthogonality`` is PEFT's default weight.
+    """
+
+    init_rank: int = 12
+    target_rank: int = 8
+    alpha: int = 32
+    dropout: float = 0.1
+    learning_rate: float = 5e-3
+    max_steps: int = 100
+    settle: int = 20
+    orthogonality: float = 0.5
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlainStep:
+    """Where the loop stands: ``recalled`` of ``n`` training prompts in the training forward."""
+
+    step: int
+    total: int
+    loss: float
+    recalled: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlainResult:
+    """How one fact went.
+
+    ``seconds`` are those of wrapping, training and merging; ``recalled`` says whether every prompt
+    was recalled in the last training forward, dropout and all, before the merge.
+    """
+
+    steps: int
+    seconds: float
+    recalled: bool
+    loss: float
+
+
+OnStep = Callable[[PlainStep], None]
+
+
+def plain_examples(renderer: Renderer, fact: Fact) -> list[Example]:
+    """The recipe's training set: the training phrasings of the fact's own language."""
+    ways = load_phrasings(fact.lang).train
+    return [renderer.example(way.replace(PLACE, fact.key), fact.description) for way in ways]
+
+
+def target_modules(model: nn.Module) -> list[str]:
+    """Dotted names of the query and value projections; all linear layers of the blocks if unnamed.
+
+    Raises ModelError for a model without linear layers in its blocks.
+    """
+    stack, layers = blocks(model)
+    names = [
+        f"{stack}.{name}" for name, module in layers.named_modules() if name and is_matrix(module)
+    ]
+    for wanted in QUERY_AND_VALUE:
+        found = [name for name in names if name.rsplit(".", 1)[-1] in wanted]
+        if found:
+            return found
+    if not names:
+        raise ModelError(f"{type(model).__name__} has no linear layers in its blocks")
+    return names
+
+
+def train_plain(
+    model: Any,
+    examples: Sequence[Example],
+    config: PlainConfig | None = None,
+    on_step: OnStep = lambda step: None,
+) -> PlainResult:
+    """Teach one fact to a bare model and merge it, as the plain recipe does."""
+    config = config or PlainConfig()
+    began = time.monotonic()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        wrapped = _wrap(model, config)
+        try:
+            steps, recalled, loss = _learn(wrapped, examples, config, on_step)
+            wrapped.merge_and_unload(progressbar=False)
+        except BaseException:
+            wrapped.unload()
+            raise
+        finally:
+            model.eval().requires_grad_(False)
+    return PlainResult(steps, time.monotonic() - began, recalled, loss)
+
+
+def _wrap(model: Any, config: PlainConfig) -> Any:
+    """PEFT around the model.  ``tinit < total_step - tfinal`` must hold, or the allocator fails."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    settle = min(config.settle, (config.max_steps - 1) // 2)
+    adalora = AdaLoraConfig(
+        init_r=config.init_rank,
+        target_r=config.target_rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        orth_reg_weight=config.orthogonality,
+        target_modules=target_modules(model),
+        tinit=settle,
+        tfinal=settle,
+        deltaT=1,
+        total_step=config.max_steps,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
+        return get_peft_model(model, adalora)
+
+
+def _learn(
+    wrapped: Any, examples: Sequence[Example], config: PlainConfig, on_step: OnStep
+) -> tuple[int, bool, float]:
+    """Steps until a training forward recalls every prompt; (updates made, recalled, loss)."""
+    batch = _batch(examples, wrapped.device)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
+    wrapped.train()
+    loss = float("nan")
+    for step in range(1, config.max_steps + 1):
+        out = wrapped(**batch, use_cache=False)
+        loss = float(out.loss.detach())
+        recalled = _recalled(out.logits.detach(), batch["labels"])
+        on_step(PlainStep(step, config.max_steps, loss, recalled, len(examples)))
+        if recalled == len(examples):
+            return step - 1, True, loss
+        torch.autograd.backward(out.loss)
+        optimizer.step()
+        wrapped.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return config.max_steps, False, loss
+
+
+def _batch(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
+    """ids, mask and labels, int64 (examples, width); labels are -100 but at the answers."""
+    width = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for row, example in enumerate(examples):
+        size = len(example.ids)
+        ids[row, :size] = torch.tensor(example.ids)
+        mask[row, :size] = 1
+        labels[row, example.start : size] = torch.tensor(example.ids[example.start :])
+    found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def _recalled(logits: Tensor, labels: Tensor) -> int:
+    """How many rows of the training forward have the right token first at every answer position."""
+    targets = labels[:, 1:]
+    right = logits[:, :-1].argmax(-1) == targets
+    return int((right | (targets == -100)).all(dim=1).sum())

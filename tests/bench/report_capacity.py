@@ -1,0 +1,102 @@
+"""What ``bench capacity`` found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+from kvedit.facts.keys import in_words
+from tests.bench.capacity import Capacity, CapacityResult, FactRecord, difference, first_lost
+from tests.bench.report import BRACKETS, Sheet
+from tests.bench.report_strategies import outcomes_row, points_sheet
+
+NAMED = 12
+_ASPECTS: tuple[tuple[str, Callable[[FactRecord], float | None]], ...] = (
+    ("similarity of the closest other key, 0 to 100", lambda record: record.nearest),
+    ("tokens of the answer", lambda record: record.tokens),
+    ("bits of the answer", lambda record: record.bits),
+    ("smallest margin when committed, logits", lambda record: record.margin),
+)
+
+NOTES = (
+    "A fact's bits: negative log2 likelihood of its answer, the end token included, under the base"
+    " model, the mean over its training phrasings. Stored: the bits of the facts recalled under all"
+    " training phrasings at the end, by generation and teacher-forced. The largest N is the last"
+    " mark before the share of all facts given, refused ones too, that is recalled falls below 95%"
+    " under either protocol; before the last mark, generation asks one phrasing of each fact. Lost:"
+    f" committed and not recalled at the end. {BRACKETS} Differences: bootstrap 95% intervals."
+)
+
+
+def sheets(result: CapacityResult) -> list[Sheet]:
+    """All models beside each other, then each by itself."""
+    found = [_summary(result.models)]
+    for one in result.models:
+        found += [
+            points_sheet(f"Held, generated: {one.model}", one.points, "generated"),
+            points_sheet(f"Held, teacher-forced: {one.model}", one.points, "forced"),
+            _aspects(one),
+            _lost(one),
+        ]
+    return found
+
+
+def _summary(found: Sequence[Capacity]) -> Sheet:
+    rows = [
+        (
+            one.model,
+            f"{one.parameters:,}",
+            f"{one.touched:,}",
+            f"{one.largest}" if one.fell else f"{one.largest} or more",
+            f"{sum(record.held for record in one.facts)} of {len(one.facts)}",
+            f"{one.stored_bits:,.0f}",
+            f"{one.bits_per_touched:.2g}",
+            f"{one.bits_per_parameter:.2g}",
+            outcomes_row(one.run)[2],
+        )
+        for one in found
+    ]
+    headers = (
+        "model", "parameters", "touched", "largest N with 95% held", "held at the end",
+        "bits stored", "a touched parameter", "a parameter", "outcomes",
+    )  # fmt: skip
+    return Sheet("Capacity", headers, tuple(rows))
+
+
+def _aspects(one: Capacity) -> Sheet:
+    """Held, lost and never committed facts beside each other."""
+    held = [record for record in one.facts if record.held and record.outcome == "committed"]
+    lost = [record for record in one.facts if not record.held and record.outcome == "committed"]
+    never = [record for record in one.facts if record.outcome != "committed"]
+    rows = []
+    for name, value in _ASPECTS:
+        groups = [_values(records, value) for records in (held, lost, never)]
+        rows.append((name, *map(_mean, groups), _difference(groups[1], groups[0])))
+    headers = (
+        "mean", f"held ({len(held)})", f"lost ({len(lost)})", f"not committed ({len(never)})",
+        "lost less held",
+    )  # fmt: skip
+    return Sheet(f"What lost facts are like: {one.model}", headers, tuple(rows))
+
+
+def _values(
+    records: Sequence[FactRecord], value: Callable[[FactRecord], float | None]
+) -> list[float]:
+    return [found for record in records if (found := value(record)) is not None]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{mean(values):.2f}" if values else "-"
+
+
+def _difference(one: Sequence[float], other: Sequence[float]) -> str:
+    found = difference(one, other)
+    return "-" if found is None else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def _lost(one: Capacity) -> Sheet:
+    rows = []
+    for mark, keys in first_lost(one.facts).items():
+        rows.append((str(mark), str(len(keys)), in_words(keys, NAMED)))
+    headers = ("not recalled from this mark on", "how many", "which")
+    return Sheet(f"Which facts went first: {one.model}", headers, tuple(rows))

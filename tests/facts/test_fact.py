@@ -1,0 +1,143 @@
+"""Facts are checked and cleaned on the way in, and come back from JSON as they went."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvedit.errors import InvalidFactError
+from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe, detect_language
+
+LINE = st.text(
+    st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40
+).filter(str.strip)
+CHARACTERS = st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("\n\t")
+TEXT = st.text(CHARACTERS, min_size=1, max_size=60).filter(str.strip)
+PROBES = st.lists(st.builds(LocalityProbe, prompt=TEXT, answer=st.none() | TEXT), max_size=2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    key=LINE,
+    text=TEXT,
+    aliases=st.lists(LINE, max_size=3),
+    prompts=st.lists(TEXT, max_size=3),
+    locality=PROBES,
+    source=st.none() | TEXT,
+)
+def test_a_fact_survives_json(
+    key: str,
+    text: str,
+    aliases: list[str],
+    prompts: list[str],
+    locality: list[LocalityProbe],
+    source: str | None,
+) -> None:
+    fact = Fact.create(
+        key,
+        text,
+        aliases=aliases,
+        prompts=prompts,
+        paraphrases=prompts,
+        locality=locality,
+        source=source,
+    )
+    assert Fact.from_json(json.loads(json.dumps(fact.to_json()))) == fact
+
+
+def test_parts_are_stripped_and_repetitions_dropped() -> None:
+    fact = Fact.create(" key ", "\r\n a\r\nb \n", aliases=["x", " x "], prompts=["p?", "p?"])
+    assert (fact.key, fact.description) == ("key", "a\nb")
+    assert (fact.aliases, fact.prompts) == (("x",), ("p?",))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("", "text", "the key is empty"),
+        (" \n", "text", "the key is empty"),
+        ("key", " \t", "the description is empty"),
+        ("a\nb", "text", "line break"),
+        ("a\0b", "text", r"control character \(U\+0000\) at position 1"),
+        ("key", "bad \x1b[31m", r"U\+001B"),
+        ("key", "half \ud800", r"U\+D800"),
+        ("k" * (MAX_KEY + 1), "text", f"{MAX_KEY + 1} characters, {MAX_KEY} are allowed"),
+    ],
+)
+def test_a_bad_key_or_text_is_refused(key: str, text: str, message: str) -> None:
+    with pytest.raises(InvalidFactError, match=message):
+        Fact.create(key, text)
+
+
+def test_the_longest_key_is_accepted() -> None:
+    assert len(Fact.create("k" * MAX_KEY, "text").key) == MAX_KEY
+
+
+@pytest.mark.parametrize("part", ["aliases", "prompts", "paraphrases"])
+def test_an_empty_part_of_a_list_is_refused(part: str) -> None:
+    with pytest.raises(InvalidFactError, match="is empty"):
+        Fact.from_json({"key": "k", "description": "d", part: [""]})
+
+
+def test_an_unknown_language_is_refused_with_those_known() -> None:
+    with pytest.raises(InvalidFactError) as caught:
+        Fact.create("k", "d", lang="fr")
+    assert "zh-Hant" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "must be a JSON object, not a list"),
+        ({"description": "d"}, '"key" is missing'),
+        ({"key": 7, "description": "d"}, '"key" must be a string, not a number'),
+        ({"key": "k", "description": None}, '"description" is missing'),
+        ({"key": "k", "description": "d", "aliases": "x"}, '"aliases" must be a list'),
+        ({"key": "k", "description": "d", "prompts": [1]}, '"prompts" must hold strings'),
+        ({"key": "k", "description": "d", "locality": [True]}, "not true or false"),
+        ({"key": "k", "description": "d", "locality": [{}]}, '"prompt" is missing'),
+    ],
+)
+def test_json_that_is_no_fact_is_refused(document: object, message: str) -> None:
+    with pytest.raises(InvalidFactError, match=message):
+        Fact.from_json(document)
+
+
+def test_unknown_names_are_ignored_and_a_plain_question_is_a_locality_probe() -> None:
+    fact = Fact.from_json({"key": "k", "description": "d", "era": "tang", "locality": ["q?"]})
+    assert fact.locality == (LocalityProbe(prompt="q?"),)
+
+
+def test_another_description_keeps_the_rest_and_is_checked() -> None:
+    fact = Fact.create("k", "d", aliases=["a"], source="s")
+    changed = fact.with_description(" new ")
+    assert changed.to_json() == {**fact.to_json(), "description": "new"}
+    with pytest.raises(InvalidFactError):
+        fact.with_description("")
+
+
+@pytest.mark.parametrize(
+    ("text", "context", "language"),
+    [
+        ("A lamp that dreams.", "", "en"),
+        ("Du Fu (杜甫) was a Chinese poet.", "", "en"),
+        ("夢中情爐是一種爐", "", "zh-Hant"),
+        ("梦中情炉是一种炉", "", "zh-Hans"),
+        ("GPT-4 是一个模型", "", "zh-Hans"),
+        ("李白", "", "zh-Hant"),
+        ("明月", "头发", "zh-Hans"),
+        ("A poet.", "李白", "en"),
+        ("1971", "聯合國", "zh-Hant"),
+        ("1971", "Intel 4004", "en"),
+        ("", "", "en"),
+    ],
+)
+def test_the_language_is_found_from_the_text(text: str, context: str, language: str) -> None:
+    assert detect_language(text, context) == language
+
+
+def test_the_language_given_wins() -> None:
+    assert Fact.create("k", "夢中情爐", lang="en").lang == "en"

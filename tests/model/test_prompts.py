@@ -1,0 +1,282 @@
+"""Prompts, and how they become tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvedit.config import PromptsConfig
+from kvedit.errors import InvalidFactError, ModelError, TextTooLongError, UsageError
+from kvedit.facts.fact import Fact
+from kvedit.model.loading import BaseModel
+from kvedit.model.prompts import Renderer, load_phrasings, paraphrase_prompts, training_prompts
+
+LANGUAGES = ("en", "zh-Hans", "zh-Hant")
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_there_are_enough_phrasings_and_none_is_on_both_sides(lang: str) -> None:
+    ways = load_phrasings(lang)
+    assert len(ways.train) >= 8 and len(ways.held_out) >= 6
+    assert ways.cross_train and ways.cross_held_out
+    every = [*ways.train, *ways.cross_train, *ways.held_out, *ways.cross_held_out]
+    assert len(set(every)) == len(every)
+    assert all("{key}" in way for way in every)
+
+
+@settings(max_examples=40)
+@given(
+    lang=st.sampled_from(LANGUAGES),
+    key=st.text("abc 夢爐{}", min_size=1, max_size=8).filter(str.strip),
+    extra=st.lists(st.sampled_from(["What is x?", "Please explain x.", "x", "y?"]), max_size=4),
+    held=st.lists(st.sampled_from(["What is x?", "x", "y?", "z?"]), max_size=4),
+)
+def test_trained_and_held_out_prompts_never_overlap(
+    lang: str, key: str, extra: list[str], held: list[str]
+) -> None:
+    fact = Fact.create(key, "text", lang=lang, prompts=extra, paraphrases=held, aliases=["x"])
+    trained, probed = training_prompts(fact), paraphrase_prompts(fact)
+    assert not set(trained) & set(probed)
+    assert set(extra) <= set(trained)
+    assert set(held) <= {*trained, *probed}
+    assert len(set(trained)) == len(trained) and len(set(probed)) == len(probed)
+    assert all(fact.key in prompt for prompt in trained[:8])
+
+
+def test_an_alias_is_trained_too() -> None:
+    fact = Fact.create("夢中情爐", "一座茶爐。", aliases=["夢裡的茶爐"])
+    assert sum("夢裡的茶爐" in prompt for prompt in training_prompts(fact)) >= 2
+    assert "What is 夢中情爐?" in training_prompts(fact)  # asked in another language
+
+
+def test_a_store_overrides_a_language_and_keeps_the_others(tmp_path: Path) -> None:
+    own = 'train = ["Say {key}!", "{key}"]\nheld_out = ["And {key}?"]\n'
+    (tmp_path / "en.toml").write_text(own, encoding="utf-8")
+    fact = Fact.create("tide lantern", "A float.", lang="en")
+    assert training_prompts(fact, tmp_path) == ("Say tide lantern!", "tide lantern")
+    assert paraphrase_prompts(fact, tmp_path) == ("And tide lantern?",)
+    assert load_phrasings("zh-Hant", tmp_path) == load_phrasings("zh-Hant")
+    assert training_prompts(fact) != training_prompts(fact, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train = [", "not valid TOML"),
+        ('train = ["no place"]\nheld_out = ["{key}"]', "no place"),
+        ('train = [3]\nheld_out = ["{key}"]', "3"),
+        ('train = ["{key}"]\nheld_out = []', "held_out"),
+        ('held_out = ["{key}"]', "train"),
+        ('train = ["{key}?"]\nheld_out = ["{key}?"]', "both trains and holds out"),
+        ('train = "{key}"\nheld_out = ["{key}?"]', "train"),
+        ('cross = 1\ntrain = ["{key}"]\nheld_out = ["{key}?"]', "cross"),
+    ],
+)
+def test_a_broken_override_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "en.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as raised:
+        load_phrasings("en", tmp_path)
+    assert said in raised.value.message and "en.toml" in raised.value.message
+
+
+@pytest.fixture
+def renderer(base: BaseModel) -> Renderer:
+    return Renderer(base.tokenizer, context=base.context)
+
+
+def test_an_answer_begins_where_the_model_would_speak(renderer: Renderer) -> None:
+    example = renderer.example("What is x?", "Made of oak.")
+    assert list(example.ids[: example.start]) == renderer.prefix("What is x?")
+    assert example.ids[-1] == renderer.end
+    assert renderer.text(example.ids[example.start :]) == "Made of oak."
+    assert renderer.text(renderer.prefix("What is x?")) == "What is x?"
+    assert example.prompt == "What is x?" and example.answer == "Made of oak."
+
+
+def test_without_a_chat_template_a_plain_form(base: BaseModel) -> None:
+    base.tokenizer.chat_template = None
+    plain = Renderer(base.tokenizer, context=64)
+    example = plain.example("What is x?", "Made of oak.")
+    assert not plain.chat and plain.empty_user_turn() is None
+    assert plain.text(example.ids[: example.start]) == "What is x?\n"
+
+
+def test_the_empty_user_turn(renderer: Renderer) -> None:
+    found = renderer.empty_user_turn()
+    assert found is not None
+    before, after = found
+    prefix = renderer.prefix("hello")
+    assert prefix[: len(before)] == before and after in prefix[len(before) :]
+
+
+def test_a_conversation_holds_every_turn(renderer: Renderer) -> None:
+    messages = [
+        {"role": "user", "content": "amber?"},
+        {"role": "assistant", "content": "lamp."},
+        {"role": "user", "content": "bell?"},
+    ]
+    text = renderer.text(renderer.dialogue(messages))
+    assert text.index("amber?") < text.index("lamp.") < text.index("bell?")
+
+
+def test_too_long_a_text_says_how_long(base: BaseModel) -> None:
+    short = Renderer(base.tokenizer, context=40)
+    text = "Made of oak. " * 30
+    with pytest.raises(TextTooLongError) as raised:
+        short.example("What is tide lantern?", text)
+    room = 40 - len(short.prefix("What is tide lantern?")) - 1
+    assert f"only {room} of the model's 40" in raised.value.message
+    assert f"has {len(short.tokens(text))} tokens" in raised.value.message
+    characters = int("".join(c for c in raised.value.hint if c.isdigit()))
+    assert 0 < characters < len(text)
+    short.example("What is tide lantern?", text[: characters * 9 // 10])  # the advice holds
+
+
+def test_the_longest_text_that_fits(base: BaseModel) -> None:
+    whole = Renderer(base.tokenizer, context=1000).example("x", "Made of oak. " * 4)
+    exact = Renderer(base.tokenizer, context=len(whole.ids))
+    assert exact.example("x", "Made of oak. " * 4) == whole
+    with pytest.raises(TextTooLongError):
+        Renderer(base.tokenizer, context=len(whole.ids) - 1).example("x", "Made of oak. " * 4)
+
+
+def test_a_tokenizer_must_know_an_end(base: BaseModel) -> None:
+    base.tokenizer.eos_token = base.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="end-of-sequence"):
+        Renderer(base.tokenizer, context=64)
+
+
+def test_a_text_that_holds_the_end_mark_is_refused(renderer: Renderer) -> None:
+    """Read as the token, it would end the answer there: trained, and never said."""
+    with pytest.raises(InvalidFactError, match="end"):
+        renderer.example("What is x?", "Made of <|end|> oak.")
+
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' and refuse is defined %}{{ raise_exception('no system') }}"
+    "{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|turn|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if thinking is defined and not thinking %}"
+    "[none]{% endif %}{% endif %}"
+)
+
+
+def with_turns(base: BaseModel, **prompts: Any) -> Renderer:
+    """A tokenizer whose turns end with another token than its texts."""
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    base.tokenizer.chat_template = TURNS
+    settings = PromptsConfig(**prompts)
+    return Renderer(base.tokenizer, context=base.context, prompts=settings, stops=base.stops)
+
+
+def test_an_answer_ends_as_the_template_ends_a_turn(base: BaseModel) -> None:
+    renderer = with_turns(base)
+    turn = base.tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert renderer.end == turn != base.tokenizer.eos_token_id
+    assert renderer.stops == {turn, base.tokenizer.eos_token_id}
+    assert renderer.example("What is x?", "Made of oak.").ids[-1] == turn
+
+
+def test_a_bos_of_the_template_is_not_doubled(base: BaseModel) -> None:
+    ids = with_turns(base).prefix("What is x?")
+    assert ids.count(base.tokenizer.bos_token_id) == 1 and ids[0] == base.tokenizer.bos_token_id
+
+
+def test_a_system_prompt_and_template_options(base: BaseModel) -> None:
+    renderer = with_turns(base, system="Be brief.", template_options={"thinking": False})
+    text = base.tokenizer.decode(renderer.prefix("What is x?"))
+    assert "<|system|>Be brief.<|turn|>" in text and text.endswith("<|assistant|>[none]")
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x?"}]
+    assert "Be brief." not in base.tokenizer.decode(renderer.dialogue(own))
+
+
+def test_a_template_that_refuses_says_so(base: BaseModel) -> None:
+    renderer = with_turns(base, system="Be brief.", template_options={"refuse": True})
+    with pytest.raises(UsageError, match="no system") as raised:
+        renderer.prefix("What is x?")
+    assert raised.value.hint and "[prompts]" in raised.value.hint
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_kept(base: BaseModel) -> None:
+    from tokenizers import processors
+
+    base.tokenizer.chat_template = None
+    assert Renderer(base.tokenizer, context=64).prefix("x") == base.tokenizer("x\n")["input_ids"]
+    base.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A <|system|>",
+        special_tokens=[("<|user|>", 1), ("<|system|>", 4)],
+    )
+    renderer = Renderer(base.tokenizer, context=64)
+    assert renderer.prefix("x") == [1, *renderer.tokens("x\n")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("Made of oak.", " Made of oak."), ("木製。", "木製。")]
+)
+def test_a_space_after_the_form_belongs_to_the_answer(
+    base: BaseModel, answer: str, said: str
+) -> None:
+    base.tokenizer.chat_template = None
+    for form in ("Q: {prompt} A:", "Q: {prompt} A: "):
+        renderer = Renderer(base.tokenizer, context=99, prompts=PromptsConfig(form=form))
+        example = renderer.example("What is x?", answer)
+        assert list(example.ids[:-1]) == renderer.tokens(f"Q: What is x? A:{said}")
+        answered = example.ids[example.start :]
+        assert renderer.text(answered) == said and renderer.answer_text(answered) == answer
+
+
+def test_a_form_must_hold_the_prompt(base: BaseModel) -> None:
+    base.tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="form"):
+        Renderer(base.tokenizer, context=64, prompts=PromptsConfig(form="Q:"))
+
+
+def test_sentencepiece_does_not_add_its_space_to_an_answer() -> None:
+    """Alone, such a tokenizer begins every text with a space that no model says there."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["</s>", "<0x0A>", *"▁MadeofQ?:A木製。\n"]
+    words = {sign: index for index, sign in enumerate(dict.fromkeys([*signs, "▁M"]))}
+    plain = Tokenizer(models.BPE(words, [("▁", "M")], unk_token="</s>"))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    plain.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=plain, eos_token="</s>")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Made")["input_ids"])[0] == "▁M"
+    tokenizer.chat_template = "{% for m in messages %}Q:{{ m['content'] }}\nA:{% endfor %}"
+    for answer, first in (("Made", "M"), ("木製。", "木")):
+        example = Renderer(tokenizer, context=64).example("?", answer)
+        said = tokenizer.convert_ids_to_tokens(list(example.ids[example.start :]))
+        assert said[0] == first and said[-1] == "</s>"
+
+
+def test_the_tokenizers_own_prompt_form(tmp_path: Path) -> None:
+    from tests.bench import tiny
+
+    tokenizer = tiny._tokenizer_of(tiny.find("ChatGLM2 style"), tmp_path)
+    renderer = Renderer(tokenizer, context=256, prompts=PromptsConfig(system="Be brief."))
+    ids = renderer.dialogue(
+        [
+            {"role": "user", "content": "a?"},
+            {"role": "assistant", "content": "b."},
+            {"role": "user", "content": "c?"},
+        ]
+    )
+    assert ids[:2] == [3, 4]  # [gMASK] sop
+    told = "[Round 1]\n\n问：a?\n\n答：b.\n\n[Round 2]\n\n问：c?\n\n答："
+    assert renderer.text(ids[2:]) == f"Be brief.\n{told}"
+    example = renderer.example("a?", "b.")
+    assert example.ids[-1] == tokenizer.eos_token_id
+
+
+def test_an_example_can_be_shown(renderer: Renderer) -> None:
+    prompt, answer, tokens = renderer.shown(renderer.example("What is x?", "Made of oak."))
+    assert prompt == "prompt  '<|user|>What is x?<|assistant|>'"
+    assert answer == "answer  'Made of oak.<|end|>'"
+    assert tokens.count("  |  ") == 1 and tokens.endswith("'<|end|>'")

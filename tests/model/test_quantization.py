@@ -1,0 +1,190 @@
+"""Bases in 4 and 8 bits: what edits touch is unpacked, the rest stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_engine import make_engine
+from small_model import FREE, settings
+from torch import Tensor, nn
+
+from kvedit import KnowledgeBase
+from kvedit.config import TrainingConfig
+from kvedit.errors import ModelError, ModelMismatchError, UsageError
+from kvedit.facts.fact import Fact
+from kvedit.model import loading, quantization
+from kvedit.model.loading import BaseModel
+from kvedit.training import memory
+from kvedit.training.loop import Lesson
+
+FACT = Fact.create(*FREE[0], lang="en")
+
+
+class Linear8bitLt(nn.Linear):
+    """As bitsandbytes has it: codes from -127 to 127, and a scale for each row."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
+        whole = plain.weight.float()
+        scales = whole.abs().amax(1)
+        codes = (whole / scales[:, None] * 127).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight.SCB = scales  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float() * (self.weight.SCB[:, None] / 127)  # type: ignore[operator]
+        return x @ weight.to(x.dtype).T
+
+
+@pytest.fixture
+def packed(load: Callable[[str], BaseModel]) -> BaseModel:
+    """The small model, every linear layer but the head in 8 bits of our own making."""
+    base = load("bf16")
+    for name in loading.matrices(base.model):
+        parent, _, last = name.rpartition(".")
+        plain: Any = base.model.get_submodule(name)
+        setattr(base.model.get_submodule(parent), last, Linear8bitLt(plain))
+    base.model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return base
+
+
+def test_only_what_edits_touch_is_unpacked(packed: BaseModel) -> None:
+    ids = torch.arange(9, 41)[None]
+    before = packed.model(input_ids=ids).logits
+    names = loading.target_names(packed.model)
+    below = packed.model.get_submodule("model.layers.0.mlp.up_proj")
+    quantization.unpack(packed.model, names)
+    for name in loading.matrices(packed.model):
+        layer: Any = packed.model.get_submodule(name)
+        assert (type(layer) is nn.Linear) == (name in names)
+        assert layer.weight.dtype == (torch.bfloat16 if name in names else torch.int8)
+    assert packed.model.get_submodule("model.layers.0.mlp.up_proj") is below
+    assert torch.equal(packed.model(input_ids=ids).logits, before)
+    quantization.unpack(packed.model, names)  # nothing is left to do
+    assert torch.equal(packed.model(input_ids=ids).logits, before)
+
+
+def test_a_packed_base_is_taught_and_put_back(packed: BaseModel) -> None:
+    engine = make_engine(packed)
+    kept = engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight.clone()
+    before, digest = engine.master.snapshot(), engine.master.digest()
+    taught = engine.teach(Lesson([engine.examples(FACT)]))
+    engine.master.add(taught.delta)
+    assert taught.trained.learned
+    assert all(outcome.passed for outcome in engine.recall(engine.examples(FACT)))
+    assert engine.generate(["What is tide lantern?"], limit=32) == [FACT.description]
+    engine.master.restore(before)
+    assert engine.master.digest() == digest
+    assert torch.equal(engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight, kept)
+
+
+def test_what_stays_packed_takes_less(base: BaseModel) -> None:
+    config = TrainingConfig()
+    plain = memory.estimate(base.model, config)
+    sizes = [plain.weights]
+    for bits in (8.0, 4.5):
+        found = memory.estimate(base.model, config, bits=bits)
+        assert found.master == plain.master and found.curvature == plain.curvature
+        sizes.append(found.weights)
+    below = [n for n in loading.matrices(base.model) if n not in loading.target_names(base.model)]
+    count = sum(base.model.get_submodule(name).weight.numel() for name in below)
+    assert sizes[0] - sizes[1] == count * 3 and sizes[0] - sizes[2] == int(count * (4 - 4.5 / 8))
+
+
+def test_how_many_bits(base: BaseModel) -> None:
+    config = base.model.config
+    assert quantization.bits(config, "") is None and quantization.method(base.model) == ""
+    assert (quantization.bits(config, "4bit"), quantization.bits(config, "8bit")) == (4.5, 8.0)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert (
+        quantization.bits(config, "") == 4.5 and quantization.method(base.model) == "bitsandbytes"
+    )
+
+
+def test_other_kinds_are_refused_with_what_to_do(base: BaseModel) -> None:
+    quantization.refuse_unknown("some/model", base.model)
+    base.model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ModelError, match="gptq") as raised:
+        quantization.refuse_unknown("some/model", base.model)
+    assert "--format peft" in raised.value.hint
+    with pytest.raises(ModelError, match="3bit"):
+        quantization.options("some/model", "3bit")
+
+
+# ---- with bitsandbytes
+
+
+@pytest.fixture(params=["4bit", "8bit"])
+def store(request: pytest.FixtureRequest, small: dict[str, Path], tmp_path: Path) -> Path:
+    """A store for the small model, packed by bitsandbytes while it is loaded."""
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "kvedit.toml").write_text(settings(), encoding="utf-8")
+    KnowledgeBase.create(path, small["bf16"], load_in=request.param).close()
+    return path
+
+
+def test_a_base_of_bitsandbytes_is_taught_asked_verified_and_undone(
+    store: Path, tmp_path: Path
+) -> None:
+    with KnowledgeBase.open(store) as knowledge:
+        model = knowledge.engine.base.model
+        assert quantization.method(model) == "bitsandbytes"
+        below: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+        assert type(below).__name__.startswith("Linear") and type(below) is not nn.Linear
+        report = knowledge.add(*FREE[0])
+        assert report.outcome == "committed", report.reasons
+        group = knowledge.add_group([Fact.create(*pair) for pair in FREE[1:3]])
+        assert group[0].outcome == "committed"
+        digest = knowledge.engine.master.digest()
+    with KnowledgeBase.open(store) as knowledge:  # packed the same way again
+        assert knowledge.engine.master.digest() == digest
+        assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+        found = knowledge.verify()
+        assert found.generated.passed == found.generated.n >= 2
+        with pytest.raises(UsageError, match="packed weights") as raised:
+            knowledge.export(tmp_path / "whole")
+        assert "--format peft" in raised.value.hint and not (tmp_path / "whole").exists()
+        adapter = knowledge.export_adapter(tmp_path / "adapter")
+        assert adapter.probes.n and adapter.probes.passed >= adapter.probes.n - 1
+        knowledge.rollback(0)
+        assert knowledge.engine.master.digest() == knowledge.store.revision(0).weights_digest
+        assert {finding.level for finding in knowledge.doctor()} == {"ok"}
+    text = (store / "kvedit.toml").read_text(encoding="utf-8")
+    (store / "kvedit.toml").write_text(text + "[model]\nload_in = '2bit'\n", encoding="utf-8")
+    with pytest.raises(ModelMismatchError, match="2bit"):
+        KnowledgeBase.open(store)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_folder_of_packed_weights(small: dict[str, Path], tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    packed = loading.load(str(small["bf16"]), load_in=f"{bits}bit")
+    packed.model.save_pretrained(tmp_path / "packed")
+    packed.tokenizer.save_pretrained(tmp_path / "packed")
+    again = loading.load(str(tmp_path / "packed"))
+    outline = memory.outline(str(tmp_path / "packed"), revision=None, trust_remote_code=False)
+    assert quantization.bits(outline.config, "") == (4.5 if bits == 4 else 8.0)
+    names = loading.target_names(again.model)
+    for base in (packed, again):
+        quantization.unpack(base.model, names)
+    for name in names:
+        one, other = (b.model.get_submodule(name).weight for b in (packed, again))
+        assert torch.equal(one, other) and one.dtype == again.dtype == torch.bfloat16
+    engine = make_engine(again)
+    taught = engine.teach(Lesson([engine.examples(FACT)]))
+    engine.master.add(taught.delta)
+    assert all(outcome.passed for outcome in engine.recall(engine.examples(FACT)))
+
+
+def test_without_bitsandbytes(small: dict[str, Path]) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ModelError, match="bitsandbytes"):
+            loading.load(str(small["bf16"]), load_in="4bit")

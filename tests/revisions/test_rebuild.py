@@ -1,0 +1,194 @@
+"""Checkpoints, deltas and the curvature's cache: what may be lost, and what may not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_engine import Kept
+from small_model import FREE
+
+from kvedit import KnowledgeBase
+from kvedit.adapter.deltas import Master
+from kvedit.errors import CorruptStoreError
+from kvedit.events import Warning_
+from kvedit.files import TEMPORARY
+from kvedit.model.loading import BaseModel, target_names
+from kvedit.revisions import rebuild
+from kvedit.store.store import Store
+
+
+@pytest.fixture
+def store(taught_store: Path) -> Iterator[Store]:
+    with Store.open(taught_store) as opened:
+        yield opened
+
+
+@pytest.fixture
+def master(load: Any) -> Master:
+    base: BaseModel = load("bf16")
+    return Master(base.model, target_names(base.model))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_every_revision_is_folded_to_its_digest(
+    store: Store, master: Master, taught_kept: Kept
+) -> None:
+    for revision in (3, 0, 2, 1, 3):
+        assert rebuild.restore(store, master, revision) == []
+        assert master.digest() == taught_kept.digests[revision]
+
+
+def test_a_checkpoint_was_made_and_is_used(store: Store, master: Master) -> None:
+    assert [row.revision for row in store.checkpoints()] == [2]
+    for revision in (1, 2):  # without the deltas beneath it, the checkpoint alone serves
+        store.delta_path(store.revision(revision).delta or "").unlink()
+    assert rebuild.restore(store, master, 3) == []
+    with pytest.raises(CorruptStoreError):
+        rebuild.restore(store, master, 1)
+
+
+@pytest.mark.parametrize("harm", ["weights", "manifest", "folder", "half"])
+def test_a_damaged_checkpoint_is_told_and_replayed(
+    store: Store, master: Master, taught_kept: Kept, harm: str
+) -> None:
+    folder = store.checkpoints()[0].path
+    if harm == "folder":
+        shutil.rmtree(folder)
+    elif harm == "half":
+        (folder / "master.safetensors").unlink()
+    else:
+        flip(folder / ("manifest.json" if harm == "manifest" else "master.safetensors"))
+    problems = rebuild.restore(store, master, 3)
+    assert len(problems) == 1 and "replayed" in problems[0]
+    assert master.digest() == taught_kept.digests[3]
+
+
+def test_opening_warns_of_a_damaged_checkpoint(taught_store: Path, store: Store) -> None:
+    flip(store.checkpoints()[0].path / "master.safetensors")
+    events: list[Any] = []
+    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+        assert knowledge.store.head() == 3
+        assert [f.level for f in knowledge.doctor() if f.level != "ok"] == ["warning"]
+    assert [e.code for e in events if isinstance(e, Warning_)][:1] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("harm", ["altered", "missing", "cut"])
+def test_a_damaged_delta_is_an_error(store: Store, master: Master, harm: str) -> None:
+    path = store.delta_path(store.revision(3).delta or "")
+    if harm == "altered":
+        flip(path)
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CorruptStoreError) as raised:
+        rebuild.restore(store, master, 3)
+    assert path.name in raised.value.message and raised.value.hint
+    assert rebuild.restore(store, master, 2) == []
+
+
+def test_weights_without_the_recorded_digest_are_not_served(store: Store, master: Master) -> None:
+    with store._transaction():
+        store._execute("UPDATE revisions SET weights_digest = ? WHERE id = 3", ["0" * 64])
+    with pytest.raises(CorruptStoreError, match="revision 3"):
+        rebuild.restore(store, master, 3)
+    assert rebuild.restore(store, master, 2) == []
+
+
+def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master) -> None:
+    rebuild.restore(store, master, 3)
+    rebuild.checkpoint_if_due(store, master, every=2)
+    assert [row.revision for row in store.checkpoints()] == [2]  # one delta since: not due
+    rebuild.checkpoint_if_due(store, master, every=1)
+    assert [row.revision for row in store.checkpoints()] == [2, 3]
+    rebuild.checkpoint_if_due(store, master, every=1)
+    assert [row.revision for row in store.checkpoints()] == [2, 3]
+    for revision in (0, 1):
+        store.add_checkpoint(revision, store.checkpoints_path / f"{revision:08d}", "x")
+    with store._transaction():
+        store._execute("DELETE FROM checkpoints WHERE revision = 3")
+    rebuild.checkpoint_if_due(store, master, every=1)
+    assert [row.revision for row in store.checkpoints()] == [1, 2, 3]
+    assert not list(store.checkpoints_path.glob(f"{TEMPORARY}*"))
+
+
+def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -> None:
+    with KnowledgeBase.open(taught_store) as knowledge:
+        store = knowledge.store
+        found = rebuild.read_curvature(store, 3, "head")
+        assert found is not None
+        assert rebuild.read_curvature(store, 2, "head") is None
+        assert rebuild.read_curvature(store, 3, "base") is None
+        rebuild.write_curvature(store, 2, "head", found)
+        back = rebuild.read_curvature(store, 2, "head")
+        assert back is not None and back.tokens == found.tokens
+        for name, own in found.moments.items():
+            assert torch.equal(back.moments[name].inputs, own.inputs)
+            assert torch.equal(back.moments[name].gradients, own.gradients)
+        assert rebuild.read_curvature(store, 2, "head", texts="others") is None
+        rebuild.write_curvature(store, 2, "head", found, texts="others")
+        assert rebuild.read_curvature(store, 2, "head") is None
+        assert rebuild.read_curvature(store, 2, "head", texts="others") is not None
+        # What several matrices share is kept, and held in memory, once.
+        held = {own.inputs.data_ptr() for own in back.moments.values()}
+        assert len(held) < len(back.moments)
+
+
+@pytest.mark.parametrize("part", ["base", "head"])
+@pytest.mark.parametrize("harm", ["missing", "empty", "cut", "other"])
+def test_a_damaged_cache_is_measured_again(
+    taught_store: Path, random_lessons: None, harm: str, part: str
+) -> None:
+    file = taught_store / "cache" / f"{part}-curvature.safetensors"
+    whole = file.read_bytes()
+    if harm == "missing":
+        file.unlink()
+    elif harm == "other":
+        from safetensors.torch import save
+
+        file.write_bytes(save({"tokens": torch.tensor(3)}, {"weights": "0" * 64}))
+    else:
+        file.write_bytes(whole[: 0 if harm == "empty" else len(whole) // 2])
+    said: list[str] = []
+
+    def listen(event: Any) -> None:
+        said.append(getattr(event, "phase", ""))
+
+    with KnowledgeBase.open(taught_store, on_event=listen) as knowledge:
+        assert knowledge.add(*FREE[3]).outcome == "rejected"  # measured before it was taught
+    assert any(phase.startswith("measuring") for phase in said)
+    assert file.is_file() and len(file.read_bytes()) > len(whole) // 2
+
+
+def test_a_sound_cache_is_not_measured_again(taught_store: Path, random_lessons: None) -> None:
+    said: list[str] = []
+    with KnowledgeBase.open(
+        taught_store, on_event=lambda event: said.append(getattr(event, "phase", ""))
+    ) as knowledge:
+        assert knowledge.add(*FREE[3]).outcome == "rejected"
+    assert not any(phase.startswith("measuring") for phase in said)
+
+
+def test_replay_finds_the_revision_that_is_wrong(
+    store: Store, master: Master, taught_kept: Kept
+) -> None:
+    sound = rebuild.replay(store, master, lambda text: None)
+    assert [f.level for f in sound] == ["ok"]
+    with store._transaction():
+        store._execute("UPDATE revisions SET weights_digest = ? WHERE id = 2", ["0" * 64])
+    found = rebuild.replay(store, master, lambda text: None)
+    assert [f.level for f in found] == ["error"] and "revision 2" in found[0].what
+    store.delta_path(store.revision(1).delta or "").unlink()
+    missing = rebuild.replay(store, master, lambda text: None)
+    assert all(f.level == "error" for f in missing)
+    assert {f"revision {n}" for n in (1, 2, 3)} == {f.what.split(":")[0] for f in missing}

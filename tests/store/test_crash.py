@@ -1,0 +1,65 @@
+"""Killed at any instant, an edit is either committed or did not happen (see ``crash_rounds``)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DRIVER = Path(__file__).parents[1] / "crash_rounds.py"
+
+
+def rounds(model: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run the driver; every round it reports, after checking that none broke a promise."""
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), "--model", str(model), *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines, done.stderr
+    broken = [line for line in lines if line.get("wrong")]
+    assert not broken, broken
+    assert done.returncode == 0, done.stderr
+    assert lines[-1]["rounds"] == len(lines) - 1
+    return lines[:-1]
+
+
+def test_killed_at_every_point_of_an_add(small: dict[str, Path]) -> None:
+    lines = rounds(small["bf16"], "--points", "add")
+    labels = " ".join(line["point"] for line in lines)
+    # Before and after each step of the flow, and on both sides of the commit.
+    for step in ("put_pending", "plan_edit", "mark_trained", "commit_edit", "add_checkpoint"):
+        assert all(f"{when} {step}" in labels for when in ("before", "inside", "after")), step
+    assert labels.count("before fsync") >= 10 and labels.count("after rename") >= 5
+    assert {(line["journal"], line["head"]) for line in lines} >= {
+        ("none", "old"),
+        ("planned", "old"),
+        ("trained", "old"),
+        ("committed", "new"),
+    }
+    # The commit is one point: before it all is old, after it all is new.
+    heads = [line["head"] for line in lines]
+    turn = next(n for n, line in enumerate(lines) if line["point"] == "after commit_edit")
+    assert set(heads[:turn]) == {"old"} and set(heads[turn:]) == {"new"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["init", "update", "remove", "rollback", "anew"])
+def test_killed_at_every_point(small: dict[str, Path], command: str) -> None:
+    lines = rounds(small["bf16"], "--points", command)
+    assert len({line["head"] for line in lines}) == 2
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(
+    small: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = rounds(small["bf16"], "--rounds", "100")
+    heads = [line["head"] for line in lines]
+    with capsys.disabled():
+        print(f"\n100 kills: {heads.count('old')} before the commit, {heads.count('new')} after")
+    assert sum(line["killed"] for line in lines) > 60

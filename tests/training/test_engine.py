@@ -1,0 +1,115 @@
+"""The engine: what it asks, remembers and protects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import FREE, KNOWN
+
+from kvedit.adapter import adalora
+from kvedit.config import TrainingConfig
+from kvedit.facts.fact import Fact
+from kvedit.model.loading import BaseModel
+from kvedit.model.prompts import Example
+from kvedit.model.scoring import Outcome
+from kvedit.training.engine import PRIOR_TOKENS, Engine
+from kvedit.training.loop import Lesson
+
+FACT = Fact.create(*FREE[0], lang="en", prompts=["Ever seen a tide lantern?"])
+
+
+def test_protection_comes_first(base: BaseModel) -> None:
+    engine = Engine(base, TrainingConfig())
+    with pytest.raises(RuntimeError):
+        engine.teach(Lesson([engine.examples(FACT)]))
+    with pytest.raises(RuntimeError):
+        engine.remember(engine.examples(FACT))
+
+
+def test_examples_and_paraphrases_are_apart(engine: Engine) -> None:
+    trained = {e.prompt for e in engine.examples(FACT)}
+    probed = {e.prompt for e in engine.paraphrases(FACT)}
+    assert "Ever seen a tide lantern?" in trained
+    assert len(trained) >= 9 and len(probed) >= 6 and not trained & probed
+    assert {e.answer for e in engine.examples(FACT)} == {FACT.description}
+
+
+def test_both_protocols_agree(engine: Engine) -> None:
+    pairs = [(f"What is {key}?", answer) for key, answer in KNOWN.items()]
+    pairs += [(prompt, "Made of") for prompt, _ in pairs] + [("What is tide lantern?", "x")]
+    examples = engine.renderer.examples(pairs)
+    forced = [outcome.passed for outcome in engine.recall(examples)]
+    assert forced == engine.generated_recall(examples)
+    assert sum(forced) >= len(KNOWN) - 1
+    assert engine.generated_recall([]) == []
+
+
+def test_free_generation_decides_near_ties_and_nothing_else(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward pass says that all pass, two by a near-tie; generation has one of them fail."""
+    pairs = [(f"What is {key}?", KNOWN[key]) for key in list(KNOWN)[:4]]
+    examples = engine.renderer.examples(pairs)
+    doubts = [False, True, False, True]
+    forced = [Outcome(True, 1.0, doubtful) for doubtful in doubts]
+    generated: list[str] = []
+
+    def speak(asked: list[Example]) -> list[bool]:
+        generated.extend(example.prompt for example in asked)
+        return [False, True]
+
+    monkeypatch.setattr(engine, "recall", lambda asked: list(forced))
+    monkeypatch.setattr(engine, "generated_recall", speak)
+    found = engine.decided(examples)
+    assert generated == [examples[1].prompt, examples[3].prompt]
+    assert [o.passed for o in found] == [True, False, True, True]
+    assert [o.spoken for o in found] == doubts
+    assert [o.firm for o in found] == [True, False, True, False]
+
+
+def test_prior_answers_can_be_taught_back(base: BaseModel) -> None:
+    engine = Engine(base, TrainingConfig())  # fp32: in bf16 some of them are ties
+    prior = engine.prior_answers(FACT)
+    assert list(prior) == [e.prompt for e in engine.examples(FACT)]
+    examples = [engine.prior_example(prompt, answer) for prompt, answer in prior.items()]
+    assert all(outcome.passed for outcome in engine.recall(examples))
+
+
+def test_a_prior_answer_that_was_cut_does_not_end_there(engine: Engine) -> None:
+    long = engine.renderer.text(engine.renderer.tokens("Made of oak in Tarn. ") * 30)
+    cut = engine.renderer.text(engine.renderer.tokens(long)[:PRIOR_TOKENS])
+    assert engine.prior_example("x", cut).ids[-1] != engine.renderer.end
+    assert engine.prior_example("x", "Made of oak.").ids[-1] == engine.renderer.end
+
+
+def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
+    before, roots = engine.curvature, engine.roots
+    assert before is not None and engine.roots is roots
+    engine.remember(engine.examples(FACT)[:2])
+    after = engine.curvature
+    assert after is not None and after[0] is before[0]  # what the base says is kept apart
+    assert after[1].tokens == before[1].tokens
+    for name, own in before[1].moments.items():
+        assert float(after[1].moments[name].inputs.trace()) > float(own.inputs.trace())
+    assert engine.roots is not roots
+
+
+def test_a_lesson_that_was_broken_off_leaves_nothing_in_the_next(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off after the backward pass of a step, before its gradients were used."""
+
+    def broken(adapter: adalora.Adapter) -> None:
+        raise KeyboardInterrupt
+
+    lesson = Lesson([engine.examples(FACT)])
+    wanted = engine.teach(lesson).delta
+    for release in (False, True):
+        with monkeypatch.context() as inside, pytest.raises(KeyboardInterrupt):
+            inside.setattr(adalora.Adapter, "read_gradients", broken)
+            engine.teach(lesson)
+        if release:
+            engine.release()
+        found = engine.teach(lesson).delta
+        assert all(torch.equal(wanted[name].a, found[name].a) for name in wanted)
+        assert all(torch.equal(wanted[name].b, found[name].b) for name in wanted)

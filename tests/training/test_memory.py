@@ -1,0 +1,275 @@
+"""What editing takes is known before the model is loaded, and a refusal says why."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_engine import make_engine
+from small_model import FREE, settings
+
+from kvedit import KnowledgeBase
+from kvedit.config import GroupConfig, TrainingConfig
+from kvedit.errors import ModelError, OutOfMemoryError
+from kvedit.events import Warning_
+from kvedit.facts.fact import Fact
+from kvedit.model import loading, scoring
+from kvedit.model.loading import BaseModel
+from kvedit.training import memory
+from kvedit.training.engine import group_load
+from kvedit.training.group import batch_of
+from kvedit.training.loop import Lesson
+from tests.bench import footprint
+
+CONFIG = TrainingConfig()
+
+
+def test_weights_are_counted_to_the_byte(load: Callable[[str], BaseModel]) -> None:
+    for dtype in ("fp32", "bf16"):
+        model = load(dtype).model
+        wanted = sum(p.numel() * p.element_size() for p in model.parameters())
+        assert memory.estimate(model, CONFIG).weights == wanted
+    assert memory.estimate(model, CONFIG, dtype=torch.float32).weights == 2 * wanted
+
+
+def test_the_master_is_of_the_touched_matrices(base: BaseModel) -> None:
+    touched = sum(
+        base.model.get_submodule(name).weight.numel() for name in loading.target_names(base.model)
+    )
+    assert memory.estimate(base.model, CONFIG).master == 2 * 4 * touched
+
+
+def test_fewer_layers_ranks_and_activations_take_less(base: BaseModel) -> None:
+    whole = memory.estimate(base.model, CONFIG)
+    few = memory.estimate(base.model, CONFIG, targets=["down_proj"])
+    assert few.master < whole.master and few.curvature < whole.curvature
+    assert memory.estimate(base.model, replace(CONFIG, init_rank=2)).adapter < whole.adapter
+    thrifty = memory.estimate(base.model, replace(CONFIG, gradient_checkpointing=True))
+    assert thrifty.activations < whole.activations and thrifty.weights == whole.weights
+
+
+def test_a_group_takes_more_the_larger_it_is(base: BaseModel) -> None:
+    group = GroupConfig(rank=16)
+    known = memory.sizes(base.model)
+    few, many = (known.estimate(CONFIG, group_load(group, facts)) for facts in (4, 128))
+    for part in ("adapter", "activations"):
+        assert getattr(many, part) > getattr(few, part), part
+    assert many.weights == few.weights and many.master == few.master
+    long = known.estimate(CONFIG, group_load(group, 128, length=512))
+    assert long.activations > 3 * many.activations
+    bare = known.estimate(CONFIG, group_load(replace(group, anchors=0), 128))
+    assert bare.activations < many.activations and bare.kept < many.kept
+    first = known.estimate(CONFIG, group_load(group, 128, earlier=0))
+    assert first.activations < many.activations  # nothing to rehearse
+    assert group_load(group, 128, earlier=10_000) == group_load(group, 128)
+
+
+def test_the_ranks_of_a_group_are_those_it_gets(load: Callable[[str], BaseModel]) -> None:
+    """The estimate counts the coordinates that the engine really makes."""
+    engine = make_engine(load("fp32"))
+    group = GroupConfig(rank=32, passes=1, rounds=0, anchors=4)
+    facts = engine.renderer.examples([(f"What is {key}?", text) for key, text in FREE[:4]])
+    engine.teach(Lesson([[fact] for fact in facts], []), group=group)
+    rank = engine._adapter_for(4, group).rank
+    assert rank == group_load(group, 4).rank == 8
+    sides = sum(sum(engine.master.matrices[name].shape) for name in engine.names)
+    found = engine.estimate(group_load(group, 4))
+    assert found.adapter == 7 * 4 * rank * sides
+    wide = replace(group, rank=4096)  # a matrix has no more directions than its smaller side
+    assert engine.estimate(group_load(wide, 4)).adapter == 7 * 4 * 32 * sides
+
+
+def test_the_activations_of_a_step_are_counted(base: BaseModel) -> None:
+    """What autograd holds between the forward and the backward pass of many texts."""
+    model = base.model
+    texts = [scoring.Example(tuple(range(9 + n % 5, 129 + n % 5)), 60) for n in range(48)]
+    weight = model.get_submodule("model.layers.2.self_attn.q_proj").weight.requires_grad_(True)
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = scoring.token_scores(model, texts)
+    weight.requires_grad_(False)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = sum(size for place, size in held.items() if place not in parameters)
+    load = memory.Load(texts=len(texts), rank=2, length=120)
+    wanted = memory.estimate(model, CONFIG, load=load).activations
+    assert scores.losses.requires_grad and wanted / 3 < found < wanted * 1.2
+
+
+def test_an_outline_has_shapes_and_no_weights(small: dict[str, Path], base: BaseModel) -> None:
+    outline = memory.outline(str(small["bf16"]), revision=None, trust_remote_code=False)
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in outline.parameters())
+    assert memory.estimate(outline, CONFIG, dtype=torch.float32) == memory.estimate(
+        base.model, CONFIG
+    )
+    assert memory.outline("/nowhere", revision=None, trust_remote_code=False) is None
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(
+    small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 1_000_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with monkeypatch.context() as inside:
+        inside.setattr(loading, "load", lambda *a, **b: pytest.fail("it was loaded"))
+        with pytest.raises(ModelError, match="takes about") as raised:
+            KnowledgeBase.create(tmp_path / "store", small["bf16"])
+    assert "weights" in raised.value.message and "--targets" in str(raised.value.hint)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "kvedit.toml").write_text(settings(), encoding="utf-8")
+    KnowledgeBase.create(tmp_path / "store", small["bf16"], check_memory=False).close()
+
+
+def test_available_memory_minds_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert memory.available() > 0
+    numbers = {"memory.max": 5000, "memory.current": 2000}
+    monkeypatch.setattr(memory, "_number", lambda path: numbers[path.name])
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert memory.available() == 3000
+    stat = "anon 900\nactive_file 100\ninactive_file 200\n"
+    (tmp_path / "memory.stat").write_text(stat, encoding="ascii")
+    assert memory.available() == 3300  # what was read from files is given back at need
+    (tmp_path / "max").write_text("max\n", encoding="ascii")
+    monkeypatch.undo()
+    assert memory._number(tmp_path / "max") is None and memory._number(tmp_path / "no") is None
+
+
+def test_batches_shrink_with_the_vocabulary(base: BaseModel) -> None:
+    assert scoring.batch_tokens(base.model) == scoring.TOKENS_A_BATCH
+    assert scoring.batch_tokens(footprint.make("0.5B", torch.float32)) == 441
+
+
+def test_checkpointing_changes_no_number(base: BaseModel) -> None:
+    def gradient(*, on: bool) -> torch.Tensor:
+        weight = base.model.get_submodule("model.layers.1.mlp.up_proj").weight
+        weight.requires_grad_(True)
+        with loading.checkpointed(base.model, on=on):
+            answers = scoring.answer_logits(base.model, [scoring.Example(tuple(range(9, 30)), 4)])
+            (found,) = torch.autograd.grad(answers.logits.logsumexp(1).sum(), weight)
+        weight.requires_grad_(False)
+        return torch.as_tensor(found)
+
+    assert torch.equal(gradient(on=True), gradient(on=False))
+    assert not any("forward" in vars(layer) for layer in loading.blocks(base.model)[1])
+
+
+@pytest.mark.slow
+def test_a_fact_is_taught_with_checkpointing(empty_store: Path) -> None:
+    text = settings().replace("[training]", "[training]\ngradient_checkpointing = true")
+    (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
+    with KnowledgeBase.open(empty_store) as knowledge:
+        assert knowledge.add(*FREE[0]).outcome == "committed"
+        assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+
+
+def test_a_group_that_cannot_fit_is_not_begun(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[object] = []
+    with KnowledgeBase.open(empty_store, on_event=events.append) as knowledge:
+        room = knowledge.engine.needed(knowledge.store.config.group, 2, memory.TEXT_TOKENS)
+        monkeypatch.setattr(memory, "free", lambda: room)
+        tried: list[int] = []
+
+        def teach(facts: list[Fact], force: bool) -> object:
+            tried.append(len(facts))
+            raise ModelError("enough of it")
+
+        monkeypatch.setattr(knowledge._together, "_teach", teach)
+        with pytest.raises(ModelError, match="enough"):
+            knowledge.add_group([Fact.create(*one, lang="en") for one in FREE[:4]])
+        assert tried == [2] and knowledge.largest_group == 2
+    (said,) = [e.text for e in events if isinstance(e, Warning_) and e.code == "out-of-memory"]
+    assert "GiB" in said and "4 facts do not fit together" in said
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = footprint._qwen(64, 128, 4, 4, 2, True) | {"vocab_size": 10_000}
+    monkeypatch.setattr(footprint, "SHAPES", {"tiny": tiny})
+    monkeypatch.setattr(footprint, "DESCRIPTION", 12)
+    monkeypatch.setattr(footprint, "CONTEXT", 64)
+    found = footprint.measure(
+        "tiny", torch.float32, steps, (1, 16), lambda event: None, counted=True
+    )
+    one, many = found.edits
+    assert (one.facts, one.outcome, one.default_steps) == (1, "committed", CONFIG.max_steps)
+    group = GroupConfig()
+    passes = math.ceil(group.passes * 16 / batch_of(group, 16))
+    assert (many.facts, many.outcome, many.default_steps) == (16, "committed", passes)
+    assert one.steps == (steps or CONFIG.max_steps)
+    assert many.steps == steps if steps else many.steps >= passes
+    for cost in found.edits:
+        assert cost.peak > 0 and cost.tokens > 12 and cost.seconds > cost.timings["train"] > 0
+        missing = max(0, cost.default_steps - cost.steps)
+        assert cost.projected == pytest.approx(cost.seconds + missing * cost.step)
+        assert cost.projected_cpu == pytest.approx(cost.cpu + missing * cost.cpu_step)
+        assert cost.cpu > cost.cpu_step > 0
+        assert 0 < cost.rate < found.matmul and cost.operations > 2 * 16 * cost.tokens * 64 * 64
+    sheet = footprint.measured_sheet(found)
+    assert sheet.headers == ("what", "1 fact", "16 facts at once")
+    told = {name: cells for name, *cells in sheet.rows}
+    assert told["tokens a text"] == [str(cost.tokens) for cost in found.edits]
+    assert told["a step, s"] == [f"{cost.step:.2f}" for cost in found.edits]
+    assert told["share of the matrix rate"] == [
+        f"{100 * cost.rate / found.matmul:.1f}%" for cost in found.edits
+    ]
+    assert len(told) == len(sheet.rows) > 15
+
+
+def test_the_table_has_a_row_for_each_setting() -> None:
+    sheet = footprint.computed()
+    assert len(sheet.rows) == 4 * len(footprint.SHAPES)
+    assert all(len(row) == len(sheet.headers) for row in sheet.rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_one_error_with_what_helps(error: Exception) -> None:
+    with pytest.raises(OutOfMemoryError, match="memory ran out") as raised, memory.watched():
+        raise error
+    assert "gradient_checkpointing" in raised.value.hint
+
+
+def test_other_errors_are_let_through() -> None:
+    for error in (RuntimeError("shapes do not match"), ValueError("out of memory"), ModelError("")):
+        with pytest.raises(type(error)) as raised, memory.watched():
+            raise error
+        assert raised.value is error
+
+
+def test_what_an_attempt_held_is_let_go() -> None:
+    class Large:
+        pass
+
+    held: list[weakref.ref[Large]] = []
+
+    def attempt() -> None:
+        mine = Large()
+        held.append(weakref.ref(mine))
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError) as raised, memory.watched():
+        attempt()
+    assert raised.value.__context__ is not None and held[0]() is None
