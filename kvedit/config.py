@@ -18,6 +18,58 @@ from kvedit.errors import UsageError
 FILE_NAME = "kvedit.toml"
 _INFINITY = float("inf")
 
+RENAMED = {
+    "training": {
+        "phrasings": "phrasings_per_step",
+        "rehearsal": "rehearsal_facts",
+        "shift_weight": "penalty_weight",
+        "max_price": "max_penalty",
+        "margin": "min_margin",
+        "lead": "target_margin",
+        "shrink": "singular_value_decay",
+        "hold_limit": "max_hold_steps",
+    },
+    "group": {
+        "largest": "max_size",
+        "batch": "batch_size",
+        "passes": "epochs",
+        "again": "refine_epochs",
+        "rounds": "refine_rounds",
+        "rehearsal": "rehearsal_ratio",
+        "anchors": "reference_texts",
+        "anchor_weight": "kl_weight",
+        "learning_rate": "step_gain",
+        "shift_weight": "penalty_scale",
+        "lead": "target_margin",
+        "settled": "easy_token_weight",
+        "retention": "min_retention",
+        "anew": "compaction_ratio",
+    },
+    "gate": {
+        "recall": "min_recall",
+        "paraphrase": "min_paraphrase",
+        "locality": "min_locality",
+        "retention": "min_retention",
+    },
+    "retention": {
+        "sample": "checked_facts",
+        "prompts": "prompts_per_fact",
+        "repairs": "max_repairs",
+        "stale_after": "stale_after_revisions",
+    },
+    "protect": {
+        "drafts": "samples",
+        "long": "long_answers",
+        "short": "short_answers",
+        "free": "free_texts",
+        "locality": "locality_probes",
+        "drafts_a_fact": "samples_per_fact",
+        "most_drafts": "max_samples",
+    },
+    "prompts": {"form": "fallback_template"},
+}
+"""Settings by section that had another name before 0.2: the old name, the new one."""
+
 
 def setting(default: Any, low: float = 0, high: float = _INFINITY) -> Any:
     """A field with a default and the range of its values, both ends included."""
@@ -28,9 +80,9 @@ def setting(default: Any, low: float = 0, high: float = _INFINITY) -> Any:
 class TrainingConfig:
     """How one edit is trained; docs/algorithm.md says what each setting does.
 
-    ``shift_weight`` weighs the predicted harm to protected text (nats a token) against the loss;
-    an edit goes on until that harm is at most ``max_price``.  ``phrasings`` of each new fact and
-    ``rehearsal`` earlier facts are in each step.  Dampings are shares of the mean eigenvalue.
+    ``penalty_weight`` weighs the predicted harm to protected text (nats a token) against the loss;
+    an edit goes on until that harm is at most ``max_penalty``.  ``phrasings_per_step`` of each new fact and
+    ``rehearsal_facts`` earlier facts are in each step.  Dampings are shares of the mean eigenvalue.
     ``fact_weight`` says how often a committed fact's tokens count in what is protected.
     ``gradient_checkpointing`` computes each block's activations twice and keeps them not at all.
     """
@@ -39,18 +91,18 @@ class TrainingConfig:
     learning_rate: float = setting(0.02, low=1e-9, high=1.0)
     init_rank: int = setting(12, low=2)
     target_rank: int = setting(8, low=1)
-    phrasings: int = setting(2, low=1)
-    rehearsal: int = setting(3)
-    shift_weight: float = setting(400.0)
-    max_price: float = setting(0.002, low=0)
+    phrasings_per_step: int = setting(2, low=1)
+    rehearsal_facts: int = setting(3)
+    penalty_weight: float = setting(400.0)
+    max_penalty: float = setting(0.002, low=0)
     input_damping: float = setting(0.03, low=1e-6)
     gradient_damping: float = setting(0.5, low=1e-6)
     fact_weight: float = setting(20.0)
-    margin: float = setting(0.25)
-    lead: float = setting(2.0)
-    shrink: float = setting(0.95, low=0.1, high=1.0)
+    min_margin: float = setting(0.25)
+    target_margin: float = setting(2.0)
+    singular_value_decay: float = setting(0.95, low=0.1, high=1.0)
     hold_steps: int = setting(2, low=1)
-    hold_limit: int = setting(16, low=1)
+    max_hold_steps: int = setting(16, low=1)
     prune_steps: int = setting(6, low=2)
     gradient_checkpointing: bool = setting(False)
     seed: int = setting(0)
@@ -60,52 +112,52 @@ class TrainingConfig:
 class GroupConfig:
     """How facts are trained together, breadth first.
 
-    A step sees ``batch`` new facts of 64 under one phrasing each, ``rehearsal`` times as many
-    earlier ones, where there are so many, and ``anchors`` protected texts, whose divergence from
-    the base model (nats a token) weighs ``anchor_weight``; batch and anchors grow with the root of
-    the group's size; every fact is seen ``passes`` times, and those not recalled then ``again``
-    times in each of ``rounds`` rounds, of which there are more for more than 1,000 facts, in
-    proportion.  The price weighs ``shift_weight`` / 64 for 64 facts, and less with the root of
-    their number.  A token that leads by ``lead`` logits counts ``settled`` in the loss: what is
+    A step sees ``batch_size`` new facts of 64 under one phrasing each, ``rehearsal_ratio`` times as many
+    earlier ones, where there are so many, and ``reference_texts`` protected texts, whose divergence from
+    the base model (nats a token) weighs ``kl_weight``; batch and anchors grow with the root of
+    the group's size; every fact is seen ``epochs`` times, and those not recalled then ``refine_epochs``
+    times in each of ``refine_rounds`` rounds, of which there are more for more than 1,000 facts, in
+    proportion.  The price weighs ``penalty_scale`` / 64 for 64 facts, and less with the root of
+    their number.  A token that leads by ``target_margin`` logits counts ``easy_token_weight`` in the loss: what is
     pushed further than it needs costs what is not in the group.
-    ``learning_rate`` is the share of the loss at the beginning that the longest step would gain if
+    ``step_gain`` is the share of the loss at the beginning that the longest step would gain if
     the way stayed as steep; an adapter has ``rank`` directions of each matrix for 64 facts, and
-    with the root of their number; ``largest`` bounds groups of automatic size.  ``fact_weight`` is
+    with the root of their number; ``max_size`` bounds groups of automatic size.  ``fact_weight`` is
     as for single facts.  A group is taught together with all that the model holds, from the base
-    model on, when it and what was taught on top since the last time are at least ``anew`` times the
-    rest.  A group may lose up to 1 - ``retention`` of the earlier facts that are checked: they are
+    model on, when it and what was taught on top since the last time are at least ``compaction_ratio`` times the
+    rest.  A group may lose up to 1 - ``min_retention`` of the earlier facts that are checked: they are
     repaired after it.
     """
 
-    largest: int = setting(1024, low=1)
+    max_size: int = setting(1024, low=1)
     rank: int = setting(256, low=2)
-    batch: int = setting(16, low=1)
-    passes: int = setting(24, low=1)
-    again: int = setting(12, low=1)
-    rounds: int = setting(8)
-    rehearsal: float = setting(2.0)
-    anchors: int = setting(64)
-    anchor_weight: float = setting(40.0)
-    learning_rate: float = setting(0.4, low=1e-9, high=10.0)
-    shift_weight: float = setting(3000.0)
+    batch_size: int = setting(16, low=1)
+    epochs: int = setting(24, low=1)
+    refine_epochs: int = setting(12, low=1)
+    refine_rounds: int = setting(8)
+    rehearsal_ratio: float = setting(2.0)
+    reference_texts: int = setting(64)
+    kl_weight: float = setting(40.0)
+    step_gain: float = setting(0.4, low=1e-9, high=10.0)
+    penalty_scale: float = setting(3000.0)
     fact_weight: float = setting(0.5)
-    lead: float = setting(1.2)
-    settled: float = setting(0.1, high=1.0)
-    retention: float = setting(0.9, high=1.0)
-    anew: float = setting(0.5)
+    target_margin: float = setting(1.2)
+    easy_token_weight: float = setting(0.1, high=1.0)
+    min_retention: float = setting(0.9, high=1.0)
+    compaction_ratio: float = setting(0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """The share of each kind of probe that must pass before a commit.
 
-    ``locality`` is the share of answers held before the edit that must be held after it.
+    ``min_locality`` is the share of answers held before the edit that must be held after it.
     """
 
-    recall: float = setting(1.0, high=1.0)
-    paraphrase: float = setting(0.75, high=1.0)
-    locality: float = setting(0.95, high=1.0)
-    retention: float = setting(1.0, high=1.0)
+    min_recall: float = setting(1.0, high=1.0)
+    min_paraphrase: float = setting(0.75, high=1.0)
+    min_locality: float = setting(0.95, high=1.0)
+    min_retention: float = setting(1.0, high=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,10 +167,10 @@ class RetentionConfig:
     checkpoints.
     """
 
-    sample: int = setting(16)
-    prompts: int = setting(10, low=1)
-    repairs: int = setting(2)
-    stale_after: int = setting(50, low=1)
+    checked_facts: int = setting(16)
+    prompts_per_fact: int = setting(10, low=1)
+    max_repairs: int = setting(2)
+    stale_after_revisions: int = setting(50, low=1)
     checkpoint_every: int = setting(16, low=1)
 
 
@@ -126,20 +178,20 @@ class RetentionConfig:
 class ProtectConfig:
     """The protected text that is made once, at ``init``.
 
-    ``drafts`` questions are drawn from the model; of its answers ``long`` long and ``short`` short
-    ones are kept (long ones say more about what there is to lose), ``free`` texts beside them, and
-    ``locality`` more as probes that no training ever uses.  Many facts need more: before groups are
-    taught, so many more questions are looked at that there are ``drafts_a_fact`` for each fact, at
-    most ``most_drafts``, and of the answers those are kept that the model is sure of.
+    ``samples`` questions are drawn from the model; of its answers ``long_answers`` long and ``short_answers`` short
+    ones are kept (long ones say more about what there is to lose), ``free_texts`` texts beside them, and
+    ``locality_probes`` more as probes that no training ever uses.  Many facts need more: before groups are
+    taught, so many more questions are looked at that there are ``samples_per_fact`` for each fact, at
+    most ``max_samples``, and of the answers those are kept that the model is sure of.
     """
 
-    drafts: int = setting(2400, low=1)
-    long: int = setting(600)
-    short: int = setting(500)
-    free: int = setting(100)
-    locality: int = setting(32)
-    drafts_a_fact: int = setting(128)
-    most_drafts: int = setting(64000)
+    samples: int = setting(2400, low=1)
+    long_answers: int = setting(600)
+    short_answers: int = setting(500)
+    free_texts: int = setting(100)
+    locality_probes: int = setting(32)
+    samples_per_fact: int = setting(128)
+    max_samples: int = setting(64000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +199,12 @@ class PromptsConfig:
     """How a question is put to the model; set it before the first fact is taught.
 
     ``system`` is the system prompt.  ``template_options`` go to the chat template, for instance
-    ``{ enable_thinking = false }``.  ``form`` is for models without a chat template; what follows
+    ``{ enable_thinking = false }``.  ``fallback_template`` is for models without a chat template; what follows
     it is the answer.
     """
 
     system: str = ""
-    form: str = "{prompt}\n"
+    fallback_template: str = "{prompt}\n"
     template_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -223,10 +275,21 @@ def _section(path: Path, document: dict[str, Any], name: str, kind: type[_Sectio
     table = document.get(name, {})
     if not isinstance(table, dict):
         raise UsageError(f"{path}: {name} must be a table", hint=f"Write [{name}] on its own line.")
+    _current(path, name, table)
     _known(path, f"setting in [{name}]", table, kind)
     types = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     where = {setting: f"{path}: [{name}] {setting}" for setting in table}
     return kind(**{key: _value(where[key], table[key], types[key]) for key in table})
+
+
+def _current(path: Path, section: str, table: dict[str, Any]) -> None:
+    """Refuse a setting under the name that it had before."""
+    for old in table:
+        if new := RENAMED.get(section, {}).get(old):
+            raise UsageError(
+                f"{path}: [{section}] {old} is now called {new}",
+                hint=f"Write {new} instead of {old}.",
+            )
 
 
 def _known(path: Path, what: str, table: dict[str, Any], kind: type) -> None:

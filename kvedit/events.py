@@ -135,11 +135,11 @@ class EditReport:
     text_before: str | None = None
     text_after: str | None = None
     keys: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-    again: int = 0
-    before: float = 0.0
-    moved: Mapping[str, float] = field(default_factory=dict)
+    not_learned: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    retrained: int = 0
+    resumed_seconds: float = 0.0
+    relative_norms: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields, scores with rate and interval."""

@@ -37,7 +37,7 @@ from kvedit.errors import (
 
 TEMPORARY = ".tmp-"
 MANIFEST = "manifest.json"
-LESSONS = "lesson-*.pt"  # in the cache: where a lesson stands that was broken off
+TRAINING_CHECKPOINTS = "lesson-*.pt"  # in the cache: where a lesson stands that was broken off
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

@@ -127,12 +127,12 @@ def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from kvedit.adapter.deltas import Factors
-    from kvedit.training.engine import Engine, Taught
-    from kvedit.training.loop import Trained
+    from kvedit.training.engine import Engine, TrainingResult
+    from kvedit.training.loop import LoopResult
 
     generator = torch.Generator().manual_seed(0)
 
-    def teach(engine: Engine, *_: object) -> Taught:
+    def train(engine: Engine, *_: object) -> TrainingResult:
         made = {}
         for name, weight in engine.master.snapshot().items():
             b, a = (
@@ -140,6 +140,6 @@ def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
                 for s in ((len(weight), 1), (1, weight.shape[1]))
             )
             made[name] = Factors(b * 1e-3, a * 1e-2)
-        return Taught(made, Trained(1, True, 0.0, 0.0), 0.0)
+        return TrainingResult(made, LoopResult(1, True, 0.0, 0.0), 0.0)
 
-    monkeypatch.setattr(Engine, "teach", teach)
+    monkeypatch.setattr(Engine, "train", train)

@@ -72,7 +72,7 @@ def _two_more(knowledge: KnowledgeBase) -> None:
     """As many as it holds: both are taught with what is held, from the base model on."""
     facts = [Fact.create(*pair) for pair in FREE[2:4]]
     report = knowledge.add_group(facts, carry=True)[0]
-    if report.again != 2:
+    if report.retrained != 2:
         raise RuntimeError(f"it did not begin anew: {report.reasons}")
 
 
@@ -97,20 +97,20 @@ def model_in_memory() -> Iterator[None]:
 @contextmanager
 def lessons_kept() -> Iterator[None]:
     """The same lesson on the same weights is trained once: what is killed here is not training."""
-    real, kept = Engine.teach, {}
+    real, kept = Engine.train, {}
 
-    def teach(engine: Engine, lesson: Any, config: Any = None, *more: Any) -> Any:
-        tokens = [[example.ids for example in fact] for fact in lesson.new]
+    def train(engine: Engine, task: Any, config: Any = None, *more: Any) -> Any:
+        tokens = [[example.ids for example in fact] for fact in task.new]
         name = (engine.master.digest(), repr(tokens), repr(config))
         if name not in kept:
-            kept[name] = real(engine, lesson, config, *more)
+            kept[name] = real(engine, task, config, *more)
         return kept[name]
 
-    Engine.teach = teach
+    Engine.train = train
     try:
         yield
     finally:
-        Engine.teach = real
+        Engine.train = real
 
 
 @dataclass

@@ -24,11 +24,11 @@ def make_engine(base: BaseModel) -> Engine:
     config = TrainingConfig(
         max_steps=100,
         learning_rate=0.0015,
-        max_price=0.0006,
-        shift_weight=60.0,
-        phrasings=3,
-        rehearsal=4,
-        hold_limit=60,
+        max_penalty=0.0006,
+        penalty_weight=60.0,
+        phrasings_per_step=3,
+        rehearsal_facts=4,
+        max_hold_steps=60,
     )
     made = Engine(base, config)
     asked = [

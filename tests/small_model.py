@@ -164,36 +164,36 @@ def build(folder: Path) -> dict[str, Path]:
 
 SETTINGS = """\
 [protect]
-drafts = 96
-most_drafts = 96
-long = 0
-short = 48
-free = 4
-locality = 8
+samples = 96
+max_samples = 96
+long_answers = 0
+short_answers = 48
+free_texts = 4
+locality_probes = 8
 [training]
 max_steps = {steps}
 learning_rate = {rate}
-max_price = {price}
-shift_weight = 60.0
-phrasings = 3
-rehearsal = 4
+max_penalty = {price}
+penalty_weight = 60.0
+phrasings_per_step = 3
+rehearsal_facts = 4
 [group]
-batch = 4
-passes = 40
-rounds = {rounds}
-learning_rate = 0.4
-shift_weight = 60.0
-anchors = 8
-anchor_weight = 1.0
-lead = 2.0
+batch_size = 4
+epochs = 40
+refine_rounds = {rounds}
+step_gain = 0.4
+penalty_scale = 60.0
+reference_texts = 8
+kl_weight = 1.0
+target_margin = 2.0
 [gate]
-recall = {recall}
-paraphrase = {paraphrase}
-locality = {locality}
-retention = {retention}
+min_recall = {recall}
+min_paraphrase = {paraphrase}
+min_locality = {locality}
+min_retention = {retention}
 [retention]
-prompts = 5
-repairs = {repairs}
+prompts_per_fact = 5
+max_repairs = {repairs}
 checkpoint_every = {checkpoint_every}
 """
 

@@ -63,7 +63,7 @@ def commit(store: Store, kind: str, changes: list[FactChange], *results: ProbeRo
         changes=changes,
         results=results,
         prior_answers={},
-        report={"steps": 3, "moved": {"up": 0.01 * edit_id, "down": 0.02 * edit_id}},
+        report={"steps": 3, "relative_norms": {"up": 0.01 * edit_id, "down": 0.02 * edit_id}},
     )
 
 

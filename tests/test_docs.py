@@ -224,12 +224,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\[[^\]\n]*\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", target):
             continue
-        path, _, anchor = unquote(target).partition("#")
+        path, _, measure_reference = unquote(target).partition("#")
         other = (page.parent / path).resolve() if path else page
         assert other.exists(), f"{name_of(page)} links to {target}"
         assert other.is_relative_to(ROOT), f"{name_of(page)} links out of the project: {target}"
-        if anchor and other.suffix == ".md":
-            assert anchor in slugs(other), f"{name_of(page)} links to {target}"
+        if measure_reference and other.suffix == ".md":
+            assert measure_reference in slugs(other), f"{name_of(page)} links to {target}"
 
 
 def test_the_map_names_every_folder_and_nothing_absent() -> None:

@@ -14,7 +14,7 @@ from small_engine import Kept, digest, holds
 from small_model import FREE, KNOWN, phrasings, settings
 
 from kvedit import KnowledgeBase
-from kvedit.adapter import fisher as curvatures
+from kvedit.adapter import fisher as fisher
 from kvedit.facts.fact import Fact
 from kvedit.model import (
     devices,
@@ -23,7 +23,7 @@ from kvedit.model import (
     scoring,
 )
 from kvedit.model.loading import BaseModel
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer
 from tests.bench import pretrain
 
@@ -73,9 +73,9 @@ def test_a_model_goes_to_the_card_and_takes_larger_batches(
 
 
 def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
-    lower = LowerHalf(on_card.model, loading.target_names(on_card.model))
+    prefix_cache = PrefixCache(on_card.model, loading.target_names(on_card.model))
     expected = scoring.recall(on_cpu.model, asked)
-    for kept in (None, lower, lower):
+    for kept in (None, prefix_cache, prefix_cache):
         found = scoring.recall(on_card.model, asked, kept)
         assert [o.passed for o in found] == [o.passed for o in expected]
         assert all(abs(a.margin - b.margin) < 0.05 for a, b in zip(found, expected, strict=True))
@@ -86,12 +86,12 @@ def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Ex
 
 def test_both_measure_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
     names = loading.target_names(on_cpu.model)
-    there, here = (curvatures.gradients(one.model, names, asked) for one in (on_card, on_cpu))
+    there, here = (fisher.gradients(one.model, names, asked) for one in (on_card, on_cpu))
     for name in names:
         assert float((there[name].cpu() - here[name]).norm() / here[name].norm()) < 0.01
     # What is drawn differs from device to device; how far it adds up does not.
     sizes = [
-        curvatures.measure(one.model, names, asked, of=curvatures.margins)._size()
+        fisher.measure(one.model, names, asked, of=fisher.margins)._size()
         for one in (on_card, on_cpu)
     ]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)

@@ -1,8 +1,8 @@
 """An AdaLoRA adapter, PEFT's, that is wrapped once and reset for every edit.
 
 The adapter's change of a matrix is ``B diag(E) A``.  Here A and B are not free parameters: what
-is trained are ``A'`` and ``B'`` in the coordinates of ``curvature``, with ``A = A' right`` and
-``B = left B'``, so that ``price`` (the predicted harm to protected text) is the squared Frobenius
+is trained are ``A'`` and ``B'`` in the coordinates of ``fisher``, with ``A = A' right`` and
+``B = left B'``, so that ``penalty`` (the predicted harm to protected text) is the squared Frobenius
 norm of ``B' diag(E) A'``.  PEFT's modules hold the factors and its allocator prunes the ranks.
 
 For a single fact A', B' and E are all trained.  For a group the shorter side is a frame,
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from kvedit.adapter.batched import NAME, Slot, Stack
 from kvedit.adapter.deltas import Factors
-from kvedit.adapter.fisher import Roots
+from kvedit.adapter.fisher import WhiteningFactors
 from kvedit.model.loading import is_matrix
 from kvedit.model.upcast import product
 
@@ -100,31 +100,31 @@ class Adapter:
 
     def reset(
         self,
-        roots: Mapping[str, Roots],
+        whitening: Mapping[str, WhiteningFactors],
         gradients: Mapping[str, Tensor],
-        drift: Mapping[str, Tensor],
+        penalty_gradient: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         *,
-        framed: bool = False,
+        frozen_factor: bool = False,
     ) -> None:
         """Start an edit: A' and B' span where the fact's own gradient is steepest, E is zero.
 
         ``gradients`` (out, in) for each matrix are those of the new fact's loss; the leading
         singular vectors of ``left^T gradient right^T`` are the start, so that E has a gradient
         from the first step on (with A and B at random it would have to find its direction first).
-        ``drift`` (out, in) is the slope of the protected text's price where the weights are now:
+        ``penalty_gradient`` (out, in) is the slope of the protected text's price where the weights are now:
         what earlier edits moved, a later one may move back.  ``weights`` (out, in) are the matrices
-        as they are, in full precision where there is room for it.  With ``framed`` one side stays
+        as they are, in full precision where there is room for it.  With ``frozen_factor`` one side stays
         what it is at the start, the other begins at zero, and E is one.
         """
         for stack, names in self._stacks:
             stack.start(
-                [roots[name] for name in names],
+                [whitening[name] for name in names],
                 [gradients[name] for name in names],
-                [drift[name] for name in names],
+                [penalty_gradient[name] for name in names],
                 [weights[name] for name in names],
                 self.rank,
-                framed=framed,
+                frozen_factor=frozen_factor,
             )
             stack.forget()
         self._config.tinit, self._config.tfinal = _NEVER - 2, 0
@@ -167,7 +167,9 @@ class Adapter:
         coordinates A' and B', frames left out.
         """
         stacks = [stack for stack, _ in self._stacks]
-        values = [stack.e for stack in stacks if not stack.framed]  # a frame's E stays at one
+        values = [
+            stack.e for stack in stacks if not stack.frozen_factor
+        ]  # a frame's E stays at one
         return values, [side for stack in stacks for side in stack.trained]
 
     @torch.no_grad()
@@ -184,7 +186,7 @@ class Adapter:
         found: list[Tensor] = []
         for stack, _ in self._stacks:
             stack.share_out()
-            found += stack.slopes_of_factors()
+            found += stack.factor_gradients()
             for parameter in (stack.e, *stack.trained):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -199,10 +201,10 @@ class Adapter:
             stack.carry_back()
         # Those of A and B stay until ``allocate`` has read them.
 
-    def price(self) -> Tensor:
+    def penalty(self) -> Tensor:
         """Predicted harm to protected text, the sum of |B' diag(E) A'|^2, a scalar."""
-        prices = [stack.price() for stack, _ in self._stacks]
-        return torch.stack([price.to(prices[0].device) for price in prices]).sum()
+        penalties = [stack.penalty() for stack, _ in self._stacks]
+        return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum()
 
     @torch.no_grad()
     def shrink(self, factor: float) -> None:
@@ -285,11 +287,11 @@ class _Ranks:
         allocator, values = self._allocator, self._values()
         if not allocator.ipt:
             self._seen = {kind: [torch.zeros_like(v) for v in values] for kind in _SEEN}
-        slopes = []
+        penalty_gradients = []
         for stack in self._stacks:
             of_e = torch.zeros_like(stack.e) if stack.e.grad is None else stack.e.grad
-            slopes += [*stack.slopes_of_factors(), of_e]
-        seen = torch._foreach_abs(torch._foreach_mul(values, slopes))
+            penalty_gradients += [*stack.factor_gradients(), of_e]
+        seen = torch._foreach_abs(torch._foreach_mul(values, penalty_gradients))
         mean = _smoothed(self._seen["exp_avg_ipt"], seen, allocator.beta1)
         apart = torch._foreach_abs(torch._foreach_sub(seen, mean))
         unsure = _smoothed(self._seen["exp_avg_unc"], apart, allocator.beta2)

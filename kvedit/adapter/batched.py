@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kvedit.adapter.deltas import leading
-from kvedit.adapter.fisher import Roots, times
-from kvedit.adapter.penalty import FramedPrice, Price
+from kvedit.adapter.fisher import WhiteningFactors, times
+from kvedit.adapter.penalty import FrozenFactorPenalty, Penalty
 
 NAME = "edit"
 
@@ -65,7 +65,7 @@ class Stack:
     edited: list[Tensor] = field(init=False)
     _left: _Sides = field(init=False)
     _right: _Sides = field(init=False)
-    _pull: Tensor = field(init=False)  # (k, out, in): of earlier edits, on the change
+    _linear_term: Tensor = field(init=False)  # (k, out, in): of earlier edits, on the change
     _weights: Sequence[Tensor] = field(init=False)  # (out, in): what the changes are added to
     _fresh: bool = True  # started, and not carried over into PEFT's modules yet
     # Of a frame's directions, where there is one: how the pull lies, (k, r, longer side), and the
@@ -84,34 +84,34 @@ class Stack:
 
     def start(
         self,
-        roots: Sequence[Roots],
+        whitening: Sequence[WhiteningFactors],
         gradients: Sequence[Tensor],
-        drift: Sequence[Tensor],
+        penalty_gradient: Sequence[Tensor],
         weights: Sequence[Tensor],
         rank: int,
         *,
-        framed: bool,
+        frozen_factor: bool,
     ) -> None:
         """Set A', B' and E to where the gradients would have them begin: see ``Adapter.reset``."""
-        self._left = _Sides([root.left for root in roots])
-        self._right = _Sides([_turned(root.right) for root in roots])
+        self._left = _Sides([root.left for root in whitening])
+        self._right = _Sides([_turned(root.right) for root in whitening])
         self._weights = weights
-        pulls = (_into(own, root) for own, root in zip(drift, roots, strict=True))
-        steep = (_into(own, root) for own, root in zip(gradients, roots, strict=True))
-        self._pull = torch.empty(
+        pulls = (_into(own, root) for own, root in zip(penalty_gradient, whitening, strict=True))
+        steep = (_into(own, root) for own, root in zip(gradients, whitening, strict=True))
+        self._linear_term = torch.empty(
             len(weights), *weights[0].shape, dtype=torch.float32, device=self.e.device
         )
-        for own, pull in zip(self._pull, pulls, strict=True):
-            own.copy_(pull)
+        for own, linear_term in zip(self._linear_term, pulls, strict=True):
+            own.copy_(linear_term)
         found = [leading(one, min(rank, *one.shape)) for one in steep]
         self.a = torch.stack([_filled(v.T, self.e.shape[1]) for _, v in found])
         self.b = torch.stack([_filled(u.T, self.e.shape[1]).T for u, _ in found])
         with torch.no_grad():
-            self.e.fill_(1.0 if framed else 0.0)
-        out, into = self._pull.shape[1:]
-        if framed and out <= into:
+            self.e.fill_(1.0 if frozen_factor else 0.0)
+        out, into = self._linear_term.shape[1:]
+        if frozen_factor and out <= into:
             self.a = torch.zeros_like(self.a).requires_grad_()
-        elif framed:
+        elif frozen_factor:
             self.b = torch.zeros_like(self.b).requires_grad_()
         else:
             self.a.requires_grad_()
@@ -128,24 +128,24 @@ class Stack:
         return [side for side in (self.a, self.b) if side.requires_grad]
 
     @property
-    def framed(self) -> bool:
+    def frozen_factor(self) -> bool:
         """Whether one side stays what it is at the start."""
         return len(self.trained) == 1
 
-    def price(self) -> Tensor:
+    def penalty(self) -> Tensor:
         """|B' diag(E) A'|^2, and what the pull adds to it, a scalar.
 
         A frame's directions are orthonormal, or zero: nothing has to be multiplied out.
         """
-        if not self.framed:
-            both: Tensor = Price.apply(self.a, self.b, self.e, self._pull)  # type: ignore[no-untyped-call]
+        if not self.frozen_factor:
+            both: Tensor = Penalty.apply(self.a, self.b, self.e, self._linear_term)  # type: ignore[no-untyped-call]
             return both
         ours = self.b.requires_grad
         side, frame = (self.b.mT, self.a) if ours else (self.a, self.b.mT)
         if self._along is None:
-            pull = self._pull.mT if ours else self._pull
-            self._along = frame @ pull, frame.square().sum(-1, keepdim=True)
-        one: Tensor = FramedPrice.apply(side, self.e, *self._along)  # type: ignore[no-untyped-call]
+            linear_term = self._linear_term.mT if ours else self._linear_term
+            self._along = frame @ linear_term, frame.square().sum(-1, keepdim=True)
+        one: Tensor = FrozenFactorPenalty.apply(side, self.e, *self._along)  # type: ignore[no-untyped-call]
         return one
 
     def carry_over(self) -> None:
@@ -167,7 +167,7 @@ class Stack:
     def add(self, at: int, slope: Tensor) -> None:
         """A batch's gradient (out, in) of an edited matrix."""
         if self._slopes is None:
-            self._slopes = torch.empty_like(self._pull)
+            self._slopes = torch.empty_like(self._linear_term)
         if at in self._seen:
             self._slopes[at].add_(slope)
         else:
@@ -207,13 +207,13 @@ class Stack:
 
     def carry_back(self) -> None:
         """The gradients of PEFT's A and B as those of A' and B', of what is trained alone."""
-        a, b = self.slopes_of_factors()
+        a, b = self.factor_gradients()
         if self.a.requires_grad:
             _gather(self.a, self._right.there(a))
         if self.b.requires_grad:
             _gather(self.b, self._left.there(b.mT).mT)
 
-    def slopes_of_factors(self) -> tuple[Tensor, Tensor]:
+    def factor_gradients(self) -> tuple[Tensor, Tensor]:
         """(k, r, in) and (k, out, r): gradients of PEFT's A and B, zero where there were none."""
         if self._of_factors is None:
             self._of_factors = torch.zeros_like(self.factor_a), torch.zeros_like(self.factor_b)
@@ -237,22 +237,22 @@ class _Sides:
     Diagonals are few numbers: a copy of all stands together.
     """
 
-    def __init__(self, roots: Sequence[Tensor]) -> None:
-        self._roots = roots
-        self._diagonals = torch.stack(list(roots))[:, None] if roots[0].ndim == 1 else None
+    def __init__(self, whitening: Sequence[Tensor]) -> None:
+        self._whitening = whitening
+        self._diagonals = torch.stack(list(whitening))[:, None] if whitening[0].ndim == 1 else None
 
     def there(self, sides: Tensor) -> Tensor:
         """(k, r, n): each times its root."""
         if self._diagonals is not None:
             return sides * self._diagonals
-        return torch.stack([side @ root for side, root in zip(sides, self._roots, strict=True)])
+        return torch.stack([side @ root for side, root in zip(sides, self._whitening, strict=True)])
 
     def back(self, sides: Tensor, into: Tensor) -> None:
         """Write (k, r, n), each times the transpose of its root, into another tensor."""
         if self._diagonals is not None:
             torch.mul(sides, self._diagonals, out=into)
             return
-        for side, root, place in zip(sides, self._roots, into, strict=True):
+        for side, root, place in zip(sides, self._whitening, into, strict=True):
             torch.mm(side, root.T, out=place)
 
 
@@ -264,9 +264,9 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _into(gradient: Tensor, roots: Roots) -> Tensor:
+def _into(gradient: Tensor, whitening: WhiteningFactors) -> Tensor:
     """A gradient with respect to D, (out, in), as one with respect to D'."""
-    return times(times(gradient.T, roots.left).T, _turned(roots.right))
+    return times(times(gradient.T, whitening.left).T, _turned(whitening.right))
 
 
 def _gather(side: Tensor, gradient: Tensor) -> None:

@@ -153,7 +153,7 @@ class Master:
         """SHA-256 of the touched matrices as served."""
         return weights_digest(iter(self._weights.items()))
 
-    def displacement(self) -> dict[str, Tensor]:
+    def accumulated_delta(self) -> dict[str, Tensor]:
         """How far each matrix is from the base, (out, in), fp32."""
         return {name: self._master[name] - base for name, base in self._base.items()}
 

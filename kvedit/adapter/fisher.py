@@ -14,7 +14,7 @@ Fisher information is blind to it.  ``margins`` measures how far the leads of an
 of whatever size they are: what counts for recall.
 
 Invariants:
-- Moments are sums over tokens in fp32; adding two of them is measuring both texts.
+- MatrixMoments are sums over tokens in fp32; adding two of them is measuring both texts.
 - Measuring changes nothing in the model.
 """
 
@@ -38,7 +38,7 @@ DENSE_LIMIT = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class MatrixMoments:
     """Second moments of one matrix: ``inputs`` (in, in) and ``gradients`` (out, out), as sums.
 
     A side wider than ``DENSE_LIMIT`` has its diagonal alone, (in,) or (out,).
@@ -49,13 +49,13 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class Curvature:
-    """Moments of each touched matrix, summed over ``tokens`` tokens."""
+class FisherMoments:
+    """MatrixMoments of each touched matrix, summed over ``tokens`` tokens."""
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, MatrixMoments]
     tokens: int
 
-    def plus(self, other: Curvature, weight: float) -> Curvature:
+    def plus(self, other: FisherMoments, weight: float) -> FisherMoments:
         """Add another text's moments, each of its tokens counted ``weight`` times.
 
         The token count stays: what was protected before is not protected less for it.
@@ -66,13 +66,13 @@ class Curvature:
             at, more = own.inputs.data_ptr(), other.moments[name]
             if at not in shared:
                 shared[at] = own.inputs + weight * more.inputs
-            added[name] = Moments(shared[at], own.gradients + weight * more.gradients)
-        return Curvature(added, self.tokens)
+            added[name] = MatrixMoments(shared[at], own.gradients + weight * more.gradients)
+        return FisherMoments(added, self.tokens)
 
-    def scaled_like(self, other: Curvature) -> Curvature:
+    def scaled_like(self, other: FisherMoments) -> FisherMoments:
         """The same, so that a change without direction has the price that it has in the other."""
         factor = other._size() / self._size()
-        return Curvature(
+        return FisherMoments(
             {n: replace(own, gradients=own.gradients * factor) for n, own in self.moments.items()},
             self.tokens,
         )
@@ -82,7 +82,7 @@ class Curvature:
         traces = [_trace(own.inputs) * _trace(own.gradients) for own in self.moments.values()]
         return max(sum(traces) / self.tokens**2, torch.finfo(torch.float32).tiny)
 
-    def placed(self, devices: Mapping[str, torch.device]) -> Curvature:
+    def placed(self, devices: Mapping[str, torch.device]) -> FisherMoments:
         """The same with each matrix's moments on its own device; those shared stay shared."""
         if all(own.inputs.device == devices[name] for name, own in self.moments.items()):
             return self
@@ -92,8 +92,8 @@ class Curvature:
             at = own.inputs.data_ptr(), devices[name]
             if at not in shared:
                 shared[at] = own.inputs.to(devices[name])
-            moved[name] = Moments(shared[at], own.gradients.to(devices[name]))
-        return Curvature(moved, self.tokens)
+            moved[name] = MatrixMoments(shared[at], own.gradients.to(devices[name]))
+        return FisherMoments(moved, self.tokens)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As flat tensors, to be kept in a file."""
@@ -103,10 +103,10 @@ class Curvature:
         return flat
 
     @classmethod
-    def from_tensors(cls, flat: Mapping[str, Tensor]) -> Curvature:
+    def from_tensors(cls, flat: Mapping[str, Tensor]) -> FisherMoments:
         """The inverse of ``to_tensors``."""
         names = [name.removesuffix(".inputs") for name in flat if name.endswith(".inputs")]
-        moments = {n: Moments(flat[f"{n}.inputs"], flat[f"{n}.gradients"]) for n in names}
+        moments = {n: MatrixMoments(flat[f"{n}.inputs"], flat[f"{n}.gradients"]) for n in names}
         return cls(moments, int(flat["tokens"]))
 
 
@@ -115,18 +115,18 @@ def _trace(moment: Tensor) -> float:
     return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
 
 
-def slopes(curvature: Curvature, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Half the gradient of ``trace(G D C D^T)`` at the displacement ``moved``: ``G D C``, fp32."""
-    count = curvature.tokens
+def penalty_gradients(fisher: FisherMoments, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Half the gradient of ``trace(G D C D^T)`` at the accumulated_delta ``moved``: ``G D C``, fp32."""
+    count = fisher.tokens
     found = {}
-    for name, own in curvature.moments.items():
+    for name, own in fisher.moments.items():
         half = times(moved[name].to(own.inputs.device), own.inputs / count)
         found[name] = times(half.T, own.gradients / count).T
     return found
 
 
 @dataclass(frozen=True, slots=True)
-class Roots:
+class WhiteningFactors:
     """One matrix's coordinates, ``D = left D' right``, fp32: ``left`` (out, out) is K^-T and
     ``right`` (in, in) is H^-1.  A vector stands for a diagonal matrix.
     """
@@ -135,18 +135,18 @@ class Roots:
     right: Tensor
 
 
-def roots(
-    curvature: Curvature, *, input_damping: float, gradient_damping: float
-) -> dict[str, Roots]:
+def whitening(
+    fisher: FisherMoments, *, input_damping: float, gradient_damping: float
+) -> dict[str, WhiteningFactors]:
     """The coordinates of each matrix; damping as a share of the mean eigenvalue."""
     shared: dict[int, Tensor] = {}  # q, k and v (gate and up) read the same inputs
     found = {}
-    for name, own in curvature.moments.items():
+    for name, own in fisher.moments.items():
         at = own.inputs.data_ptr()
         if at not in shared:
-            shared[at] = inverse_factor(own.inputs / curvature.tokens, input_damping)
-        left = inverse_factor(own.gradients / curvature.tokens, gradient_damping)
-        found[name] = Roots(left if left.ndim == 1 else left.T.contiguous(), shared[at])
+            shared[at] = inverse_factor(own.inputs / fisher.tokens, input_damping)
+        left = inverse_factor(own.gradients / fisher.tokens, gradient_damping)
+        found[name] = WhiteningFactors(left if left.ndim == 1 else left.T.contiguous(), shared[at])
     return found
 
 
@@ -246,10 +246,10 @@ def margins(answers: Answers, chance: torch.Generator) -> Tensor:
     """
     wanted = answers.targets[:, None]
     others = answers.logits.scatter(1, wanted, float("-inf")).logsumexp(1)
-    leads = answers.logits.gather(1, wanted)[:, 0] - others
-    size, device = (len(leads),), chance.device
+    token_margins = answers.logits.gather(1, wanted)[:, 0] - others
+    size, device = (len(token_margins),), chance.device
     signs = torch.randint(0, 2, size, generator=chance, device=device).mul_(2).sub_(1)
-    return (leads * signs.to(leads)).sum()
+    return (token_margins * signs.to(token_margins)).sum()
 
 
 def measure(
@@ -259,11 +259,11 @@ def measure(
     *,
     of: Callable[[Answers, torch.Generator], Tensor] = information,
     seed: int = 0,
-) -> Curvature:
-    """Moments over the tokens of texts; the gradients are those of ``of``: a sum over answer tokens
+) -> FisherMoments:
+    """MatrixMoments over the tokens of texts; the gradients are those of ``of``: a sum over answer tokens
     of something whose mean gradient is zero.
     """
-    total: Curvature | None = None
+    total: FisherMoments | None = None
     chance = generator(model, seed)
     recorder = _Recorder(model, names)
     try:
@@ -271,7 +271,7 @@ def measure(
             part = [examples[i] for i in batch]
             of(answer_logits(model, part), chance).backward()  # type: ignore[no-untyped-call]
             tokens = sum(len(example.ids) for example in part)
-            own = Curvature(_batch_moments(recorder, names, _lengths(part)), tokens)
+            own = FisherMoments(_batch_moments(recorder, names, _lengths(part)), tokens)
             total = (
                 own
                 if total is None
@@ -292,7 +292,7 @@ def _lengths(part: Sequence[Example]) -> Tensor:
 
 def _batch_moments(
     recorder: _Recorder, names: Sequence[str], lengths: Tensor
-) -> dict[str, Moments]:
+) -> dict[str, MatrixMoments]:
     shared: dict[int, Tensor] = {}
     found = {}
     for name in names:
@@ -300,7 +300,7 @@ def _batch_moments(
         if x.data_ptr() not in shared:
             shared[x.data_ptr()] = _second_moment(_tokens(x, lengths))
         gradients = _second_moment(_tokens(recorder.gradients[name], lengths))
-        found[name] = Moments(shared[x.data_ptr()], gradients)
+        found[name] = MatrixMoments(shared[x.data_ptr()], gradients)
     return found
 
 

@@ -107,7 +107,7 @@ class Demo:
         from kvedit.editing.knowledge_base import KnowledgeBase
 
         self._step("kvedit init", "a temporary store for the embedded model, and text to protect")
-        return self._work(
+        return self._session(
             "init",
             lambda: KnowledgeBase.create(path, self._model, on_event=lambda e: self._live(e)),
         )
@@ -151,7 +151,7 @@ class Demo:
     def _edit(self, name: str, action: Callable[[], EditReport]) -> None:
         """One edit, its report; what is refused is told and counts against the demo."""
         try:
-            report = self._work(name, action)
+            report = self._session(name, action)
         except KveditError as error:
             self._story.sound = False
             self._say(f"  {click.style(type(error).__name__, fg='red')}: {error.message}")
@@ -163,7 +163,7 @@ class Demo:
 
     def _verify(self, knowledge: KnowledgeBase) -> None:
         self._step("kvedit verify", "ask every fact again, by free generation too")
-        report = self._work("verify", knowledge.verify)
+        report = self._session("verify", knowledge.verify)
         self._story.sound &= report.generated.passed == report.generated.n
         for line in verify_lines(report):
             self._say(f"  {line}")
@@ -183,10 +183,10 @@ class Demo:
     def _ask(self, knowledge: KnowledgeBase, prompts: Sequence[str]) -> None:
         """Ask the model as it is now, and remember."""
         for prompt in prompts:
-            answer = self._work("questions", partial(knowledge.ask, prompt, max_new_tokens=96))
+            answer = self._session("questions", partial(knowledge.ask, prompt, max_new_tokens=96))
             self._story.answers.setdefault(prompt, []).append(answer)
 
-    def _work(self, name: str, action: Callable[[], Work]) -> Work:
+    def _session(self, name: str, action: Callable[[], Work]) -> Work:
         """Do something under a live progress line, and count its seconds."""
         began = time.monotonic()
         self._live = self._reporter()

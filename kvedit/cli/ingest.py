@@ -23,7 +23,7 @@ from kvedit.errors import InvalidFactError, RejectedError
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
     from kvedit.facts.fact import Fact
-    from kvedit.ingest.preflight import Intake, Near
+    from kvedit.ingest.preflight import Near, Preflight
     from kvedit.ingest.run import FactOutcome, IngestOptions, IngestReport
     from kvedit.store.store import Store
 
@@ -121,12 +121,12 @@ def ingest(
     from kvedit.ingest.run import IngestOptions
 
     _check_target(source, rejected_file)
-    intake = _intake(settings, source)
+    preflight = _preflight(settings, source)
     if dry_run:
-        would = _count(intake, limit, retry=retry)
-        _show_plan(settings, intake, would, group, as_json=as_json, skip=skip_invalid)
+        would = _count(preflight, limit, retry=retry)
+        _show_plan(settings, preflight, would, group, as_json=as_json, skip=skip_invalid)
         return
-    _refuse_problems(intake, as_json=as_json, skip=skip_invalid)
+    _refuse_problems(preflight, as_json=as_json, skip=skip_invalid)
     options = IngestOptions(
         group=group,
         limit=limit,
@@ -134,9 +134,9 @@ def ingest(
         max_seconds=max_time,
         retry=retry,
         skip_invalid=skip_invalid,
-        places=_places(intake),
+        places=_places(preflight),
     )
-    _carry_out(settings, source, intake, options, rejected_file, as_json=as_json)
+    _carry_out(settings, source, preflight, options, rejected_file, as_json=as_json)
 
 
 def _check_target(source: str, rejected_file: Path | None) -> None:
@@ -149,45 +149,45 @@ def _check_target(source: str, rejected_file: Path | None) -> None:
         raise click.UsageError(f"--rejected {rejected_file} would replace the input")
 
 
-def _intake(settings: Settings, source: str) -> Intake:
+def _preflight(settings: Settings, source: str) -> Preflight:
     """The input held against itself and the store; the model is not needed for that."""
     from kvedit.facts.formats import read_facts
-    from kvedit.ingest.preflight import take_in
+    from kvedit.ingest.preflight import inspect_facts
     from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
     if not Store.exists(path):
-        return take_in(read_facts(source), None)
+        return inspect_facts(read_facts(source), None)
     with Store.open(path, readonly=True) as store:
-        return take_in(read_facts(source), store)
+        return inspect_facts(read_facts(source), store)
 
 
-def _places(intake: Intake) -> dict[str, str]:
-    entries = [*intake.new, *(one.entry for one in intake.refused)]
+def _places(preflight: Preflight) -> dict[str, str]:
+    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
     return {entry.fact.key: entry.where for entry in entries}
 
 
-def _refuse_problems(intake: Intake, *, as_json: bool, skip: bool) -> None:
+def _refuse_problems(preflight: Preflight, *, as_json: bool, skip: bool) -> None:
     """Tell the rows that cannot go in; without --skip-invalid that is the end."""
-    _tell_problems(intake, as_json=as_json)
-    if intake.problems and not skip:
+    _tell_problems(preflight, as_json=as_json)
+    if preflight.problems and not skip:
         raise InvalidFactError(
-            f"{len(intake.problems)} of {intake.read} rows cannot go in; nothing was changed",
+            f"{len(preflight.problems)} of {preflight.read} rows cannot go in; nothing was changed",
             hint="Correct them, or add --skip-invalid to go on without them.",
         )
 
 
-def _tell_problems(intake: Intake, *, as_json: bool) -> None:
+def _tell_problems(preflight: Preflight, *, as_json: bool) -> None:
     """Each row that cannot go in: all of them for a program, the first ones for a human."""
     from kvedit.cli.ingest_tables import problem_lines
     from kvedit.cli.output import print_json_line
     from kvedit.events import Warning_
 
     if not as_json:
-        for line in problem_lines(intake.problems):
+        for line in problem_lines(preflight.problems):
             click.echo(line, err=True)
         return
-    for one in intake.problems:
+    for one in preflight.problems:
         warning = Warning_(text=f"{one.where}: {one.reason}", code=one.kind, key=one.key)
         print_json_line(warning.to_json())
 
@@ -195,36 +195,40 @@ def _tell_problems(intake: Intake, *, as_json: bool) -> None:
 def _carry_out(
     settings: Settings,
     source: str,
-    intake: Intake,
+    preflight: Preflight,
     options: IngestOptions,
     rejected_file: Path | None,
     *,
     as_json: bool,
 ) -> None:
     """Teach, write down what was refused, and leave with the right exit code."""
-    report = _run(settings, intake, options, as_json)
+    report = _run(settings, preflight, options, as_json)
     path = _write_rejected(settings, source, rejected_file, report, options.places)
     code = _exit_code(report)
-    _show(settings, intake, report, path, code, as_json=as_json)
+    _show(settings, preflight, report, path, code, as_json=as_json)
     click.get_current_context().exit(code)
 
 
-def _run(settings: Settings, intake: Intake, options: IngestOptions, as_json: bool) -> IngestReport:
+def _run(
+    settings: Settings, preflight: Preflight, options: IngestOptions, as_json: bool
+) -> IngestReport:
     """Teach what is new; with nothing to teach the model is not even loaded."""
     from kvedit.cli.ingest_progress import make_ingest_reporter
     from kvedit.ingest.run import FactOutcome, IngestReport, ingest
 
-    again = [one.entry.fact for one in intake.refused]
-    if not intake.new and not (options.retry and again):
-        refused = [FactOutcome(r.entry.fact, "rejected", r.reasons) for r in intake.refused]
+    again = [one.entry.fact for one in preflight.rejected_before]
+    if not preflight.new and not (options.retry and again):
+        refused = [
+            FactOutcome(r.entry.fact, "rejected", r.reasons) for r in preflight.rejected_before
+        ]
         return IngestReport(
-            outcomes=(), unchanged=len(intake.unchanged), refused=tuple(refused),
+            outcomes=(), unchanged=len(preflight.unchanged), rejected_before=tuple(refused),
             revision=_head(settings),
         )  # fmt: skip
-    facts = [*(entry.fact for entry in (*intake.new, *intake.unchanged)), *again]
+    facts = [*(entry.fact for entry in (*preflight.new, *preflight.unchanged)), *again]
     reporter = make_ingest_reporter(quiet=settings.quiet, as_json=as_json)
     with knowledge_base(settings, reporter, create=True, shared=True) as base:
-        _tell_near(reporter, [entry.fact for entry in intake.new], base.store.keys())
+        _tell_near(reporter, [entry.fact for entry in preflight.new], base.store.keys())
         return ingest(base, facts, options, reporter)
 
 
@@ -270,7 +274,10 @@ def _write_rejected(
 
 
 def _refused(report: IngestReport) -> list[FactOutcome]:
-    return [*(one for one in report.outcomes if one.outcome != "committed"), *report.refused]
+    return [
+        *(one for one in report.outcomes if one.outcome != "committed"),
+        *report.rejected_before,
+    ]
 
 
 def _rejected_line(one: FactOutcome, places: Mapping[str, str]) -> str:
@@ -284,13 +291,13 @@ def _rejected_line(one: FactOutcome, places: Mapping[str, str]) -> str:
 def _exit_code(report: IngestReport) -> int:
     if report.stopped == "interrupted":
         return EXIT_INTERRUPTED
-    bad = report.count("rejected") + report.count("failed") + len(report.refused)
+    bad = report.count("rejected") + report.count("failed") + len(report.rejected_before)
     return RejectedError.exit_code if bad else 0
 
 
 def _show(
     settings: Settings,
-    intake: Intake,
+    preflight: Preflight,
     report: IngestReport,
     path: Path | None,
     code: int,
@@ -303,13 +310,13 @@ def _show(
 
     if as_json:
         place = None if path is None else str(path)
-        fields = ingest_fields(intake, report)
+        fields = ingest_fields(preflight, report)
         print_json_line({**fields, "rejected_file": place, "exit_code": code})
         return
-    print_lines(ingest_lines(intake, report))
+    print_lines(ingest_lines(preflight, report))
     if path is not None:
         click.echo(f"refused facts and reasons: {path}")
-    if report.left:
+    if report.remaining:
         note(settings, "run the same command again to go on")
     elif path is not None:
         next_step(settings, "ingest", "--retry", str(path))
@@ -317,15 +324,15 @@ def _show(
         next_step(settings, "status")
 
 
-def _count(intake: Intake, limit: int | None, *, retry: bool) -> int:
+def _count(preflight: Preflight, limit: int | None, *, retry: bool) -> int:
     """How many facts a run would teach."""
-    would = len(intake.new) + (len(intake.refused) if retry else 0)
+    would = len(preflight.new) + (len(preflight.rejected_before) if retry else 0)
     return would if limit is None else min(would, limit)
 
 
 def _show_plan(
     settings: Settings,
-    intake: Intake,
+    preflight: Preflight,
     would: int,
     group: int | None,
     *,
@@ -337,18 +344,18 @@ def _show_plan(
     from kvedit.cli.output import print_json_line, print_lines
     from kvedit.store.store import Store, resolve_store
 
-    path, near, pace, anew = resolve_store(settings.store), _near(intake, []), (0, 0.0), 0
+    path, near, pace, compaction = resolve_store(settings.store), _near(preflight, []), (0, 0.0), 0
     if Store.exists(path):
         with Store.open(path, readonly=True) as store:
-            near, pace = _near(intake, store.keys()), store.pace()
-            anew = _held_anew(store, would, group)
-    fields = plan_fields(intake, near, pace, would, anew)
-    code = InvalidFactError.exit_code if intake.problems and not skip else 0
-    _tell_problems(intake, as_json=as_json)
+            near, pace = _near(preflight, store.keys()), store.pace()
+            compaction = _held_anew(store, would, group)
+    fields = plan_fields(preflight, near, pace, would, compaction)
+    code = InvalidFactError.exit_code if preflight.problems and not skip else 0
+    _tell_problems(preflight, as_json=as_json)
     if as_json:
         print_json_line({**fields, "exit_code": code})
     else:
-        print_lines(plan_lines(intake, near, fields))
+        print_lines(plan_lines(preflight, near, fields))
         if code:
             note(settings, "correct these rows, or add --skip-invalid to go on without them")
     click.get_current_context().exit(code)
@@ -356,15 +363,17 @@ def _show_plan(
 
 def _held_anew(store: Store, would: int, group: int | None) -> int:
     """How many facts that are held the first group is taught together with."""
-    from kvedit.editing.compaction import begins_anew
+    from kvedit.editing.compaction import should_compact
 
     settings = store.config.group
-    first, held = min(would, group or settings.largest), len(store.keys("committed"))
-    begins = first > 1 and begins_anew(first, held, store.taught_on_top(), settings.anew)
+    first, held = min(would, group or settings.max_size), len(store.keys("committed"))
+    begins = first > 1 and should_compact(
+        first, held, store.added_since_compaction(), settings.compaction_ratio
+    )
     return held if begins else 0
 
 
-def _near(intake: Intake, held: Sequence[str]) -> list[Near]:
+def _near(preflight: Preflight, held: Sequence[str]) -> list[Near]:
     from kvedit.ingest.preflight import near_keys
 
-    return near_keys([entry.fact for entry in intake.new], held)
+    return near_keys([entry.fact for entry in preflight.new], held)

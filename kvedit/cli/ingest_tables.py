@@ -13,7 +13,7 @@ import click
 from kvedit.cli.output import score_text, seconds_text
 
 if TYPE_CHECKING:
-    from kvedit.ingest.preflight import Intake, Near, Problem
+    from kvedit.ingest.preflight import Near, Preflight, Problem
     from kvedit.ingest.run import IngestReport
 
 SHOWN = 20
@@ -43,19 +43,19 @@ def near_text(near: Sequence[Near]) -> str:
     return f"{count} much alike: {', '.join(named)}{rest}"
 
 
-def intake_fields(intake: Intake) -> dict[str, int]:
+def intake_fields(preflight: Preflight) -> dict[str, int]:
     """How the rows of an input were sorted."""
     return {
-        "read": intake.read,
-        "new": len(intake.new),
-        "unchanged": len(intake.unchanged),
-        "repeated": len(intake.repeated),
-        "rejected_before": len(intake.refused),
-        "invalid": len(intake.problems),
+        "read": preflight.read,
+        "new": len(preflight.new),
+        "unchanged": len(preflight.unchanged),
+        "repeated": len(preflight.repeated),
+        "rejected_before": len(preflight.rejected_before),
+        "invalid": len(preflight.problems),
     }
 
 
-def intake_line(intake: Intake) -> str:
+def intake_line(preflight: Preflight) -> str:
     """The same in words; what there is none of is left out."""
     words = {
         "new": "to teach",
@@ -64,13 +64,13 @@ def intake_line(intake: Intake) -> str:
         "rejected_before": "rejected before",
         "invalid": "cannot go in",
     }
-    fields = intake_fields(intake)
+    fields = intake_fields(preflight)
     parts = [f"{fields[name]} {text}" for name, text in words.items() if fields[name]]
-    rows = "1 row" if intake.read == 1 else f"{intake.read} rows"
+    rows = "1 row" if preflight.read == 1 else f"{preflight.read} rows"
     return f"{rows}: {', '.join(parts)}"
 
 
-def ingest_fields(intake: Intake, report: IngestReport) -> dict[str, Any]:
+def ingest_fields(preflight: Preflight, report: IngestReport) -> dict[str, Any]:
     """The summary of a run."""
     counts = {name: report.count(name) for name in ("committed", "rejected", "failed")}
     tried = sum(counts.values())
@@ -79,11 +79,11 @@ def ingest_fields(intake: Intake, report: IngestReport) -> dict[str, Any]:
         "kind": "ingest",
         "dry_run": False,
         "revision": report.revision,
-        **intake_fields(intake),
+        **intake_fields(preflight),
         **counts,
-        "invalid": len(intake.problems) + report.count("invalid"),
-        "rejected_before": len(report.refused),
-        "left": report.left,
+        "invalid": len(preflight.problems) + report.count("invalid"),
+        "rejected_before": len(report.rejected_before),
+        "remaining": report.remaining,
         "stopped": report.stopped or None,
         "retention": report.retention.to_json(),
         "lost": list(report.lost),
@@ -93,18 +93,18 @@ def ingest_fields(intake: Intake, report: IngestReport) -> dict[str, Any]:
     }
 
 
-def ingest_lines(intake: Intake, report: IngestReport) -> list[str]:
+def ingest_lines(preflight: Preflight, report: IngestReport) -> list[str]:
     """The end of a run for a human: counts, what still holds, refusals with reasons, time."""
-    lines = [intake_line(intake), _counts(report)]
+    lines = [intake_line(preflight), _counts(report)]
     if report.retention.n:
         lines.append(f"  retention   {score_text(report.retention)}  facts asked again")
     lines += [f"  {click.style('lost', fg='red')} {key}" for key in report.lost[:SHOWN]]
     refused = [one for one in report.outcomes if one.outcome != "committed"]
-    for one in [*refused, *report.refused][:SHOWN]:
+    for one in [*refused, *report.rejected_before][:SHOWN]:
         why = "; ".join(one.reasons) or "reason unknown"
         lines.append(f"  {click.style(one.outcome, fg='red')} {one.fact.key}: {why}")
     if report.stopped:
-        lines.append(f"{STOPPED[report.stopped]}; {report.left} left")
+        lines.append(f"{STOPPED[report.stopped]}; {report.remaining} left")
     return lines
 
 
@@ -120,13 +120,13 @@ def _counts(report: IngestReport) -> str:
 
 
 def plan_fields(
-    intake: Intake,
+    preflight: Preflight,
     near: Sequence[Near],
     pace: tuple[int, float],
     would: int,
-    anew: int,
+    compaction: int,
 ) -> dict[str, Any]:
-    """What a run would do: teach so many facts, and with the first group ``anew`` that are held;
+    """What a run would do: teach so many facts, and with the first group ``compaction`` that are held;
     ``pace`` is facts and seconds measured, none measured no estimate.
     """
     each = pace[1] / pace[0] if pace[0] else None
@@ -134,18 +134,18 @@ def plan_fields(
         "message_type": "summary",
         "kind": "ingest",
         "dry_run": True,
-        **intake_fields(intake),
+        **intake_fields(preflight),
         "would_teach": would,
-        "would_teach_anew": anew,
+        "would_teach_anew": compaction,
         "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
         "seconds_per_fact": None if each is None else round(each, 3),
-        "seconds_estimated": None if each is None else round(each * (would + anew), 1),
+        "seconds_estimated": None if each is None else round(each * (would + compaction), 1),
     }
 
 
-def plan_lines(intake: Intake, near: Sequence[Near], fields: dict[str, Any]) -> list[str]:
+def plan_lines(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any]) -> list[str]:
     """What a run would do, for a human."""
-    lines = [intake_line(intake)]
+    lines = [intake_line(preflight)]
     lines += [near_text(near)] if near else []
     each, total = fields["seconds_per_fact"], fields["seconds_estimated"]
     if not fields["would_teach"]:
@@ -154,7 +154,11 @@ def plan_lines(intake: Intake, near: Sequence[Near], fields: dict[str, Any]) -> 
         time = "no estimate of the time: no fact was taught in this store yet"
     else:
         time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
-    anew = fields["would_teach_anew"]
-    beside = f", and once more {anew} that {'is' if anew == 1 else 'are'} held" if anew else ""
+    compaction = fields["would_teach_anew"]
+    beside = (
+        f", and once more {compaction} that {'is' if compaction == 1 else 'are'} held"
+        if compaction
+        else ""
+    )
     lines.append(f"would teach {fields['would_teach']}{beside}: {time}")
     return [*lines, "nothing was changed"]

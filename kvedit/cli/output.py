@@ -161,7 +161,7 @@ def _headline(report: EditReport) -> str:
     if report.outcome == "committed" and report.kind == "rollback":
         return f"{outcome} rollback: the new revision {report.revision} restores an earlier one"
     if report.outcome == "committed":
-        beside = f", {report.again} earlier facts taught once more" if report.again else ""
+        beside = f", {report.retrained} earlier facts taught once more" if report.retrained else ""
         return f"{outcome} {report.kind}{subject}: revision {report.revision}{beside}"
     if report.outcome == "unchanged":
         return f"{outcome}{subject}: the store already says exactly this"
@@ -201,5 +201,5 @@ def _rank_lines(report: EditReport) -> list[str]:
 
 
 def _moved(report: EditReport, name: str) -> str:
-    share = report.moved.get(name)
+    share = report.relative_norms.get(name)
     return "" if share is None else f"{f'{share:.2%}':>7} from the base  "

@@ -70,7 +70,7 @@ def ask(
             "prompt": question,
             "revision": base.store.head() if at is None else at,
             "answer": base.ask(question, at=at, max_new_tokens=max_new_tokens),
-            "before": base.ask_before(question) if before else None,
+            "before": base.ask_base(question) if before else None,
         }
     if as_json:
         print_json(answers)

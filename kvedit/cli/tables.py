@@ -14,7 +14,7 @@ from kvedit.cli.output import edit_lines, pad, score_text, seconds_text, size_te
 from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:
-    from kvedit.editing.verify import BaseReport, VerifyReport
+    from kvedit.editing.verify import BaseKnowledgeReport, VerifyReport
     from kvedit.revisions.export_hf import ExportReport
     from kvedit.store.rows import EditRow, FactRow, Finding, ProbeRow
 
@@ -152,7 +152,7 @@ def status_lines(fields: Mapping[str, Any]) -> list[str]:
         ("edits", _counts(fields["edits"])),
         ("last edit", f"{when(fields['last_edit_at'])} UTC" if fields["last_edit_at"] else "never"),
         *_unfinished(fields["unfinished_at"]),
-        *_moved(fields["moved"]),
+        *_relative_norm(fields["relative_norm"]),
         ("protected", f"{fields['protected']} texts"),
         ("checkpoints", fields["checkpoints"]),
         ("size", ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())),
@@ -166,7 +166,7 @@ def _unfinished(kept: str | None) -> list[tuple[str, str]]:
     return [("unfinished", told)] if kept else []
 
 
-def _moved(moved: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _relative_norm(moved: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """How far the weights are from the base model's."""
     if moved is None:
         return []
@@ -196,7 +196,7 @@ def verify_fields(report: VerifyReport) -> dict[str, Any]:
     }
 
 
-def _base_fields(base: BaseReport) -> dict[str, Any]:
+def _base_fields(base: BaseKnowledgeReport) -> dict[str, Any]:
     return {
         "generated": base.generated.to_json(),
         "teacher_forced": base.score.to_json(),
@@ -232,7 +232,7 @@ def verify_lines(report: VerifyReport, *, verbose: bool = False) -> list[str]:
     return lines + (_fluency_lines(report.base) if report.base else [])
 
 
-def _fluency_lines(base: BaseReport) -> list[str]:
+def _fluency_lines(base: BaseKnowledgeReport) -> list[str]:
     """How varied the answers are, beside the base model's."""
     if base.fluency is None or base.base_fluency is None:
         return []
@@ -240,7 +240,7 @@ def _fluency_lines(base: BaseReport) -> list[str]:
     return [f"  fluency of these answers   {own}"]
 
 
-def _lost_base_lines(base: BaseReport, *, verbose: bool) -> list[str]:
+def _lost_base_lines(base: BaseKnowledgeReport, *, verbose: bool) -> list[str]:
     """Questions that the base model could answer, and that are answered otherwise now."""
     shown = base.lost if verbose else base.lost[:SHOWN_CHECKS]
     if not shown:

@@ -27,19 +27,19 @@ from torch import Tensor, nn
 
 from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Delta, Master
-from kvedit.adapter.fisher import Curvature
+from kvedit.adapter.fisher import FisherMoments
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.distributed.crew import Call, Crew
 from kvedit.distributed.shards import Shards
 from kvedit.distributed.share import Together
 from kvedit.errors import ModelMismatchError
 from kvedit.model import generation, loading, scoring
-from kvedit.model.loading import BaseModel, Loading, load
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.loading import BaseModel, LoadOptions, load
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
-from kvedit.training.engine import Engine, Taught
-from kvedit.training.loop import Lesson, OnStep
+from kvedit.training.engine import Engine, TrainingResult
+from kvedit.training.loop import OnStep, Task
 from kvedit.training.resume import Keep, State
 
 log = logging.getLogger(__name__)
@@ -87,23 +87,23 @@ class LedEngine(Engine):
     def _make_master(self) -> Master:
         return LedMaster(self._crew, self.base.model, self.names)
 
-    def train(
+    def run_task(
         self,
-        lesson: Lesson,
+        task: Task,
         config: TrainingConfig,
         on_step: OnStep = lambda step: None,
         group: GroupConfig | None = None,
         *,
         begun: State | None = None,
         keep: Keep = lambda state: None,
-    ) -> Taught:
+    ) -> TrainingResult:
         """Each step's texts are dealt out, its gradients summed; bookmarks are kept here."""
-        own = partial(super().train, lesson, config, on_step, group, begun=begun, keep=keep)
+        own = partial(super().run_task, task, config, on_step, group, begun=begun, keep=keep)
         # Each process has measured the anchors itself: they are large, and stay where they are.
         # Which of them a lesson has must be the same everywhere, for what is drawn to be the same.
-        places = None if lesson.anchors is None else lesson.anchors.places
-        sent = (replace(lesson, anchors=None), places, config, group, begun)
-        return self._crew.lead(Call("train", sent), own)
+        places = None if task.reference_texts is None else task.reference_texts.places
+        sent = (replace(task, reference_texts=None), places, config, group, begun)
+        return self._crew.lead(Call("run_task", sent), own)
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Dealt out, unless there are too few to be worth a message."""
@@ -111,7 +111,7 @@ class LedEngine(Engine):
         found: list[Outcome] = []
         for some in self._slices(examples):
             if len(some) < 2 * self._crew.count:
-                found += scoring.recall(self.base.model, some, self.lower)
+                found += scoring.recall(self.base.model, some, self.prefix_cache)
             else:
                 found += self._lead("recall", own, some)
         return found
@@ -134,9 +134,9 @@ class LedEngine(Engine):
         step = TEXTS_A_CALL * self._crew.count
         return (items[at : at + step] for at in range(0, len(items), step))
 
-    def anchor(self, examples: Sequence[Example]) -> None:
+    def measure_reference(self, examples: Sequence[Example]) -> None:
         """Each replica asks its own model."""
-        self._lead("anchor", super().anchor, examples)
+        self._lead("anchor", super().measure_reference, examples)
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measured in each process, which takes no longer than in one."""
@@ -146,11 +146,11 @@ class LedEngine(Engine):
         """As ``protect``."""
         self._lead("remember", super().remember, examples, weight)
 
-    def measure_here(
+    def measure_at_head(
         self, protected: Sequence[Example], facts: Sequence[Example], weight: float
     ) -> None:
         """As ``protect``."""
-        self._lead("measure_here", super().measure_here, protected, facts, weight)
+        self._lead("measure_at_head", super().measure_at_head, protected, facts, weight)
 
     def measure_margins(self, known: Sequence[Example]) -> None:
         """As ``protect``."""
@@ -160,12 +160,12 @@ class LedEngine(Engine):
         return self._crew.lead(Call(name, args), lambda: own(*args))
 
     @property
-    def curvature(self) -> tuple[Curvature, Curvature] | None:
+    def fisher(self) -> tuple[FisherMoments, FisherMoments] | None:
         """As for ``Engine``."""
-        return super().curvature
+        return super().fisher
 
-    @curvature.setter
-    def curvature(self, value: tuple[Curvature, Curvature]) -> None:
+    @fisher.setter
+    def fisher(self, value: tuple[FisherMoments, FisherMoments]) -> None:
         self._crew.lead(Call("hold", value), lambda: self._hold(*value))
 
 
@@ -217,7 +217,7 @@ def _shards(crew: Crew, base: BaseModel, targets: Sequence[str]) -> Shards:
     What was loaded into memory (the device map ``cpu``) then goes to this process's device: a model
     that no card holds whole is never on one.
     """
-    blocks = LowerHalf(base.model, loading.target_names(base.model, targets)).below
+    blocks = PrefixCache(base.model, loading.target_names(base.model, targets)).below
     made = Shards(crew, base.model, blocks)
     if base.loading.device_map == "cpu":
         made.to(loading.device())
@@ -264,7 +264,7 @@ class Replica:
 
     def load(
         self,
-        source: tuple[str, str, Loading],
+        source: tuple[str, str, LoadOptions],
         config: TrainingConfig,
         targets: Sequence[str],
         shard: bool,
@@ -285,18 +285,18 @@ class Replica:
     def lend(self) -> None:
         """Nothing but to wait for the end of the call: whoever waits lends its pieces."""
 
-    def train(
+    def run_task(
         self,
-        lesson: Lesson,
+        task: Task,
         places: Sequence[int] | None,
         config: TrainingConfig,
         group: GroupConfig | None,
         begun: State | None,
     ) -> None:
         """The delta comes with ``add``, if it is used; ``places`` are the leader's anchors."""
-        if self._engine.anchors is not None and places is not None:
-            lesson = replace(lesson, anchors=self._engine.anchors.at(places))
-        self._engine.train(lesson, config, group=group, begun=begun)
+        if self._engine.reference_texts is not None and places is not None:
+            task = replace(task, reference_texts=self._engine.reference_texts.at(places))
+        self._engine.run_task(task, config, group=group, begun=begun)
 
     def recall(self, examples: Sequence[Example]) -> None:
         """What was found is exchanged within."""
@@ -308,9 +308,9 @@ class Replica:
         """What was found is exchanged within."""
         self._engine.proceed(prefixes, end=end, limit=limit)
 
-    def anchor(self, examples: Sequence[Example]) -> None:
+    def measure_reference(self, examples: Sequence[Example]) -> None:
         """On the weights as they are."""
-        self._engine.anchor(examples)
+        self._engine.measure_reference(examples)
 
     def protect(self, examples: Sequence[Example]) -> None:
         """On the weights as they are."""
@@ -320,19 +320,19 @@ class Replica:
         """On the weights as they are."""
         self._engine.remember(examples, weight)
 
-    def measure_here(
+    def measure_at_head(
         self, protected: Sequence[Example], facts: Sequence[Example], weight: float
     ) -> None:
         """On the weights as they are."""
-        self._engine.measure_here(protected, facts, weight)
+        self._engine.measure_at_head(protected, facts, weight)
 
     def measure_margins(self, known: Sequence[Example]) -> None:
         """On the weights as they are."""
         self._engine.measure_margins(known)
 
-    def hold(self, base: Curvature, total: Curvature) -> None:
+    def hold(self, base: FisherMoments, total: FisherMoments) -> None:
         """What the leader has read from its store."""
-        self._engine.curvature = base, total
+        self._engine.fisher = base, total
 
     def snapshot(self) -> None:
         """Keep the weights as they are, for ``restore``."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from kvedit.adapter.adalora import Adapter
 from kvedit.distributed.crew import Crew
 from kvedit.model import generation, scoring
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome, TokenScores
-from kvedit.replay.kl import Anchors, restrained
+from kvedit.replay.kl import ReferenceTexts, robust_mean
 from kvedit.training.share import Share
 
 
@@ -25,37 +25,45 @@ class Together(Share):
         self._crew = crew
 
     def scores(
-        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+        self, model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
     ) -> TokenScores:
         """Those of all examples; the losses of this process's own have a gradient."""
         self._check(examples)
         mine = self._mine([len(example.ids) for example in examples])
         own = _no_scores(model)
         if mine:
-            own = scoring.token_scores(model, [examples[i] for i in mine], lower)
+            own = scoring.token_scores(model, [examples[i] for i in mine], prefix_cache)
         rows = torch.tensor(mine, dtype=torch.long, device=own.rows.device)[own.rows]
         losses = self._joined(own.losses)
-        told = self._crew.exchange((own.leads.cpu(), own.slacks.cpu(), rows.cpu()))
-        leads, slacks, places = (
+        told = self._crew.exchange((own.token_margins.cpu(), own.tolerances.cpu(), rows.cpu()))
+        token_margins, tolerances, places = (
             torch.cat(parts).to(rows.device) for parts in zip(*told, strict=True)
         )
-        return TokenScores(leads, slacks, places, losses)
+        return TokenScores(token_margins, tolerances, places, losses)
 
     def divergence(
-        self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
+        self,
+        reference_texts: ReferenceTexts,
+        model: Any,
+        chosen: Sequence[int],
+        prefix_cache: PrefixCache | None,
     ) -> Tensor:
         """Over all tokens; those of this process's own texts have a gradient."""
-        self._check([anchors.examples[i] for i in chosen])
+        self._check([reference_texts.examples[i] for i in chosen])
         mine = chosen[self._crew.rank :: self._crew.count]
-        own = anchors.divergences(model, mine, lower) if mine else _no_scores(model).losses
-        return restrained(self._joined(own))
+        own = (
+            reference_texts.divergences(model, mine, prefix_cache)
+            if mine
+            else _no_scores(model).losses
+        )
+        return robust_mean(self._joined(own))
 
     def recall(
-        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+        self, model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
     ) -> list[Outcome]:
         """Each process asks its own; all get to know all outcomes."""
         mine = self._mine([len(example.ids) for example in examples])
-        own = scoring.recall(model, [examples[i] for i in mine], lower)
+        own = scoring.recall(model, [examples[i] for i in mine], prefix_cache)
         return self._in_order(mine, own)
 
     def generate(

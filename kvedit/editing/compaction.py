@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def begins_anew(facts: int, held: int, on_top: int, share: float) -> bool:
+def should_compact(facts: int, held: int, on_top: int, share: float) -> bool:
     """Whether a group of so many is taught together with all that is held, from the base model on.
 
     On top of what earlier groups taught a group learns less and harms more; and as long as what has

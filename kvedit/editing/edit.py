@@ -18,7 +18,7 @@ from typing import Any
 from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Factors
 from kvedit.config import Config, GroupConfig, TrainingConfig
-from kvedit.editing.evaluation import Examiner, Found, Risk
+from kvedit.editing.evaluation import Evaluator, Found, RetentionCandidate
 from kvedit.editing.gate import Checks, misses, refusals
 from kvedit.editing.plan import Plan
 from kvedit.errors import Interrupted, OutOfTimeError, TrainingError
@@ -27,9 +27,9 @@ from kvedit.files import put
 from kvedit.model.prompts import Example
 from kvedit.store.store import FactChange, ProbeRow, Store
 from kvedit.training import memory
-from kvedit.training.engine import Engine, Taught
-from kvedit.training.loop import Lesson, Step
-from kvedit.training.resume import Bookmarks
+from kvedit.training.engine import Engine, TrainingResult
+from kvedit.training.loop import Step, Task
+from kvedit.training.resume import TrainingCheckpoints
 
 Emit = Callable[[Event], None]
 Snapshot = Mapping[str, Any]
@@ -39,7 +39,7 @@ LARGE = 256
 one that keeps 97 in 100 of what the model knows loses in every fourth case."""
 
 
-class Transaction:
+class Edit:
     """Carries out one plan; make a new one for each edit."""
 
     def __init__(
@@ -53,15 +53,17 @@ class Transaction:
     ) -> None:
         self._store, self._engine, self._config = store, engine, config
         self._plan, self._emit = plan, emit
-        self._examiner = Examiner(store, engine, config, plan)
+        self._evaluator = Evaluator(store, engine, config, plan)
         self._began = time.monotonic()
-        self._before = 0.0  # seconds that processes spent which ended in a lesson of this edit
+        self._resumed_seconds = (
+            0.0  # seconds that processes spent which ended in a lesson of this edit
+        )
         self._timings: dict[str, float] = {}
         self._steps = 0
-        self._left: tuple[str, ...] = ()
-        self._refused: tuple[str, ...] = ()
-        self._again: tuple[FactChange, ...] = ()  # held facts that are taught once more
-        self._bookmarks = Bookmarks(
+        self._not_learned: tuple[str, ...] = ()
+        self._refusal_texts: tuple[str, ...] = ()
+        self._retrained: tuple[FactChange, ...] = ()  # held facts that are taught once more
+        self._training_checkpoints = TrainingCheckpoints(
             store.cache,
             say=lambda text: emit(Status(phase=text, key=plan.key)),
             warn=lambda text: emit(Warning_(text=text, code="not-kept")),
@@ -76,7 +78,7 @@ class Transaction:
         try:
             with memory.watched():
                 report = self._carry_out(edit_id, head, snapshot, force)
-            self._bookmarks.clear()
+            self._training_checkpoints.clear()
             return report
         except KeyboardInterrupt as error:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
@@ -88,16 +90,18 @@ class Transaction:
         except Exception as error:  # the border of one edit: put the model back, then pass it on
             self._abandon(edit_id, "failed", f"{type(error).__name__}: {error}", snapshot)
             if isinstance(error, TrainingError):  # it would end there again
-                self._bookmarks.clear()
+                self._training_checkpoints.clear()
             raise
 
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot, force: bool) -> EditReport:
-        risks = self._examiner.risks()
-        if self._plan.anew:
-            self._again = tuple(FactChange(r.row.id, r.row.fact, r.row.fact) for r in risks)
+        candidates = self._evaluator.candidates()
+        if self._plan.compaction:
+            self._retrained = tuple(
+                FactChange(r.row.id, r.row.fact, r.row.fact) for r in candidates
+            )
         with self._timed("probe"):
-            held = self._examiner.held_locality()
-        delta, found, reasons = self._attempts(risks, held, snapshot)
+            held = self._evaluator.answered_locality()
+        delta, found, reasons = self._attempts(candidates, held, snapshot)
         if reasons and not force:
             self._engine.master.restore(snapshot)
             report = self._report("rejected", head, delta, found, reasons)
@@ -115,11 +119,11 @@ class Transaction:
                 expected_head=head,
                 delta=name,
                 weights_digest=digest,
-                changes=[*self._plan.changes, *self._again],
+                changes=[*self._plan.changes, *self._retrained],
                 results=found.rows,
                 prior_answers=self._plan.prior,
                 report=report.to_json(),
-                restores=0 if self._plan.anew else None,
+                restores=0 if self._plan.compaction else None,
             )
         self._tell_retention(found, revision)
         timings = dict(self._timings)
@@ -129,47 +133,53 @@ class Transaction:
         """Go on with the facts of the group that were learned; the others stay as they were."""
         before = self._plan
         self._plan = before.only(found.learned)
-        self._left = tuple(key for key in before.keys if key not in self._plan.keys)
+        self._not_learned = tuple(key for key in before.keys if key not in self._plan.keys)
         every = frozenset(target.fact_id for target in before.targets)
         return found.without(every - found.learned)
 
     def _attempts(
-        self, risks: Sequence[Risk], held: Sequence[Example], snapshot: Snapshot
+        self, candidates: Sequence[RetentionCandidate], held: Sequence[Example], snapshot: Snapshot
     ) -> tuple[dict[str, Factors], Found, tuple[str, ...]]:
         """Teach and look; when refused, go on from there with what was lost beside it (budgeted).
 
         What several rounds of teaching add is one delta, merged as one.  A round that harmed the
         locality probes is thrown away.
         """
-        lost = {risk.row.id: risk for risk in risks} if self._plan.anew else {}
+        lost = (
+            {candidate.row.id: candidate for candidate in candidates}
+            if self._plan.compaction
+            else {}
+        )
         delta: dict[str, Factors] = {}
         config = self._config.training
         group = self._config.group if self._plan.group else None
         if self._plan.kind == "remove":  # each prompt has its own answer: all are in every step
-            config = replace(config, phrasings=max(len(t.recall) for t in self._plan.targets))
+            config = replace(
+                config, phrasings_per_step=max(len(t.recall) for t in self._plan.targets)
+            )
         harmed = False
-        for left in reversed(range(self._config.retention.repairs + 1)):
+        for left in reversed(range(self._config.retention.max_repairs + 1)):
             if harmed:  # that is not trained away: begin anew
                 delta = {}
                 self._engine.master.restore(snapshot)
-            taught = self._teach(risks, list(lost.values()), config, group)
+            taught = self._teach(candidates, list(lost.values()), config, group)
             delta = deltas.joined(delta, taught.delta)
             with self._timed("merge"):
                 self._engine.master.restore(snapshot)
                 self._engine.master.add(delta)
             with self._timed("probe"):
-                found = self._examiner.look(risks, held)
+                found = self._evaluator.look(candidates, held)
             reasons = self._refusals(found)
             if not reasons:
                 break
             self._tell_refusal("; ".join(reasons), found.rows, left)
-            lost.update({risk.row.id: risk for risk in found.lost})
+            lost.update({candidate.row.id: candidate for candidate in found.lost})
             harmed = self._harmed(found.checks)
             if group is None:
                 config = _harder(config, found.checks)
             else:
                 config = replace(config, seed=config.seed + 1)
-                group = _milder(group) if harmed else replace(group, passes=group.again)
+                group = _milder(group) if harmed else replace(group, epochs=group.refine_epochs)
         return delta, found, reasons
 
     def _refusals(self, found: Found) -> tuple[str, ...]:
@@ -179,9 +189,9 @@ class Transaction:
             some = len(found.learned) > 0
             gate = replace(
                 gate,
-                recall=0.0 if some else gate.recall,
-                paraphrase=0.0 if some else gate.paraphrase,
-                retention=min(gate.retention, self._config.group.retention),
+                min_recall=0.0 if some else gate.min_recall,
+                min_paraphrase=0.0 if some else gate.min_paraphrase,
+                min_retention=min(gate.min_retention, self._config.group.min_retention),
             )
         return refusals(found.checks, gate, surely=self._large)
 
@@ -194,30 +204,34 @@ class Transaction:
         within the gate.
         """
         if self._plan.group:
-            return misses(checks.unmoved, self._config.gate.locality, surely=self._large)
-        return checks.unmoved.passed < checks.unmoved.n
+            return misses(checks.locality, self._config.gate.min_locality, surely=self._large)
+        return checks.locality.passed < checks.locality.n
 
     def _teach(
         self,
-        risks: Sequence[Risk],
-        repairing: Sequence[Risk],
+        candidates: Sequence[RetentionCandidate],
+        repairing: Sequence[RetentionCandidate],
         config: TrainingConfig,
         group: GroupConfig | None,
-    ) -> Taught:
+    ) -> TrainingResult:
         new = [target.recall for target in self._plan.targets]
-        again = {risk.row.id for risk in repairing}
-        rehearsal = [risk.all for risk in risks if risk.row.id not in again]
+        again = {candidate.row.id for candidate in repairing}
+        rehearsal = [candidate.all for candidate in candidates if candidate.row.id not in again]
         committed = self._store.keys("committed")
-        anchors = self._engine.anchors
-        if anchors is not None and group is not None:
-            anchors = anchors.without([*committed, *self._plan.keys])
+        reference_texts = self._engine.reference_texts
+        if reference_texts is not None and group is not None:
+            reference_texts = reference_texts.without([*committed, *self._plan.keys])
         taught = [*new, *(r.all for r in repairing)]
-        lesson = Lesson(taught, rehearsal, anchors, 0 if self._plan.anew else len(committed))
+        task = Task(
+            taught, rehearsal, reference_texts, 0 if self._plan.compaction else len(committed)
+        )
         with self._timed("train"):
-            found = self._engine.teach(lesson, config, self._tell_step, group, self._bookmarks)
+            found = self._engine.train(
+                task, config, self._tell_step, group, self._training_checkpoints
+            )
         self._steps += found.trained.steps
-        self._before += found.before
-        self._timings["train"] += found.before
+        self._resumed_seconds += found.resumed_seconds
+        self._timings["train"] += found.resumed_seconds
         return found
 
     def _report(
@@ -235,21 +249,21 @@ class Transaction:
             outcome=outcome,
             key=self._plan.key,
             keys=self._plan.keys,
-            left=self._left,
-            refused=self._refused,
-            again=len(self._again),
+            not_learned=self._not_learned,
+            refusals=self._refusal_texts,
+            retrained=len(self._retrained),
             parent=parent,
             reasons=tuple(reasons),
             reliability=found.checks.recall,
             generalization=found.checks.paraphrase,
-            locality=found.checks.unmoved,
+            locality=found.checks.locality,
             retention=found.checks.retention,
             steps=self._steps,
             seconds=self._seconds,
-            before=self._before,
+            resumed_seconds=self._resumed_seconds,
             timings=dict(self._timings),
             ranks={matrix: factors.rank for matrix, factors in delta.items()},
-            moved=self._engine.master.norms() if outcome == "committed" else {},
+            relative_norms=self._engine.master.norms() if outcome == "committed" else {},
             similar=self._plan.similar,
             broke=found.checks.lost if forced else (),
             delta=name,
@@ -279,7 +293,7 @@ class Transaction:
 
     def _tell_refusal(self, why: str, rows: Sequence[ProbeRow], left: int) -> None:
         """For the report; and at once, where a group's long work begins again."""
-        self._refused = (*self._refused, why)
+        self._refusal_texts = (*self._refusal_texts, why)
         count = len(self._plan.targets)
         if self._plan.group and count > 1 and left:
             moved = [row.prompt for row in rows if row.kind == "locality" and not row.passed]
@@ -298,7 +312,7 @@ class Transaction:
 
     @property
     def _seconds(self) -> float:
-        return self._before + time.monotonic() - self._began
+        return self._resumed_seconds + time.monotonic() - self._began
 
     def _timed(self, name: str) -> _Timer:
         return _Timer(self._timings, name)
@@ -320,21 +334,21 @@ class _Timer:
 
 def _milder(group: GroupConfig) -> GroupConfig:
     """How to teach a group that harmed the locality probes: at twice the price."""
-    return replace(group, shift_weight=group.shift_weight * 2)
+    return replace(group, penalty_scale=group.penalty_scale * 2)
 
 
 def _harder(config: TrainingConfig, checks: Checks) -> TrainingConfig:
     """How to try again: longer, and stricter or looser with the price, after what went wrong."""
     longer = min(400, config.max_steps * 2)
     missed = checks.recall.passed < checks.recall.n
-    harmed = checks.unmoved.passed < checks.unmoved.n
-    weight = config.shift_weight / 3 if missed else config.shift_weight * (1 + harmed)
-    price = config.max_price * 2 if missed else config.max_price / (1 + harmed)
+    harmed = checks.locality.passed < checks.locality.n
+    weight = config.penalty_weight / 3 if missed else config.penalty_weight * (1 + harmed)
+    penalty = config.max_penalty * 2 if missed else config.max_penalty / (1 + harmed)
     return replace(
         config,
         max_steps=longer,
-        shift_weight=weight,
-        max_price=price,
-        phrasings=config.phrasings + 2,
+        penalty_weight=weight,
+        max_penalty=penalty,
+        phrasings_per_step=config.phrasings_per_step + 2,
         seed=config.seed + 1,
     )

@@ -25,7 +25,7 @@ _FORGET = "forget"
 
 
 @dataclass(frozen=True, slots=True)
-class Risk:
+class RetentionCandidate:
     """An earlier fact to check: the prompts drawn for it, and all of them to rehearse, or to teach
     once more.
     """
@@ -41,7 +41,7 @@ class Found:
 
     checks: Checks
     rows: tuple[ProbeRow, ...]
-    lost: tuple[Risk, ...]
+    lost: tuple[RetentionCandidate, ...]
     learned: frozenset[int]
 
     def without(self, fact_ids: frozenset[int]) -> Found:
@@ -52,57 +52,61 @@ class Found:
         return replace(self, checks=checks, rows=rows)
 
 
-class Examiner:
+class Evaluator:
     """Asks what one plan is to be judged by."""
 
     def __init__(self, store: Store, engine: Engine, config: Config, plan: Plan) -> None:
         self._store, self._engine, self._config, self._plan = store, engine, config, plan
 
-    def risks(self) -> list[Risk]:
+    def candidates(self) -> list[RetentionCandidate]:
         """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
         settings = self._config.retention
         committed = self._store.facts("committed")
-        probed = max(settings.sample, len(self._plan.targets))
-        if self._plan.anew:
+        probed = max(settings.checked_facts, len(self._plan.targets))
+        if self._plan.compaction:
             probed = len(committed)
         # A group rehearses all of them in turn: what no step speaks for is lost.
         count = len(committed) if self._plan.group else probed
         rows = at_risk(committed, self._plan.keys, count)
         rng = random.Random(self._store.head())
-        risks = []
+        candidates = []
         for number, row in enumerate(rows):
             examples = tuple(self._engine.examples(row.fact))
-            drawn = rng.sample(examples, min(settings.prompts, len(examples)))
-            risks.append(Risk(row, tuple(drawn) if number < probed else (), examples))
-        return risks
+            drawn = rng.sample(examples, min(settings.prompts_per_fact, len(examples)))
+            candidates.append(
+                RetentionCandidate(row, tuple(drawn) if number < probed else (), examples)
+            )
+        return candidates
 
-    def held_locality(self) -> list[Example]:
+    def answered_locality(self) -> list[Example]:
         """The locality probes whose answers the model has before the edit."""
-        outcomes = self._engine.decided(self._plan.locality)
+        outcomes = self._engine.judge(self._plan.locality)
         return [e for e, o in zip(self._plan.locality, outcomes, strict=True) if o.passed]
 
-    def look(self, risks: Sequence[Risk], held: Sequence[Example]) -> Found:
+    def look(self, candidates: Sequence[RetentionCandidate], held: Sequence[Example]) -> Found:
         """Probe the merged, cast weights: the fact, its paraphrases, locality, earlier facts."""
         asked = [*self._questions(), *((None, "locality", e) for e in held)]
-        probed = [risk for risk in risks if risk.probes]
-        asked += [(risk.row.id, "retention", e) for risk in probed for e in risk.probes]
-        outcomes = self._engine.decided([example for _, _, example in asked])
+        probed = [candidate for candidate in candidates if candidate.probes]
+        asked += [
+            (candidate.row.id, "retention", e) for candidate in probed for e in candidate.probes
+        ]
+        outcomes = self._engine.judge([example for _, _, example in asked])
         rows = [
             probe_row(fact_id, kind, example, outcome)
             for (fact_id, kind, example), outcome in zip(asked, outcomes, strict=True)
         ]
         rows = [_turned(row) if row.kind == _FORGET else row for row in rows]
         kept = _passed(rows, "retention")
-        lost = [risk for risk in probed if kept[risk.row.id] < 1]
+        lost = [candidate for candidate in probed if kept[candidate.row.id] < 1]
         # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
-        blamed = [risk for risk in lost if risk.row.health != "regressed"]
-        judged = [risk for risk in probed if risk.row.health != "regressed"]
+        blamed = [candidate for candidate in lost if candidate.row.health != "regressed"]
+        judged = [candidate for candidate in probed if candidate.row.health != "regressed"]
         checks = Checks(
             _score(rows, "recall"),
             _score(rows, "paraphrase"),
             _score(rows, "locality"),
             Score(len(judged) - len(blamed), len(judged)),
-            tuple(risk.row.fact.key for risk in blamed),
+            tuple(candidate.row.fact.key for candidate in blamed),
         )
         return Found(checks, tuple(rows), tuple(lost), self._learned(rows))
 
@@ -126,7 +130,7 @@ class Examiner:
         return frozenset(
             fact_id
             for fact_id, share in recall.items()
-            if share >= gate.recall and other.get(fact_id, 1.0) >= gate.paraphrase
+            if share >= gate.min_recall and other.get(fact_id, 1.0) >= gate.min_paraphrase
         )
 
 
@@ -136,7 +140,7 @@ def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome
     return ProbeRow(
         fact_id=fact_id,
         kind=kind,
-        protocol="generated" if outcome.spoken else "teacher-forced",
+        protocol="generated" if outcome.generated else "teacher-forced",
         prompt=example.prompt,
         expected=example.answer,
         answer=None,

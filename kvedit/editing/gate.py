@@ -39,13 +39,13 @@ def at_risk(rows: Sequence[FactRow], keys: Sequence[str], count: int) -> list[Fa
 class Checks:
     """What was found on the merged, cast weights.
 
-    ``lost`` are the earlier facts that were recalled before and are not now; ``unmoved`` the
+    ``lost`` are the earlier facts that were recalled before and are not now; ``locality`` the
     locality probes that still have their answers, of those that had them before the edit.
     """
 
     recall: Score
     paraphrase: Score
-    unmoved: Score
+    locality: Score
     retention: Score
     lost: tuple[str, ...]
 
@@ -56,14 +56,14 @@ def refusals(checks: Checks, gate: GateConfig, *, surely: bool = False) -> tuple
     ``surely``: locality probes, which are few, refuse it only for more than chance explains.
     """
     reasons = [
-        _below("recall probes", checks.recall, gate.recall),
-        _below("never-trained phrasings", checks.paraphrase, gate.paraphrase),
-        _below("locality probes", checks.unmoved, gate.locality, surely=surely),
+        _below("recall probes", checks.recall, gate.min_recall),
+        _below("never-trained phrasings", checks.paraphrase, gate.min_paraphrase),
+        _below("locality probes", checks.locality, gate.min_locality, surely=surely),
     ]
-    if misses(checks.retention, gate.retention):
+    if misses(checks.retention, gate.min_retention):
         reasons.append(
             f"earlier facts lost: {in_words(checks.lost)} ({checks.retention.passed} of"
-            f" {checks.retention.n} kept, {gate.retention:.0%} needed)"
+            f" {checks.retention.n} kept, {gate.min_retention:.0%} needed)"
         )
     return tuple(reason for reason in reasons if reason)
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvedit.editing.compaction import begins_anew
+from kvedit.editing.compaction import should_compact
 from kvedit.editing.group_size import Room
 from kvedit.editing.plan import Plan, Planner
 from kvedit.errors import OutOfMemoryError
 from kvedit.events import EditReport, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import similar_pairs
-from kvedit.revisions.session import Workspace
+from kvedit.revisions.session import Session
 from kvedit.store.store import FactRow
 
 REPAIR_GROUP = 64
@@ -36,15 +36,15 @@ class Together:
 
     def __init__(
         self,
-        work: Workspace,
+        work: Session,
         plans: Planner,
         run: Callable[[Plan, bool], EditReport],
         alone: Alone,
     ) -> None:
-        self._work, self._store, self._engine = work, work.store, work.engine
+        self._session, self._store, self._engine = work, work.store, work.engine
         self._plans, self._run, self._alone = plans, run, alone
         self._room = Room(work.engine, work.config.group, self._warn_of_room)
-        self._anew_refused = False
+        self._compaction_refused = False
 
     @property
     def largest(self) -> int | None:
@@ -77,18 +77,21 @@ class Together:
         if len(parts) > 1:
             return [report for part in parts for report in self.repair(part)]
         try:
-            report = self._room.attempt([row.fact for row in rows], lambda: self._reteach(rows))
+            report = self._room.attempt([row.fact for row in rows], lambda: self._retrain(rows))
         except OutOfMemoryError as error:
             return [self._did_not_fit("repair", rows[0].fact.key, error)]
         return self.repair(rows) if report is None else [report]
 
-    def begins_anew(self, facts: Sequence[Fact]) -> bool:
-        """Whether they are so many (see ``groups.begins_anew``), and there is memory for all."""
-        if self._anew_refused:
+    def should_compact(self, facts: Sequence[Fact]) -> bool:
+        """Whether they are so many (see ``groups.should_compact``), and there is memory for all."""
+        if self._compaction_refused:
             return False
         held = [row.fact for row in self._store.facts("committed")]
-        on_top, share = self._store.taught_on_top(), self._work.config.group.anew
-        enough = begins_anew(len(facts), len(held), on_top, share)
+        on_top, share = (
+            self._store.added_since_compaction(),
+            self._session.config.group.compaction_ratio,
+        )
+        enough = should_compact(len(facts), len(held), on_top, share)
         return enough and self._room.fits([*held, *facts])
 
     def _add_parts(
@@ -107,26 +110,28 @@ class Together:
         """One edit for all facts that the store does not hold yet."""
         for fact in facts:
             self._engine.examples(fact)  # raises before anything is written
-        with self._work.editing():
-            if self.begins_anew(facts):
-                report = self._teach_anew(facts, force)
+        with self._session.editing():
+            if self.should_compact(facts):
+                report = self._train_compaction(facts, force)
                 if report.outcome == "committed":
                     return report
-                self._anew_refused = True
-            self._work.prepare_group(len(facts))
-            return self._run(self._plans.add_together(facts), force)
+                self._compaction_refused = True
+            self._session.prepare_group(len(facts))
+            return self._run(self._plans.add_group_plan(facts), force)
 
-    def _teach_anew(self, facts: Sequence[Fact], force: bool) -> EditReport:
+    def _train_compaction(self, facts: Sequence[Fact], force: bool) -> EditReport:
         """A group and all that is held, as one edit of the base model."""
-        self._work.prepare_group(len(facts), measured=False)
+        self._session.prepare_group(len(facts), measured=False)
         held = len(self._store.keys("committed"))
-        self._work.say(f"{len(facts)} facts and the {held} that are held, from the base model on")
-        with self._work.from_base():
-            return self._run(self._plans.add_together(facts, anew=True), force)
+        self._session.say(
+            f"{len(facts)} facts and the {held} that are held, from the base model on"
+        )
+        with self._session.from_base():
+            return self._run(self._plans.add_group_plan(facts, compaction=True), force)
 
-    def _reteach(self, rows: Sequence[FactRow]) -> EditReport:
-        with self._work.editing():
-            self._work.prepare_group(0)
+    def _retrain(self, rows: Sequence[FactRow]) -> EditReport:
+        with self._session.editing():
+            self._session.prepare_group(0)
             return self._run(self._plans.repair(rows), False)
 
     def _holds(self, fact: Fact) -> bool:
@@ -140,10 +145,10 @@ class Together:
         for one, other, score in similar_pairs(keys, keys):
             if held[one] and not held[other]:
                 text = f"{keys[other]} did not go in, {keys[one]}, much like it ({score:.0f}), did"
-                self._work.emit(Warning_(text=text, code="apart", key=keys[other]))
+                self._session.emit(Warning_(text=text, code="apart", key=keys[other]))
 
     def _warn_of_room(self, text: str) -> None:
-        self._work.emit(Warning_(text=text, code="out-of-memory"))
+        self._session.emit(Warning_(text=text, code="out-of-memory"))
 
     def _did_not_fit(self, kind: str, key: str, error: OutOfMemoryError) -> EditReport:
         """A fact's failure, as a report."""
@@ -151,5 +156,5 @@ class Together:
             kind=kind, outcome="failed", key=key, keys=(key,), parent=self._store.head(),
             reasons=(f"{error.message}. {error.hint}",),
         )  # fmt: skip
-        self._work.emit(report)
+        self._session.emit(report)
         return report

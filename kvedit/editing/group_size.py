@@ -37,15 +37,15 @@ class Room:
         """Whether there is room for all of them, as far as is known."""
         return len(self.parts(facts)) == 1 and not self._too_much(facts)
 
-    def attempt(self, facts: Sequence[Fact], teach: Callable[[], _T]) -> _T | None:
-        """What ``teach`` finds; None if there is no memory for so many facts, foreseen or found
+    def attempt(self, facts: Sequence[Fact], train: Callable[[], _T]) -> _T | None:
+        """What ``train`` finds; None if there is no memory for so many facts, foreseen or found
         out: half of them may fit.
 
         Raises OutOfMemoryError for a single fact.
         """
         if not (why := self._too_much(facts)):
             try:
-                return teach()
+                return train()
             except OutOfMemoryError as error:
                 if len(facts) == 1:
                     raise

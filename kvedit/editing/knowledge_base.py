@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from kvedit.editing.edit import Transaction
+from kvedit.editing.edit import Edit
 from kvedit.editing.gate import at_risk
 from kvedit.editing.group_edit import Together
 from kvedit.editing.plan import Plan, Planner
-from kvedit.editing.verify import BaseReport, VerifyReport, check_base, check_facts
+from kvedit.editing.verify import BaseKnowledgeReport, VerifyReport, check_base, check_facts
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Event, Similar, Warning_
 from kvedit.facts.fact import Fact, LocalityProbe
@@ -28,9 +28,9 @@ from kvedit.model import loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
 from kvedit.revisions import base_model, export_hf, export_peft, rebuild
-from kvedit.revisions.base_model import Choice
+from kvedit.revisions.base_model import ModelSpec
 from kvedit.revisions.export_hf import ExportReport
-from kvedit.revisions.session import Workspace
+from kvedit.revisions.session import Session
 from kvedit.store.store import FactRow, Finding, Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
@@ -53,9 +53,9 @@ class KnowledgeBase:
         self.store = store
         self.engine = engine
         self._emit: OnEvent = on_event or (lambda event: None)
-        self._work = Workspace(store, engine, self._emit)
+        self._session = Session(store, engine, self._emit)
         self._plans = Planner(store, engine)
-        self._together = Together(self._work, self._plans, self._run, self.add_fact)
+        self._together = Together(self._session, self._plans, self._run, self.add_fact)
         self.deadline: float | None = None
         """When (``time.monotonic``) a group's lesson ends where it stands, with OutOfTimeError; the
         same group taught again goes on from there."""
@@ -86,15 +86,15 @@ class KnowledgeBase:
         loaded or, with ``check_memory``, would not fit.
         """
         extra = _protect_file(protect)
-        choice = Choice(
+        spec = ModelSpec(
             source=loading.locate(model), revision=revision, trust_remote_code=trust_remote_code,
             targets=targets, device_map=device_map, load_in=load_in,
         )  # fmt: skip
-        store, engine = base_model.create(Path(path), choice, crew, check_memory=check_memory)
+        store, engine = base_model.create(Path(path), spec, crew, check_memory=check_memory)
         try:
             knowledge = cls(store, engine, on_event)
             with store.lock():
-                knowledge._work.make_protected(extra)
+                knowledge._session.make_protected(extra)
         except BaseException:
             store.close()
             raise
@@ -113,8 +113,8 @@ class KnowledgeBase:
         try:
             knowledge = cls(store, base_model.load(store, crew), on_event)
             knowledge._warn_of_prompts()
-            knowledge._work.recover()
-            knowledge._work.go_to(store.head())
+            knowledge._session.recover()
+            knowledge._session.go_to(store.head())
         except BaseException:
             store.close()
             raise
@@ -123,7 +123,7 @@ class KnowledgeBase:
     def close(self) -> None:
         """Keep what was measured for the next time, and close the store."""
         try:
-            self._work.save_curvature()
+            self._session.save_fisher()
         finally:
             self.store.close()
 
@@ -168,13 +168,13 @@ class KnowledgeBase:
     def add_fact(self, fact: Fact, *, force: bool = False) -> EditReport:
         """``add`` for a fact that was made before."""
         self.engine.examples(fact)  # raises before anything is written
-        with self._work.editing():
+        with self._session.editing():
             known = self.store.find(fact.key)
             if known is not None and known.state == "committed":
                 return self._known_already(known, fact)
             near = tuple(similar(fact.key, self.store.keys()))
             self._warn_near(fact.key, near)
-            self._work.prepare()
+            self._session.prepare()
             self._say("asking the model first", fact.key)
             return self._run(self._plans.add(fact, near), force)
 
@@ -185,9 +185,9 @@ class KnowledgeBase:
         A text that has one of the names in it that are to be ``leave_out`` is not protected: what
         a benchmark asks must not be what was trained on.
         """
-        with self._work.editing():
-            self._work.prepare()
-            self._work.protect_for(len(self.store.keys("committed")) + facts, leave_out)
+        with self._session.editing():
+            self._session.prepare()
+            self._session.protect_for(len(self.store.keys("committed")) + facts, leave_out)
 
     def add_group(
         self, facts: Sequence[Fact], *, force: bool = False, carry: bool = False
@@ -209,12 +209,12 @@ class KnowledgeBase:
 
     def update(self, key: str, description: str, *, force: bool = False) -> EditReport:
         """Give a fact another text.  Raises UnknownKeyError."""
-        with self._work.editing():
+        with self._session.editing():
             row = self._committed(key)
             fact = row.fact.with_description(description)
             if fact == row.fact:
                 return self._unchanged("update", row)
-            self._work.prepare()
+            self._session.prepare()
             return self._run(self._plans.update(row, fact), force)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
@@ -222,9 +222,9 @@ class KnowledgeBase:
 
         Raises UnknownKeyError.
         """
-        with self._work.editing():
+        with self._session.editing():
             row = self._committed(key)
-            self._work.prepare()
+            self._session.prepare()
             return self._run(self._plans.remove(row, self._prior(row)), force)
 
     def _prior(self, row: FactRow) -> dict[str, str]:
@@ -236,21 +236,21 @@ class KnowledgeBase:
             return kept
         self._say("asking the model as it was before", row.fact.key)
         before = self.store.before_fact(row.id)
-        return self._work.at(before, lambda: self.engine.prior_answers(row.fact))
+        return self._session.at(before, lambda: self.engine.prior_answers(row.fact))
 
     def rollback(self, revision: int) -> EditReport:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
         began = time.monotonic()
-        with self._work.editing():
+        with self._session.editing():
             wanted = self.store.revision(revision)
             head = self.store.head()
             changes = self.store.rollback_changes(revision)
             edit_id = self.store.plan_edit("rollback", changes, {"restores": revision})
             try:
-                self._work.go_to(revision)
+                self._session.go_to(revision)
                 report = EditReport(
                     kind="rollback", outcome="committed", key=f"to {revision}", parent=head,
-                    moved=self.engine.master.norms(),
+                    relative_norms=self.engine.master.norms(),
                 )  # fmt: skip
                 new = self.store.commit_edit(
                     edit_id,
@@ -266,26 +266,27 @@ class KnowledgeBase:
             except BaseException:
                 if self.store.edit(edit_id).state != "committed":
                     self.store.finish_edit(edit_id, "failed", ["rollback failed"], {})
-                    self._work.go_to(head)
+                    self._session.go_to(head)
                 raise
-            self._work.revision = new
+            self._session.revision = new
             return replace(report, revision=new, seconds=time.monotonic() - began)
 
     def _run(self, plan: Plan, force: bool) -> EditReport:
-        edit = Transaction(
-            self.store, self.engine, self._work.config, plan, self._emit, self.deadline
-        )
+        edit = Edit(self.store, self.engine, self._session.config, plan, self._emit, self.deadline)
         head = self.store.head()
         try:
             report = edit.run(force=force)
         finally:
             if self.store.head() != head:  # an interruption may come after the commit
-                self._work.revision = self.store.head()
+                self._session.revision = self.store.head()
         if report.revision is not None:
-            every = self._work.config.retention.checkpoint_every
-            with self._work.dispensable(), memory.watched():  # measured again before the next edit
+            every = self._session.config.retention.checkpoint_every
+            with (
+                self._session.dispensable(),
+                memory.watched(),
+            ):  # measured again before the next edit
                 self._remember(plan, report)
-            with self._work.dispensable():
+            with self._session.dispensable():
                 rebuild.checkpoint_if_due(self.store, self.engine.master, every)
         self._emit(report)
         return report
@@ -295,10 +296,10 @@ class KnowledgeBase:
         taught = plan.kind in ("add", "update")
         held = [t for t, key in zip(plan.targets, plan.keys, strict=True) if key in report.keys]
         if plan.group:
-            weight = self._work.config.group.fact_weight
-            self._work.remember([t.recall[0] for t in held] if taught else [], weight)
+            weight = self._session.config.group.fact_weight
+            self._session.remember([t.recall[0] for t in held] if taught else [], weight)
         else:
-            self._work.remember([e for t in held for e in t.recall[:2]] if taught else [])
+            self._session.remember([e for t in held for e in t.recall[:2]] if taught else [])
 
     def _committed(self, key: str) -> FactRow:
         row = self.store.require(key)
@@ -346,9 +347,9 @@ class KnowledgeBase:
 
     def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
         """The model's greedy answer at the head, or at another revision."""
-        return self._work.at(at, lambda: self.engine.generate([prompt], limit=max_new_tokens)[0])
+        return self._session.at(at, lambda: self.engine.generate([prompt], limit=max_new_tokens)[0])
 
-    def ask_before(self, prompt: str, *, max_new_tokens: int = 256) -> str:
+    def ask_base(self, prompt: str, *, max_new_tokens: int = 256) -> str:
         """The base model's greedy answer."""
         return self.ask(prompt, at=0, max_new_tokens=max_new_tokens)
 
@@ -389,21 +390,21 @@ class KnowledgeBase:
         return replace(report, base=kept, repaired=tuple(repaired), seconds=seconds)
 
     def _check(self, rows: Sequence[FactRow]) -> VerifyReport:
-        revision = self._work.revision
+        revision = self._session.revision
         return check_facts(self.engine, self.store, revision, rows, self._emit, self._say)
 
-    def _check_base(self, sample: int) -> BaseReport:
-        known = self._work.known_texts()
-        revision = self._work.revision
+    def _check_base(self, sample: int) -> BaseKnowledgeReport:
+        known = self._session.known_texts()
+        revision = self._session.revision
         return check_base(self.engine, self.store, revision, known, sample, self._say)
 
     def doctor(self, deep: bool = True) -> list[Finding]:
         """Check the store; ``deep`` also replays every revision and compares the digests."""
         findings = self.store.integrity()
         if deep:
-            here = self._work.revision
-            findings += rebuild.replay(self.store, self.engine.master, self._say)
-            self._work.go_to(here)
+            here = self._session.revision
+            findings += rebuild.check_revisions(self.store, self.engine.master, self._say)
+            self._session.go_to(here)
         return findings
 
     def export(
@@ -417,7 +418,7 @@ class KnowledgeBase:
         examples = self._all_examples()
         self._say("writing the model")
         return export_hf.write(
-            self.engine, examples, Path(directory), dtype=dtype, revision=self._work.revision,
+            self.engine, examples, Path(directory), dtype=dtype, revision=self._session.revision,
             max_shard_size=max_shard_size, progress=self._say,
         )  # fmt: skip
 
@@ -432,7 +433,7 @@ class KnowledgeBase:
         local = self.engine.renderer.examples([(row.prompt, row.answer) for row in rows])
         return export_peft.write(
             self.engine, self._all_examples(), [*unseen, *local], Path(directory),
-            revision=self._work.revision, progress=self._say,
+            revision=self._session.revision, progress=self._say,
         )  # fmt: skip
 
     def _all_examples(self) -> list[Example]:
@@ -440,7 +441,7 @@ class KnowledgeBase:
         return [e for fact in facts for e in self.engine.examples(fact)]
 
     def _say(self, text: str, key: str | None = None) -> None:
-        self._work.say(text, key)
+        self._session.say(text, key)
 
 
 def _protect_file(path: Path | None) -> list[protected_texts.Protected]:

@@ -36,7 +36,7 @@ class Plan:
     """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``.
 
     The facts of a ``group`` stand or fall one by one; those of another plan all together.  One that
-    begins ``anew`` teaches all that the model holds once more beside them, from the base model on.
+    begins ``compaction`` teaches all that the model holds once more beside them, from the base model on.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Plan:
     text_before: str | None = None
     text_after: str | None = None
     group: bool = False
-    anew: bool = False
+    compaction: bool = False
 
     def only(self, fact_ids: Container[int]) -> Plan:
         """The part of the plan that is about some of its facts."""
@@ -90,7 +90,7 @@ class Planner:
             text_after=fact.description,
         )
 
-    def add_together(self, facts: Sequence[Fact], *, anew: bool = False) -> Plan:
+    def add_group_plan(self, facts: Sequence[Fact], *, compaction: bool = False) -> Plan:
         """Teach several facts, which are then pending, each of which may fail by itself."""
         ids = self._store.put_pending_many(facts)
         pairs = list(zip(ids, facts, strict=True))
@@ -101,7 +101,7 @@ class Planner:
             targets=tuple(self._target(fact_id, fact) for fact_id, fact in pairs),
             locality=self._locality(facts),
             group=True,
-            anew=anew,
+            compaction=compaction,
         )
 
     def update(self, row: FactRow, fact: Fact) -> Plan:

@@ -25,7 +25,7 @@ from kvedit.training.engine import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BaseReport:
+class BaseKnowledgeReport:
     """TRR: of what the base model knew, how much is still said exactly, by free ``generated``
     answers and teacher-forced (``score``); ``lost`` are the questions that are not.  ``fluency`` is
     that of the generated answers, ``base_fluency`` that of the base model's to the same questions:
@@ -50,7 +50,7 @@ class VerifyReport:
     checks: tuple[RetentionCheck, ...]
     score: Score
     generated: Score
-    base: BaseReport | None = None
+    base: BaseKnowledgeReport | None = None
     repaired: tuple[EditReport, ...] = ()
     seconds: float = 0.0
 
@@ -66,13 +66,13 @@ def check_facts(
     """Probe facts under all training prompts, and generate one answer each anyway."""
     examples = [engine.examples(row.fact) for row in rows]
     say(f"checking {len(rows)} facts")
-    outcomes = iter(engine.decided([e for own in examples for e in own]))
+    outcomes = iter(engine.judge([e for own in examples for e in own]))
     rng = random.Random(revision)
     asked = [rng.choice(own) for own in examples]
     say(f"generating {len(rows)} answers")
-    spoken = engine.generated_recall(asked)
+    generated = engine.generated_recall(asked)
     checks, results, held = [], [], []
-    for row, own, one, said in zip(rows, examples, asked, spoken, strict=True):
+    for row, own, one, said in zip(rows, examples, asked, generated, strict=True):
         found = [next(outcomes) for _ in own]
         results += [probe_row(row.id, "retention", *pair) for pair in zip(own, found, strict=True)]
         results.append(_spoken_row(row.id, "retention", one, said))
@@ -84,7 +84,7 @@ def check_facts(
         revision=revision,
         checks=tuple(checks),
         score=Score(sum(held), len(held)),
-        generated=Score(sum(spoken), len(spoken), "generated"),
+        generated=Score(sum(generated), len(generated), "generated"),
     )
 
 
@@ -95,7 +95,7 @@ def check_base(
     known: Sequence[Protected],
     sample: int,
     say: Callable[[str], None],
-) -> BaseReport:
+) -> BaseKnowledgeReport:
     """Ask some of what the base model had ``known``, but nothing that names an edited fact: such
     answers are to change.  The same revision is asked the same questions.
     """
@@ -104,21 +104,21 @@ def check_base(
     drawn = random.Random(revision).sample(texts, min(sample, len(texts)))
     examples = [protected_texts.example(engine.renderer, text) for text in drawn]
     say(f"asking {len(examples)} questions that the base model could answer")
-    outcomes = engine.decided(examples)
-    spoken, said = engine.answers(examples)
+    outcomes = engine.judge(examples)
+    generated, said = engine.answers(examples)
     results = [
         probe_row(None, "locality", example, outcome)
         for example, outcome in zip(examples, outcomes, strict=True)
     ]
     results += [
         _spoken_row(None, "locality", example, passed)
-        for example, passed in zip(examples, spoken, strict=True)
+        for example, passed in zip(examples, generated, strict=True)
     ]
     store.record_results(results, revision)
-    return BaseReport(
+    return BaseKnowledgeReport(
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
-        generated=Score(sum(spoken), len(spoken), "generated"),
-        lost=tuple(e.prompt for e, passed in zip(examples, spoken, strict=True) if not passed),
+        generated=Score(sum(generated), len(generated), "generated"),
+        lost=tuple(e.prompt for e, passed in zip(examples, generated, strict=True) if not passed),
         fluency=_fluency(said),
         base_fluency=_fluency([example.answer for example in examples]),
     )
@@ -140,7 +140,9 @@ def _spoken_row(fact_id: int | None, kind: str, example: Example, passed: bool) 
     )
 
 
-def _check_of(key: str, revision: int, outcomes: Sequence[Outcome], spoken: bool) -> RetentionCheck:
+def _check_of(
+    key: str, revision: int, outcomes: Sequence[Outcome], generated: bool
+) -> RetentionCheck:
     margin = min(outcome.margin for outcome in outcomes)
-    passed = spoken and all(outcome.passed for outcome in outcomes)
+    passed = generated and all(outcome.passed for outcome in outcomes)
     return RetentionCheck(key=key, revision=revision, passed=passed, margin=margin)

@@ -59,11 +59,11 @@ class Near:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Intake:
+class Preflight:
     """The input, row by row: what is ``new`` is to be taught, the rest is not."""
 
     new: tuple[Entry, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    rejected_before: tuple[Refused, ...] = ()
     unchanged: tuple[Entry, ...] = ()
     repeated: tuple[Entry, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -71,11 +71,11 @@ class Intake:
     @property
     def read(self) -> int:
         """How many rows the input has."""
-        parts = (self.new, self.refused, self.unchanged, self.repeated, self.problems)
+        parts = (self.new, self.rejected_before, self.unchanged, self.repeated, self.problems)
         return sum(map(len, parts))
 
 
-def take_in(rows: Iterable[Located], store: Store | None) -> Intake:
+def inspect_facts(rows: Iterable[Located], store: Store | None) -> Preflight:
     """Sort the rows of an input by what is to be done with them; without a store all are new."""
     sorter = _Sorter(store.facts() if store else [], store.refusals() if store else {})
     for row in rows:
@@ -120,7 +120,7 @@ class _Sorter:
             self.contradicted.setdefault(norm, entry)
             self.problems.append(_contradiction(entry, earlier))
 
-    def result(self) -> Intake:
+    def result(self) -> Preflight:
         """All rows, sorted."""
         held = {normalise(row.fact.key): row for row in self.rows}
         names = _Names(self.rows, self.first)
@@ -137,9 +137,9 @@ class _Sorter:
                 refused.append(Refused(entry, self.reasons.get(row.id, ())))
             else:
                 new.append(entry)
-        return Intake(
+        return Preflight(
             new=tuple(new),
-            refused=tuple(refused),
+            rejected_before=tuple(refused),
             unchanged=tuple(unchanged),
             repeated=tuple(self.repeated),
             problems=tuple(sorted(self.problems, key=lambda one: self.places[one.where])),

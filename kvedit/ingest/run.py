@@ -32,8 +32,8 @@ from kvedit.events import EditReport, Event, IngestProgress, Score, Status
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
 from kvedit.facts.keys import normalise
-from kvedit.ingest.preflight import take_in
-from kvedit.ingest.scheduler import Groups
+from kvedit.ingest.preflight import inspect_facts
+from kvedit.ingest.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
@@ -90,15 +90,15 @@ class FactOutcome:
 class IngestReport:
     """A run: the outcomes of what was tried, then what was not.
 
-    ``refused`` are rejections of earlier runs that were let be, ``left`` the facts not reached;
+    ``rejected_before`` are rejections of earlier runs that were let be, ``remaining`` the facts not reached;
     ``stopped`` tells why: ``limit``, ``failures``, ``errors``, ``time``, ``interrupted`` or
     nothing. ``retention`` and ``lost`` (keys) come from the last verification.
     """
 
     outcomes: tuple[FactOutcome, ...]
     unchanged: int = 0
-    refused: tuple[FactOutcome, ...] = ()
-    left: int = 0
+    rejected_before: tuple[FactOutcome, ...] = ()
+    remaining: int = 0
     stopped: str = ""
     retention: Score = field(default_factory=Score)
     lost: tuple[str, ...] = ()
@@ -165,24 +165,28 @@ class _Run:
 
     def run(self, facts: Sequence[Fact]) -> IngestReport:
         """Look at everything, teach, verify, report."""
-        intake = take_in([Located(fact.key, fact) for fact in facts], self._knowledge.store)
-        if intake.problems:
-            raise self._invalid({p.key or p.where: p.reason for p in intake.problems})
-        again = [one.entry.fact for one in intake.refused] if self._options.retry else []
-        wanted = self._fitting([*(entry.fact for entry in intake.new), *again])
+        preflight = inspect_facts(
+            [Located(fact.key, fact) for fact in facts], self._knowledge.store
+        )
+        if preflight.problems:
+            raise self._invalid({p.key or p.where: p.reason for p in preflight.problems})
+        again = [one.entry.fact for one in preflight.rejected_before] if self._options.retry else []
+        wanted = self._fitting([*(entry.fact for entry in preflight.new), *again])
         chosen = wanted[: self._options.limit]
-        self._unchanged, self._total = len(intake.unchanged), len(chosen)
+        self._unchanged, self._total = len(preflight.unchanged), len(chosen)
         self._mark(chosen)
         store = self._knowledge.store
-        largest = store.config.group.largest
-        stopped = self._work(Groups(chosen, self._options.group, largest=largest))
+        largest = store.config.group.max_size
+        stopped = self._work(Scheduler(chosen, self._options.group, largest=largest))
         tried = len(self._tried())
-        refused = () if again else intake.refused
+        refused = () if again else preflight.rejected_before
         return IngestReport(
             outcomes=tuple(self._outcomes.values()),
             unchanged=self._unchanged,
-            refused=tuple(FactOutcome(r.entry.fact, "rejected", r.reasons) for r in refused),
-            left=len(wanted) - tried,
+            rejected_before=tuple(
+                FactOutcome(r.entry.fact, "rejected", r.reasons) for r in refused
+            ),
+            remaining=len(wanted) - tried,
             stopped=stopped or ("limit" if len(wanted) > len(chosen) else ""),
             retention=self._retention,
             lost=self._lost,
@@ -217,7 +221,7 @@ class _Run:
         ordered = sorted(facts, key=lambda fact: normalise(fact.key) not in known)
         self._knowledge.store.put_pending_many(ordered)
 
-    def _work(self, groups: Groups) -> str:
+    def _work(self, groups: Scheduler) -> str:
         """Teach group by group; returns why it stopped, or nothing."""
         self._taught = time.monotonic()
         group: tuple[Fact, ...] = ()
@@ -273,7 +277,7 @@ class _Run:
             return [], True
         without_room = all(report.outcome == "failed" for report in reports)
         self._errors = self._errors + len(reports) if without_room else 0
-        carried = {key for report in reports for key in report.left}
+        carried = {key for report in reports for key in report.not_learned}
         left = [fact for fact in group if fact.key in carried and not self._committed(fact)]
         for fact in group:
             if fact not in left:

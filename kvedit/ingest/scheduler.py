@@ -20,7 +20,7 @@ TOGETHER = 2
 """In so many groups a fact is tried before it is tried by itself."""
 
 
-class Groups:
+class Scheduler:
     """Hands out facts in groups of ``size``, or of a size that follows success (None).
 
     The larger a group, the less a fact costs and the less it harms: each group is one more change

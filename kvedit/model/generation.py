@@ -87,7 +87,7 @@ def _finish(
     return texts
 
 
-def spoken(
+def generated(
     examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
 ) -> list[list[int]]:
     """What is answered by real greedy generation, as tokens, up to a little more than the longest
@@ -98,18 +98,18 @@ def spoken(
 
 
 def recalled(examples: Sequence[Example], rows: Sequence[Sequence[int]], end: int) -> list[bool]:
-    """Whether what was ``spoken`` is exactly what is expected, tokens and end compared."""
+    """Whether what was ``generated`` is exactly what is expected, tokens and end compared."""
     return [
         (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
         for row, e in zip(rows, examples, strict=True)
     ]
 
 
-def spoken_recall(
+def generated_recall_of(
     examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
 ) -> list[bool]:
     """Exact recall by real greedy generation; ``proceed`` as ``generate`` of a model."""
-    return recalled(examples, spoken(examples, end, proceed), end)
+    return recalled(examples, generated(examples, end, proceed), end)
 
 
 def rows_a_batch(model: Any, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Loading a base model, and naming the matrices that edits may touch.
+"""LoadOptions a base model, and naming the matrices that edits may touch.
 
 Invariants:
 - A store's model is known by its fingerprint; a folder that answers to the same name but holds
@@ -41,7 +41,7 @@ _EDGE = 16 * 1024 * 1024  # bytes of each end of a file that its fingerprint cov
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
+class LoadOptions:
     """How a model is loaded: from a hub at ``revision``, with its own code or without, over the
     devices of ``device_map`` (see ``placement.read``; "": on one), packed while it is loaded if
     ``load_in`` says so (see ``quantised``; "": as it is stored).
@@ -67,7 +67,7 @@ class BaseModel:
     name: str
     path: str
     fingerprint: str
-    loading: Loading = Loading()
+    loading: LoadOptions = LoadOptions()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,7 +136,7 @@ def load(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kvedit shows its own progress
-    loading = Loading(
+    loading = LoadOptions(
         revision=revision,
         trust_remote_code=trust_remote_code,
         device_map=device_map,
@@ -155,7 +155,7 @@ def load(
     return BaseModel(model, tokenizer, _name(source), source, fingerprint(source, model), loading)
 
 
-def _load_weights(source: str, loading: Loading) -> Any:
+def _load_weights(source: str, loading: LoadOptions) -> Any:
     """The model, where it is to be."""
     from transformers import AutoModelForCausalLM
 
@@ -179,7 +179,7 @@ def _load_weights(source: str, loading: Loading) -> Any:
     return model
 
 
-def again(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
+def reload(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
     """Another copy of a base model, on the same devices or by another device map."""
     loading = base.loading if device_map is None else replace(base.loading, device_map=device_map)
     return load(base.path, **{item.name: getattr(loading, item.name) for item in fields(loading)})

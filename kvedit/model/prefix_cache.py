@@ -35,7 +35,7 @@ class _Reached(Exception):  # no error: it ends a forward pass that has gone far
     """The first edited block was reached."""
 
 
-class LowerHalf:
+class PrefixCache:
     """What the blocks below the edited ones make of texts.  ``usable`` tells whether it may be."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:

@@ -110,7 +110,7 @@ class Renderer:
     """Turns prompts and answers into tokens, in the form in which the model is asked.
 
     That is its chat template; else the ``build_prompt`` of a tokenizer with its own code (ChatGLM);
-    else ``[prompts] form``.
+    else ``[prompts] fallback_template``.
     """
 
     def __init__(
@@ -129,9 +129,11 @@ class Renderer:
         self._prompts = prompts or PromptsConfig()
         self.context = context
         self.chat = bool(getattr(tokenizer, "chat_template", None))
-        self._form = self._prompts.form.rstrip(" ")  # the space belongs to the answer's first token
+        self._form = self._prompts.fallback_template.rstrip(
+            " "
+        )  # the space belongs to the answer's first token
         if "{prompt}" not in self._form:
-            raise UsageError("[prompts] form must contain {prompt}")
+            raise UsageError("[prompts] fallback_template must contain {prompt}")
         self._opening = [] if self.chat else self._added_before()
         self.end: int = self._find_end() if end is None else end
         self.stops = frozenset({self.end, *stops})

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kvedit.model.devices import first_device, is_accelerated
 from kvedit.model.loading import vocabulary
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 
 TOKENS_A_BATCH = 4096
@@ -39,7 +39,9 @@ NUMBERS_A_SLICE = 64 * 1024 * 1024
 WIDER = 4
 """Times the tokens of a batch on an accelerator, which small ones do not fill."""
 WIDTHS = 32
-TIED = 3.0  # steps of the dtype, at the logit's size: leads that the shape of a batch may turn
+TIE_TOLERANCE = (
+    3.0  # steps of the dtype, at the logit's size: leads that the shape of a batch may turn
+)
 _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -47,19 +49,19 @@ _PROJECTS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 class Outcome:
     """Whether an answer is recalled exactly, and its smallest lead over another token (logits).
 
-    ``doubtful``: it hangs on a near-tie, so that in another batch it may come out otherwise.
-    ``spoken``: such a one that free generation decided; ``passed`` is then what that said.
+    ``ambiguous``: it hangs on a near-tie, so that in another batch it may come out otherwise.
+    ``generated``: such a one that free generation judge; ``passed`` is then what that said.
     """
 
     passed: bool
     margin: float
-    doubtful: bool = False
-    spoken: bool = False
+    ambiguous: bool = False
+    generated: bool = False
 
     @property
-    def firm(self) -> bool:
+    def robust(self) -> bool:
         """Whether it is recalled however it is asked: by more than rounding could turn."""
-        return self.passed and not self.doubtful
+        return self.passed and not self.ambiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,19 @@ def answer_logits(model: nn.Module, examples: Sequence[Example]) -> Answers:
 
 
 def answers_of(
-    model: Any, examples: Sequence[Example], lower: LowerHalf | None = None, *, exact: bool = True
+    model: Any,
+    examples: Sequence[Example],
+    prefix_cache: PrefixCache | None = None,
+    *,
+    exact: bool = True,
 ) -> Answers:
-    """One forward pass; ``lower`` may save its lower half; logits in float only if ``exact``."""
+    """One forward pass; ``prefix_cache`` may save its lower half; logits in float only if ``exact``."""
     ids, targets = padded(examples)
     ids = ids.to(first_device(model))
     rows, places = (targets >= 0).nonzero(as_tuple=True)  # here: an accelerator is not waited for
     wanted = targets[rows, places]
     if projects(model):
-        hidden = last_hidden(model, ids, examples, lower)
+        hidden = last_hidden(model, ids, examples, prefix_cache)
         rows = rows.to(hidden.device)
         logits = project(model, hidden[rows, places.to(hidden.device)])
     else:
@@ -130,25 +136,29 @@ def _try_projection(model: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Leads:
+class TokenMargins:
     """By how much the answer tokens of some examples lead.
 
-    ``leads`` (N,), logits, the target's lead over every other token, NaN counted as -inf;
-    ``slacks`` (N,), logits: by how much rounding may move a lead; ``rows`` (N,), int64: the example
+    ``token_margins`` (N,), logits, the target's lead over every other token, NaN counted as -inf;
+    ``tolerances`` (N,), logits: by how much rounding may move a lead; ``rows`` (N,), int64: the example
     that each token belongs to.  Tokens stand in no particular order.
     """
 
-    leads: Tensor
-    slacks: Tensor
+    token_margins: Tensor
+    tolerances: Tensor
     rows: Tensor
 
     def margins(self, count: int) -> Tensor:
         """(count,): the smallest lead of each example."""
-        return self._smallest(self.leads, count)
+        return self._smallest(self.token_margins, count)
 
     def outcomes(self, count: int) -> list[Outcome]:
         """What the leads say of each example."""
-        parts = (self.leads, self.leads - self.slacks, self.leads + self.slacks)
+        parts = (
+            self.token_margins,
+            self.token_margins - self.tolerances,
+            self.token_margins + self.tolerances,
+        )
         rows = zip(*(self._smallest(part, count).tolist() for part in parts), strict=True)
         return [Outcome(margin > 0, margin, low <= 0 < high) for margin, low, high in rows]
 
@@ -158,50 +168,50 @@ class Leads:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores(Leads):
+class TokenScores(TokenMargins):
     """And their ``losses`` (N,), nats, float32, with a gradient where the model has one."""
 
     losses: Tensor
 
 
 def token_scores(
-    model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
+    model: nn.Module, examples: Sequence[Example], prefix_cache: PrefixCache | None = None
 ) -> TokenScores:
     """Score every answer token, examples of like length together so that little is padded."""
-    parts = [_scores(model, examples, batch, lower) for batch in batches(model, examples)]
-    names = ("leads", "slacks", "rows", "losses")
+    parts = [_scores(model, examples, batch, prefix_cache) for batch in batches(model, examples)]
+    names = ("token_margins", "tolerances", "rows", "losses")
     return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def _scores(
-    model: Any, examples: Sequence[Example], batch: Sequence[int], lower: LowerHalf | None
+    model: Any, examples: Sequence[Example], batch: Sequence[int], prefix_cache: PrefixCache | None
 ) -> TokenScores:
-    answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
-    losses, leads = _TokenLoss.apply(answers.logits, answers.targets)  # type: ignore[no-untyped-call]
+    answers = answers_of(model, [examples[i] for i in batch], prefix_cache, exact=False)
+    losses, token_margins = _TokenLoss.apply(answers.logits, answers.targets)  # type: ignore[no-untyped-call]
     own = answers.logits.detach().gather(1, answers.targets[:, None])[:, 0].float()
     places = torch.tensor(batch, device=answers.rows.device)
-    return TokenScores(leads, slack(model, own), places[answers.rows], losses)
+    return TokenScores(token_margins, tie_tolerance(model, own), places[answers.rows], losses)
 
 
-def slack(model: nn.Module, logits: Tensor) -> Tensor:
+def tie_tolerance(model: nn.Module, logits: Tensor) -> Tensor:
     """By how much rounding may move the lead of these logits, in another batch or with a cache.
 
     Logits may be handed out in fp32 where what they were computed from was not: what counts is the
     dtype that the model computes in.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return TIED * torch.finfo(dtype).eps * logits.abs()
+    return TIE_TOLERANCE * torch.finfo(dtype).eps * logits.abs()
 
 
 def last_hidden(
-    model: Any, ids: Tensor, examples: Sequence[Example], lower: LowerHalf | None
+    model: Any, ids: Tensor, examples: Sequence[Example], prefix_cache: PrefixCache | None
 ) -> Tensor:
     """(rows, width, hidden): what the last block says, from what is kept of the lower ones."""
     run = backbone(model)
-    if lower is None or not lower.usable:
+    if prefix_cache is None or not prefix_cache.usable:
         whole: Tensor = run(input_ids=ids, use_cache=False).last_hidden_state
         return whole
-    return lower.run(run, ids, [example.ids for example in examples])
+    return prefix_cache.run(run, ids, [example.ids for example in examples])
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -214,27 +224,27 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(logits), device=logits.device)
-        norms, leads = torch.empty_like(losses), torch.empty_like(losses)
+        norms, token_margins = torch.empty_like(losses), torch.empty_like(losses)
         for here in slices(logits):
             some = logits[here].to(torch.float32, copy=True)  # written to below
             own = targets[here]
             norms[here] = some.logsumexp(1)
             mine = some.gather(1, own[:, None])
             losses[here] = norms[here] - mine[:, 0]
-            leads[here] = mine[:, 0] - some.scatter_(1, own[:, None], float("-inf")).amax(1)
+            token_margins[here] = mine[:, 0] - some.scatter_(1, own[:, None], float("-inf")).amax(1)
         ctx.save_for_backward(logits, targets, norms)
-        leads = torch.nan_to_num(leads, nan=float("-inf"))
-        ctx.mark_non_differentiable(leads)
-        return losses, leads
+        token_margins = torch.nan_to_num(token_margins, nan=float("-inf"))
+        ctx.mark_non_differentiable(token_margins)
+        return losses, token_margins
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, penalty_gradients: Tensor, _: Tensor) -> tuple[Tensor, None]:
         logits, targets, norms = ctx.saved_tensors
         back = torch.empty_like(logits)
         for here in slices(logits):
             share = logits[here].to(torch.float32, copy=True).sub_(norms[here, None]).exp_()
             share.scatter_add_(1, targets[here, None], share.new_full((len(share), 1), -1.0))
-            back[here] = share.mul_(slopes[here, None])
+            back[here] = share.mul_(penalty_gradients[here, None])
         return back, None
 
 
@@ -331,17 +341,17 @@ def by_length(
 
 @torch.no_grad()
 def recall(
-    model: nn.Module, examples: Sequence[Example], lower: LowerHalf | None = None
+    model: nn.Module, examples: Sequence[Example], prefix_cache: PrefixCache | None = None
 ) -> list[Outcome]:
     """Exact recall of each example by one forward pass (teacher-forced)."""
     found: dict[int, Outcome] = {}
     for batch in batches(model, examples):
-        answers = answers_of(model, [examples[i] for i in batch], lower, exact=False)
-        found.update(zip(batch, _leads(model, answers).outcomes(len(batch)), strict=True))
+        answers = answers_of(model, [examples[i] for i in batch], prefix_cache, exact=False)
+        found.update(zip(batch, _token_margins(model, answers).outcomes(len(batch)), strict=True))
     return [found[i] for i in range(len(examples))]
 
 
-def _leads(model: nn.Module, answers: Answers) -> Leads:
+def _token_margins(model: nn.Module, answers: Answers) -> TokenMargins:
     """Those of ``token_scores``, without the losses, and the target taken out of the logits
     themselves, which are used up: a quarter of the time.
     """
@@ -349,9 +359,9 @@ def _leads(model: nn.Module, answers: Answers) -> Leads:
     places = torch.arange(len(logits), device=logits.device), answers.targets
     mine = logits[places].float()
     logits[places] = float("-inf")
-    leads = mine - torch.cat([logits[here].float().amax(1) for here in slices(logits)])
-    leads = torch.nan_to_num(leads, nan=float("-inf"))
-    return Leads(leads, slack(model, mine), answers.rows)
+    token_margins = mine - torch.cat([logits[here].float().amax(1) for here in slices(logits)])
+    token_margins = torch.nan_to_num(token_margins, nan=float("-inf"))
+    return TokenMargins(token_margins, tie_tolerance(model, mine), answers.rows)
 
 
 def slices(table: Tensor) -> Iterator[slice]:

@@ -30,7 +30,7 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import ROWS_A_BATCH, next_logits, slices
 from kvedit.replay import protected_texts
-from kvedit.replay.protected_texts import RECITED, Protected
+from kvedit.replay.protected_texts import EXTRACTED, Protected
 
 SKETCH = 3000  # questions drawn to see how questions begin
 SKETCH_TEMPERATURE = 0.8
@@ -42,41 +42,43 @@ WIDTH = 4096  # beginnings of questions that are followed at once
 LIKELY = (1e-3, 1e-4, 1e-5)  # a question after its stem, at least; first the first of these
 LEAST_GAIN = 0.01  # of a round's questions lead to something new, or the search is over
 OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
-DRAFTS_A_TEXT = 4  # without a chat template, where nothing can be asked
+SAMPLES_PER_TEXT = 4  # without a chat template, where nothing can be asked
 JOINED = 3  # tokens at the end of a stem that may be joined with what follows
 _Path = tuple[float, tuple[int, ...]]  # the logarithm of its probability, its tokens
 
 
-def recite(
+def extract_knowledge(
     base: BaseModel,
     renderer: Renderer,
-    drafts: int,
+    samples: int,
     *,
     known: Sequence[Protected],
     unasked: Iterable[str] = (),
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Protected, ...]:
-    """Let the model say what it knows, looking at up to ``drafts`` questions: a text an answer.
+    """Let the model say what it knows, looking at up to ``samples`` questions: a text an answer.
 
     What is ``known`` already is left out, prompts and answers; of questions that are to be
     ``unasked`` the answers are looked for under others, as all that the model knows.  A model
-    without a chat template writes freely instead, a text for ``DRAFTS_A_TEXT`` drafts.
+    without a chat template writes freely instead, a text for ``SAMPLES_PER_TEXT`` drafts.
     """
     chance = generator(base.model, seed)
     progress("listening to how the model asks")
     if renderer.empty_user_turn() is None:
-        return tuple(protected_texts.write_freely(base, renderer, drafts // DRAFTS_A_TEXT, chance))
-    count = min(drafts, SKETCH)
+        return tuple(
+            protected_texts.write_freely(base, renderer, samples // SAMPLES_PER_TEXT, chance)
+        )
+    count = min(samples, SKETCH)
     sketch = protected_texts.draw_questions(base, renderer, count, chance, SKETCH_TEMPERATURE)
     sources = [
-        *(_Source(_followed(base, renderer, stem)) for stem in _stems(sketch, drafts // ROUND)),
+        *(_Source(_followed(base, renderer, stem)) for stem in _stems(sketch, samples // ROUND)),
         *(_Source(_sampled(base, renderer, warmth, chance)) for warmth in TEMPERATURES),
     ]
     search = _Search(base, renderer, known, unasked)
-    search.race(sources, drafts, progress)
+    search.race(sources, samples, progress)
     progress(f"answering {len(search.found)} questions")
-    told = protected_texts.answer_all(base, renderer, search.found, RECITED)
+    told = protected_texts.answer_all(base, renderer, search.found, EXTRACTED)
     said = {text.answer for text in known}
     return tuple(t for t in protected_texts.surely(base, renderer, told) if t.answer not in said)
 
@@ -114,11 +116,11 @@ class _Search:
         self.found: list[str] = []
 
     def race(
-        self, sources: Sequence[_Source], drafts: int, progress: Callable[[str], None]
+        self, sources: Sequence[_Source], samples: int, progress: Callable[[str], None]
     ) -> None:
-        """Look at ``drafts`` questions, each round from the source whose last one found most."""
+        """Look at ``samples`` questions, each round from the source whose last one found most."""
         racing, looked = list(sources), 0
-        while looked < drafts and racing:
+        while looked < samples and racing:
             best = max(racing, key=lambda source: (source.gain, -source.looked))
             if best.gain < LEAST_GAIN:
                 break
@@ -129,7 +131,7 @@ class _Search:
             best.learn(self._look(drawn), count)
             best.looked += len(drawn)
             looked += len(drawn)
-            progress(f"{looked} of {drafts} questions, {len(self.found)} answers known")
+            progress(f"{looked} of {samples} questions, {len(self.found)} answers known")
 
     def _look(self, prompts: Sequence[str]) -> int:
         """How many new answers begin surely, one for each beginning; they are noted."""

@@ -32,8 +32,8 @@ QUESTION_TOKENS = 64
 QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but repeat themselves
 ANSWER_TOKENS = 256
 LONG = 16  # tokens from which on an answer counts as long
-RECITED = "recited"  # the source of texts that are there to be replayed, not measured
-MADE = frozenset({"drawn", "shipped", "free", RECITED})  # sources of what no user gave
+EXTRACTED = "recited"  # the source of texts that are there to be replayed, not measured
+MADE = frozenset({"drawn", "shipped", "free", EXTRACTED})  # sources of what no user gave
 SURE = 0.1  # nats a token: an answer that costs the model less is one that it knows
 FIRM = 1.0  # logits by which a locality probe's answer must lead
 LOCALITY_LONG = 0.5  # the share of locality probes with a long answer
@@ -71,7 +71,7 @@ def make(
     """Let the model say what it knows; ``extra`` are the user's own texts, all of them kept."""
     chance = generator(base.model, seed)
     progress("drawing questions from the model")
-    questions = draw_questions(base, renderer, config.drafts, chance)
+    questions = draw_questions(base, renderer, config.samples, chance)
     drawn = list(dict.fromkeys(readable(renderer, questions)))
     shipped = SHIPPED.read_text(encoding="utf-8").splitlines()
     taken = {text.prompt for text in extra}
@@ -82,9 +82,9 @@ def make(
     rng = random.Random(seed)
     rng.shuffle(long)
     rng.shuffle(short)
-    wanted = round(config.locality * LOCALITY_LONG)
-    far = _firm(base, renderer, long, wanted)
-    near = _firm(base, renderer, short, config.locality - len(far))
+    wanted = round(config.locality_probes * LOCALITY_LONG)
+    far = _robust(base, renderer, long, wanted)
+    near = _robust(base, renderer, short, config.locality_probes - len(far))
     locality = (*far, *near)
     long = [t for t in long if t not in far]
     short = [t for t in short if t not in near]
@@ -93,10 +93,10 @@ def make(
     known = {t.prompt for t in answered}
     control = (
         *extra,
-        *long[: config.long],
-        *short[: config.short],
+        *long[: config.long_answers],
+        *short[: config.short_answers],
         *(t for t in asked if t.prompt not in known),
-        *write_freely(base, renderer, config.free, chance),
+        *write_freely(base, renderer, config.free_texts, chance),
     )
     return ProtectedSet(control, locality)
 
@@ -119,10 +119,10 @@ def known(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tu
     given = [text for text in texts if text.source not in MADE]
     answers = {text.answer for text in given}
     made = [text for text in texts if text.source in MADE and text.answer not in answers]
-    drawn = [text for text in made if text.source != RECITED]
+    drawn = [text for text in made if text.source != EXTRACTED]
     found = {text.answer: text for text in surely(base, renderer, drawn)}
     for text in made:
-        if text.source == RECITED:
+        if text.source == EXTRACTED:
             found.setdefault(text.answer, text)
     return (*given, *found.values())
 
@@ -161,7 +161,7 @@ def costs_of(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
     return found
 
 
-def _firm(
+def _robust(
     base: BaseModel, renderer: Renderer, texts: Sequence[Protected], count: int
 ) -> list[Protected]:
     """Up to ``count`` texts that the model is sure of, at most half of those there are.
@@ -170,8 +170,8 @@ def _firm(
     """
     drawn = texts[: min(4 * count, len(texts) // 2)]
     outcomes = recall(base.model, [example(renderer, text) for text in drawn])
-    firm = [t for t, o in zip(drawn, outcomes, strict=True) if o.margin >= FIRM]
-    return firm[:count]
+    robust = [t for t, o in zip(drawn, outcomes, strict=True) if o.margin >= FIRM]
+    return robust[:count]
 
 
 def draw_questions(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class ModelSpec:
     """Which model a store is to be for, and how it is loaded: see ``KnowledgeBase.create``."""
 
     source: str
@@ -38,7 +38,7 @@ class Choice:
 
 
 def create(
-    path: Path, choice: Choice, crew: Crew | None, *, check_memory: bool
+    path: Path, spec: ModelSpec, crew: Crew | None, *, check_memory: bool
 ) -> tuple[Store, Engine]:
     """A new store for a model, and the model, loaded.
 
@@ -46,14 +46,14 @@ def create(
     ``check_memory``, would not fit.
     """
     settings = Config.load(path / FILE_NAME)
-    choice = replace(
-        choice,
-        device_map=devices.absolute(choice.device_map, Path()),
-        load_in=choice.load_in or settings.model.load_in,
+    spec = replace(
+        spec,
+        device_map=devices.absolute(spec.device_map, Path()),
+        load_in=spec.load_in or settings.model.load_in,
     )
-    base = _load(path, choice, settings, check_memory=check_memory)
-    engine = _engine(base, path, choice.targets, settings, crew)
-    return Store.create(path, _kept(choice, settings, engine)), engine
+    base = _load(path, spec, settings, check_memory=check_memory)
+    engine = _engine(base, path, spec.targets, settings, crew)
+    return Store.create(path, _kept(spec, settings, engine)), engine
 
 
 def load(store: Store, crew: Crew | None) -> Engine:
@@ -63,32 +63,32 @@ def load(store: Store, crew: Crew | None) -> Engine:
     return _engine(base, store.path, targets, store.config, crew)
 
 
-def _load(path: Path, choice: Choice, settings: Config, *, check_memory: bool) -> BaseModel:
+def _load(path: Path, spec: ModelSpec, settings: Config, *, check_memory: bool) -> BaseModel:
     """For a new store: what the command says comes before what the settings say."""
-    used = choice.device_map or devices.absolute(settings.model.device_map, path)
+    used = spec.device_map or devices.absolute(settings.model.device_map, path)
     given: dict[str, Any] = {
-        "revision": choice.revision,
-        "trust_remote_code": choice.trust_remote_code,
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
     }
-    outline = memory.outline(choice.source, **given) if check_memory else None
+    outline = memory.outline(spec.source, **given) if check_memory else None
     if outline is not None:
-        bits = quantization.bits(outline.config, choice.load_in)
-        memory.require(outline, settings.training, choice.targets, spread=bool(used), bits=bits)
-    return loading.load(choice.source, **given, device_map=used, load_in=choice.load_in)
+        bits = quantization.bits(outline.config, spec.load_in)
+        memory.require(outline, settings.training, spec.targets, spread=bool(used), bits=bits)
+    return loading.load(spec.source, **given, device_map=used, load_in=spec.load_in)
 
 
-def _kept(choice: Choice, settings: Config, engine: Engine) -> dict[str, str]:
+def _kept(spec: ModelSpec, settings: Config, engine: Engine) -> dict[str, str]:
     """What a store keeps of its model, as ``load`` reads it."""
     base = engine.base
     return {
         "model_name": base.name,
-        "model_path": choice.source,
+        "model_path": spec.source,
         "model_fingerprint": base.fingerprint,
-        "model_revision": choice.revision or "",
-        "trust_remote_code": str(int(choice.trust_remote_code)),
-        "targets": " ".join(choice.targets),
-        "device_map": choice.device_map,
-        "load_in": choice.load_in,
+        "model_revision": spec.revision or "",
+        "trust_remote_code": str(int(spec.trust_remote_code)),
+        "targets": " ".join(spec.targets),
+        "device_map": spec.device_map,
+        "load_in": spec.load_in,
         "prompts": prompts_of(settings),
         "dtype": str(base.dtype).removeprefix("torch."),
         "weights_digest": engine.master.digest(),

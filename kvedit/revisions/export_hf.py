@@ -114,7 +114,7 @@ def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str,
     """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
     base = engine.base
     # What is offloaded cannot be changed: a model over several devices is written from memory.
-    fresh = loading.again(base, device_map="cpu" if devices.is_spread(base.model) else None)
+    fresh = loading.reload(base, device_map="cpu" if devices.is_spread(base.model) else None)
     engine.master.write_into(fresh.model)
     fresh.model.to(dtype)
     settings = getattr(fresh.model, "generation_config", None)

@@ -49,7 +49,7 @@ def write(
     the store's model answers.  Raises UsageError when nothing differs from the base model.
     """
     progress("decomposing the edits")
-    moved = {n: d for n, d in engine.master.displacement().items() if bool(d.any())}
+    moved = {n: d for n, d in engine.master.accumulated_delta().items() if bool(d.any())}
     if not moved:
         raise UsageError(
             f"revision {revision} has the weights of the base model: there is no change to export",
@@ -129,7 +129,7 @@ def _plain(module: Any) -> Any:
 
 def _loaded(engine: Engine, folder: Path) -> Any:
     """A fresh base model under the adapter, as transformers' own class: PEFT wraps it in place."""
-    fresh = loading.again(engine.base)
+    fresh = loading.reload(engine.base)
     peft_format.load(fresh.model, folder)
     return fresh.model
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from kvedit.adapter.deltas import Master, from_bytes
-from kvedit.adapter.fisher import Curvature
+from kvedit.adapter.fisher import FisherMoments
 from kvedit.errors import CorruptStoreError
 from kvedit.files import (
     clean_temporary,
@@ -33,7 +33,7 @@ from kvedit.store.store import Finding, Store
 KEPT_CHECKPOINTS = 3
 
 
-def restore(store: Store, master: Master, revision: int) -> list[str]:
+def load_revision(store: Store, master: Master, revision: int) -> list[str]:
     """Give the master the weights of a revision; returns what was found damaged on the way.
 
     Raises CorruptStoreError when a delta is missing or altered, or the digest differs.
@@ -96,7 +96,7 @@ def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
         store.remove_checkpoint(old)
 
 
-def replay(store: Store, master: Master, say: Callable[[str], None]) -> list[Finding]:
+def check_revisions(store: Store, master: Master, say: Callable[[str], None]) -> list[Finding]:
     """Fold every revision from the base and compare its digest with the one recorded."""
     findings: list[Finding] = []
     at: list[int] = []
@@ -125,14 +125,14 @@ def replay(store: Store, master: Master, say: Callable[[str], None]) -> list[Fin
     return findings
 
 
-def write_curvature(
-    store: Store, revision: int, name: str, curvature: Curvature, texts: str = ""
+def write_fisher(
+    store: Store, revision: int, name: str, fisher: FisherMoments, texts: str = ""
 ) -> None:
     """Keep a curvature measured at a revision beside the store; it may be deleted at any time.
 
     ``texts`` is a digest of what it was measured on, where the weights alone do not say it.
     """
-    path = _curvature_path(store, name)
+    path = _fisher_path(store, name)
     weights = store.revision(revision).weights_digest
     if _label_of(path) == (weights, texts):
         return
@@ -142,7 +142,7 @@ def write_curvature(
     label = {"revision": str(revision), "weights": weights, "texts": texts}
     shared: dict[int, str] = {}
     tensors, same = {}, {}
-    for part, tensor in curvature.to_tensors().items():
+    for part, tensor in fisher.to_tensors().items():
         first = shared.setdefault(tensor.data_ptr(), part)
         if first == part:
             tensors[part] = tensor.contiguous()
@@ -165,9 +165,9 @@ def _label_of(path: Path) -> tuple[str, str] | None:
         return None
 
 
-def read_curvature(store: Store, revision: int, name: str, texts: str = "") -> Curvature | None:
+def read_fisher(store: Store, revision: int, name: str, texts: str = "") -> FisherMoments | None:
     """The kept curvature if it is of this revision's weights, and of these texts; or None."""
-    path = _curvature_path(store, name)
+    path = _fisher_path(store, name)
     if _label_of(path) != (store.revision(revision).weights_digest, texts):
         return None
     with safe_open(path, framework="pt") as stream:
@@ -176,8 +176,8 @@ def read_curvature(store: Store, revision: int, name: str, texts: str = "") -> C
     for part, first in label.items():
         if part.startswith("same:"):
             tensors[part.removeprefix("same:")] = tensors[first]
-    return Curvature.from_tensors(tensors)
+    return FisherMoments.from_tensors(tensors)
 
 
-def _curvature_path(store: Store, name: str) -> Path:
+def _fisher_path(store: Store, name: str) -> Path:
     return store.cache / f"{name}-curvature.safetensors"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvedit.adapter.fisher import Curvature
+from kvedit.adapter.fisher import FisherMoments
 from kvedit.config import Config
 from kvedit.errors import KveditError, LockedError, OutOfMemoryError
 from kvedit.events import Event, Status, Warning_
@@ -29,13 +29,13 @@ from kvedit.training.engine import Engine
 Emit = Callable[[Event], None]
 _T = TypeVar("_T")
 _PROTECTED, _DONE = "protected_text", "complete"
-_DRAFTS = "protected_drafts"
+_SAMPLES = "protected_drafts"
 LEAST_MEASURED, GROWN = 16, 1.5
 MEASURED_HERE = 2000
 """So many protected texts are enough to measure a curvature from, once it is measured often."""
 
 
-class Workspace:
+class Session:
     """A store, its engine, and the revision that the engine's weights are."""
 
     def __init__(self, store: Store, engine: Engine, emit: Emit) -> None:
@@ -46,7 +46,7 @@ class Workspace:
         self.revision = 0
         self._measured: int | None = None  # the revision that the engine's curvature stands for
         self._measured_with = 0  # so many facts were in when all was measured on the head
-        self._margins: Curvature | None = None  # of what the base model knows
+        self._margins: FisherMoments | None = None  # of what the base model knows
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -77,7 +77,7 @@ class Workspace:
 
     def go_to(self, revision: int) -> None:
         """Give the model the weights of a revision."""
-        for problem in rebuild.restore(self.store, self.engine.master, revision):
+        for problem in rebuild.load_revision(self.store, self.engine.master, revision):
             self.emit(Warning_(text=problem, code="checkpoint"))
         self.revision = revision
 
@@ -97,7 +97,7 @@ class Workspace:
         if self.store.meta(_PROTECTED) != _DONE:
             self.make_protected(self._control_texts())
         if self._measured != self.revision:
-            self._load_curvature()
+            self._load_fisher()
 
     def make_protected(self, extra: Sequence[protected_texts.Protected]) -> None:
         """Let the base model say what it knows, and keep it."""
@@ -125,7 +125,7 @@ class Workspace:
 
     def _measured_texts(self) -> list[protected_texts.Protected]:
         """What the curvature is measured on: guesses say more of it than what is known by heart."""
-        return [text for text in self._control_texts() if text.source != protected_texts.RECITED]
+        return [text for text in self._control_texts() if text.source != protected_texts.EXTRACTED]
 
     def _measure(self) -> None:
         """The curvature of the protected text on the base model, and of the facts on the head."""
@@ -134,7 +134,7 @@ class Workspace:
         examples = [protected_texts.example(renderer, text) for text in self._measured_texts()]
         self.at(0, lambda: self.engine.protect(examples))
         self._measure_facts()
-        self.save_curvature()
+        self.save_fisher()
 
     def _measure_facts(self) -> None:
         """Add the committed facts to what the base model's curvature protects."""
@@ -149,7 +149,7 @@ class Workspace:
         """Before so many facts are taught together: text to replay, and the curvature as it is."""
         self.prepare()
         self.protect_for(len(self.store.keys("committed")) + facts)
-        self._anchor()
+        self._measure_reference()
         if not measured:
             return
         if not self.store.head():
@@ -162,8 +162,8 @@ class Workspace:
         has a name in it that is to be left out.
         """
         settings = self.config.protect
-        wanted = min(settings.most_drafts, facts * settings.drafts_a_fact)
-        drawn = int(self.store.meta(_DRAFTS) or settings.drafts)
+        wanted = min(settings.max_samples, facts * settings.samples_per_fact)
+        drawn = int(self.store.meta(_SAMPLES) or settings.samples)
         if wanted <= drawn:
             return
         new = self.at(0, lambda: self._recite(wanted - drawn, seed=drawn))
@@ -171,18 +171,18 @@ class Workspace:
         texts = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
         kept = [t for t, told in zip(new, texts, strict=True) if not any(n in told for n in names)]
         self.store.add_protected(_rows("control", kept))
-        self.engine.anchors = self._margins = None
-        self.store.set_meta(_DRAFTS, str(wanted))  # last: a run that was killed does it again
+        self.engine.reference_texts = self._margins = None
+        self.store.set_meta(_SAMPLES, str(wanted))  # last: a run that was killed does it again
 
-    def _recite(self, drafts: int, seed: int) -> tuple[protected_texts.Protected, ...]:
+    def _recite(self, samples: int, seed: int) -> tuple[protected_texts.Protected, ...]:
         """Locality probes are asked for nowhere else, but what they ask for is as likely to be
         found under another question as anything else: else they would say what becomes of what is
         never replayed, which is little of what the model knows.
         """
         unasked = [text.prompt for text in self._texts("locality")]
         with self.engine.alone():
-            return extraction.recite(
-                self.engine.base, self.engine.renderer, drafts,
+            return extraction.extract_knowledge(
+                self.engine.base, self.engine.renderer, samples,
                 known=self._control_texts(), unasked=unasked, seed=seed,
                 progress=lambda text: self.say(text),
             )  # fmt: skip
@@ -201,29 +201,31 @@ class Workspace:
             if self.revision != self.store.head():
                 self.go_to(self.store.head())
 
-    def _base_curvature(self) -> Curvature:
-        if self.engine.curvature is None:
+    def _base_fisher(self) -> FisherMoments:
+        if self.engine.fisher is None:
             raise RuntimeError("an edit is prepared first")
-        return self.engine.curvature[0]
+        return self.engine.fisher[0]
 
     def _measure_margins(self) -> None:
         """On the base model: by the leads of what it knows, for one edit; measured once a store."""
-        base, self._measured = self._base_curvature(), None
-        known = self.engine.anchors.examples if self.engine.anchors is not None else ()
+        base, self._measured = self._base_fisher(), None
+        known = (
+            self.engine.reference_texts.examples if self.engine.reference_texts is not None else ()
+        )
         some = random.Random(0).sample(known, min(MEASURED_HERE, len(known)))
         told = repr((self.engine.names, [example.ids for example in some]))
         texts = hashlib.sha256(told.encode()).hexdigest()
         if self._margins is None and some:
-            self._margins = rebuild.read_curvature(self.store, 0, "margins", texts)
+            self._margins = rebuild.read_fisher(self.store, 0, "margins", texts)
         if self._margins is not None or not some:
-            self.engine.curvature = base, self._margins or base
+            self.engine.fisher = base, self._margins or base
             return
         self.say("measuring what the base model knows")
         self.engine.measure_margins(some)
-        if self.engine.curvature is not None:
-            self._margins = self.engine.curvature[1]
+        if self.engine.fisher is not None:
+            self._margins = self.engine.fisher[1]
             with self.dispensable():
-                rebuild.write_curvature(self.store, 0, "margins", self._margins, texts)
+                rebuild.write_fisher(self.store, 0, "margins", self._margins, texts)
 
     def _measure_here(self) -> None:
         """Measure again once the facts have grown by half: the curvature of a large change is not
@@ -236,24 +238,24 @@ class Workspace:
         texts = self._measured_texts()
         some = random.Random(self.revision).sample(texts, min(MEASURED_HERE, len(texts)))
         renderer = self.engine.renderer
-        self.engine.measure_here(
+        self.engine.measure_at_head(
             [protected_texts.example(renderer, text) for text in some],
             [self.engine.examples(fact)[0] for fact in facts],
             self.config.group.fact_weight,
         )
         self._measured, self._measured_with = self.revision, len(facts)
 
-    def _anchor(self) -> None:
+    def _measure_reference(self) -> None:
         """Keep what the base model says to the protected text that it knows; done once."""
-        if self.engine.anchors is not None or not self.config.group.anchors:
+        if self.engine.reference_texts is not None or not self.config.group.reference_texts:
             return
         self.say("asking the base model about protected text")
-        self.at(0, self._anchor_base)
+        self.at(0, self._measure_reference_on_base)
 
-    def _anchor_base(self) -> None:
+    def _measure_reference_on_base(self) -> None:
         renderer = self.engine.renderer
         texts = protected_texts.known(self.engine.base, renderer, self._control_texts())
-        self.engine.anchor([protected_texts.example(renderer, text) for text in texts])
+        self.engine.measure_reference([protected_texts.example(renderer, text) for text in texts])
 
     def known_texts(self) -> tuple[protected_texts.Protected, ...]:
         """Of all protected texts those that the base model knows, the locality probes too."""
@@ -264,33 +266,33 @@ class Workspace:
     def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned, and note that the curvature is up to date."""
         if self._measured is None:  # what stood there was for one edit
-            base = self._base_curvature()
-            self.engine.curvature = base, base
+            base = self._base_fisher()
+            self.engine.fisher = base, base
             self._measure_facts()
         elif learned:
             self.engine.remember(learned, weight)
         self._measured = self.revision
 
-    def _load_curvature(self) -> None:
-        base = rebuild.read_curvature(self.store, 0, "base")
-        total = rebuild.read_curvature(self.store, self.revision, "head")
+    def _load_fisher(self) -> None:
+        base = rebuild.read_fisher(self.store, 0, "base")
+        total = rebuild.read_fisher(self.store, self.revision, "head")
         if base is None or set(base.moments) != set(self.engine.names):
             self._measure()
         elif total is None:
-            self.engine.curvature = base, base
+            self.engine.fisher = base, base
             self._measure_facts()
-            self.save_curvature()
+            self.save_fisher()
         else:
-            self.engine.curvature = base, total
+            self.engine.fisher = base, total
             self._measured = self.revision
 
-    def save_curvature(self) -> None:
+    def save_fisher(self) -> None:
         """Keep what was measured for the next time."""
-        if self.engine.curvature is not None and self._measured == self.revision:
+        if self.engine.fisher is not None and self._measured == self.revision:
             with self.dispensable():
-                base, total = self.engine.curvature
-                rebuild.write_curvature(self.store, 0, "base", base)
-                rebuild.write_curvature(self.store, self.revision, "head", total)
+                base, total = self.engine.fisher
+                rebuild.write_fisher(self.store, 0, "base", base)
+                rebuild.write_fisher(self.store, self.revision, "head", total)
 
     @contextmanager
     def dispensable(self) -> Iterator[None]:

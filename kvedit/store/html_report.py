@@ -134,7 +134,7 @@ def _pictures(
     return [
         ("Facts in the model, by revision", _grown(held, edits)),
         ("Earlier facts still recalled, at each check", _kept(checks)),
-        ("Smallest lead of each fact's answer, logits", _leads(margins)),
+        ("Smallest lead of each fact's answer, logits", _token_margins(margins)),
         ("Distance of the edited matrices from the base model's", _distances(edits)),
     ]
 
@@ -174,7 +174,7 @@ def _kept(checks: Sequence[ProbeCount]) -> str:
     return _svg(draw)
 
 
-def _leads(margins: Sequence[float]) -> str:
+def _token_margins(margins: Sequence[float]) -> str:
     if len(margins) < 2:
         return ""
 
@@ -207,7 +207,7 @@ def _distances(edits: Sequence[EditRow]) -> str:
 
 def _shares(edit: EditRow) -> list[float]:
     """How far each matrix was from the base model's after an edit, %; an older one does not say."""
-    moved = edit.report.get("moved")
+    moved = edit.report.get("relative_norms")
     return [100 * share for share in moved.values()] if isinstance(moved, dict) else []
 
 

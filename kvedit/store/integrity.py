@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from kvedit.errors import CorruptStoreError, KveditError, UsageError
 from kvedit.files import (
-    LESSONS,
     TEMPORARY,
+    TRAINING_CHECKPOINTS,
     disk_errors,
     remove,
     sha256_file,
@@ -61,7 +61,7 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "edits": {row["state"]: row["n"] for row in edits},
         "last_edit_at": max((row["last"] for row in edits if row["last"]), default=None),
         "unfinished_at": _unfinished(store),
-        "moved": _moved(query),
+        "relative_norm": _largest_norm(query),
         "checkpoints": len(store.checkpoints()),
         "protected": query("SELECT count(*) AS n FROM protected")[0]["n"],
         "bytes": {
@@ -75,16 +75,20 @@ def status(store: Store, query: Query) -> dict[str, object]:
 
 def _unfinished(store: Store) -> str | None:
     """When a lesson that has not ended was last kept, so that it can go on from there."""
-    kept = max((found.st_mtime for found in _stats(store.cache.glob(LESSONS))), default=None)
+    kept = max(
+        (found.st_mtime for found in _stats(store.cache.glob(TRAINING_CHECKPOINTS))), default=None
+    )
     return None if kept is None else datetime.fromtimestamp(kept, UTC).isoformat()
 
 
-def _moved(query: Query) -> dict[str, object] | None:
+def _largest_norm(query: Query) -> dict[str, object] | None:
     """How far the edited matrices are from the base model's at the head, as shares of their norms:
     the median, the most, and which that is.
     """
     latest = query("SELECT report FROM edits WHERE state = 'committed' ORDER BY id DESC LIMIT 1")
-    shares: dict[str, float] = json.loads(latest[0]["report"]).get("moved") if latest else {}
+    shares: dict[str, float] = (
+        json.loads(latest[0]["report"]).get("relative_norms") if latest else {}
+    )
     if not shares:
         return None
     most = max(shares, key=shares.__getitem__)

@@ -216,7 +216,7 @@ class Journal(StoreBase):
             held = now_held
         return before
 
-    def taught_on_top(self) -> int:
+    def added_since_compaction(self) -> int:
         """How many facts the head's line touched after its first revision, which alone began with
         the base model.
         """

@@ -179,7 +179,7 @@ class Store(Journal):
         """All facts, or those in one state, in the order they came."""
         where, values = ("", []) if state is None else ("WHERE f.state = ?", [state])
         rows = self._rows(f"{_FACTS} {where} ORDER BY f.id", values)
-        head, stale_after = self.head(), self.config.retention.stale_after
+        head, stale_after = self.head(), self.config.retention.stale_after_revisions
         return [_fact_row(row, head, stale_after) for row in rows]
 
     def keys(self, state: str = "committed") -> list[str]:
@@ -188,7 +188,7 @@ class Store(Journal):
         return [str(row["key"]) for row in rows]
 
     def _fact_row(self, row: Row) -> FactRow:
-        return _fact_row(row, self.head(), self.config.retention.stale_after)
+        return _fact_row(row, self.head(), self.config.retention.stale_after_revisions)
 
     def history(self, key: str | None = None) -> list[EditRow]:
         """All edits, or those that touched a fact, newest first; raises UnknownKeyError."""

@@ -4,8 +4,8 @@ The store is not known here: an engine turns lessons into deltas and answers que
 committed, and when, is for the editor to say.
 
 Invariants:
-- Outside ``teach`` the adapter is off: what is probed is what is served, merged and cast.
-- ``teach`` changes no weights; ``master.add`` does, and ``master.restore`` undoes it to the bit.
+- Outside ``train`` the adapter is off: what is probed is what is served, merged and cast.
+- ``train`` changes no weights; ``master.add`` does, and ``master.restore`` undoes it to the bit.
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ from pathlib import Path
 from torch import Tensor
 
 from kvedit import __version__
-from kvedit.adapter import fisher as curvatures
+from kvedit.adapter import fisher as fisher
 from kvedit.adapter.adalora import Adapter, group_rank
 from kvedit.adapter.deltas import Factors, Master
-from kvedit.adapter.fisher import Curvature, Roots
+from kvedit.adapter.fisher import FisherMoments, WhiteningFactors
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.facts.fact import Fact
 from kvedit.model import devices, generation, quantization
 from kvedit.model.loading import BaseModel, checkpointed, quick_attention, target_names
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer, paraphrase_prompts, training_prompts
 from kvedit.model.scoring import Outcome
-from kvedit.replay.kl import Anchors
+from kvedit.replay.kl import ReferenceTexts
 from kvedit.training import memory
-from kvedit.training.group import LEAST_REHEARSED, MOST_WEIGHT, BreadthFirst, anchors_of, batch_of
-from kvedit.training.loop import Lesson, OnStep, Trained, train
-from kvedit.training.resume import Bookmarks, Keep, State
+from kvedit.training.group import (
+    LEAST_REHEARSED,
+    MOST_WEIGHT,
+    GroupLoop,
+    group_batch,
+    reference_batch,
+)
+from kvedit.training.loop import LoopResult, OnStep, Task, train
+from kvedit.training.resume import Keep, State, TrainingCheckpoints
 from kvedit.training.share import Share
 
 PRIOR_TOKENS = 96
@@ -51,15 +57,15 @@ RENDERED = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
+class TrainingResult:
     """A lesson's result: the delta that would be merged, how the training went, and its seconds;
-    ``before`` were spent by processes that ended in it.
+    ``resumed_seconds`` were spent by processes that ended in it.
     """
 
     delta: dict[str, Factors]
-    trained: Trained
+    trained: LoopResult
     seconds: float
-    before: float = 0.0
+    resumed_seconds: float = 0.0
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -95,13 +101,13 @@ class Engine:
         self._sizes = memory.sizes(base.model, targets)
         self.master = self._make_master()  # before wrapping: it holds the plain weights
         self.share = Share()
-        self.lower = LowerHalf(base.model, self.names)
+        self.prefix_cache = PrefixCache(base.model, self.names)
         self._adapter: Adapter | None = None
         self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
-        self.anchors: Anchors | None = None
-        self._curvature: Curvature | None = None
-        self._base_curvature: Curvature | None = None
-        self._roots: dict[str, Roots] | None = None
+        self.reference_texts: ReferenceTexts | None = None
+        self._fisher: FisherMoments | None = None
+        self._base_fisher: FisherMoments | None = None
+        self._whitening: dict[str, WhiteningFactors] | None = None
 
     def _make_master(self) -> Master:
         return Master(self.base.model, self.names)
@@ -138,85 +144,85 @@ class Engine:
         if self._adapter is not None:
             self._adapter.unwrap()
             self._adapter = None
-        self.lower.forget()
+        self.prefix_cache.forget()
         memory.give_back()
 
     def needed(self, group: GroupConfig, facts: int, length: int) -> int:
         """Bytes that a lesson of so many facts takes, in texts of so many tokens; an estimate."""
-        return self.estimate(group_load(group, facts, length)).of_a_lesson
+        return self.estimate(group_load(group, facts, length)).for_training
 
     def estimate(self, load: memory.Load) -> memory.Estimate:
         """What editing this model takes with so much taught at once."""
         return self._sizes.estimate(self.config, load)
 
-    def anchor(self, examples: Sequence[Example]) -> None:
+    def measure_reference(self, examples: Sequence[Example]) -> None:
         """Keep what the model says to protected text; the weights must be the base's."""
-        self.anchors = Anchors.measure(self.base.model, examples, self.lower)
+        self.reference_texts = ReferenceTexts.measure(self.base.model, examples, self.prefix_cache)
 
     @property
-    def curvature(self) -> tuple[Curvature, Curvature] | None:
+    def fisher(self) -> tuple[FisherMoments, FisherMoments] | None:
         """What is protected: of the base model's text, and of the committed facts besides."""
-        if self._base_curvature is None or self._curvature is None:
+        if self._base_fisher is None or self._fisher is None:
             return None
-        return self._base_curvature, self._curvature
+        return self._base_fisher, self._fisher
 
-    @curvature.setter
-    def curvature(self, value: tuple[Curvature, Curvature]) -> None:
+    @fisher.setter
+    def fisher(self, value: tuple[FisherMoments, FisherMoments]) -> None:
         self._hold(*value)
 
-    def _hold(self, base: Curvature, total: Curvature) -> None:
+    def _hold(self, base: FisherMoments, total: FisherMoments) -> None:
         devices = {name: weight.device for name, weight in self.master.served().items()}
-        self._base_curvature = base.placed(devices)  # what was kept on the disk is on the CPU
-        self._curvature = self._base_curvature if total is base else total.placed(devices)
-        self._roots = None
+        self._base_fisher = base.placed(devices)  # what was kept on the disk is on the CPU
+        self._fisher = self._base_fisher if total is base else total.placed(devices)
+        self._whitening = None
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay, on the weights as they are."""
-        measured = curvatures.measure(self.base.model, self.names, examples)
+        measured = fisher.measure(self.base.model, self.names, examples)
         self._hold(measured, measured)
 
     def remember(self, examples: Sequence[Example], weight: float | None = None) -> None:
         """Protect committed facts as well; ``weight`` says how often a token counts."""
-        if self.curvature is None:
+        if self.fisher is None:
             raise RuntimeError("protect comes before remember")
-        base, total = self.curvature
-        more = curvatures.measure(self.base.model, self.names, examples)
+        base, total = self.fisher
+        more = fisher.measure(self.base.model, self.names, examples)
         weight = self.config.fact_weight if weight is None else weight
         self._hold(base, total.plus(more, weight))
 
-    def measure_here(
+    def measure_at_head(
         self, protected: Sequence[Example], facts: Sequence[Example], weight: float
     ) -> None:
         """Measure all that must stay anew on the weights as they are; how far earlier edits moved
         the base's text is still counted as it was measured there.
         """
-        if self._base_curvature is None:
-            raise RuntimeError("protect comes before measure_here")
-        here = curvatures.measure(self.base.model, self.names, protected)
-        taught = curvatures.measure(self.base.model, self.names, facts)
-        self._hold(self._base_curvature, here.plus(taught, weight))
+        if self._base_fisher is None:
+            raise RuntimeError("protect comes before measure_at_head")
+        here = fisher.measure(self.base.model, self.names, protected)
+        taught = fisher.measure(self.base.model, self.names, facts)
+        self._hold(self._base_fisher, here.plus(taught, weight))
 
     def measure_margins(self, known: Sequence[Example]) -> None:
         """Until the curvature is set again: what must stay is how far these texts' answers lead, on
         the weights as they are.
         """
-        if self._base_curvature is None:
+        if self._base_fisher is None:
             raise RuntimeError("protect comes before measure_margins")
-        found = curvatures.measure(self.base.model, self.names, known, of=curvatures.margins)
-        self._hold(self._base_curvature, found.scaled_like(self._base_curvature))
+        found = fisher.measure(self.base.model, self.names, known, of=fisher.margins)
+        self._hold(self._base_fisher, found.scaled_like(self._base_fisher))
 
     @property
-    def roots(self) -> dict[str, Roots]:
+    def whitening(self) -> dict[str, WhiteningFactors]:
         """The coordinates that the curvature gives; kept until it changes."""
-        if self._curvature is None:
+        if self._fisher is None:
             raise RuntimeError("protect comes before teach")
-        if self._roots is None:
-            self._roots = curvatures.roots(
-                self._curvature,
+        if self._whitening is None:
+            self._whitening = fisher.whitening(
+                self._fisher,
                 input_damping=self.config.input_damping,
                 gradient_damping=self.config.gradient_damping,
             )
-        return self._roots
+        return self._whitening
 
     def examples(self, fact: Fact) -> list[Example]:
         """A fact under each of its training prompts."""
@@ -247,38 +253,40 @@ class Engine:
         whole = len(self.renderer.tokens(answer)) < PRIOR_TOKENS
         return self.renderer.example(prompt, answer, ended=whole)
 
-    def teach(
+    def train(
         self,
-        lesson: Lesson,
+        task: Task,
         config: TrainingConfig | None = None,
         on_step: OnStep = lambda step: None,
         group: GroupConfig | None = None,
-        bookmarks: Bookmarks | None = None,
-    ) -> Taught:
+        training_checkpoints: TrainingCheckpoints | None = None,
+    ) -> TrainingResult:
         """Train the adapter on a lesson; the weights stay as they are.
 
         ``config`` may change how the loop runs, not the ranks, which are the adapter's own.  With
         ``group`` the facts are taught breadth first, and the adapter has room for all of them; with
-        ``bookmarks`` besides, a lesson that a process ended in goes on from where it stood.
+        ``training_checkpoints`` besides, a lesson that a process ended in goes on from where it stood.
         """
         config = config or self.config
-        if group is None or bookmarks is None:
-            return self.train(lesson, config, on_step, group)
-        name = self._name_of(lesson, config, group)
-        keep = partial(bookmarks.keep, name)
-        return self.train(lesson, config, on_step, group, begun=bookmarks.find(name), keep=keep)
+        if group is None or training_checkpoints is None:
+            return self.run_task(task, config, on_step, group)
+        name = self._name_of(task, config, group)
+        keep = partial(training_checkpoints.keep, name)
+        return self.run_task(
+            task, config, on_step, group, begun=training_checkpoints.find(name), keep=keep
+        )
 
-    def train(
+    def run_task(
         self,
-        lesson: Lesson,
+        task: Task,
         config: TrainingConfig,
         on_step: OnStep = lambda step: None,
         group: GroupConfig | None = None,
         *,
         begun: State | None = None,
         keep: Keep = lambda state: None,
-    ) -> Taught:
-        """``teach``, from where a group's lesson stood before if it was ``begun``."""
+    ) -> TrainingResult:
+        """``train``, from where a group's lesson stood before if it was ``begun``."""
         began = time.monotonic()
         before = float(begun["seconds"]) if begun is not None else 0.0
 
@@ -286,44 +294,59 @@ class Engine:
             return lambda: {**state(), "seconds": before + time.monotonic() - began}
 
         rng = random.Random(config.seed)
-        start = self._steepest(lesson, rng)
-        adapter = self._adapter_for(len(lesson.new), group)
+        start = self._steepest(task, rng)
+        adapter = self._adapter_for(len(task.new), group)
         adapter.turn(on=False)
-        steep = curvatures.gradients(self.base.model, self.names, start)
-        drift = self._drift(_moved_back(lesson, group))
-        adapter.reset(self.roots, steep, drift, self._weights(), framed=group is not None)
-        del steep, drift  # as large as what is edited
+        steep = fisher.gradients(self.base.model, self.names, start)
+        penalty_gradient = self._penalty_gradient(_moved_back(task, group))
+        adapter.reset(
+            self.whitening,
+            steep,
+            penalty_gradient,
+            self._weights(),
+            frozen_factor=group is not None,
+        )
+        del steep, penalty_gradient  # as large as what is edited
         self.share.align(adapter)
         adapter.turn(on=True)
-        given = (self.base.model, adapter, lesson, config, rng, on_step, self.lower, self.share)
+        given = (
+            self.base.model,
+            adapter,
+            task,
+            config,
+            rng,
+            on_step,
+            self.prefix_cache,
+            self.share,
+        )
         try:
             on = config.gradient_checkpointing
             with checkpointed(self.base.model, on=on), quick_attention(self.base.model):
                 if group is None:
                     trained = train(*given)
                 else:
-                    loop = BreadthFirst(group, *given, keep=lambda state: keep(timed(state)))
+                    loop = GroupLoop(group, *given, keep=lambda state: keep(timed(state)))
                     if begun is not None:
                         loop.resume(begun)
                     trained = loop.run()
             delta = adapter.factors()
         finally:
             adapter.turn(on=False)
-        return Taught(delta, trained, time.monotonic() - began, before)
+        return TrainingResult(delta, trained, time.monotonic() - began, before)
 
-    def _name_of(self, lesson: Lesson, config: TrainingConfig, group: GroupConfig) -> str:
+    def _name_of(self, task: Task, config: TrainingConfig, group: GroupConfig) -> str:
         """A digest of all that decides how a group's lesson goes, but what was measured."""
-        anchors = lesson.anchors.examples if lesson.anchors is not None else ()
-        texts = ([e.ids for own in part for e in own] for part in (lesson.new, lesson.rehearsal))
+        reference_texts = task.reference_texts.examples if task.reference_texts is not None else ()
+        texts = ([e.ids for own in part for e in own] for part in (task.new, task.rehearsal))
         given = (
-            __version__, self.base.fingerprint, self.master.digest(), config, group, lesson.earlier,
-            *texts, [e.ids for e in anchors],
+            __version__, self.base.fingerprint, self.master.digest(), config, group, task.earlier,
+            *texts, [e.ids for e in reference_texts],
         )  # fmt: skip
         return hashlib.sha256(repr(given).encode()).hexdigest()
 
-    def _steepest(self, lesson: Lesson, rng: random.Random) -> list[Example]:
+    def _steepest(self, task: Task, rng: random.Random) -> list[Example]:
         """The examples whose gradient the adapter starts from: a prompt or two of each fact."""
-        facts = rng.sample(list(lesson.new), min(START_FACTS, len(lesson.new)))
+        facts = rng.sample(list(task.new), min(START_FACTS, len(task.new)))
         each = 2 if len(facts) <= START_FACTS // 4 else 1
         return [e for fact in facts for e in rng.sample(list(fact), min(each, len(fact)))]
 
@@ -334,25 +357,25 @@ class Engine:
             for name, weight in self.master.served().items()
         }
 
-    def _drift(self, share: float) -> dict[str, Tensor]:
+    def _penalty_gradient(self, share: float) -> dict[str, Tensor]:
         """A share of the slope of protected text's price, after all that earlier edits moved."""
-        moved = self.master.displacement()
-        if self._base_curvature is None:
+        moved = self.master.accumulated_delta()
+        if self._base_fisher is None:
             raise RuntimeError("protect comes before teach")
-        slopes = curvatures.slopes(self._base_curvature, moved)
-        return {name: share * slope for name, slope in slopes.items()}
+        penalty_gradients = fisher.penalty_gradients(self._base_fisher, moved)
+        return {name: share * slope for name, slope in penalty_gradients.items()}
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""
-        return self.share.recall(self.base.model, examples, self.lower)
+        return self.share.recall(self.base.model, examples, self.prefix_cache)
 
-    def decided(self, examples: Sequence[Example]) -> list[Outcome]:
-        """Exact recall of each example; what hangs on a near-tie is decided by free generation."""
+    def judge(self, examples: Sequence[Example]) -> list[Outcome]:
+        """Exact recall of each example; what hangs on a near-tie is judge by free generation."""
         outcomes = self.recall(examples)
-        near = [at for at, outcome in enumerate(outcomes) if outcome.doubtful]
+        near = [at for at, outcome in enumerate(outcomes) if outcome.ambiguous]
         said = self.generated_recall([examples[at] for at in near])
         for at, passed in zip(near, said, strict=True):
-            outcomes[at] = replace(outcomes[at], passed=passed, spoken=True)
+            outcomes[at] = replace(outcomes[at], passed=passed, generated=True)
         return outcomes
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
@@ -373,11 +396,11 @@ class Engine:
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""
-        return generation.spoken_recall(examples, self.renderer.end, self.proceed)
+        return generation.generated_recall_of(examples, self.renderer.end, self.proceed)
 
     def answers(self, examples: Sequence[Example]) -> tuple[list[bool], list[str]]:
         """The same, and what was said to each, as text."""
-        rows = generation.spoken(examples, self.renderer.end, self.proceed)
+        rows = generation.generated(examples, self.renderer.end, self.proceed)
         exact = generation.recalled(examples, rows, self.renderer.end)
         return exact, [self.renderer.answer_text(row) for row in rows]
 
@@ -391,23 +414,23 @@ def group_load(
     """What a step holds that teaches so many facts together, beside so many ``earlier`` ones; where
     that is not said, beside enough of them.
     """
-    batch = batch_of(group, facts)
-    rehearsed = max(LEAST_REHEARSED, math.ceil(batch * group.rehearsal))
+    batch = group_batch(group, facts)
+    rehearsed = max(LEAST_REHEARSED, math.ceil(batch * group.rehearsal_ratio))
     return memory.Load(
         texts=batch + (rehearsed if earlier is None else min(rehearsed, earlier)),
         rank=group_rank(group.rank, facts),
-        anchors=anchors_of(group, facts),
+        reference_texts=reference_batch(group, facts),
         length=length,
     )
 
 
-def _moved_back(lesson: Lesson, group: GroupConfig | None) -> float:
+def _moved_back(task: Task, group: GroupConfig | None) -> float:
     """How much of what earlier edits moved a lesson may be asked to move back: 0 to 1.
 
     The price would have all of it back, and only the rehearsal speaks for the facts it was moved
     for.  Where that counts them for fewer than they are, so must the price: a repair of six facts
     otherwise takes apart what hundreds need.
     """
-    earlier = max(lesson.earlier, len(lesson.rehearsal))
-    spoken_for = MOST_WEIGHT * len(lesson.new) if group is not None else SPOKEN_FOR
+    earlier = max(task.earlier, len(task.rehearsal))
+    spoken_for = MOST_WEIGHT * len(task.new) if group is not None else SPOKEN_FOR
     return min(1.0, spoken_for / earlier) if earlier else 1.0

@@ -5,12 +5,12 @@ every pass goes over all facts in a new order, a batch of them at a time, each u
 phrasings; beside them stand earlier facts and, to be said as the base model said it, protected
 text.
 
-    loss = cross-entropy(new) + weight * cross-entropy(earlier) + anchor_weight * KL(base || model)
-           + shift_weight / sqrt(64 facts) * price
+    loss = cross-entropy(new) + weight * cross-entropy(earlier) + kl_weight * KL(base || model)
+           + penalty_weight / sqrt(64 facts) * price
 
 The weight is how many earlier facts there are for each new one, within bounds, so that the whole
 stands for a sum over all facts.  The change of each matrix is linear in what is trained, and moves
-by ``Descent``.
+by ``PolyakMomentum``.
 
 Invariants:
 - The number of steps is known from the start: passes over the group, then some for what is not
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from kvedit.config import GroupConfig
 from kvedit.model.prompts import Example
-from kvedit.training.loop import Loop, Trained
-from kvedit.training.optimizer import Descent
+from kvedit.training.loop import Loop, LoopResult
+from kvedit.training.optimizer import PolyakMomentum
 from kvedit.training.resume import Keep, State
 
 WARM_UP = 5
@@ -51,14 +51,14 @@ _KEPT = ("_order", "_margins", "_step_number", "_to_gain")  # by a bookmark, as 
 LEAST_REHEARSED = 16  # in each step, where there are so many: a repair is small, the store is not
 
 
-def batch_of(group: GroupConfig, facts: int) -> int:
+def group_batch(group: GroupConfig, facts: int) -> int:
     """New facts in a step: ``batch`` of 64, and with the root of their number."""
-    return min(facts, _scaled(group.batch, facts))
+    return min(facts, _scaled(group.batch_size, facts))
 
 
-def anchors_of(group: GroupConfig, facts: int) -> int:
-    """Protected texts in a step: ``anchors`` for 64 facts, and with the root of their number."""
-    return _scaled(group.anchors, facts) if group.anchors else 0
+def reference_batch(group: GroupConfig, facts: int) -> int:
+    """Protected texts in a step: ``reference_texts`` for 64 facts, and with the root of their number."""
+    return _scaled(group.reference_texts, facts) if group.reference_texts else 0
 
 
 def _scaled(number: int, facts: int) -> int:
@@ -75,7 +75,7 @@ def _rounds_of(group: GroupConfig, facts: int) -> int:
 
     Of thousands each round mends a smaller share, and near-ties have their turn late.
     """
-    return math.ceil(group.rounds * max(1.0, facts / MANY))
+    return math.ceil(group.refine_rounds * max(1.0, facts / MANY))
 
 
 def _falling(step: int, steps: int) -> float:
@@ -102,25 +102,25 @@ class _Part:
     """Facts that are not recalled, each with the numbers of its prompts that are not."""
 
 
-class BreadthFirst(Loop):
+class GroupLoop(Loop):
     """A group being taught; ``keep`` is called after every step with how to get its state."""
 
     def __init__(self, group: GroupConfig, *given: Any, keep: Keep = lambda state: None) -> None:
         self._group, self._keep = group, keep
         super().__init__(*given)
-        self._count = len(self._lesson.new)
-        self._weight = group.shift_weight / math.sqrt(64 * self._count)
-        self._batch = batch_of(group, self._count)
-        self._anchors = anchors_of(group, self._count)
-        own, whole = _crowd(self._count), _crowd(self._count + self._lesson.earlier)
-        self._lead = group.lead * whole**0.25
+        self._count = len(self._task.new)
+        self._weight = group.penalty_scale / math.sqrt(64 * self._count)
+        self._batch = group_batch(group, self._count)
+        self._reference_texts = reference_batch(group, self._count)
+        own, whole = _crowd(self._count), _crowd(self._count + self._task.earlier)
+        self._lead = group.target_margin * whole**0.25
         # What is held already has its turn more seldom still: no step may be longer than it bears.
-        self._rate = group.learning_rate * math.sqrt(own / whole)
+        self._rate = group.step_gain * math.sqrt(own / whole)
         self._again_rate = AGAIN_RATE / math.sqrt(own)
         self._rounds = _rounds_of(group, self._count)
-        earlier = self._lesson.earlier / self._count
+        earlier = self._task.earlier / self._count
         self._earlier_weight = min(max(earlier, LEAST_WEIGHT), MOST_WEIGHT)
-        self._part = _Part(max(8, math.ceil(group.passes * self._count / self._batch)))
+        self._part = _Part(max(8, math.ceil(group.epochs * self._count / self._batch)))
         self._total = self._part.steps
         self._order: list[int] = []  # facts of this pass that are still to come, the next one last
         self._margins: dict[int, float] = {}  # of earlier facts, when last seen
@@ -139,7 +139,7 @@ class BreadthFirst(Loop):
             setattr(self, name, state[name])
         self._part = _Part(**state["part"])
 
-    def run(self) -> Trained:
+    def run(self) -> LoopResult:
         """The passes, then rounds for what is still missing."""
         if self._part.round == 0:
             self._steps(self._pass)
@@ -148,7 +148,7 @@ class BreadthFirst(Loop):
             self._steps(self._again)
             self._begin_round()
         learned = not self._part.missing
-        return Trained(self._step_number, learned, self._loss, self._price)
+        return LoopResult(self._step_number, learned, self._loss, self._penalty)
 
     def _steps(self, take: Callable[[int], None]) -> None:
         """All that are left of this part."""
@@ -172,7 +172,7 @@ class BreadthFirst(Loop):
     def _begin_round(self) -> None:
         """Look what is not recalled yet: it is taught next, at half the price that it had."""
         missing = self._missing()
-        steps = math.ceil(self._group.again * len(missing) / self._batch)
+        steps = math.ceil(self._group.refine_epochs * len(missing) / self._batch)
         self._part = _Part(steps, 0, self._part.round + 1, missing)
         if self._part.round <= self._rounds and missing:
             self._phase = "again"
@@ -184,13 +184,13 @@ class BreadthFirst(Loop):
         missing = self._part.missing
         hard = self._some(sorted(missing), self._batch // 2 or 1)
         more = {self._next() for _ in range(self._batch - len(hard))} - set(hard)
-        again = [self._lesson.new[fact][self._rng.choice(missing[fact])] for fact in hard]
+        again = [self._task.new[fact][self._rng.choice(missing[fact])] for fact in hard]
         share = self._again_rate * _falling(step, self._part.steps)
         self._teach([*again, *(self._under_any(fact) for fact in sorted(more))], share)
 
     def _under_any(self, fact: int) -> Example:
         """The fact under one of its prompts."""
-        return self._rng.choice(list(self._lesson.new[fact]))
+        return self._rng.choice(list(self._task.new[fact]))
 
     def _teach(self, new: Sequence[Example], share: float) -> None:
         """One step on some of the facts, each under a prompt."""
@@ -198,7 +198,7 @@ class BreadthFirst(Loop):
         rise = min(1.0, (self._step_number - 1) / WARM_UP)  # the first step only looks
         self._set_rate(self._rate * self._to_gain * rise * share)
         chosen = self._earlier()
-        earlier = [self._rng.choice(list(self._lesson.rehearsal[fact])) for fact in chosen]
+        earlier = [self._rng.choice(list(self._task.rehearsal[fact])) for fact in chosen]
         margins = self._step(self._step_number, new, earlier)[len(new) :]
         self._margins.update(zip(chosen, margins, strict=True))
         if self._step_number == 1:
@@ -206,29 +206,36 @@ class BreadthFirst(Loop):
 
     def _earlier(self) -> list[int]:
         """Earlier facts to rehearse: half the weakest when last seen, half at random."""
-        if not self._group.rehearsal:
+        if not self._group.rehearsal_ratio:
             return []
-        share = min(1.0, len(self._lesson.rehearsal) / len(self._lesson.new))
-        rows = max(LEAST_REHEARSED, math.ceil(self._batch * share * self._group.rehearsal))
-        count = min(rows, len(self._lesson.rehearsal))
+        share = min(1.0, len(self._task.rehearsal) / len(self._task.new))
+        rows = max(LEAST_REHEARSED, math.ceil(self._batch * share * self._group.rehearsal_ratio))
+        count = min(rows, len(self._task.rehearsal))
         weak = sorted(self._margins, key=self._margins.__getitem__)[: count // 2]
-        others = sorted(set(range(len(self._lesson.rehearsal))) - set(weak))
+        others = sorted(set(range(len(self._task.rehearsal))) - set(weak))
         return [*weak, *self._some(others, count - len(weak))]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         _, vectors = self._adapter.parameters()
-        return Descent(vectors, lr=self._group.learning_rate)
+        return PolyakMomentum(vectors, lr=self._group.step_gain)
 
     def _ease(self) -> tuple[float, float]:
-        return self._lead, self._group.settled
+        return self._lead, self._group.easy_token_weight
 
     def _held(self) -> Tensor | float:
-        anchors = self._lesson.anchors
-        weight = self._group.anchor_weight
-        if anchors is None or not len(anchors) or not weight or not self._anchors:
+        reference_texts = self._task.reference_texts
+        weight = self._group.kl_weight
+        if (
+            reference_texts is None
+            or not len(reference_texts)
+            or not weight
+            or not self._reference_texts
+        ):
             return 0.0
-        chosen = self._some(range(len(anchors)), self._anchors)
-        return weight * self._share.divergence(anchors, self._model, chosen, self._lower)
+        chosen = self._some(range(len(reference_texts)), self._reference_texts)
+        return weight * self._share.divergence(
+            reference_texts, self._model, chosen, self._prefix_cache
+        )
 
     def _missing(self) -> dict[int, list[int]]:
         """The facts that are not recalled, and under which of their prompts, with the final ranks.
@@ -237,14 +244,14 @@ class BreadthFirst(Loop):
         Of thousands most do for a long time, and they would take the places of those that fail.
         """
         self._adapter.write()
-        facts = self._lesson.new
+        facts = self._task.new
         asked = [example for fact in facts for example in fact]
-        outcomes = iter(self._share.recall(self._model, asked, self._lower))
+        outcomes = iter(self._share.recall(self._model, asked, self._prefix_cache))
         of_facts = [list(islice(outcomes, len(fact))) for fact in facts]
         failing = _missed([[outcome.passed for outcome in fact] for fact in of_facts])
         if len(failing) > FEW_FAILING * self._count:
             return failing
-        return _missed([[outcome.firm for outcome in fact] for fact in of_facts])
+        return _missed([[outcome.robust for outcome in fact] for fact in of_facts])
 
     def _next(self) -> int:
         """Every fact once, in a new order each time."""

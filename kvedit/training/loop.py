@@ -1,8 +1,8 @@
 """The loop that teaches facts to an adapter: learn, prune, hold.
 
-    loss = cross-entropy(new facts) + cross-entropy(earlier facts) + shift_weight * price
+    loss = cross-entropy(new facts) + cross-entropy(earlier facts) + penalty_weight * price
 
-The price is the predicted harm to protected text (see ``curvature``); it stands in for
+The price is the predicted harm to protected text (see ``fisher``); it stands in for
 the control rows that would otherwise be in every batch.  The loop has three phases:
 
 - learn: until every example of a step's batches, and then every training prompt, is recalled;
@@ -32,24 +32,24 @@ from torch import Tensor
 from kvedit.adapter.adalora import Adapter
 from kvedit.config import TrainingConfig
 from kvedit.errors import TrainingError
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import TokenScores
-from kvedit.replay.kl import Anchors
+from kvedit.replay.kl import ReferenceTexts
 from kvedit.training.resume import State
 from kvedit.training.share import Share
 
 ADAM_BETAS = (0.9, 0.99)
 VECTORS_SHARE = 0.3  # of the learning rate: directions turn more slowly than they grow
 WARM_UP = 3
-SETTLED = 0.3  # weight of an answer token that leads by enough
+EASY_TOKEN_WEIGHT = 0.3  # weight of an answer token that leads by enough
 FEW = 4
 PATIENCE = 24  # steps after which a fact that is not learned yet is priced lower and lower
 YIELD = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Task:
     """What to teach, each new fact as one example a training prompt; what to rehearse; and what
     the base model says to protected text, which only groups are held to at every step.
 
@@ -58,7 +58,7 @@ class Lesson:
 
     new: Sequence[Sequence[Example]]
     rehearsal: Sequence[Sequence[Example]] = ()
-    anchors: Anchors | None = None
+    reference_texts: ReferenceTexts | None = None
     earlier: int = 0
 
 
@@ -70,19 +70,19 @@ class Step:
     total: int
     phase: str
     loss: float
-    price: float
+    penalty: float
     recalled: int
     n: int
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class LoopResult:
     """How the loop ended; ``learned``: every training prompt recalled with the final ranks."""
 
     steps: int
     learned: bool
     loss: float
-    price: float
+    penalty: float
 
 
 OnStep = Callable[[Step], None]
@@ -91,15 +91,15 @@ OnStep = Callable[[Step], None]
 def train(
     model: Any,
     adapter: Adapter,
-    lesson: Lesson,
+    task: Task,
     config: TrainingConfig,
     rng: random.Random,
     on_step: OnStep = lambda step: None,
-    lower: LowerHalf | None = None,
+    prefix_cache: PrefixCache | None = None,
     share: Share | None = None,
-) -> Trained:
+) -> LoopResult:
     """Run the loop; the adapter must be reset and turned on.  Raises TrainingError for NaN."""
-    return _DepthFirst(model, adapter, lesson, config, rng, on_step, lower, share).run()
+    return SingleLoop(model, adapter, task, config, rng, on_step, prefix_cache, share).run()
 
 
 class Loop:
@@ -109,23 +109,23 @@ class Loop:
         self,
         model: Any,
         adapter: Adapter,
-        lesson: Lesson,
+        task: Task,
         config: TrainingConfig,
         rng: random.Random,
         on_step: OnStep,
-        lower: LowerHalf | None,
+        prefix_cache: PrefixCache | None,
         share: Share | None = None,
     ) -> None:
         self._share = share or Share()
-        self._model, self._adapter, self._lesson = model, adapter, lesson
-        self._lower = lower
+        self._model, self._adapter, self._task = model, adapter, task
+        self._prefix_cache = prefix_cache
         self._config, self._rng, self._on_step = config, rng, on_step
         self._accelerator = Accelerator()
         self._optimizer = self._make_optimizer()
         self._phase = "learn"
-        self._weight, self._earlier_weight = config.shift_weight, 1.0
+        self._weight, self._earlier_weight = config.penalty_weight, 1.0
         self._total = config.max_steps
-        self._loss = self._price = 0.0
+        self._loss = self._penalty = 0.0
 
     def state(self) -> State:
         """Where the run stands between two steps."""
@@ -137,7 +137,7 @@ class Loop:
             "weight": self._weight,
             "total": self._total,
             "loss": self._loss,
-            "price": self._price,
+            "penalty": self._penalty,
         }
 
     def resume(self, state: State) -> None:
@@ -146,7 +146,7 @@ class Loop:
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.setstate(state["rng"])
         self._phase, self._weight, self._total = state["phase"], state["weight"], state["total"]
-        self._loss, self._price = state["loss"], state["price"]
+        self._loss, self._penalty = state["loss"], state["penalty"]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         values, vectors = self._adapter.parameters()
@@ -157,35 +157,35 @@ class Loop:
         """One update; returns the margins, in logits, that each example had before it."""
         self._adapter.write()
         with self._accelerator.autocast():
-            scores = self._share.scores(self._model, [*new, *earlier], self._lower)
+            scores = self._share.scores(self._model, [*new, *earlier], self._prefix_cache)
             held = self._held()
         loss = _loss(scores, len(new), len(earlier), *self._ease(), self._earlier_weight)
-        price = self._adapter.price().to(loss.device)
-        self._accelerator.backward(loss + held + self._share.once(self._weight * price))
+        penalty = self._adapter.penalty().to(loss.device)
+        self._accelerator.backward(loss + held + self._share.once(self._weight * penalty))
         self._share.sum_gradients(self._adapter)
         self._adapter.read_gradients()
         self._optimizer.step()
         self._after_update()
         self._adapter.allocate(step)
         self._optimizer.zero_grad(set_to_none=True)
-        seen = torch.stack([loss.detach(), price.detach()])
+        seen = torch.stack([loss.detach(), penalty.detach()])
         # A GPU is waited for once.
         told = torch.cat([seen, scores.margins(len(new) + len(earlier))]).tolist()
-        self._loss, self._price, margins = told[0], self._share.agreed(told[1]), told[2:]
-        if self._loss != self._loss or self._price != self._price:
+        self._loss, self._penalty, margins = told[0], self._share.agreed(told[1]), told[2:]
+        if self._loss != self._loss or self._penalty != self._penalty:
             raise TrainingError(
                 f"the training loss became NaN at step {step}",
                 hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
             )
         recalled = sum(margin > 0 for margin in margins[: len(new)])
         self._on_step(
-            Step(step, self._total, self._phase, self._loss, self._price, recalled, len(new))
+            Step(step, self._total, self._phase, self._loss, self._penalty, recalled, len(new))
         )
         return margins
 
     def _ease(self) -> tuple[float, float]:
         """The lead from which a token is pushed less, in logits, and its weight then."""
-        return self._config.lead, SETTLED
+        return self._config.target_margin, EASY_TOKEN_WEIGHT
 
     def _held(self) -> Tensor | float:
         """What else a step is to keep: a loss."""
@@ -202,7 +202,7 @@ class Loop:
         return self._rng.sample(list(items), min(count, len(items)))
 
 
-class _DepthFirst(Loop):
+class SingleLoop(Loop):
     """One fact, or a few that are all in every step: until they are learned, pruned and held."""
 
     def __init__(self, *given: Any) -> None:
@@ -211,7 +211,7 @@ class _DepthFirst(Loop):
         self._streak = 0
         self._lead = float("-inf")  # the smallest margin of a new example in the last batch
 
-    def run(self) -> Trained:
+    def run(self) -> LoopResult:
         """Go through the phases."""
         config = self._config
         for step in range(1, config.max_steps + 1):
@@ -223,19 +223,19 @@ class _DepthFirst(Loop):
             self._lead = min(self._step(step, new, earlier)[: len(new)])
             self._streak = self._streak + 1 if self._lead > 0 else 0
             if self._finished(step):
-                return Trained(step, True, self._loss, self._price)
+                return LoopResult(step, True, self._loss, self._penalty)
         learned = self._phase != "learn" and self._all_recalled(0.0)
-        return Trained(config.max_steps, learned, self._loss, self._price)
+        return LoopResult(config.max_steps, learned, self._loss, self._penalty)
 
     def _after_update(self) -> None:
-        if self._phase == "hold" and self._price > self._config.max_price:
-            self._adapter.shrink(self._config.shrink)
+        if self._phase == "hold" and self._penalty > self._config.max_penalty:
+            self._adapter.shrink(self._config.singular_value_decay)
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, and of some earlier facts one each."""
-        count = self._config.phrasings
-        new = [e for fact in self._lesson.new for e in self._some(fact, count)]
-        facts = self._some(self._lesson.rehearsal, self._config.rehearsal)
+        count = self._config.phrasings_per_step
+        new = [e for fact in self._task.new for e in self._some(fact, count)]
+        facts = self._some(self._task.rehearsal, self._config.rehearsal_facts)
         return new, [self._rng.choice(list(fact)) for fact in facts]
 
     def _finished(self, step: int) -> bool:
@@ -267,12 +267,12 @@ class _DepthFirst(Loop):
 
         A near-tie does not count: free generation, in batches of other shapes, may break it.
         """
-        if step - self._pruned_at >= self._config.hold_limit:
-            return self._all_recalled(0.0, firmly=True)
-        within = self._price <= self._config.max_price
-        return within and self._all_recalled(self._config.margin, firmly=True)
+        if step - self._pruned_at >= self._config.max_hold_steps:
+            return self._all_recalled(0.0, robustly=True)
+        within = self._penalty <= self._config.max_penalty
+        return within and self._all_recalled(self._config.min_margin, robustly=True)
 
-    def _all_recalled(self, lead: float, *, firmly: bool = False) -> bool:
+    def _all_recalled(self, lead: float, *, robustly: bool = False) -> bool:
         """Whether every training prompt of every new fact is recalled, by more than ``lead``.
 
         The last batch is a sample that costs nothing: where it falls short, the rest is not asked.
@@ -280,9 +280,9 @@ class _DepthFirst(Loop):
         if self._lead <= lead:
             return False
         self._adapter.write()
-        examples = [e for fact in self._lesson.new for e in fact]
-        outcomes = self._share.recall(self._model, examples, self._lower)
-        return all(o.margin > lead and (o.firm or not firmly) for o in outcomes)
+        examples = [e for fact in self._task.new for e in fact]
+        outcomes = self._share.recall(self._model, examples, self._prefix_cache)
+        return all(o.margin > lead and (o.robust or not robustly) for o in outcomes)
 
 
 def _loss(
@@ -294,7 +294,7 @@ def _loss(
     Exact recall fails on one token, so a token that leads by ``lead`` logits counts little and the
     few that are left count more, each at most as one in ``FEW`` of its side.
     """
-    weight = (lead - scores.leads).clamp(settled, 1.0)
+    weight = (lead - scores.token_margins).clamp(settled, 1.0)
     # Numbers, not an index: a GPU would be waited for to know how many there are.
     mine = (scores.rows < new).to(weight.dtype)
     loss = _weighted(scores.losses, weight, mine)

@@ -54,24 +54,24 @@ LESS = (
 @dataclass(frozen=True, slots=True)
 class Load:
     """What one step of a lesson has in hand, whose activations are held until its end: so many
-    ``texts`` that are taught or rehearsed, so many ``anchors`` beside them, each of ``length``
+    ``texts`` that are taught or rehearsed, so many ``reference_texts`` beside them, each of ``length``
     tokens, with adapters of ``rank`` where the matrices have so many directions.
     """
 
     texts: int
     rank: int
-    anchors: int = 0
+    reference_texts: int = 0
     length: int = TEXT_TOKENS
 
     @property
     def tokens(self) -> int:
         """Of all texts together."""
-        return (self.texts + self.anchors) * self.length
+        return (self.texts + self.reference_texts) * self.length
 
 
 def alone(config: TrainingConfig, length: int = TEXT_TOKENS) -> Load:
     """One fact by itself."""
-    return Load(config.phrasings + config.rehearsal, config.init_rank, length=length)
+    return Load(config.phrasings_per_step + config.rehearsal_facts, config.init_rank, length=length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Estimate:
 
     ``weights`` are the model's own; ``master`` the fp32 copies of the touched matrices, before and
     after edits; ``gradients`` what a lesson begins with, full-size for each touched matrix;
-    ``curvature`` the moments of protected text and their roots; ``kept`` what lower blocks make of
+    ``fisher`` the moments of protected text and their roots; ``kept`` what lower blocks make of
     texts, and for groups what the base says to protected ones; ``adapter`` with its optimiser;
     ``activations`` those of a step, the logits among them.
     """
@@ -88,7 +88,7 @@ class Estimate:
     weights: int
     master: int
     gradients: int
-    curvature: int
+    fisher: int
     kept: int
     adapter: int
     activations: int
@@ -104,7 +104,7 @@ class Estimate:
         return self.total - self.master
 
     @property
-    def of_a_lesson(self) -> int:
+    def for_training(self) -> int:
         """What is taken for a lesson and given back after it."""
         return self.gradients + self.adapter + self.activations
 
@@ -133,7 +133,7 @@ class Sizes:
             weights=self.weights,
             master=2 * touched * _FP32,
             gradients=3 * touched * _FP32,
-            curvature=_curvature(self.shapes),
+            fisher=_fisher(self.shapes),
             kept=self._kept(load),
             adapter=self._adapter(load),
             activations=self._activations(config, load),
@@ -142,13 +142,13 @@ class Sizes:
     def _adapter(self, load: Load) -> int:
         """All matrices have one rank, which the smallest side bounds."""
         rank = min(load.rank, *(min(out, into) for _, out, into in self.shapes))
-        copies = _ADAPTER_COPIES - (2 if load.anchors else 0)
+        copies = _ADAPTER_COPIES - (2 if load.reference_texts else 0)
         return copies * _FP32 * rank * sum(out + into for _, out, into in self.shapes)
 
     def _kept(self, load: Load) -> int:
         """Protected texts' states: what reaches the edited blocks, and what leaves the last one."""
         states = _TEXTS * load.length * self.hidden * self.size
-        return min(KEPT_BYTES, states) + (states if load.anchors else 0)
+        return min(KEPT_BYTES, states) + (states if load.reference_texts else 0)
 
     def _activations(self, config: TrainingConfig, load: Load) -> int:
         """Of a step, or of a batch where that is more: what the upper blocks keep for backward, and
@@ -160,7 +160,9 @@ class Sizes:
         if config.gradient_checkpointing:
             sides = sides // max(1, self.upper) + self.upper * self.hidden
         held = max(self.batch, load.tokens)
-        answers = held + load.anchors * load.length  # the base's logits stand beside an anchor's
+        answers = (
+            held + load.reference_texts * load.length
+        )  # the base's logits stand beside an anchor's
         states = (held * 2 * sides + answers * head) * self.size
         return states + 2 * self.batch * head * _FP32
 
@@ -225,7 +227,7 @@ def _shape(module: Any) -> tuple[int, int]:
     return out, into
 
 
-def _curvature(shapes: Sequence[tuple[str, int, int]]) -> int:
+def _fisher(shapes: Sequence[tuple[str, int, int]]) -> int:
     """Base moments, those of what is known, those with the facts, and roots; layers that read one
     input share its side.
     """

@@ -1,7 +1,7 @@
 """Gradient descent with momentum, one length of step for all matrices, as long as there is to gain.
 
 Adam gives every number a step of the same length, so what is noise moves as far as what is needed.
-In the coordinates of ``curvature`` distance is harm to what must stay, and such steps cost a group
+In the coordinates of ``fisher`` distance is harm to what must stay, and such steps cost a group
 of facts three times what it needed.  Here the gradient as a whole sets the direction.  The length
 is Polyak's (B. T. Polyak, Introduction to Optimization, 1987): what there is to gain over how steep
 the way is at the beginning, so a model that holds facts already, in which the same loss is further
@@ -24,7 +24,7 @@ MOMENTUM = 0.9
 REMEMBERED = 0.9  # of the mean squared norm, a step
 
 
-class Descent(torch.optim.Optimizer):
+class PolyakMomentum(torch.optim.Optimizer):
     """``x -= lr * m / (first * peak)``: m the running mean of gradients, of whose norms ``first``
     is the first and ``peak`` the largest.
 

@@ -1,4 +1,4 @@
-"""Bookmarks: where a long lesson stands, kept now and then, so that another process can go on.
+"""TrainingCheckpoints: where a long lesson stands, kept now and then, so that another process can go on.
 
 A group is one edit, committed as a whole, and its lesson may take an hour.  Whoever is killed in it
 would begin again, and whoever is killed again and again would never come to an end.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from kvedit.errors import KveditError, OutOfTimeError
-from kvedit.files import LESSONS, clean_temporary, disk_errors, remove, write_atomic
+from kvedit.files import TRAINING_CHECKPOINTS, clean_temporary, disk_errors, remove, write_atomic
 
 FORMAT = 4  # of what loops keep; part of a bookmark's name
 EVERY = 120.0  # seconds between two of them, at least
@@ -33,7 +33,7 @@ State = dict[str, Any]
 Keep = Callable[[Callable[[], State]], None]
 
 
-class Bookmarks:
+class TrainingCheckpoints:
     """Those of one store; ``say`` tells that a lesson goes on, ``warn`` that one is not kept.
 
     From ``deadline`` (``time.monotonic``) on a lesson ends where it stands.
@@ -51,9 +51,9 @@ class Bookmarks:
         self._deadline = math.inf if deadline is None else deadline
         self._due = time.monotonic() + EVERY
 
-    def find(self, lesson: str) -> State | None:
+    def find(self, task: str) -> State | None:
         """Where the lesson of this name stood when its process ended."""
-        path = self._path(lesson)
+        path = self._path(task)
         try:
             data = path.read_bytes()
         except OSError:
@@ -66,22 +66,22 @@ class Bookmarks:
         self._say("going on with what was being taught when kvedit ended")
         return state
 
-    def keep(self, lesson: str, state: Callable[[], State]) -> None:
+    def keep(self, task: str, state: Callable[[], State]) -> None:
         """Keep where the lesson stands, if it is time to.  Raises OutOfTimeError."""
         began = time.monotonic()
         if began >= min(self._due, self._deadline):
-            self._write(lesson, state, began)
+            self._write(task, state, began)
         if began >= self._deadline:
             raise OutOfTimeError(
                 "time is up in the middle of a group",
                 hint="Run the same command again: it goes on from where the lesson stands.",
             )
 
-    def _write(self, lesson: str, state: Callable[[], State], began: float) -> None:
+    def _write(self, task: str, state: Callable[[], State], began: float) -> None:
         body = io.BytesIO()
         torch.save(state(), body)
         data = body.getvalue()
-        path = self._path(lesson)
+        path = self._path(task)
         try:
             with disk_errors(path):
                 self._folder.mkdir(exist_ok=True)
@@ -96,8 +96,8 @@ class Bookmarks:
 
     def clear(self) -> None:
         """Drop all of them: the edit that they are of has ended."""
-        for path in self._folder.glob(LESSONS):
+        for path in self._folder.glob(TRAINING_CHECKPOINTS):
             remove(path)
 
-    def _path(self, lesson: str) -> Path:
-        return self._folder / LESSONS.replace("*", f"{FORMAT}-{lesson[:16]}")
+    def _path(self, task: str) -> Path:
+        return self._folder / TRAINING_CHECKPOINTS.replace("*", f"{FORMAT}-{task[:16]}")

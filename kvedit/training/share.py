@@ -21,32 +21,36 @@ from torch import Tensor
 
 from kvedit.adapter.adalora import Adapter
 from kvedit.model import generation, scoring
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome, TokenScores
-from kvedit.replay.kl import Anchors, restrained
+from kvedit.replay.kl import ReferenceTexts, robust_mean
 
 
 class Share:
     """All of the work, by one process."""
 
     def scores(
-        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+        self, model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
     ) -> TokenScores:
         """``probes.token_scores``."""
-        return scoring.token_scores(model, examples, lower)
+        return scoring.token_scores(model, examples, prefix_cache)
 
     def divergence(
-        self, anchors: Anchors, model: Any, chosen: Sequence[int], lower: LowerHalf | None
+        self,
+        reference_texts: ReferenceTexts,
+        model: Any,
+        chosen: Sequence[int],
+        prefix_cache: PrefixCache | None,
     ) -> Tensor:
-        """How far the model has left the chosen texts: ``anchors.restrained``, a scalar."""
-        return restrained(anchors.divergences(model, chosen, lower))
+        """How far the model has left the chosen texts: ``reference_texts.robust_mean``, a scalar."""
+        return robust_mean(reference_texts.divergences(model, chosen, prefix_cache))
 
     def recall(
-        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+        self, model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
     ) -> list[Outcome]:
         """``probes.recall``."""
-        return scoring.recall(model, examples, lower)
+        return scoring.recall(model, examples, prefix_cache)
 
     def generate(
         self,

@@ -9,15 +9,15 @@ import torch
 from small_model import FREE, KNOWN
 
 from kvedit.adapter import adalora
-from kvedit.adapter import fisher as curvatures
+from kvedit.adapter import fisher as fisher
 from kvedit.adapter.adalora import NAME, Adapter
 from kvedit.adapter.deltas import Factors, Master
-from kvedit.adapter.fisher import Curvature, Roots
+from kvedit.adapter.fisher import FisherMoments, WhiteningFactors
 from kvedit.config import TrainingConfig
 from kvedit.model.loading import BaseModel, target_names
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
-from kvedit.training.loop import Lesson, train
+from kvedit.training.loop import Task, train
 
 INIT, TARGET = 6, 4
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.1
@@ -33,13 +33,13 @@ class Setting:
         self.renderer = Renderer(base.tokenizer, context=base.context)
         asked = [(f"What is {key}?", answer) for key, answer in list(KNOWN.items())[:8]]
         self.known = self.renderer.examples(asked)
-        self.curvature: Curvature = curvatures.measure(base.model, self.names, self.known)
-        self.roots: dict[str, Roots] = curvatures.roots(
-            self.curvature, input_damping=INPUT_DAMPING, gradient_damping=GRADIENT_DAMPING
+        self.fisher: FisherMoments = fisher.measure(base.model, self.names, self.known)
+        self.whitening: dict[str, WhiteningFactors] = fisher.whitening(
+            self.fisher, input_damping=INPUT_DAMPING, gradient_damping=GRADIENT_DAMPING
         )
         self.plain = self.logits(self.known)
         still = {n: torch.zeros_like(w) for n, w in self.master.snapshot().items()}
-        self.drift: dict[str, torch.Tensor] = still  # nothing was moved by earlier edits
+        self.penalty_gradient: dict[str, torch.Tensor] = still  # nothing was moved by earlier edits
         self.adapter = Adapter(self.model, self.names, init_rank=INIT, target_rank=TARGET)
 
     def fact(self, number: int) -> list[Example]:
@@ -50,10 +50,16 @@ class Setting:
         with torch.no_grad():
             return answer_logits(self.model, examples).logits
 
-    def reset(self, number: int, *, framed: bool = False) -> None:
+    def reset(self, number: int, *, frozen_factor: bool = False) -> None:
         self.adapter.turn(on=False)
-        steep = curvatures.gradients(self.model, self.names, self.fact(number))
-        self.adapter.reset(self.roots, steep, self.drift, self.master.matrices, framed=framed)
+        steep = fisher.gradients(self.model, self.names, self.fact(number))
+        self.adapter.reset(
+            self.whitening,
+            steep,
+            self.penalty_gradient,
+            self.master.matrices,
+            frozen_factor=frozen_factor,
+        )
         self.adapter.turn(on=True)
 
     def learn(self, number: int, steps: int = 40) -> dict[str, Factors]:
@@ -62,13 +68,13 @@ class Setting:
         config = TrainingConfig(
             max_steps=steps,
             learning_rate=0.0015,
-            max_price=1.0,
-            shift_weight=60.0,
+            max_penalty=1.0,
+            penalty_weight=60.0,
             prune_steps=4,
-            phrasings=2,
+            phrasings_per_step=2,
         )
         rng = random.Random(0)
-        train(self.model, self.adapter, Lesson([self.fact(number)]), config, rng)
+        train(self.model, self.adapter, Task([self.fact(number)]), config, rng)
         return self.adapter.factors()
 
     def slots(self) -> dict[str, torch.Tensor]:
@@ -93,7 +99,7 @@ def test_a_reset_adapter_changes_nothing(setting: Setting) -> None:
     setting.adapter.write()
     assert torch.equal(setting.logits(setting.known), setting.plain)
     assert setting.adapter.factors() == {}
-    assert float(setting.adapter.price().detach()) == 0.0
+    assert float(setting.adapter.penalty().detach()) == 0.0
 
 
 def test_factors_are_what_the_forward_pass_computed(setting: Setting) -> None:
@@ -156,32 +162,35 @@ def test_the_price_is_that_of_the_factors(setting: Setting) -> None:
     delta = setting.learn(0)
     wanted = 0.0
     for name, factors in delta.items():
-        own = setting.curvature.moments[name]
-        tokens = setting.curvature.tokens
+        own = setting.fisher.moments[name]
+        tokens = setting.fisher.tokens
         c, g = own.inputs.double() / tokens, own.gradients.double() / tokens
         c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
         g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
         change = factors.b.double() @ factors.a.double()
         wanted += float(torch.trace(g @ change @ c @ change.T))
-    assert float(setting.adapter.price().detach()) == pytest.approx(wanted, rel=1e-3)
+    assert float(setting.adapter.penalty().detach()) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
     """With a drift S the price of D has 2 <S, D> beside its own: moving back is a gain."""
     generator = torch.Generator().manual_seed(1)
     setting.reset(0)
-    still = setting.adapter.price()
+    still = setting.adapter.penalty()
     for number in (0, 1):
-        setting.drift = {
-            n: 1e-3 * torch.randn(d.shape, generator=generator) for n, d in setting.drift.items()
+        setting.penalty_gradient = {
+            n: 1e-3 * torch.randn(d.shape, generator=generator)
+            for n, d in setting.penalty_gradient.items()
         }
         delta = setting.learn(number, steps=6)
-        priced = float(setting.adapter.price().detach())
-        linear = sum(float((setting.drift[n] * (f.b @ f.a)).sum()) for n, f in delta.items())
+        priced = float(setting.adapter.penalty().detach())
+        linear = sum(
+            float((setting.penalty_gradient[n] * (f.b @ f.a)).sum()) for n, f in delta.items()
+        )
         for stack, _ in setting.adapter._stacks:
-            stack._pull.zero_()
+            stack._linear_term.zero_()
         assert priced == pytest.approx(
-            float(setting.adapter.price().detach()) + 2 * linear, rel=1e-3
+            float(setting.adapter.penalty().detach()) + 2 * linear, rel=1e-3
         )
         assert abs(linear) > 1e-9
     assert float(still.detach()) == 0.0
@@ -190,10 +199,11 @@ def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
 def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
     """|B' diag(E) A'|^2 + 2 <B'^T pull A'^T, diag(E)> in full, and its slopes, ranks masked."""
     generator = torch.Generator().manual_seed(2)
-    setting.drift = {
-        n: 1e-3 * torch.randn(d.shape, generator=generator) for n, d in setting.drift.items()
+    setting.penalty_gradient = {
+        n: 1e-3 * torch.randn(d.shape, generator=generator)
+        for n, d in setting.penalty_gradient.items()
     }
-    setting.reset(0, framed=True)
+    setting.reset(0, frozen_factor=True)
     wanted = torch.zeros(())
     stacks = [stack for stack, _ in setting.adapter._stacks]
     for stack in stacks:
@@ -202,12 +212,12 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
             side.copy_(torch.randn(side.shape, generator=generator))
             stack.e[:, ::3] = 0.0
         inner = (stack.b * stack.e.mT) @ stack.a
-        wanted = wanted + inner.square().sum() + 2 * (inner * stack._pull).sum()
+        wanted = wanted + inner.square().sum() + 2 * (inner * stack._linear_term).sum()
     asked = [part for stack in stacks for part in (stack.e, *stack.trained)]
-    found = setting.adapter.price()
+    found = setting.adapter.penalty()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    slopes = (torch.autograd.grad(value, asked) for value in (found, wanted))
-    for own, other in zip(*slopes, strict=True):
+    penalty_gradients = (torch.autograd.grad(value, asked) for value in (found, wanted))
+    for own, other in zip(*penalty_gradients, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
 
 
@@ -285,15 +295,15 @@ def test_matrices_of_one_shape_are_moved_together(setting: Setting) -> None:
 
 def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:
     generator = torch.Generator().manual_seed(0)
-    for name, root in setting.roots.items():
-        own = setting.curvature.moments[name]
-        c, g = (m.double() / setting.curvature.tokens for m in (own.inputs, own.gradients))
+    for name, root in setting.whitening.items():
+        own = setting.fisher.moments[name]
+        c, g = (m.double() / setting.fisher.tokens for m in (own.inputs, own.gradients))
         c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
         g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
         inner = torch.randn(len(g), len(c), generator=generator).double()
         change = root.left.double() @ inner @ root.right.double()
-        price = float(torch.trace(g @ change @ c @ change.T))
-        assert price == pytest.approx(float(inner.square().sum()), rel=1e-3)
+        penalty = float(torch.trace(g @ change @ c @ change.T))
+        assert penalty == pytest.approx(float(inner.square().sum()), rel=1e-3)
 
 
 def test_training_moves_no_weight(setting: Setting) -> None:

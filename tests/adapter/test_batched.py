@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvedit.adapter.batched import NAME, Stack
-from kvedit.adapter.fisher import Roots
+from kvedit.adapter.fisher import WhiteningFactors
 
 COUNT, OUT, INTO, RANK, SCALE = 3, 5, 7, 4, 0.25
 
@@ -31,16 +31,25 @@ def wrapped(generator: torch.Generator) -> Any:
 class Setting:
     """A stack that was started, its values moved; and the same by a formula for each matrix."""
 
-    def __init__(self, *, diagonal: bool, framed: bool, lean: bool = True) -> None:
+    def __init__(self, *, diagonal: bool, frozen_factor: bool, lean: bool = True) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.modules = [wrapped(self.generator) for _ in range(COUNT)]
         self.weights = [module.base_layer.weight for module in self.modules]
         sides = ((OUT,), (INTO,)) if diagonal else ((OUT, OUT), (INTO, INTO))
-        self.roots = [Roots(*(self.some(*side) for side in sides)) for _ in range(COUNT)]
-        self.drift = [self.some(OUT, INTO) for _ in range(COUNT)]
+        self.whitening = [
+            WhiteningFactors(*(self.some(*side) for side in sides)) for _ in range(COUNT)
+        ]
+        self.penalty_gradient = [self.some(OUT, INTO) for _ in range(COUNT)]
         steep = [self.some(OUT, INTO) for _ in range(COUNT)]
         self.stack = Stack(self.modules, lean, SCALE)
-        self.stack.start(self.roots, steep, self.drift, self.weights, RANK, framed=framed)
+        self.stack.start(
+            self.whitening,
+            steep,
+            self.penalty_gradient,
+            self.weights,
+            RANK,
+            frozen_factor=frozen_factor,
+        )
         with torch.no_grad():
             for part in (self.stack.e, *self.stack.trained):
                 part.copy_(self.some(*part.shape))
@@ -53,16 +62,16 @@ class Setting:
         """B diag(E) and A of one matrix, with a gradient to what is trained."""
         left, right = (
             torch.diag(root) if root.ndim == 1 else root
-            for root in (self.roots[at].left, self.roots[at].right)
+            for root in (self.whitening[at].left, self.whitening[at].right)
         )
         stack = self.stack
         return (left @ stack.b[at]) * stack.e[at].T, stack.a[at] @ right
 
 
-@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("frozen_factor", [False, True])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_each_matrix_is_edited_by_its_own_factors(diagonal: bool, framed: bool) -> None:
-    setting = Setting(diagonal=diagonal, framed=framed)
+def test_each_matrix_is_edited_by_its_own_factors(diagonal: bool, frozen_factor: bool) -> None:
+    setting = Setting(diagonal=diagonal, frozen_factor=frozen_factor)
     for at, module in enumerate(setting.modules):
         b, a = setting.factors(at)
         torch.testing.assert_close(module.lora_A[NAME].detach(), a.detach())
@@ -70,11 +79,11 @@ def test_each_matrix_is_edited_by_its_own_factors(diagonal: bool, framed: bool) 
         torch.testing.assert_close(setting.stack.edited[at], wanted.detach())
 
 
-@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("frozen_factor", [False, True])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_slopes_are_those_of_each_matrix(diagonal: bool, framed: bool) -> None:
+def test_slopes_are_those_of_each_matrix(diagonal: bool, frozen_factor: bool) -> None:
     """Summed over batches; a matrix that no batch reached has none."""
-    setting = Setting(diagonal=diagonal, framed=framed)
+    setting = Setting(diagonal=diagonal, frozen_factor=frozen_factor)
     stack = setting.stack
     batches = [(0, setting.some(OUT, INTO)), (2, setting.some(OUT, INTO))]
     batches.append((0, setting.some(OUT, INTO)))
@@ -93,33 +102,35 @@ def test_slopes_are_those_of_each_matrix(diagonal: bool, framed: bool) -> None:
         torch.testing.assert_close(parameter.grad, slope, rtol=1e-4, atol=1e-5)
     stack.forget()
     assert stack.e.grad is None
-    assert not any(part.any() for part in stack.slopes_of_factors())
+    assert not any(part.any() for part in stack.factor_gradients())
 
 
 def test_what_autograd_left_with_a_quantised_layer_is_taken_over() -> None:
-    setting = Setting(diagonal=False, framed=False, lean=False)
+    setting = Setting(diagonal=False, frozen_factor=False, lean=False)
     stack, kinds = setting.stack, ("lora_A", "lora_B", "lora_E")
-    slopes = [[setting.some(*getattr(m, k)[NAME].shape) for k in kinds] for m in setting.modules]
-    for module, own in zip(setting.modules, slopes, strict=True):
+    penalty_gradients = [
+        [setting.some(*getattr(m, k)[NAME].shape) for k in kinds] for m in setting.modules
+    ]
+    for module, own in zip(setting.modules, penalty_gradients, strict=True):
         for kind, slope in zip(kinds, own, strict=True):
             getattr(module, kind)[NAME].grad = slope
     with torch.no_grad():
         stack.share_out()
         stack.share_out()  # counts them once
-    found = (*stack.slopes_of_factors(), stack.e.grad)
+    found = (*stack.factor_gradients(), stack.e.grad)
     for at in range(COUNT):
-        for part, slope in zip(found, slopes[at], strict=True):
+        for part, slope in zip(found, penalty_gradients[at], strict=True):
             assert part is not None
             assert torch.equal(part[at], slope)
 
 
-@pytest.mark.parametrize("framed", [False, True])
-def test_the_price_is_the_sum_of_the_matrices_prices(framed: bool) -> None:
-    setting = Setting(diagonal=False, framed=framed)
+@pytest.mark.parametrize("frozen_factor", [False, True])
+def test_the_price_is_the_sum_of_the_matrices_prices(frozen_factor: bool) -> None:
+    setting = Setting(diagonal=False, frozen_factor=frozen_factor)
     stack, wanted = setting.stack, torch.zeros(())
     for at in range(COUNT):
         change = (stack.b[at] * stack.e[at].T) @ stack.a[at]
-        root = setting.roots[at]
-        pull = root.left.T @ setting.drift[at] @ root.right.T
-        wanted = wanted + change.square().sum() + 2 * (change * pull).sum()
-    torch.testing.assert_close(stack.price(), wanted, rtol=1e-4, atol=1e-3)
+        root = setting.whitening[at]
+        linear_term = root.left.T @ setting.penalty_gradient[at] @ root.right.T
+        wanted = wanted + change.square().sum() + 2 * (change * linear_term).sum()
+    torch.testing.assert_close(stack.penalty(), wanted, rtol=1e-4, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Moments of protected text: sums that add up, measured without changing anything."""
+"""MatrixMoments of protected text: sums that add up, measured without changing anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from small_model import KNOWN
 from torch.nn import functional
 
 from kvedit.adapter import fisher
-from kvedit.adapter.fisher import Curvature
+from kvedit.adapter.fisher import FisherMoments
 from kvedit.errors import ModelError
 from kvedit.model import scoring
 from kvedit.model.loading import BaseModel, target_names
@@ -35,7 +35,7 @@ def certain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "multinomial", first)
 
 
-def same(one: Curvature, other: Curvature, tolerance: float = 1e-3) -> None:
+def same(one: FisherMoments, other: FisherMoments, tolerance: float = 1e-3) -> None:
     assert one.tokens == other.tokens
     assert one.moments.keys() == other.moments.keys()
     for name, own in one.moments.items():
@@ -57,7 +57,7 @@ def test_measuring_two_texts_is_adding_their_moments(
     one = fisher.measure(base.model, names, first)
     two = fisher.measure(base.model, names, second)
     sum_ = one.plus(two, 1.0)
-    same(both, Curvature(sum_.moments, one.tokens + two.tokens))
+    same(both, FisherMoments(sum_.moments, one.tokens + two.tokens))
 
 
 def test_batches_do_not_matter(
@@ -121,7 +121,7 @@ def test_slopes_are_half_the_gradient_of_the_price(
     moved = torch.randn(len(g), len(c), generator=torch.Generator().manual_seed(0)).double()
     moved.requires_grad_()
     torch.trace(g @ moved @ c @ moved.T).backward()
-    slope = fisher.slopes(found, {name: moved.detach().float()})[name]
+    slope = fisher.penalty_gradients(found, {name: moved.detach().float()})[name]
     assert moved.grad is not None
     assert torch.allclose(2 * slope.double(), moved.grad, rtol=1e-3, atol=1e-6)
 
@@ -165,7 +165,7 @@ def test_a_scale_of_another(base: BaseModel, examples: list[Example]) -> None:
     here = fisher.measure(base.model, names, examples)
     there = fisher.measure(base.model, names, examples[:5], of=fisher.margins)
 
-    def size(found: Curvature) -> float:
+    def size(found: FisherMoments) -> float:
         return sum(
             float(own.inputs.trace() * own.gradients.trace()) for own in found.moments.values()
         ) / (found.tokens**2)
@@ -188,7 +188,7 @@ def test_the_weight_of_what_is_added(base: BaseModel, examples: list[Example]) -
 
 def test_tensors_come_back(base: BaseModel, examples: list[Example]) -> None:
     found = fisher.measure(base.model, target_names(base.model), examples[:4])
-    same(Curvature.from_tensors(found.to_tensors()), found, tolerance=0)
+    same(FisherMoments.from_tensors(found.to_tensors()), found, tolerance=0)
 
 
 def test_wide_sides_keep_their_diagonal(
@@ -203,8 +203,8 @@ def test_wide_sides_keep_their_diagonal(
     for name in wide:
         diagonal = dense.moments[name].inputs.diagonal()
         assert torch.allclose(thin.moments[name].inputs, diagonal, rtol=1e-3, atol=1e-5)
-    roots = fisher.roots(thin, input_damping=0.03, gradient_damping=0.1)
-    assert roots[wide[0]].right.ndim == 1
+    whitening = fisher.whitening(thin, input_damping=0.03, gradient_damping=0.1)
+    assert whitening[wide[0]].right.ndim == 1
 
 
 def test_a_root_is_the_inverse_factor() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvedit.adapter.penalty import FramedPrice, Price
+from kvedit.adapter.penalty import FrozenFactorPenalty, Penalty
 
 
 def test_the_prices_slopes_are_those_of_their_formulas() -> None:
@@ -13,11 +13,11 @@ def test_the_prices_slopes_are_those_of_their_formulas() -> None:
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    a, b, e, pull = some(2, 3, 7), some(2, 5, 3), some(2, 3, 1), some(2, 5, 7)
+    a, b, e, linear_term = some(2, 3, 7), some(2, 5, 3), some(2, 3, 1), some(2, 5, 7)
     change = (b * e.mT) @ a
-    wanted = change.square().sum() + 2 * (change * pull).sum()
-    torch.testing.assert_close(Price.apply(a, b, e, pull), wanted)
+    wanted = change.square().sum() + 2 * (change * linear_term).sum()
+    torch.testing.assert_close(Penalty.apply(a, b, e, linear_term), wanted)
     trained = tuple(part.requires_grad_() for part in (a, b, e))
-    assert torch.autograd.gradcheck(Price.apply, (*trained, pull))
+    assert torch.autograd.gradcheck(Penalty.apply, (*trained, linear_term))
     side, squares = some(2, 3, 7).requires_grad_(), some(2, 3, 1).square()
-    assert torch.autograd.gradcheck(FramedPrice.apply, (side, e, some(2, 3, 7), squares))
+    assert torch.autograd.gradcheck(FrozenFactorPenalty.apply, (side, e, some(2, 3, 7), squares))

@@ -51,7 +51,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Task:
     """A fact that was taught: what it was trained on, what it was not, and whether it was kept."""
 
     trained: Sequence[Example]
@@ -78,7 +78,7 @@ class Student:
     def spoken(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by free greedy generation, the end token included."""
         proceed = partial(generation.generate, self.model)
-        return generation.spoken_recall(examples, self.renderer.end, proceed)
+        return generation.generated_recall_of(examples, self.renderer.end, proceed)
 
     def ask(self, examples: Sequence[Example]) -> tuple[list[bool], list[bool]]:
         """Recall under both protocols: generated, teacher-forced."""
@@ -132,7 +132,7 @@ def measure(
     method: str,
     after: int,
     student: Student,
-    lessons: Sequence[Lesson],
+    lessons: Sequence[Task],
     kept: Kept,
     draw: random.Random | None = None,
     found: Recalled | None = None,
@@ -142,10 +142,10 @@ def measure(
     Generation takes long: with ``draw`` each fact is asked so under one training phrasing and one
     never-trained one, drawn by it.  The base facts and all that is teacher-forced are asked whole.
     """
-    held = [lesson.kept for lesson in lessons]
+    held = [task.kept for task in lessons]
     found = found or recalled(student, lessons, draw)
     spoken, forced = found.generated, found.forced
-    untrained = [lesson.phrasings for lesson in lessons if lesson.kept]
+    untrained = [task.phrasings for task in lessons if task.kept]
     return Point(
         method=method,
         after=after,
@@ -162,10 +162,10 @@ def measure(
 
 
 def recalled(
-    student: Student, lessons: Sequence[Lesson], draw: random.Random | None = None
+    student: Student, lessons: Sequence[Task], draw: random.Random | None = None
 ) -> Recalled:
     """Ask the training phrasings of each fact; by generation all, or the one that is drawn."""
-    trained = [lesson.trained for lesson in lessons]
+    trained = [task.trained for task in lessons]
     spoken = _whole(student.spoken, _some(trained, draw))
     return Recalled(spoken, _whole(student.forced, trained))
 

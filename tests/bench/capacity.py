@@ -31,7 +31,7 @@ from kvedit.model import loading, scoring
 from kvedit.model.prompts import Example
 from kvedit.training.engine import Engine
 from tests.bench import questions
-from tests.bench.asking import Lesson, Point, Recalled
+from tests.bench.asking import Point, Recalled, Task
 from tests.bench.course import StrategyRun
 from tests.bench.retain import BaseScore, Emit, engine_of
 from tests.bench.strategies import StrategyOptions, Tell, Ways, own_store
@@ -193,17 +193,17 @@ class _Ledger:
             self._bits[key] = mean([next(costs) for _ in own]), tokens
 
     def look(
-        self, knowledge: KnowledgeBase, done: int, lessons: Sequence[Lesson], found: Recalled
+        self, knowledge: KnowledgeBase, done: int, lessons: Sequence[Task], found: Recalled
     ) -> None:
         """Note which facts are recalled under both protocols, and since when others are not."""
         self._held = set()
-        for lesson, spoken, forced in zip(lessons, found.generated, found.forced, strict=True):
-            self._outcomes[lesson.key] = "committed" if lesson.kept else "rejected"
+        for task, spoken, forced in zip(lessons, found.generated, found.forced, strict=True):
+            self._outcomes[task.key] = "committed" if task.kept else "rejected"
             if spoken and forced:
-                self._held.add(lesson.key)
-                self._lost.pop(lesson.key, None)
-            elif lesson.kept:
-                self._lost.setdefault(lesson.key, done)
+                self._held.add(task.key)
+                self._lost.pop(task.key, None)
+            elif task.kept:
+                self._lost.setdefault(task.key, done)
         self._margins = margins(knowledge)
 
     def records(self) -> tuple[FactRecord, ...]:

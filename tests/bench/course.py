@@ -24,7 +24,7 @@ from kvedit.events import EditReport, Event, IngestProgress, Score, Status, Warn
 from kvedit.facts.fact import Fact
 from kvedit.files import write_atomic
 from kvedit.ingest.run import IngestOptions, IngestReport, ingest
-from tests.bench.asking import Kept, Lesson, Point, Pupil, Recalled, measure, recalled
+from tests.bench.asking import Kept, Point, Pupil, Recalled, Task, measure, recalled
 from tests.bench.retain import Emit, engine_of
 
 EARLY_MARKS = (16, 32, 64, 128, 256, 300, 512)
@@ -68,7 +68,7 @@ class Observer(Protocol):
         """Before the first edit."""
 
     def look(
-        self, knowledge: KnowledgeBase, done: int, lessons: Sequence[Lesson], found: Recalled
+        self, knowledge: KnowledgeBase, done: int, lessons: Sequence[Task], found: Recalled
     ) -> None:
         """At each measurement, the clock stopped."""
 
@@ -97,7 +97,7 @@ class Course:
         self._taught: dict[str, float] = {}
         self._trail: list[tuple[int, float]] = []
         self._progress = IngestProgress(done=0, total=0)
-        self._before = self._held = 0  # decided, and committed, by a run that was stopped
+        self._before = self._held = 0  # judge, and committed, by a run that was stopped
         self._measure: Callable[[int, bool], None] | None = None
         self._marks: list[int] = []
         self._log: Path | None = None
@@ -115,7 +115,7 @@ class Course:
     ) -> StrategyRun:
         """Ingest everything; measured at each mark, and once more after the last verification."""
         before = lessons_of(knowledge, facts)
-        self._before, self._held = len(before), sum(lesson.kept for lesson in before)
+        self._before, self._held = len(before), sum(task.kept for task in before)
         self._marks = [mark for mark in group_marks(len(facts)) if mark > self._before]
         self._measure = lambda done, last: self._ask(knowledge, facts, kept, done, last)
         self._clock.start(self._trail[-1][1] if self._trail else 0.0)
@@ -127,7 +127,7 @@ class Course:
     def __call__(self, event: Event) -> None:
         """Take an event of the store or of the run."""
         if isinstance(event, EditReport):
-            self._clock.add(event.before)
+            self._clock.add(event.resumed_seconds)
             for name, spent in event.timings.items():
                 self._parts[name] = self._parts.get(name, 0.0) + spent
         elif isinstance(event, Status):
@@ -181,7 +181,7 @@ class Course:
         self._add(replace(point, seconds=seconds / done if done else None))
 
     def _summary(self, report: IngestReport, seconds: float) -> StrategyRun:
-        outcomes = Counter(one.outcome for one in (*report.outcomes, *report.refused))
+        outcomes = Counter(one.outcome for one in (*report.outcomes, *report.rejected_before))
         outcomes.update(committed=report.unchanged)  # by a run that was stopped
         facts = outcomes.total()
         window = max(1, min(WINDOW, facts // 2))
@@ -235,13 +235,13 @@ class _Clock:
             self._stopped += time.monotonic() - began
 
 
-def lessons_of(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> list[Lesson]:
-    """The facts that are decided, as the store has them: committed or rejected."""
+def lessons_of(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> list[Task]:
+    """The facts that are judge, as the store has them: committed or rejected."""
     engine = engine_of(knowledge)
     wanted = {fact.key for fact in facts}
     rows = [row for row in knowledge.store.facts() if row.fact.key in wanted]
     return [
-        Lesson(
+        Task(
             engine.examples(row.fact),
             engine.paraphrases(row.fact),
             row.state == "committed",

@@ -35,8 +35,8 @@ from kvedit.model import loading
 from kvedit.model.loading import EMBEDDED_PATH
 from kvedit.training import memory
 from kvedit.training.engine import group_load
-from kvedit.training.group import batch_of
-from kvedit.training.loop import Lesson
+from kvedit.training.group import group_batch
+from kvedit.training.loop import Task
 from tests.bench.report import Sheet
 from tests.bench.speed import counting, matmul_rate, peak_memory
 
@@ -52,26 +52,26 @@ COUNTED = 8
 _WORDS = ("amber", "brown", "clover", "dusty", "ember", "fallow", "gentle", "hollow", "knotted")
 _OPEN = """\
 [protect]
-drafts = 1
-most_drafts = 1
-long = 0
-short = 0
-free = {anchored}
-locality = 0
+samples = 1
+max_samples = 1
+long_answers = 0
+short_answers = 0
+free_texts = {anchored}
+locality_probes = 0
 [training]
 max_steps = {steps}
 [group]
-passes = {passes}
-rounds = {rounds}
-anew = 1e9
-retention = 0.0
+epochs = {epochs}
+refine_rounds = {rounds}
+compaction_ratio = 1e9
+min_retention = 0.0
 [gate]
-recall = 0.0
-paraphrase = 0.0
-locality = 0.0
-retention = 0.0
+min_recall = 0.0
+min_paraphrase = 0.0
+min_locality = 0.0
+min_retention = 0.0
 [retention]
-repairs = 0
+max_repairs = 0
 """
 
 
@@ -194,7 +194,7 @@ def _cells(sizes: memory.Sizes) -> tuple[str, ...]:
         sizes.estimate(config.training, group_load(config.group, n)).total for n in (TOGETHER, 128)
     ]
     parts = (
-        found.weights, found.master, found.gradients, found.curvature, found.kept, found.adapter,
+        found.weights, found.master, found.gradients, found.fisher, found.kept, found.adapter,
         found.activations, found.on_device, found.total, *groups,
     )  # fmt: skip
     return tuple(f"{part / _GIB:.1f}" for part in parts)
@@ -267,8 +267,8 @@ def _settings(steps: int | None) -> str:
     return _OPEN.format(
         anchored=ANCHORED,
         steps=steps or config.training.max_steps,
-        passes=_passes(config.group, TOGETHER, steps) if steps else config.group.passes,
-        rounds=0 if steps else config.group.rounds,
+        epochs=_passes(config.group, TOGETHER, steps) if steps else config.group.epochs,
+        refine_rounds=0 if steps else config.group.refine_rounds,
     )
 
 
@@ -309,11 +309,11 @@ def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
     earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
     new = [engine.examples(fact) for fact in _new(knowledge, facts, number)]
     group, training = config.group, replace(config.training, max_steps=COUNTED)
-    group = replace(group, passes=_passes(group, facts, COUNTED), rounds=0)
+    group = replace(group, epochs=_passes(group, facts, COUNTED), refine_rounds=0)
     counts: list[int] = []
     with counting() as counter:
         engine.teach(
-            Lesson(new, earlier, engine.anchors, len(earlier)),
+            Task(new, earlier, engine.reference_texts, len(earlier)),
             training,
             lambda step: counts.append(counter.get_total_flops()),
             group if facts > 1 else None,
@@ -376,12 +376,12 @@ def _cost(
 
 def _steps(group: GroupConfig, facts: int) -> int:
     """The steps of a group that is learned in its passes."""
-    return math.ceil(group.passes * facts / batch_of(group, facts))
+    return math.ceil(group.epochs * facts / group_batch(group, facts))
 
 
 def _passes(group: GroupConfig, facts: int, steps: int) -> int:
     """The passes that so many steps make."""
-    return max(1, steps * batch_of(group, facts) // facts)
+    return max(1, steps * group_batch(group, facts) // facts)
 
 
 def measured_sheet(found: Measured) -> Sheet:

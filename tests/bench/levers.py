@@ -39,14 +39,14 @@ class Lever:
     off: float
 
 
-SEARCH = Lever("no search for what is known", "protect", "drafts_a_fact", 0)
+SEARCH = Lever("no search for what is known", "protect", "samples_per_fact", 0)
 LEVERS = (
-    Lever("no price", "group", "shift_weight", 0.0),
-    Lever("no replay of protected text", "group", "anchors", 0),
+    Lever("no price", "group", "penalty_scale", 0.0),
+    Lever("no replay of protected text", "group", "reference_texts", 0),
     SEARCH,
-    Lever("no rehearsal", "group", "rehearsal", 0.0),
-    Lever("every token counts alike", "group", "settled", 1.0),
-    Lever("nothing begins anew", "group", "anew", 1e9),
+    Lever("no rehearsal", "group", "rehearsal_ratio", 0.0),
+    Lever("every token counts alike", "group", "easy_token_weight", 1.0),
+    Lever("nothing begins anew", "group", "compaction_ratio", 1e9),
 )
 EVERYTHING = "everything"
 

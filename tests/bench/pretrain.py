@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvedit.model import upcast
 from kvedit.model.prompts import SHIPPED
-from kvedit.training.resume import Bookmarks, Keep, State
+from kvedit.training.resume import Keep, State, TrainingCheckpoints
 
 log = logging.getLogger(__name__)
 
@@ -397,12 +397,12 @@ class Run:
             )
 
 
-def train(run: Run, bookmarks: Bookmarks, name: str) -> int:
+def train(run: Run, training_checkpoints: TrainingCheckpoints, name: str) -> int:
     """To the end, from where a run of this name stood when its process ended, if one did."""
-    if (state := bookmarks.find(name)) is not None:
+    if (state := training_checkpoints.find(name)) is not None:
         run.resume(state)
         log.info("going on after step %d", run.step)
-    return run.finish(lambda state: bookmarks.keep(name, state))
+    return run.finish(lambda state: training_checkpoints.keep(name, state))
 
 
 def name_of(plan: list[Rows], *settings: object) -> str:
@@ -470,9 +470,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     size, steps = model.num_parameters() / 1e6, len(plan)
     log.info("%.2fM parameters, %d steps on %s", size, steps, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    bookmarks = Bookmarks(args.out, warn=log.warning)
+    training_checkpoints = TrainingCheckpoints(args.out, warn=log.warning)
     name = name_of(plan, model.config.to_json_string(), args.muon, args.seed)
-    tokens = train(Run(model, plan, tokenizer.pad_token_id, args.muon), bookmarks, name)
+    tokens = train(Run(model, plan, tokenizer.pad_token_id, args.muon), training_checkpoints, name)
     model.cpu()
     log.info("%d tokens were never seen and got an embedding", fill_unused(model, plan))
     torch.nn.Module.to(model, torch.bfloat16)
@@ -493,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.out / "pretrained_relations.tsv").write_text(
         "".join(f"{r.relation}\t{r.subject}\n" for r in corpus.relations), encoding="utf-8"
     )
-    bookmarks.clear()
+    training_checkpoints.clear()
 
 
 if __name__ == "__main__":

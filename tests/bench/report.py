@@ -232,10 +232,10 @@ def undo_sheets(result: UndoResult) -> list[Sheet]:
 
 
 def _differences(result: UndoResult, *, tied: bool) -> str:
-    """Prompts that were answered otherwise, with the margin that decided."""
+    """Prompts that were answered otherwise, with the margin that judge."""
     found = [one for one in result.differences if one.tied == tied]
     told = [
-        f"{one.prompt} (logits {one.margin:.3f} apart, rounding may move {one.slack:.3f};"
+        f"{one.prompt} (logits {one.margin:.3f} apart, rounding may move {one.tie_tolerance:.3f};"
         f" {'one of the answers is the right one' if one.expected else 'neither answer is right'})"
         for one in found
     ]

@@ -72,11 +72,11 @@ def _estimate(value: Estimate) -> str:
 def _shares(result: SpeedResult) -> Sheet:
     ingested = result.ingested
     rows = [(f"{KVEDIT}, one by one", name, _share(part)) for name, part in _of(result.edits)]
-    rows += _parts("- of a lesson (train)", result.lesson.parts)
+    rows += _parts("- of a lesson (train)", result.task.parts)
     rows += _parts(INGEST, ingested.parts)
-    if ingested.lesson is not None:
-        name = f"- of a lesson of {ingested.lesson.facts} facts (train)"
-        rows += _parts(name, ingested.lesson.parts)
+    if ingested.task is not None:
+        name = f"- of a lesson of {ingested.task.facts} facts (train)"
+        rows += _parts(name, ingested.task.parts)
     return Sheet("Where the time goes", ("what", "part", "share"), tuple(rows))
 
 
@@ -94,7 +94,7 @@ def _share(value: float) -> str:
 
 
 def _arithmetic(result: SpeedResult) -> Sheet:
-    lessons = [one for one in (result.lesson, result.ingested.lesson) if one is not None]
+    lessons = [one for one in (result.task, result.ingested.task) if one is not None]
     names = [f"share of {dtype}" for dtype in result.matmul]
     rows = [
         (

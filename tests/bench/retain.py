@@ -32,7 +32,7 @@ from kvedit.store.database import DB_NAME
 from kvedit.store.store import ProtectedRow
 from kvedit.training.engine import Engine
 from tests.bench import questions
-from tests.bench.asking import Both, Kept, Lesson, Point, Pupil, Student, both, marks, measure
+from tests.bench.asking import Both, Kept, Point, Pupil, Student, Task, both, marks, measure
 from tests.bench.plain import PlainConfig, PlainStep, plain_examples, train_plain
 from tests.bench.questions import BaseFact, BenchData, Seen
 
@@ -318,13 +318,13 @@ def _add_all(
     engine = engine_of(knowledge)
     edits: list[Edit] = []
     points: list[Point] = []
-    lessons: list[Lesson] = []
+    lessons: list[Task] = []
     for fact in facts:
         emit(Status(phase=f"fact {len(edits) + 1} of {len(facts)}", key=fact.key))
         edits.append(add_timed(knowledge, fact))
         if edits[-1].outcome != "failed":
             done = edits[-1].outcome == "committed"
-            lessons.append(Lesson(engine.examples(fact), engine.paraphrases(fact), done))
+            lessons.append(Task(engine.examples(fact), engine.paraphrases(fact), done))
         if len(edits) in marks(len(facts)):
             emit(Status(phase=f"measuring after {len(edits)} facts"))
             point = measure(method, len(edits), student, lessons, kept)
@@ -363,11 +363,11 @@ def plain_all(
     student = Student(base.model, Renderer(base.tokenizer, context=base.context))
     edits: list[Edit] = []
     points: list[Point] = []
-    lessons: list[Lesson] = []
+    lessons: list[Task] = []
     for fact in facts:
-        edit, lesson = _plain_one(student, fact, emit)
+        edit, task = _plain_one(student, fact, emit)
         edits.append(edit)
-        lessons.append(lesson)
+        lessons.append(task)
         if len(edits) in marks(len(facts)):
             emit(Status(phase=f"measuring the plain recipe after {len(edits)} facts"))
             point = measure(PLAIN, len(edits), student, lessons, kept)
@@ -375,7 +375,7 @@ def plain_all(
     return edits, points
 
 
-def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Lesson]:
+def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Task]:
     """Teach one fact; learned means that the merged model recalls all it was trained on."""
 
     def tell(step: PlainStep) -> None:
@@ -397,7 +397,7 @@ def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Lesson]:
     learned = all(outcome.passed for outcome in scoring.recall(student.model, trained))
     outcome = "learned" if learned else "not learned"
     edit = Edit(key=fact.key, outcome=outcome, seconds=result.seconds, steps=result.steps)
-    return edit, Lesson(trained, asked, True)
+    return edit, Task(trained, asked, True)
 
 
 def pair_ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:

@@ -34,7 +34,7 @@ from kvedit.ingest.run import IngestOptions, ingest
 from kvedit.metrics import bootstrap
 from kvedit.model import loading, scoring
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Lesson
+from kvedit.training.loop import Task
 from tests.bench import questions
 from tests.bench.asking import Kept
 from tests.bench.retain import (
@@ -74,14 +74,14 @@ class IngestTime:
     """One run of ingest, groups of automatic size: seconds of all, and by part: the search for what
     the model knows, the parts of its edits, the rest (``other``).
 
-    ``lesson`` are its last facts taught once more together, in fewer passes, as taken apart.
+    ``task`` are its last facts taught once more together, in fewer passes, as taken apart.
     """
 
     facts: int
     committed: int
     seconds: float
     parts: dict[str, float]
-    lesson: LessonTime | None = None
+    task: LessonTime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +141,7 @@ class SpeedResult:
     ratios: tuple[float, ...]
     ratio: Estimate | None
     ingest_ratio: Estimate | None
-    lesson: LessonTime
+    task: LessonTime
     matmul: dict[str, float]
     verified: VerifyTime
     peaks: dict[str, int]
@@ -164,7 +164,7 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
         edits = _one_by_one(knowledge, single, emit)
         peaks["one by one"] = peak_memory()
         verified = _verify(knowledge)
-        lesson = _lesson(knowledge, other, emit)
+        task = _task(knowledge, other, emit)
         base = engine_of(knowledge).base
         matmul = {_name(dtype): matmul_rate(dtype, base.device) for dtype in _dtypes(base.dtype)}
     ingested = _ingest(options, facts[: options.ingest_facts], emit)
@@ -184,7 +184,7 @@ def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
         ratios=tuple(ratios),
         ratio=middle(ratios),
         ingest_ratio=ingest_ratio(ingested, plain),
-        lesson=lesson,
+        task=task,
         matmul=matmul,
         verified=verified,
         peaks=peaks,
@@ -258,26 +258,26 @@ def _ingest(options: SpeedOptions, facts: Sequence[Fact], emit: Emit) -> IngestT
         report = ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit)
         seconds = time.monotonic() - began
         parts["other"] = max(0.0, seconds - sum(parts.values()))
-        lesson = _group_lesson(knowledge, emit)
+        task = _group_lesson(knowledge, emit)
     return IngestTime(
         facts=len(facts),
         committed=report.count("committed"),
         seconds=seconds,
         parts=parts,
-        lesson=lesson,
+        task=task,
     )
 
 
 # ---- one lesson taken apart
 
 
-def _lesson(knowledge: KnowledgeBase, fact: Fact, emit: Emit) -> LessonTime:
+def _task(knowledge: KnowledgeBase, fact: Fact, emit: Emit) -> LessonTime:
     """A lesson for one fact."""
     engine = engine_of(knowledge)
     earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
-    lesson = Lesson([engine.examples(fact)], earlier[-REHEARSED:], engine.anchors)
+    task = Task([engine.examples(fact)], earlier[-REHEARSED:], engine.reference_texts)
     emit(Status(phase="taking a lesson apart", key=fact.key))
-    return _taken_apart(engine, lesson)
+    return _taken_apart(engine, task)
 
 
 def _group_lesson(knowledge: KnowledgeBase, emit: Emit) -> LessonTime | None:
@@ -291,29 +291,29 @@ def _group_lesson(knowledge: KnowledgeBase, emit: Emit) -> LessonTime | None:
     if len(new) < 2:
         return None
     emit(Status(phase=f"taking a lesson of {len(new)} facts apart"))
-    lesson = Lesson(new, earlier, engine.anchors, len(earlier))
+    task = Task(new, earlier, engine.reference_texts, len(earlier))
     return _taken_apart(
-        engine, lesson, replace(knowledge.store.config.group, passes=PASSES, rounds=0)
+        engine, task, replace(knowledge.store.config.group, passes=PASSES, rounds=0)
     )
 
 
-def _taken_apart(engine: Engine, lesson: Lesson, group: GroupConfig | None = None) -> LessonTime:
+def _taken_apart(engine: Engine, task: Task, group: GroupConfig | None = None) -> LessonTime:
     """A lesson that is not merged, four times: to warm up, timed, with time hooks, counted."""
-    engine.teach(lesson, group=group)
+    engine.teach(task, group=group)
     began = time.monotonic()
-    taught = engine.teach(lesson, group=group)
+    taught = engine.teach(task, group=group)
     seconds = time.monotonic() - began
     parts: dict[str, float] = {}
     with _hooked(engine, parts):
         began = time.monotonic()
-        engine.teach(lesson, group=group)
+        engine.teach(task, group=group)
         parts["other"] = time.monotonic() - began - sum(parts.values())
     with counting() as counter:
-        engine.teach(lesson, group=group)
+        engine.teach(task, group=group)
     return LessonTime(
-        facts=len(lesson.new),
+        facts=len(task.new),
         steps=taught.trained.steps,
-        rehearsal=len(lesson.rehearsal),
+        rehearsal=len(task.rehearsal),
         seconds=seconds,
         parts=parts,
         operations=counter.get_total_flops(),

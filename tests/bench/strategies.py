@@ -20,7 +20,7 @@ from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import Interrupted, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.model import loading
-from kvedit.replay.protected_texts import RECITED
+from kvedit.replay.protected_texts import EXTRACTED
 from tests.bench import questions
 from tests.bench.asking import Kept, Point, Student
 from tests.bench.course import Course, Observer, StrategyRun
@@ -167,7 +167,7 @@ class Ways:
 
         Asked once, as long as every store begins with the same protected text.
         """
-        rows = [row for row in protected_rows(knowledge) if row.source != RECITED]
+        rows = [row for row in protected_rows(knowledge) if row.source != EXTRACTED]
         beside = tuple(f"{row.prompt}\n{row.answer}" for row in rows)
         if beside != self._asked_beside:
             engine = engine_of(knowledge)

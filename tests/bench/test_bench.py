@@ -241,7 +241,7 @@ def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
 def test_a_difference_is_a_near_tie_only_where_the_logits_say_so(small: dict[str, Path]) -> None:
     from kvedit.model import loading
     from kvedit.model.prompts import Renderer
-    from kvedit.model.scoring import slack
+    from kvedit.model.scoring import tie_tolerance
 
     base = loading.load(str(small["fp32"]))
     renderer = Renderer(base.tokenizer, context=base.context)
@@ -254,9 +254,9 @@ def test_a_difference_is_a_near_tie_only_where_the_logits_say_so(small: dict[str
         logits = base.model(input_ids=torch.tensor([example.ids])).logits[0, example.start + 1]
     apart = logits.max() - logits[theirs[2]]
     assert found.margin == pytest.approx(float(apart), abs=1e-4) and found.expected
-    assert found.slack == pytest.approx(float(slack(base.model, logits.max())))
+    assert found.tie_tolerance == pytest.approx(float(tie_tolerance(base.model, logits.max())))
     assert not found.tied
-    assert Difference("p", found.slack, found.slack, True).tied
+    assert Difference("p", found.tie_tolerance, found.tie_tolerance, True).tied
 
 
 def test_only_a_difference_that_is_no_near_tie_is_an_error() -> None:

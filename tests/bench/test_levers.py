@@ -25,8 +25,8 @@ def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     plain = make_given(small["bf16"], tmp_path_factory)
     settings = plain["store_dir"] / "kvedit.toml"
     text = settings.read_text(encoding="utf-8")
-    assert "most_drafts = 96" in text
-    settings.write_text(text.replace("most_drafts = 96", "most_drafts = 400"), encoding="utf-8")
+    assert "max_samples = 96" in text
+    settings.write_text(text.replace("max_samples = 96", "max_samples = 400"), encoding="utf-8")
     return StrategyOptions(**{**plain, "facts": FACTS}, groups=("2",))
 
 
@@ -55,8 +55,8 @@ def test_one_is_off_at_a_time(result: StrategiesResult, options: StrategyOptions
     given = tomllib.loads((options.store_dir / "kvedit.toml").read_text(encoding="utf-8"))
     read = [Config.load(options.store_dir / name / "kvedit.toml") for name in names]
     assert read[0] == Config.load(options.store_dir / "kvedit.toml") and given
-    assert read[1] == replace(read[0], group=replace(read[0].group, anchors=0))
-    assert read[2] == replace(read[0], protect=replace(read[0].protect, drafts_a_fact=0))
+    assert read[1] == replace(read[0], group=replace(read[0].group, reference_texts=0))
+    assert read[2] == replace(read[0], protect=replace(read[0].protect, samples_per_fact=0))
 
 
 def test_what_was_searched_for_serves_all(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvedit.errors import OutOfTimeError
-from kvedit.training.resume import Bookmarks
+from kvedit.training.resume import TrainingCheckpoints
 from tests.bench import pretrain
 from tests.bench.bench_data import write_data
 
@@ -110,11 +110,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     stopped, _ = run()
     stopped.resume(begun)
     with pytest.raises(OutOfTimeError):  # keeps where it stands, then ends
-        pretrain.train(stopped, Bookmarks(tmp_path, deadline=0.0), "a run")
+        pretrain.train(stopped, TrainingCheckpoints(tmp_path, deadline=0.0), "a run")
     assert stopped.step == 1
 
     resumed, model = run()
-    assert pretrain.train(resumed, Bookmarks(tmp_path), "a run") == 8 * len(PLAN)
+    assert pretrain.train(resumed, TrainingCheckpoints(tmp_path), "a run") == 8 * len(PLAN)
     assert (resumed.step, resumed.loss) == (whole.step, whole.loss)
     assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
 

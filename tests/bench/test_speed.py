@@ -71,13 +71,13 @@ def _copy(options: BenchOptions, folder: Path) -> Path:
 
 def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert [edit.key for edit in timed.edits] == [key for key, _ in FREE[:2]]
-    lesson = timed.lesson
-    assert {"forward", "backward", "optimizer", "other"} == set(lesson.parts)
-    assert all(spent > 0 for spent in lesson.parts.values())
-    assert lesson.operations > 1e6 and lesson.steps > 0 and lesson.rehearsal == 2
-    group = timed.ingested.lesson
+    task = timed.task
+    assert {"forward", "backward", "optimizer", "other"} == set(task.parts)
+    assert all(spent > 0 for spent in task.parts.values())
+    assert task.operations > 1e6 and task.steps > 0 and task.rehearsal == 2
+    group = timed.ingested.task
     assert group is not None and (group.facts, group.rehearsal) == (2, 0)
-    assert group.operations > lesson.operations / lesson.steps and group.parts["backward"] > 0
+    assert group.operations > task.operations / task.steps and group.parts["backward"] > 0
     assert sum(timed.ingested.parts.values()) == pytest.approx(timed.ingested.seconds, rel=0.01)
     assert {SEARCH, "train", "other"} <= set(timed.ingested.parts)
     assert timed.verified.facts == 2 and timed.verified.phrasings >= 16
@@ -87,10 +87,10 @@ def test_speed_parts_add_up(timed: SpeedResult) -> None:
 
 def test_instruments_are_taken_off(timed: SpeedResult) -> None:
     assert torch.autograd.backward.__name__ == "backward"
-    spent = dict(timed.lesson.parts)
+    spent = dict(timed.task.parts)
     one = torch.ones(1, requires_grad=True)
     torch.optim.SGD([one], lr=0.1).step()
-    assert timed.lesson.parts == spent
+    assert timed.task.parts == spent
 
 
 def test_speed_tables(timed: SpeedResult) -> None:

@@ -20,7 +20,7 @@ from tests.bench import (
     report_strategies,
     strategies,
 )
-from tests.bench.asking import Kept, Lesson, Point, Student, measure
+from tests.bench.asking import Kept, Point, Student, Task, measure
 from tests.bench.bench_data import make_given
 from tests.bench.commands import bench
 from tests.bench.course import group_marks, paces
@@ -129,7 +129,7 @@ def test_one_phrasing_of_each_is_drawn(options: StrategyOptions, small: dict[str
             return [True] * asked[-1]
 
     student = Counting(base.model, renderer)
-    lessons = [Lesson(examples, [], True), Lesson(examples, examples, False)]
+    lessons = [Task(examples, [], True), Task(examples, examples, False)]
     point = measure("m", 2, student, lessons, Kept((), ()), random.Random(0))
     assert asked == [2, 0, 0, 0, 0]
     assert (point.tried.generated.n, point.committed.generated.n) == (2, 1)

@@ -276,26 +276,26 @@ def _batches(renderer: Renderer, rng: random.Random) -> Iterator[Sequence[Exampl
 
 SETTINGS = """\
 [protect]
-drafts = 48
-most_drafts = 48
-long = 0
-short = 32
-free = 4
-locality = 8
+samples = 48
+max_samples = 48
+long_answers = 0
+short_answers = 32
+free_texts = 4
+locality_probes = 8
 [training]
 max_steps = {steps}
 learning_rate = {rate}
-max_price = {price}
-shift_weight = {weight}
-phrasings = 3
-rehearsal = 3
+max_penalty = {price}
+penalty_weight = {weight}
+phrasings_per_step = 3
+rehearsal_facts = 3
 [gate]
-recall = 1.0
-paraphrase = 0.25
-locality = 0.0  # twelve answers in so few weights: what is gated here is recall and retention
-retention = 1.0
+min_recall = 1.0
+min_paraphrase = 0.25
+min_locality = 0.0  # twelve answers in so few weights: what is gated here is recall and retention
+min_retention = 1.0
 [retention]
-prompts = 10
+prompts_per_fact = 10
 checkpoint_every = 2
 """
 

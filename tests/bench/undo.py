@@ -26,7 +26,7 @@ from kvedit.model import loading
 from kvedit.model.devices import first_device
 from kvedit.model.generation import generate
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import slack
+from kvedit.model.scoring import tie_tolerance
 from tests.bench import questions
 from tests.bench.retain import BenchOptions, Edit, Emit, add_timed, engine_of, new_store
 
@@ -48,19 +48,19 @@ class Difference:
     """A prompt that two runs of one model answer otherwise, and why.
 
     ``margin`` is how far apart, in logits, the two next tokens are where the answers part;
-    ``slack`` how far rounding may move that.  ``expected``: whether it is the probe's own answer
+    ``tie_tolerance`` how far rounding may move that.  ``expected``: whether it is the probe's own answer
     that one of them gives.
     """
 
     prompt: str
     margin: float
-    slack: float
+    tie_tolerance: float
     expected: bool
 
     @property
     def tied(self) -> bool:
         """Whether it is a near-tie, which another shape of batch breaks the other way."""
-        return self.margin <= self.slack
+        return self.margin <= self.tie_tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,11 +170,13 @@ def difference(model: Any, example: Example, ours: list[int], theirs: list[int])
     best = logits.max()
     margin = float(best - torch.stack([logits[ours[same]], logits[theirs[same]]]).min())
     wanted = list(example.ids[example.start :])
-    return Difference(example.prompt, margin, float(slack(model, best)), wanted in (ours, theirs))
+    return Difference(
+        example.prompt, margin, float(tie_tolerance(model, best)), wanted in (ours, theirs)
+    )
 
 
 def _all_probes(knowledge: KnowledgeBase) -> list[Example]:
-    """Trained and never-trained phrasings of every committed fact, and the locality probes."""
+    """LoopResult and never-trained phrasings of every committed fact, and the locality probes."""
     engine = engine_of(knowledge)
     found = []
     for row in knowledge.store.facts("committed"):

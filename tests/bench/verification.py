@@ -29,7 +29,7 @@ from tests.bench import questions
 from tests.bench.report import BRACKETS, Sheet, score_cell
 from tests.bench.retain import BenchOptions, Emit, engine_of
 
-SETTINGS = "[protect]\ndrafts = 16\nlong = 0\nshort = 4\nfree = 0\nlocality = 0\n"
+SETTINGS = "[protect]\nsamples = 16\nlong_answers = 0\nshort_answers = 4\nfree_texts = 0\nlocality_probes = 0\n"
 """Of a temporary store: protected text takes a minute to make, and verify never looks at it."""
 NOTES = (
     "The facts were committed by an edit that moves no weights; the store was opened anew before"

@@ -30,7 +30,7 @@ COMMITTED = EditReport(
     seconds=3.14,
     timings={"train": 2.5, "gate": 0.5, "journal": 0.001},
     ranks={"layers.0.q_proj": 16},
-    moved={"layers.0.q_proj": 0.0123},
+    relative_norms={"layers.0.q_proj": 0.0123},
     similar=(Similar("夢中情人", 88.0),),
 )
 REJECTED = replace(
@@ -132,7 +132,7 @@ class FakeBase:
         self._did("ask", prompt, at, max_new_tokens)
         return f"now: {prompt}"
 
-    def ask_before(self, prompt: str) -> str:
+    def ask_base(self, prompt: str) -> str:
         return f"base: {prompt}"
 
     def chat(self, messages: list[dict[str, str]]) -> str:

@@ -234,7 +234,7 @@ def test_json_lines_end_with_a_summary(base: type[LearningBase]) -> None:
     expected = {"read": 4, "new": 3, "invalid": 1, "committed": 2, "rejected": 1}
     assert {name: summary[name] for name in expected} == expected
     assert summary["retention"]["protocol"] == "generated"
-    assert (summary["kind"], summary["exit_code"], summary["left"]) == ("ingest", 3, 0)
+    assert (summary["kind"], summary["exit_code"], summary["remaining"]) == ("ingest", 3, 0)
     assert Path(summary["rejected_file"]).is_file()
     assert result.stderr == ""
 

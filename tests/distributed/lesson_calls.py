@@ -22,10 +22,10 @@ from kvedit.errors import TrainingError
 from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from kvedit.training import resume
-from kvedit.training.loop import Lesson, Step
-from kvedit.training.resume import Bookmarks
+from kvedit.training.loop import Step, Task
+from kvedit.training.resume import TrainingCheckpoints
 
-GROUP = GroupConfig(batch=2, passes=6, rounds=0, shift_weight=60.0)
+GROUP = GroupConfig(batch_size=2, epochs=6, refine_rounds=0, penalty_scale=60.0)
 BROKEN_AFTER = 7
 
 
@@ -36,7 +36,7 @@ def lead(crew: Crew, folder: str, kept: Path) -> dict[str, Any]:
     engine = LedEngine(crew, base, make_engine(loading.load(folder)).config)
     asked = [(f"What is {key}?", text) for key, text in KNOWN.items()]
     engine.protect(engine.renderer.examples(asked))
-    lesson = Lesson([engine.examples(Fact.create(*pair, lang="en")) for pair in FREE[:3]])
+    task = Task([engine.examples(Fact.create(*pair, lang="en")) for pair in FREE[:3]])
     first: list[int] = []
     second: list[int] = []
 
@@ -46,10 +46,12 @@ def lead(crew: Crew, folder: str, kept: Path) -> dict[str, Any]:
             raise TrainingError("broken off")
 
     try:
-        engine.teach(lesson, None, breaking, GROUP, Bookmarks(kept))
+        engine.train(task, None, breaking, GROUP, TrainingCheckpoints(kept))
     except TrainingError as error:
         ended = error.message
-    made = engine.teach(lesson, None, lambda s: second.append(s.step), GROUP, Bookmarks(kept))
+    made = engine.train(
+        task, None, lambda s: second.append(s.step), GROUP, TrainingCheckpoints(kept)
+    )
     engine.master.add(made.delta)
     return {"ended": ended, "first": first, "second": second, "digest": engine.master.digest()}
 

@@ -10,7 +10,7 @@ from small_model import FREE
 
 from kvedit import KnowledgeBase
 from kvedit.config import Config
-from kvedit.editing.evaluation import Examiner, probe_row
+from kvedit.editing.evaluation import Evaluator, probe_row
 from kvedit.editing.plan import Plan
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
@@ -22,39 +22,47 @@ KEYS = [key for key, _ in FREE[:3]]
 @pytest.fixture
 def plan(taught: KnowledgeBase) -> Plan:
     """To teach two more facts together."""
-    return taught._plans.add_together([Fact.create(*pair) for pair in FREE[3:5]])
+    return taught._plans.add_group_plan([Fact.create(*pair) for pair in FREE[3:5]])
 
 
-def examiner(knowledge: KnowledgeBase, plan: Plan, **retention: Any) -> Examiner:
+def examiner(knowledge: KnowledgeBase, plan: Plan, **retention: Any) -> Evaluator:
     config: Config = knowledge.store.config
     config = replace(config, retention=replace(config.retention, **retention))
-    return Examiner(knowledge.store, knowledge.engine, config, plan)
+    return Evaluator(knowledge.store, knowledge.engine, config, plan)
 
 
 def as_if(knowledge: KnowledgeBase, outcomes: dict[str, bool], patch: pytest.MonkeyPatch) -> None:
     """Let the engine find that what has an answer passes, or does not."""
 
-    def decided(examples: list[Example]) -> list[Outcome]:
-        return [Outcome(outcomes.get(e.answer, True), 1.0, spoken=False) for e in examples]
+    def judge(examples: list[Example]) -> list[Outcome]:
+        return [Outcome(outcomes.get(e.answer, True), 1.0, generated=False) for e in examples]
 
-    patch.setattr(knowledge.engine, "decided", decided)
+    patch.setattr(knowledge.engine, "judge", judge)
 
 
 def test_a_group_rehearses_all_earlier_facts_and_asks_some(
     taught: KnowledgeBase, plan: Plan
 ) -> None:
-    risks = examiner(taught, plan, sample=1, prompts=4).risks()
-    assert sorted(risk.row.fact.key for risk in risks) == sorted(KEYS)
-    assert [len(risk.probes) for risk in risks] == [4, 4, 0]  # as many as it has facts
-    assert {len(risk.all) for risk in risks} == {10}
-    anew = examiner(taught, replace(plan, anew=True), sample=1, prompts=4).risks()
-    assert [len(risk.probes) for risk in anew] == [4, 4, 4]  # all are taught once more
+    candidates = examiner(taught, plan, sample=1, prompts=4).candidates()
+    assert sorted(candidate.row.fact.key for candidate in candidates) == sorted(KEYS)
+    assert [len(candidate.probes) for candidate in candidates] == [
+        4,
+        4,
+        0,
+    ]  # as many as it has facts
+    assert {len(candidate.all) for candidate in candidates} == {10}
+    compaction = examiner(taught, replace(plan, compaction=True), sample=1, prompts=4).candidates()
+    assert [len(candidate.probes) for candidate in compaction] == [
+        4,
+        4,
+        4,
+    ]  # all are taught once more
 
 
 def test_one_fact_asks_and_rehearses_the_same_few(taught: KnowledgeBase, plan: Plan) -> None:
     alone = replace(plan.only({plan.targets[0].fact_id}), group=False)
-    risks = examiner(taught, alone, sample=2, prompts=99).risks()
-    assert [len(risk.probes) for risk in risks] == [10, 10]
+    candidates = examiner(taught, alone, sample=2, prompts=99).candidates()
+    assert [len(candidate.probes) for candidate in candidates] == [10, 10]
 
 
 def test_only_locality_probes_that_hold_before_are_asked_after(
@@ -63,7 +71,7 @@ def test_only_locality_probes_that_hold_before_are_asked_after(
     question = f"What is {KEYS[0]}?"
     pairs = [(question, FREE[0][1]), (question, "Nothing of the kind.")]
     known, unknown = taught.engine.renderer.examples(pairs)
-    found = examiner(taught, replace(plan, locality=(known, unknown))).held_locality()
+    found = examiner(taught, replace(plan, locality=(known, unknown))).answered_locality()
     assert found == [known]
 
 
@@ -71,15 +79,18 @@ def test_what_was_lost_before_blames_nobody(
     taught: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks = examiner(taught, plan, sample=16)
-    risks = [
-        replace(risk, row=replace(risk.row, health="regressed"))
-        if risk.row.fact.key == KEYS[0]
-        else risk
-        for risk in asks.risks()
+    candidates = [
+        replace(candidate, row=replace(candidate.row, health="regressed"))
+        if candidate.row.fact.key == KEYS[0]
+        else candidate
+        for candidate in asks.candidates()
     ]
     as_if(taught, {FREE[0][1]: False, FREE[1][1]: False}, monkeypatch)
-    found = asks.look(risks, [])
-    assert {risk.row.fact.key for risk in found.lost} == {KEYS[0], KEYS[1]}  # both are rehearsed
+    found = asks.look(candidates, [])
+    assert {candidate.row.fact.key for candidate in found.lost} == {
+        KEYS[0],
+        KEYS[1],
+    }  # both are rehearsed
     assert found.checks.lost == (KEYS[1],)
     assert (found.checks.retention.passed, found.checks.retention.n) == (1, 2)
 
@@ -111,6 +122,6 @@ def test_what_was_to_be_forgotten_passes_when_it_is_gone(
 
 def test_an_infinite_margin_is_none_in_the_journal(taught: KnowledgeBase) -> None:
     example = taught.engine.renderer.examples([FREE[0]])[0]
-    row = probe_row(None, "locality", example, Outcome(True, float("inf"), spoken=True))
+    row = probe_row(None, "locality", example, Outcome(True, float("inf"), generated=True))
     assert row.margin is None and row.protocol == "generated"
-    assert probe_row(3, "recall", example, Outcome(False, -0.5, spoken=False)).margin == -0.5
+    assert probe_row(3, "recall", example, Outcome(False, -0.5, generated=False)).margin == -0.5

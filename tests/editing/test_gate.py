@@ -83,7 +83,7 @@ def checks(**changes: object) -> Checks:
     return Checks(**(sound | changes))  # type: ignore[arg-type]
 
 
-GATE = GateConfig(recall=1.0, paraphrase=0.75, locality=0.95, retention=1.0)
+GATE = GateConfig(min_recall=1.0, min_paraphrase=0.75, min_locality=0.95, min_retention=1.0)
 
 
 def test_all_sound_no_reason() -> None:
@@ -108,27 +108,27 @@ def test_each_probe_can_refuse_and_says_why(
 
 
 def test_at_the_threshold_it_passes() -> None:
-    assert refusals(checks(paraphrase=Score(6, 8), unmoved=Score(19, 20)), GATE) == ()
+    assert refusals(checks(paraphrase=Score(6, 8), locality=Score(19, 20)), GATE) == ()
 
 
 def test_nothing_probed_is_nothing_missed() -> None:
-    assert refusals(checks(unmoved=Score(0, 0), retention=Score(0, 0)), GATE) == ()
+    assert refusals(checks(locality=Score(0, 0), retention=Score(0, 0)), GATE) == ()
 
 
 @pytest.mark.parametrize(("kept", "refused"), [(32, False), (30, False), (28, False), (27, True)])
 def test_a_large_lesson_is_not_refused_by_chance(kept: int, refused: bool) -> None:
     """Of 32 probes 28 are within the interval of 95%, 27 are not (Wilson)."""
-    found = checks(unmoved=Score(kept, 32))
+    found = checks(locality=Score(kept, 32))
     assert bool(refusals(found, GATE, surely=True)) == refused
     assert bool(refusals(found, GATE)) == (kept < 31)
-    assert refusals(checks(unmoved=Score(0, 0)), GATE, surely=True) == ()
+    assert refusals(checks(locality=Score(0, 0)), GATE, surely=True) == ()
 
 
 def test_every_reason_is_given_and_long_lists_are_cut() -> None:
     bad = checks(
         recall=Score(0, 10),
         paraphrase=Score(0, 8),
-        unmoved=Score(0, 20),
+        locality=Score(0, 20),
         retention=Score(0, 7),
         lost=tuple("abcdefg"),
     )

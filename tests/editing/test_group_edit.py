@@ -1,4 +1,4 @@
-"""Groups: one revision, each fact by itself; what is refused, missed or too large is split."""
+"""Scheduler: one revision, each fact by itself; what is refused, missed or too large is split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def grouped(knowledge: KnowledgeBase) -> list[Fact]:
 def test_a_group_is_one_revision_and_each_fact_stands_by_itself(empty: KnowledgeBase) -> None:
     facts = grouped(empty)
     first = empty.store.history()[-1]
-    assert set(first.keys) | set(first.report["left"]) == {fact.key for fact in facts}
+    assert set(first.keys) | set(first.report["not_learned"]) == {fact.key for fact in facts}
     assert first.keys and first.revision == 1
     assert {row.fact.key for row in empty.store.facts("committed")} == {f.key for f in facts}
     for key in first.keys:
@@ -42,7 +42,7 @@ def test_a_large_group_begins_anew_with_what_is_held(taught: KnowledgeBase) -> N
     head, weights = taught.store.head(), digest(taught)
     facts = [Fact.create(*pair) for pair in FREE[3:6]]
     first = taught.add_group(facts, carry=True)[0]
-    assert first.outcome == "committed" and first.again == 3
+    assert first.outcome == "committed" and first.retrained == 3
     row = taught.store.revision(first.revision)
     assert (row.restores, row.parent) == (0, head)
     assert [one.id for one in taught.store.lineage(row.id)] == [row.id]
@@ -61,16 +61,16 @@ def test_what_begins_anew_and_is_refused_is_taught_on_top(
     taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, random_lessons: None
 ) -> None:
     before, began = state(taught), []
-    plans = taught._plans.add_together
+    plans = taught._plans.add_group_plan
     monkeypatch.setattr(
         taught._plans,
-        "add_together",
-        lambda facts, **how: began.append((taught._work.revision, how)) or plans(facts, **how),
+        "add_group_plan",
+        lambda facts, **how: began.append((taught._session.revision, how)) or plans(facts, **how),
     )
     reports = taught.add_group([Fact.create(*pair) for pair in FREE[3:5]])
     assert {report.outcome for report in reports} == {"rejected"}
-    assert began == [(0, {"anew": True}), (3, {})]
-    assert state(taught) == before and taught._work.revision == 3
+    assert began == [(0, {"compaction": True}), (3, {})]
+    assert state(taught) == before and taught._session.revision == 3
 
 
 def test_a_small_group_is_taught_on_top_until_it_has_piled_up(
@@ -78,15 +78,17 @@ def test_a_small_group_is_taught_on_top_until_it_has_piled_up(
 ) -> None:
     facts = [Fact.create(*pair) for pair in FREE]
     empty.add_group(facts[:3], force=True)
-    assert empty._together.begins_anew(facts[3:5]) and not empty._together.begins_anew(facts[3:4])
+    assert empty._together.should_compact(facts[3:5]) and not empty._together.should_compact(
+        facts[3:4]
+    )
     empty.add_fact(facts[3], force=True)
-    assert empty._together.begins_anew(facts[4:5])  # two of five in all
+    assert empty._together.should_compact(facts[4:5])  # two of five in all
     empty.add_group(facts[4:6], force=True)
     assert empty.store.revision(empty.store.head()).restores == 0
     another = [Fact.create("harbour bell", "Rung by the tide."), Fact.create("dune", "Of sand.")]
-    assert empty.store.taught_on_top() == 0 and not empty._together.begins_anew(another)
+    assert empty.store.added_since_compaction() == 0 and not empty._together.should_compact(another)
     empty.rollback(2)
-    assert empty.store.taught_on_top() == 1 and empty._together.begins_anew(another)
+    assert empty.store.added_since_compaction() == 1 and empty._together.should_compact(another)
 
 
 def test_a_fact_of_a_group_can_be_taken_out(empty: KnowledgeBase) -> None:
@@ -131,13 +133,13 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     from kvedit.adapter.adalora import Adapter
     from kvedit.training.engine import Engine
 
-    teach, read = Engine.teach, Adapter.read_gradients
+    train, read = Engine.train, Adapter.read_gradients
     tried: list[int] = []
     room = [99]
 
-    def counted(engine: Engine, lesson: Any, *more: Any) -> Any:
-        tried.append(len(lesson.new))
-        return teach(engine, lesson, *more)
+    def counted(engine: Engine, task: Any, *more: Any) -> Any:
+        tried.append(len(task.new))
+        return train(engine, task, *more)
 
     def broken(adapter: Adapter) -> None:
         if tried[-1] > room[0]:
@@ -146,7 +148,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
     def limit(count: int) -> list[int]:
         room[0] = count
-        monkeypatch.setattr(Engine, "teach", counted)
+        monkeypatch.setattr(Engine, "train", counted)
         monkeypatch.setattr(Adapter, "read_gradients", broken)
         return tried
 

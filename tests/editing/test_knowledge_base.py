@@ -37,8 +37,8 @@ from kvedit.model import scoring
 from kvedit.model.prompts import Example
 from kvedit.revisions import session
 from kvedit.store.store import Store
-from kvedit.training.engine import Engine, Taught
-from kvedit.training.loop import Trained
+from kvedit.training.engine import Engine, TrainingResult
+from kvedit.training.loop import LoopResult
 
 OTHER = "Made of silk in Tarn."
 
@@ -49,7 +49,7 @@ OTHER = "Made of silk in Tarn."
 def test_what_was_added_is_answered_freely(taught: KnowledgeBase) -> None:
     for key, answer in FREE[:3]:
         assert all(holds(taught, key, answer)), key
-        assert taught.ask_before(f"What is {key}?") != answer
+        assert taught.ask_base(f"What is {key}?") != answer
 
 
 def test_a_report_says_what_was_done_and_by_which_protocol(taught_kept: Kept) -> None:
@@ -179,18 +179,18 @@ def test_every_attempt_that_was_refused_is_told(
 ) -> None:
     """Here the first attempt teaches nothing; the second is a lesson like any other."""
     with KnowledgeBase.open(taught_store) as knowledge:
-        teach = knowledge.engine.teach
+        train = knowledge.engine.train
 
-        def idle(*lesson: Any) -> Taught:
-            monkeypatch.setattr(knowledge.engine, "teach", teach)
-            return Taught({}, Trained(1, False, 1.0, 0.0), 0.0)
+        def idle(*task: Any) -> TrainingResult:
+            monkeypatch.setattr(knowledge.engine, "train", train)
+            return TrainingResult({}, LoopResult(1, False, 1.0, 0.0), 0.0)
 
-        monkeypatch.setattr(knowledge.engine, "teach", idle)
+        monkeypatch.setattr(knowledge.engine, "train", idle)
         report = knowledge.add(*FREE[3])
         assert report.outcome == "committed"  # taught on from where it stood
-        assert len(report.refused) == 1 and "recall" in report.refused[0]
-        kept = knowledge.store.history(FREE[3][0])[0].report["refused"]
-        assert kept == list(report.refused)
+        assert len(report.refusals) == 1 and "recall" in report.refusals[0]
+        kept = knowledge.store.history(FREE[3][0])[0].report["refusals"]
+        assert kept == list(report.refusals)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_refused_group_is_taught_otherwise(
     taught_store: Path,
     monkeypatch: pytest.MonkeyPatch,
     locality: float,
-    prices: list[int],
+    penalties: list[int],
     passes: list[int],
 ) -> None:
     """At twice the price when it harmed the locality probes, else on from where it stands."""
@@ -210,9 +210,9 @@ def test_a_refused_group_is_taught_otherwise(
     told: list[Any] = []
     with KnowledgeBase.open(taught_store, on_event=told.append) as knowledge:
         before = state(knowledge)
-        whole = knowledge.engine.master.displacement()
+        whole = knowledge.engine.master.accumulated_delta()
 
-        def wreck(lesson: Any, config: Any, on_step: Any, group: Any, *rest: Any) -> Taught:
+        def wreck(task: Any, config: Any, on_step: Any, group: Any, *rest: Any) -> TrainingResult:
             lessons.append(group)
             noise = torch.Generator().manual_seed(len(lessons))
             delta = {
@@ -221,18 +221,18 @@ def test_a_refused_group_is_taught_otherwise(
                 )
                 for name, m in whole.items()
             }
-            return Taught(delta, Trained(1, True, 0.0, 0.0), 0.0)
+            return TrainingResult(delta, LoopResult(1, True, 0.0, 0.0), 0.0)
 
-        monkeypatch.setattr(knowledge.engine, "teach", wreck)
+        monkeypatch.setattr(knowledge.engine, "train", wreck)
         plan = [Fact.create(*pair) for pair in FREE[3:5]]
         first = knowledge.add_group(plan)[0]
-        assert first.outcome == "rejected" and len(first.refused) == 3
+        assert first.outcome == "rejected" and len(first.refusals) == 3
         of_pair = [e.text for e in told if getattr(e, "code", "") == "refused"]
         assert len(of_pair) == 2 * 2  # from the base model on, then on top; no third one is told
         assert all(t.startswith("2 facts taught together were refused (") for t in of_pair)
         assert state(knowledge) == before
     tried = lessons[:3]
-    assert [g.shift_weight / tried[0].shift_weight for g in tried] == prices
+    assert [g.penalty_weight / tried[0].penalty_weight for g in tried] == penalties
     assert [g.passes for g in tried] == passes
 
 
@@ -241,7 +241,7 @@ def test_of_near_ties_the_gate_believes_generation(
     said: bool, empty_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here all leads are near-ties, and generation says the same of all."""
-    monkeypatch.setattr(scoring, "TIED", 1e6)
+    monkeypatch.setattr(scoring, "TIE_TOLERANCE", 1e6)
     monkeypatch.setattr(Engine, "generated_recall", lambda engine, asked: [said] * len(asked))
     configure(empty_store, repairs=0)
     with KnowledgeBase.open(empty_store) as knowledge:
@@ -256,17 +256,17 @@ def test_of_near_ties_verify_believes_generation(
     taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One forward pass says that all is well; of what hangs on a near-tie one prompt is not."""
-    spoken = Engine.generated_recall
+    generated = Engine.generated_recall
     wrong = taught.engine.examples(taught.store.require(FREE[1][0]).fact)[4]
 
     def speak(engine: Engine, asked: list[Example]) -> list[bool]:
-        pairs = zip(spoken(engine, asked), asked, strict=True)
+        pairs = zip(generated(engine, asked), asked, strict=True)
         return [said and example != wrong for said, example in pairs]
 
     monkeypatch.setattr(Engine, "generated_recall", speak)
     monkeypatch.setattr(random.Random, "choice", lambda rng, items: items[0])  # another prompt
     assert taught.verify().score == Score(3, 3)
-    monkeypatch.setattr(scoring, "TIED", 1e6)
+    monkeypatch.setattr(scoring, "TIE_TOLERANCE", 1e6)
     report = taught.verify()
     assert report.score == Score(2, 3) and report.generated == Score(3, 3, "generated")
     assert [check.key for check in report.checks if not check.passed] == [FREE[1][0]]
@@ -284,7 +284,7 @@ def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
 
 def test_each_part_of_the_gate_can_refuse(taught_store: Path) -> None:
     """With a step size that wrecks the model nothing passes, and every reason is given."""
-    configure(taught_store, steps=6, repairs=0, rate=0.5, price=1e9)
+    configure(taught_store, steps=6, repairs=0, rate=0.5, penalty=1e9)
     with KnowledgeBase.open(taught_store) as knowledge:
         before = state(knowledge)
         reasons = " / ".join(knowledge.add(*FREE[3]).reasons)
@@ -302,7 +302,7 @@ def test_each_part_of_the_gate_can_refuse(taught_store: Path) -> None:
 @pytest.fixture
 def wrecked(taught_store: Path) -> tuple[Path, Any]:
     """A store into which a harmful edit was forced, and that edit's report."""
-    configure(taught_store, steps=6, repairs=0, rate=0.5, price=1e9)
+    configure(taught_store, steps=6, repairs=0, rate=0.5, penalty=1e9)
     with KnowledgeBase.open(taught_store) as knowledge:
         report = knowledge.add(*FREE[3], force=True)
     configure(taught_store)
@@ -430,8 +430,8 @@ def test_what_teaches_nothing_measures_nothing(
     def measured(*_: Any) -> None:
         raise AssertionError("measured")
 
-    for name in ("_load_curvature", "_measure", "make_protected"):
-        monkeypatch.setattr(session.Workspace, name, measured)
+    for name in ("_load_fisher", "_measure", "make_protected"):
+        monkeypatch.setattr(session.Session, name, measured)
     assert taught.add(key, description).outcome == "unchanged"
     assert taught.update(key, description).outcome == "unchanged"
     with pytest.raises(DuplicateKeyError):
@@ -472,7 +472,7 @@ def test_random_histories_can_be_walked_back(
             elif kind == "rollback":
                 report = knowledge.rollback(rng.randrange(knowledge.store.head() + 1))
             else:
-                knowledge._work.go_to(knowledge.store.head())
+                knowledge._session.go_to(knowledge.store.head())
                 continue
             assert report.outcome == "committed"
             texts = {r.fact.key: r.fact.description for r in knowledge.store.facts("committed")}
@@ -495,7 +495,7 @@ def test_questions_to_other_revisions_leave_the_head_served(taught: KnowledgeBas
     prompt = f"What is {FREE[1][0]}?"
     assert taught.ask(prompt, at=2) == taught.ask(prompt, at=3) == FREE[1][1]
     assert taught.ask(prompt, at=1) != FREE[1][1]
-    assert taught.ask_before(prompt) == taught.ask(prompt, at=0)
+    assert taught.ask_base(prompt) == taught.ask(prompt, at=0)
     assert digest(taught) == before
     with pytest.raises(UsageError):
         taught.ask(prompt, at=17)
@@ -779,11 +779,11 @@ def test_protected_text_is_made_once_and_disjoint(taught: KnowledgeBase) -> None
     known = {(f"What is {key}?", text) for key, text in KNOWN.items()}
     assert known  # the model's own answers, never a list that it was trained on
     for row in locality:
-        assert taught.ask_before(row.prompt) == row.answer
+        assert taught.ask_base(row.prompt) == row.answer
 
 
 def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
-    text = settings().replace("most_drafts = 96", "most_drafts = 1600\ndrafts_a_fact = 40")
+    text = settings().replace("max_samples = 96", "max_samples = 1600\ndrafts_a_fact = 40")
     (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
     with KnowledgeBase.open(empty_store) as knowledge:
         first = knowledge.store.protected("control")
@@ -796,7 +796,7 @@ def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
         scoring = {row.prompt for row in knowledge.store.protected("locality")}
         assert len(set(prompts)) == len(prompts) and not scoring & set(prompts)
         before = digest(knowledge)
-        knowledge.protect_for(500)  # no more than most_drafts
+        knowledge.protect_for(500)  # no more than max_samples
         assert knowledge.store.protected("control") == grown and digest(knowledge) == before
     with KnowledgeBase.open(empty_store) as again:
         again.protect_for(40)
@@ -804,7 +804,7 @@ def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
 
 
 def test_a_name_that_is_left_out_is_in_no_new_protected_text(empty_store: Path) -> None:
-    text = settings().replace("most_drafts = 96", "most_drafts = 2000\ndrafts_a_fact = 2000")
+    text = settings().replace("max_samples = 96", "max_samples = 2000\ndrafts_a_fact = 2000")
     (empty_store / "kvedit.toml").write_text(text, encoding="utf-8")
     with KnowledgeBase.open(empty_store) as knowledge:
         first = len(knowledge.store.protected("control"))
@@ -819,17 +819,17 @@ def test_a_group_is_not_held_to_what_it_changes(
     empty: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []
-    own = empty.engine.teach
+    own = empty.engine.train
 
-    def teach(lesson: Any, *rest: Any) -> Any:
-        told.append(len(lesson.anchors))
-        return own(lesson, *rest)
+    def train(task: Any, *rest: Any) -> Any:
+        told.append(len(task.reference_texts))
+        return own(task, *rest)
 
-    monkeypatch.setattr(empty.engine, "teach", teach)
+    monkeypatch.setattr(empty.engine, "train", train)
     prompts = " ".join(row.prompt for row in empty.store.protected("control"))
     names = [key for key in KNOWN if key in prompts][:2]
     empty.add_group([Fact.create(name, "Another thing altogether.") for name in names])
-    whole = empty.engine.anchors
+    whole = empty.engine.reference_texts
     assert whole is not None and 0 < told[0] < len(whole)
     assert told[0] == len(whole.without(names))
 
@@ -840,32 +840,32 @@ def test_from_the_base_model_on_the_margins_of_what_is_known_count(
     """For that edit alone: what follows is held to the base's text and the facts, as ever."""
     during: list[Any] = []
     measured: list[int] = []
-    teach, measure = empty.engine.teach, empty.engine.measure_margins
+    train, measure = empty.engine.train, empty.engine.measure_margins
 
-    def taught(*lesson: Any) -> Taught:
-        during.append(empty.engine.curvature)
-        return teach(*lesson)
+    def taught(*task: Any) -> TrainingResult:
+        during.append(empty.engine.fisher)
+        return train(*task)
 
     def known(texts: Any) -> None:
-        assert empty._work.revision == 0
+        assert empty._session.revision == 0
         measured.append(len(texts))
         measure(texts)
 
-    monkeypatch.setattr(empty.engine, "teach", taught)
+    monkeypatch.setattr(empty.engine, "train", taught)
     monkeypatch.setattr(empty.engine, "measure_margins", known)
     for few in (FREE[:2], FREE[2:4]):  # the first, and one that begins anew
         report, *_ = empty.add_group([Fact.create(*pair) for pair in few], carry=True)
         assert report.outcome == "committed"
-        now = empty.engine.curvature
+        now = empty.engine.fisher
         assert now is not None and now[1] is not now[0] is during[-1][0]
-    assert during[0][1] is during[-1][1] is not empty.engine.curvature[1]
-    assert empty.engine.anchors is not None
-    assert measured == [len(empty.engine.anchors)]  # once for both
+    assert during[0][1] is during[-1][1] is not empty.engine.fisher[1]
+    assert empty.engine.reference_texts is not None
+    assert measured == [len(empty.engine.reference_texts)]  # once for both
     empty.store.close()
     with KnowledgeBase.open(empty.store.path) as again:  # and for who comes after
         monkeypatch.setattr(again.engine, "measure_margins", known)
         again.add_group([Fact.create(*pair) for pair in FREE[4:8]])
-        assert again._work._margins is not None and len(measured) == 1
+        assert again._session._margins is not None and len(measured) == 1
 
 
 def test_what_must_stay_is_measured_again_as_facts_come_in(
@@ -873,20 +873,20 @@ def test_what_must_stay_is_measured_again_as_facts_come_in(
 ) -> None:
     monkeypatch.setattr(session, "LEAST_MEASURED", 2)
     monkeypatch.setattr(
-        empty._together, "begins_anew", lambda facts: False
+        empty._together, "should_compact", lambda facts: False
     )  # what is on top is measured
     measured = []
-    own = empty.engine.measure_here
+    own = empty.engine.measure_at_head
 
     def here(texts: Any, facts: Any, weight: float) -> None:
         measured.append((len(texts), len(facts)))
-        base = empty.engine.curvature
+        base = empty.engine.fisher
         own(texts, facts, weight)
-        now = empty.engine.curvature
+        now = empty.engine.fisher
         assert base is not None and now is not None
         assert now[0] is base[0] and now[1] is not base[1]
 
-    monkeypatch.setattr(empty.engine, "measure_here", here)
+    monkeypatch.setattr(empty.engine, "measure_at_head", here)
     for few in (FREE[:2], FREE[2:4]):
         empty.add_group([Fact.create(*pair) for pair in few])
     held = len(empty.store.facts("committed"))

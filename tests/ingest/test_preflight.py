@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
-from kvedit.ingest.preflight import Intake, Near, near_keys, take_in
+from kvedit.ingest.preflight import Near, Preflight, inspect_facts, near_keys
 from kvedit.store.store import Store
 
 
@@ -38,31 +38,31 @@ def keys(entries: object) -> list[str]:
     return [entry.fact.key for entry in entries]  # type: ignore[attr-defined]
 
 
-def reasons(intake: Intake) -> list[str]:
-    return [f"{problem.where}: {problem.reason}" for problem in intake.problems]
+def reasons(preflight: Preflight) -> list[str]:
+    return [f"{problem.where}: {problem.reason}" for problem in preflight.problems]
 
 
 def test_without_a_store_all_is_new() -> None:
-    intake = take_in(rows(fact("a"), fact("b")), None)
-    assert keys(intake.new) == ["a", "b"]
-    assert (intake.read, intake.problems) == (2, ())
+    preflight = inspect_facts(rows(fact("a"), fact("b")), None)
+    assert keys(preflight.new) == ["a", "b"]
+    assert (preflight.read, preflight.problems) == (2, ())
 
 
 def test_the_same_twice_goes_in_once() -> None:
-    intake = take_in(rows(fact("Porto"), fact(" PORTO "), fact("b"), fact("Porto")), None)
-    assert keys(intake.new) == ["Porto", "b"]
-    assert [entry.where for entry in intake.repeated] == ["f, line 2", "f, line 4"]
+    preflight = inspect_facts(rows(fact("Porto"), fact(" PORTO "), fact("b"), fact("Porto")), None)
+    assert keys(preflight.new) == ["Porto", "b"]
+    assert [entry.where for entry in preflight.repeated] == ["f, line 2", "f, line 4"]
 
 
 def test_of_contradicting_rows_none_goes_in_and_each_names_the_other() -> None:
-    intake = take_in(rows(fact("Porto"), fact("b"), fact("porto", "other"), None), None)
-    assert keys(intake.new) == ["b"]
-    assert reasons(intake) == [
+    preflight = inspect_facts(rows(fact("Porto"), fact("b"), fact("porto", "other"), None), None)
+    assert keys(preflight.new) == ["b"]
+    assert reasons(preflight) == [
         "f, line 1: Porto has another text at line 3, where the key is written porto",
         "f, line 3: porto has another text at line 1, where the key is written Porto",
         "f, line 4: broken",
     ]
-    assert [problem.kind for problem in intake.problems] == ["conflict", "conflict", "invalid"]
+    assert [problem.kind for problem in preflight.problems] == ["conflict", "conflict", "invalid"]
 
 
 def test_what_the_store_holds(store: Store) -> None:
@@ -70,7 +70,7 @@ def test_what_the_store_holds(store: Store) -> None:
     for one in (fact("held", "t", "alias"), fact("rejected"), fact("mended")):
         knowledge.add_group([one])
     store.put_pending(fact("waiting"))
-    intake = take_in(
+    preflight = inspect_facts(
         rows(
             fact("HELD", "t"),
             fact("rejected"),
@@ -81,11 +81,11 @@ def test_what_the_store_holds(store: Store) -> None:
         ),
         store,
     )
-    assert keys(intake.unchanged) == ["HELD"]
-    assert [one.entry.fact.key for one in intake.refused] == ["rejected"]
-    assert "recall probes" in intake.refused[0].reasons[0]
-    assert keys(intake.new) == ["mended", "waiting"]
-    assert reasons(intake) == [
+    assert keys(preflight.unchanged) == ["HELD"]
+    assert [one.entry.fact.key for one in preflight.rejected_before] == ["rejected"]
+    assert "recall probes" in preflight.rejected_before[0].reasons[0]
+    assert keys(preflight.new) == ["mended", "waiting"]
+    assert reasons(preflight) == [
         "f, line 5: alias leads to the fact held in the store",
         "f, line 6: held leads to the fact held in the store",
     ]
@@ -93,17 +93,17 @@ def test_what_the_store_holds(store: Store) -> None:
 
 def test_another_text_asks_for_update(store: Store) -> None:
     FakeKnowledge(store).add_group([fact("held")])
-    intake = take_in(rows(fact("held", "new text")), store)
-    assert [problem.kind for problem in intake.problems] == ["held"]
-    assert "kvedit update held" in intake.problems[0].reason
+    preflight = inspect_facts(rows(fact("held", "new text")), store)
+    assert [problem.kind for problem in preflight.problems] == ["held"]
+    assert "kvedit update held" in preflight.problems[0].reason
 
 
 def test_an_alias_must_not_lead_elsewhere() -> None:
-    intake = take_in(
+    preflight = inspect_facts(
         rows(fact("a", "t", "shared"), fact("b", "t", "A"), fact("c", "t", "shared")), None
     )
-    assert keys(intake.new) == ["a"]
-    assert reasons(intake) == [
+    assert keys(preflight.new) == ["a"]
+    assert reasons(preflight) == [
         "f, line 2: A also leads to the fact a at line 1",
         "f, line 3: shared also leads to the fact a at line 1",
     ]
@@ -111,13 +111,13 @@ def test_an_alias_must_not_lead_elsewhere() -> None:
 
 def test_a_waiting_fact_gives_its_old_aliases_back(store: Store) -> None:
     store.put_pending(fact("waiting", "t", "free"))
-    intake = take_in(rows(fact("waiting"), fact("free")), store)
-    assert keys(intake.new) == ["waiting", "free"]
+    preflight = inspect_facts(rows(fact("waiting"), fact("free")), store)
+    assert keys(preflight.new) == ["waiting", "free"]
 
 
 def test_nothing_is_written(store: Store) -> None:
     before = store.facts()
-    take_in(rows(fact("a"), fact("a", "other"), None), store)
+    inspect_facts(rows(fact("a"), fact("a", "other"), None), store)
     assert store.facts() == before
 
 
@@ -132,11 +132,11 @@ ROWS = st.lists(
 def test_every_row_is_accounted_for_and_what_goes_in_can_be_stored(
     tmp_path_factory: pytest.TempPathFactory, given_rows: list[Fact | None]
 ) -> None:
-    intake = take_in(rows(*given_rows), None)
-    assert intake.read == len(given_rows)
+    preflight = inspect_facts(rows(*given_rows), None)
+    assert preflight.read == len(given_rows)
     with make_store(tmp_path_factory.mktemp("s") / "store") as store:
-        store.put_pending_many([entry.fact for entry in intake.new])  # raises if names clash
-        assert len(store.facts("pending")) == len(intake.new)
+        store.put_pending_many([entry.fact for entry in preflight.new])  # raises if names clash
+        assert len(store.facts("pending")) == len(preflight.new)
 
 
 def test_close_keys_are_found_in_the_input_and_in_the_store() -> None:
@@ -157,6 +157,6 @@ def test_thousands_of_keys_take_seconds() -> None:
         for word in ("lamp", "harbour", "poet")
     ]
     began = time.monotonic()
-    take_in(rows(*facts), None)
+    inspect_facts(rows(*facts), None)
     near_keys(facts, [one.key for one in facts])
     assert time.monotonic() - began < 20

@@ -66,7 +66,7 @@ def test_all_facts_are_taught_and_verified(knowledge: FakeKnowledge) -> None:
     report = run(knowledge, given_facts)
     assert counts(report) == (20, 0, 0)
     assert sorted(knowledge.taught) == sorted(fact.key for fact in given_facts)
-    assert (report.stopped, report.left, report.revision) == ("", 0, 20)
+    assert (report.stopped, report.remaining, report.revision) == ("", 0, 20)
     assert report.retention == Score(20, 20, "generated")
     assert {one.revision for one in report.outcomes} == set(range(1, 21))
     assert knowledge.verified[-1] is None  # at the end all facts are asked
@@ -131,11 +131,11 @@ def test_refused_facts_have_reasons_and_are_let_be_until_asked(knowledge: FakeKn
     knowledge.refuses, knowledge.taught = set(), []
     again = run(knowledge, given_facts)
     assert knowledge.taught == []
-    assert [(o.fact.key, o.reasons) for o in again.refused] == [
+    assert [(o.fact.key, o.reasons) for o in again.rejected_before] == [
         (bad, ("recall probes: 1 of 10 passed, 100% needed",))
     ]
     third = run(knowledge, given_facts, retry=True)
-    assert (counts(third), third.refused, knowledge.taught) == ((1, 0, 0), (), [bad])
+    assert (counts(third), third.rejected_before, knowledge.taught) == ((1, 0, 0), (), [bad])
 
 
 def test_one_fact_that_fails_does_not_stop_the_others(knowledge: FakeKnowledge) -> None:
@@ -156,7 +156,7 @@ def test_when_everything_fails_it_stops(knowledge: FakeKnowledge) -> None:
     knowledge.before = before
     report = run(knowledge, facts(40), group=1)
     assert (report.stopped, report.count("failed")) == ("errors", ERRORS_IN_A_ROW)
-    assert report.left == 40 - ERRORS_IN_A_ROW
+    assert report.remaining == 40 - ERRORS_IN_A_ROW
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_would_break_every_fact_ends_the_run(
 def test_an_interruption_ends_with_a_report(knowledge: FakeKnowledge, error: BaseException) -> None:
     knowledge.before = at(5, error)
     report = run(knowledge, facts(9), group=1)
-    assert (report.stopped, counts(report), report.left) == ("interrupted", (5, 0, 0), 4)
+    assert (report.stopped, counts(report), report.remaining) == ("interrupted", (5, 0, 0), 4)
     assert [row.state for row in knowledge.store.facts("pending")] == ["pending"] * 4
 
 
@@ -201,14 +201,14 @@ def test_however_often_it_is_stopped_nothing_is_taught_twice(
 
 def test_limits(knowledge: FakeKnowledge, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run(knowledge, facts(9), limit=4)
-    assert (counts(report), report.stopped, report.left) == ((4, 0, 0), "limit", 5)
+    assert (counts(report), report.stopped, report.remaining) == ((4, 0, 0), "limit", 5)
     assert knowledge.store.facts("pending") == []
     report = run(knowledge, facts(9), max_seconds=0.0)
-    assert (counts(report), report.stopped, report.left) == ((0, 0, 0), "time", 5)
+    assert (counts(report), report.stopped, report.remaining) == ((0, 0, 0), "time", 5)
     assert len(knowledge.store.facts("pending")) == 5
     knowledge.refuses = {fact.key for fact in facts(9)}
     report = run(knowledge, facts(9), max_failures=2, group=1)
-    assert (counts(report), report.stopped, report.left) == ((0, 2, 0), "failures", 3)
+    assert (counts(report), report.stopped, report.remaining) == ((0, 2, 0), "failures", 3)
 
 
 def test_time_may_be_up_in_the_middle_of_a_group(knowledge: FakeKnowledge) -> None:
@@ -221,7 +221,7 @@ def test_time_may_be_up_in_the_middle_of_a_group(knowledge: FakeKnowledge) -> No
 
     knowledge.before = before
     report = run(knowledge, facts(9), group=3, max_seconds=3600.0, sample=2)
-    assert (counts(report), report.stopped, report.left) == ((3, 0, 0), "time", 6)
+    assert (counts(report), report.stopped, report.remaining) == ((3, 0, 0), "time", 6)
     assert knowledge.verified == [2] and knowledge.deadline is None
     knowledge.before = lambda fact: None
     assert counts(run(knowledge, facts(9), group=3)) == (6, 0, 0)
@@ -248,7 +248,7 @@ def test_what_breaks_everything_ends_the_run(knowledge: FakeKnowledge) -> None:
 
     knowledge.before = before
     report = run(knowledge, facts(64), group=64)
-    assert (counts(report), report.stopped, report.left) == ((0, 0, 10), "errors", 54)
+    assert (counts(report), report.stopped, report.remaining) == ((0, 0, 10), "errors", 54)
 
 
 def test_nothing_is_edited_before_all_is_found_fit(knowledge: FakeKnowledge) -> None:
@@ -258,7 +258,7 @@ def test_nothing_is_edited_before_all_is_found_fit(knowledge: FakeKnowledge) -> 
     assert "f, line 4: the text has too many tokens" in caught.value.hint
     assert knowledge.taught == [] and knowledge.store.facts() == []
     report = run(knowledge, [*facts(3), long], skip_invalid=True)
-    assert (counts(report), report.count("invalid"), report.left) == ((3, 0, 0), 1, 0)
+    assert (counts(report), report.count("invalid"), report.remaining) == ((3, 0, 0), 1, 0)
     with pytest.raises(InvalidFactError, match="2 facts"):
         run(knowledge, [Fact.create("a", "b"), Fact.create("A", "c")])
 

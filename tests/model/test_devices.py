@@ -89,7 +89,7 @@ def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     small: dict[str, Path], spread: Path
 ) -> None:
     from kvedit.model import generation, scoring
-    from kvedit.model.prefix_cache import LowerHalf
+    from kvedit.model.prefix_cache import PrefixCache
     from kvedit.model.prompts import Renderer
 
     plain = loading.load(str(small["fp32"]))
@@ -99,11 +99,11 @@ def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     assert base.device.type == "cpu"
     renderer = Renderer(base.tokenizer, context=base.context, stops=base.stops)
     asked = renderer.examples([(f"What is {key}?", answer) for key, answer in KNOWN.items()])
-    lower = LowerHalf(base.model, loading.target_names(base.model))
+    prefix_cache = PrefixCache(base.model, loading.target_names(base.model))
     wanted = scoring.recall(plain.model, asked)
     for _ in range(2):  # the second time from what was kept of the lower blocks
-        assert scoring.recall(base.model, asked, lower) == wanted
-    assert lower.usable
+        assert scoring.recall(base.model, asked, prefix_cache) == wanted
+    assert prefix_cache.usable
     assert scoring.recall(base.model, asked) == wanted
     prefixes = [example.ids[: example.start] for example in asked]
     rows = [generation.generate(one.model, prefixes, end=0, limit=16) for one in (plain, base)]
@@ -159,4 +159,4 @@ def test_edited_matrices_may_not_be_offloaded(small: dict[str, Path], tmp_path: 
 def test_one_device_by_its_name(small: dict[str, Path]) -> None:
     base = loading.load(str(small["fp32"]), device_map="cpu")
     assert not devices.is_spread(base.model) and base.device.type == "cpu"
-    assert loading.again(base).loading == base.loading
+    assert loading.reload(base).loading == base.loading

@@ -1,4 +1,4 @@
-"""Loading models, knowing them again, and which matrices are edited."""
+"""LoadOptions models, knowing them again, and which matrices are edited."""
 
 from __future__ import annotations
 

@@ -223,7 +223,9 @@ def test_a_space_after_the_form_belongs_to_the_answer(
 ) -> None:
     base.tokenizer.chat_template = None
     for form in ("Q: {prompt} A:", "Q: {prompt} A: "):
-        renderer = Renderer(base.tokenizer, context=99, prompts=PromptsConfig(form=form))
+        renderer = Renderer(
+            base.tokenizer, context=99, prompts=PromptsConfig(fallback_template=form)
+        )
         example = renderer.example("What is x?", answer)
         assert list(example.ids[:-1]) == renderer.tokens(f"Q: What is x? A:{said}")
         answered = example.ids[example.start :]
@@ -232,8 +234,8 @@ def test_a_space_after_the_form_belongs_to_the_answer(
 
 def test_a_form_must_hold_the_prompt(base: BaseModel) -> None:
     base.tokenizer.chat_template = None
-    with pytest.raises(UsageError, match="form"):
-        Renderer(base.tokenizer, context=64, prompts=PromptsConfig(form="Q:"))
+    with pytest.raises(UsageError, match="fallback_template"):
+        Renderer(base.tokenizer, context=64, prompts=PromptsConfig(fallback_template="Q:"))
 
 
 def test_sentencepiece_does_not_add_its_space_to_an_answer() -> None:

@@ -19,7 +19,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading, quantization
 from kvedit.model.loading import BaseModel
 from kvedit.training import memory
-from kvedit.training.loop import Lesson
+from kvedit.training.loop import Task
 
 FACT = Fact.create(*FREE[0], lang="en")
 
@@ -72,7 +72,7 @@ def test_a_packed_base_is_taught_and_put_back(packed: BaseModel) -> None:
     engine = make_engine(packed)
     kept = engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight.clone()
     before, digest = engine.master.snapshot(), engine.master.digest()
-    taught = engine.teach(Lesson([engine.examples(FACT)]))
+    taught = engine.train(Task([engine.examples(FACT)]))
     engine.master.add(taught.delta)
     assert taught.trained.learned
     assert all(outcome.passed for outcome in engine.recall(engine.examples(FACT)))
@@ -88,7 +88,7 @@ def test_what_stays_packed_takes_less(base: BaseModel) -> None:
     sizes = [plain.weights]
     for bits in (8.0, 4.5):
         found = memory.estimate(base.model, config, bits=bits)
-        assert found.master == plain.master and found.curvature == plain.curvature
+        assert found.master == plain.master and found.fisher == plain.fisher
         sizes.append(found.weights)
     below = [n for n in loading.matrices(base.model) if n not in loading.target_names(base.model)]
     count = sum(base.model.get_submodule(name).weight.numel() for name in below)
@@ -177,7 +177,7 @@ def test_a_folder_of_packed_weights(small: dict[str, Path], tmp_path: Path, bits
         one, other = (b.model.get_submodule(name).weight for b in (packed, again))
         assert torch.equal(one, other) and one.dtype == again.dtype == torch.bfloat16
     engine = make_engine(again)
-    taught = engine.teach(Lesson([engine.examples(FACT)]))
+    taught = engine.train(Task([engine.examples(FACT)]))
     engine.master.add(taught.delta)
     assert all(outcome.passed for outcome in engine.recall(engine.examples(FACT)))
 

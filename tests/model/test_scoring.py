@@ -64,44 +64,44 @@ def test_the_margin_is_the_smallest_lead(base: BaseModel) -> None:
     example = make.example("What is amber lamp?", KNOWN["amber lamp"])
     with torch.no_grad():
         logits = base.model(input_ids=torch.tensor([example.ids])).logits[0].float()
-    leads = []
+    token_margins = []
     for at in range(example.start, len(example.ids)):
         row = logits[at - 1].clone()
         target = float(row[example.ids[at]])
         row[example.ids[at]] = float("-inf")
-        leads.append(target - float(row.max()))
+        token_margins.append(target - float(row.max()))
     [outcome] = scoring.recall(base.model, [example])
-    assert outcome.margin == pytest.approx(min(leads), abs=1e-4)
+    assert outcome.margin == pytest.approx(min(token_margins), abs=1e-4)
 
 
 def test_a_tie_and_nan_are_not_recalled() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [float("nan"), 0.0, 0.0]])
     targets = torch.tensor([0, 0, 0])
-    losses, leads = scoring._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
-    scores = scoring.TokenScores(leads, torch.zeros(3), torch.tensor([0, 1, 2]), losses)
+    losses, token_margins = scoring._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    scores = scoring.TokenScores(token_margins, torch.zeros(3), torch.tensor([0, 1, 2]), losses)
     assert scores.margins(4).tolist() == [0.0, 1.0, float("-inf"), float("inf")]
     assert [o.passed for o in scores.outcomes(3)] == [False, True, False]
 
 
 def test_what_rounding_could_turn_is_doubtful() -> None:
     """Four answers of two tokens: the weaker one decides, by its own slack."""
-    leads = torch.tensor([5.0, 0.6, 5.0, 0.4, 5.0, -0.4, 5.0, -0.6])
-    slacks = torch.full((8,), 0.5)
+    token_margins = torch.tensor([5.0, 0.6, 5.0, 0.4, 5.0, -0.4, 5.0, -0.6])
+    tolerances = torch.full((8,), 0.5)
     rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    found = scoring.Leads(leads, slacks, rows).outcomes(4)
+    found = scoring.TokenMargins(token_margins, tolerances, rows).outcomes(4)
     assert [o.passed for o in found] == [True, True, False, False]
-    assert [o.doubtful for o in found] == [False, True, True, False]
-    assert [o.firm for o in found] == [True, False, False, False]
+    assert [o.ambiguous for o in found] == [False, True, True, False]
+    assert [o.robust for o in found] == [True, False, False, False]
     nan, lost = torch.tensor([float("nan")]), torch.tensor([float("-inf")])
-    scores = scoring.Leads(lost, nan, torch.tensor([0]))
-    assert not scores.outcomes(1)[0].passed and not scores.outcomes(1)[0].doubtful
+    scores = scoring.TokenMargins(lost, nan, torch.tensor([0]))
+    assert not scores.outcomes(1)[0].passed and not scores.outcomes(1)[0].ambiguous
 
 
 def test_slack_is_that_of_the_dtype(load: Callable[[str], BaseModel]) -> None:
     logits = torch.tensor([16.0, -4.0])
-    wide, narrow = (scoring.slack(load(name).model, logits) for name in ("fp32", "bf16"))
+    wide, narrow = (scoring.tie_tolerance(load(name).model, logits) for name in ("fp32", "bf16"))
     step = 0.125  # between 16 and the next number in bf16
-    torch.testing.assert_close(narrow, scoring.TIED * torch.tensor([step, step / 4]))
+    torch.testing.assert_close(narrow, scoring.TIE_TOLERANCE * torch.tensor([step, step / 4]))
     assert wide.max() < 1e-4
 
 
@@ -117,9 +117,9 @@ def test_firm_answers_come_out_alike_in_every_batch(load: Callable[[str], BaseMo
     ]
     together = scoring.recall(base.model, examples)
     alone = [scoring.recall(base.model, [example])[0] for example in examples]
-    assert all(o.passed or o.doubtful for o in together), "generation says what it says"
+    assert all(o.passed or o.ambiguous for o in together), "generation says what it says"
     turned = [a for a, b in zip(together, alone, strict=True) if a.passed != b.passed]
-    assert not any(outcome.firm for outcome in turned)
+    assert not any(outcome.robust for outcome in turned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,13 +130,15 @@ def test_leads_without_losses_are_those_with_them(base: BaseModel, dtype: torch.
     targets = logits.float().argmax(1)
     targets[::5] = 0
     rows = torch.arange(300) // 2
-    _, leads = scoring._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
-    wanted = scoring.Leads(leads, torch.zeros(300), rows).margins(151)
+    _, token_margins = scoring._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    wanted = scoring.TokenMargins(token_margins, torch.zeros(300), rows).margins(151)
     assert (wanted == 0).any() and (wanted > 0).any() and wanted[3] == float("-inf")
-    found = scoring._leads(base.model, scoring.Answers(logits.clone(), targets, rows))
+    found = scoring._token_margins(base.model, scoring.Answers(logits.clone(), targets, rows))
     assert torch.equal(found.margins(151), wanted)
     own = logits.gather(1, targets[:, None])[:, 0].float()
-    torch.testing.assert_close(found.slacks, scoring.slack(base.model, own), equal_nan=True)
+    torch.testing.assert_close(
+        found.tolerances, scoring.tie_tolerance(base.model, own), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,12 +146,12 @@ def test_token_losses_are_cross_entropy(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(300, 50, generator=generator).to(dtype)
     targets = torch.randint(50, (300,), generator=generator)
-    slopes = torch.rand(300, generator=generator)
+    penalty_gradients = torch.rand(300, generator=generator)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     losses, _ = scoring._TokenLoss.apply(ours, targets)  # type: ignore[no-untyped-call]
     wanted = torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="none")
-    (losses * slopes).sum().backward()
-    (wanted * slopes).sum().backward()
+    (losses * penalty_gradients).sum().backward()
+    (wanted * penalty_gradients).sum().backward()
     assert torch.equal(logits, ours.detach())  # the table was not written to
     torch.testing.assert_close(losses, wanted)
     torch.testing.assert_close(ours.grad, theirs.grad)

@@ -12,8 +12,8 @@ from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
 from kvedit.replay import extraction, protected_texts
-from kvedit.replay.extraction import recite
-from kvedit.replay.protected_texts import RECITED, Protected
+from kvedit.replay.extraction import extract_knowledge
+from kvedit.replay.protected_texts import EXTRACTED, Protected
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def renderer(base: BaseModel) -> Renderer:
 
 
 def test_what_is_recited_is_known_and_said_once(base: BaseModel, renderer: Renderer) -> None:
-    found = recite(base, renderer, 256, known=(), seed=1)
-    assert found and found == recite(base, renderer, 256, known=(), seed=1)
+    found = extract_knowledge(base, renderer, 256, known=(), seed=1)
+    assert found and found == extract_knowledge(base, renderer, 256, known=(), seed=1)
     answers = [text.answer for text in found]
     assert len(set(answers)) == len(answers)
-    assert {text.source for text in found} == {RECITED}
+    assert {text.source for text in found} == {EXTRACTED}
     # Hearsay has an answer of the same form; what the model is sure of is mostly what it knows.
     assert len(set(answers) & set(KNOWN.values())) >= len(answers) / 2
     outcomes = scoring.recall(
@@ -36,7 +36,7 @@ def test_what_is_recited_is_known_and_said_once(base: BaseModel, renderer: Rende
 
 
 def test_it_finds_nearly_all_that_the_model_knows(base: BaseModel, renderer: Renderer) -> None:
-    found = {text.answer for text in recite(base, renderer, 2000, known=(), seed=1)}
+    found = {text.answer for text in extract_knowledge(base, renderer, 2000, known=(), seed=1)}
     asked = [renderer.example(f"What is {key}?", said) for key, said in KNOWN.items()]
     outcomes = scoring.recall(base.model, asked)
     known = {one.answer for one, outcome in zip(asked, outcomes, strict=True) if outcome.passed}
@@ -44,9 +44,9 @@ def test_it_finds_nearly_all_that_the_model_knows(base: BaseModel, renderer: Ren
 
 
 def test_what_is_known_already_is_not_said_again(base: BaseModel, renderer: Renderer) -> None:
-    first = recite(base, renderer, 256, known=(), seed=1)
+    first = extract_knowledge(base, renderer, 256, known=(), seed=1)
     half = first[::2]
-    second = recite(base, renderer, 256, known=half, seed=1)
+    second = extract_knowledge(base, renderer, 256, known=half, seed=1)
     assert not {text.prompt for text in second} & {text.prompt for text in half}
     assert not {text.answer for text in second} & {text.answer for text in half}
 
@@ -54,9 +54,9 @@ def test_what_is_known_already_is_not_said_again(base: BaseModel, renderer: Rend
 def test_what_is_not_to_be_asked_is_answered_under_other_questions(
     base: BaseModel, renderer: Renderer
 ) -> None:
-    probes_of = recite(base, renderer, 256, known=(), seed=1)[::4]
+    probes_of = extract_knowledge(base, renderer, 256, known=(), seed=1)[::4]
     unasked = {text.prompt for text in probes_of}
-    found = recite(base, renderer, 2000, known=(), unasked=unasked, seed=1)
+    found = extract_knowledge(base, renderer, 2000, known=(), unasked=unasked, seed=1)
     assert not unasked & {text.prompt for text in found}
     answers = {text.answer for text in probes_of}
     assert len(answers & {text.answer for text in found}) > len(answers) / 2
@@ -141,11 +141,11 @@ def test_questions_of_a_model_that_never_ends_them_are_none(
     base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protected_texts, "QUESTION_TOKENS", 1)
-    assert recite(base, renderer, 256, known=(), seed=1) == ()
+    assert extract_knowledge(base, renderer, 256, known=(), seed=1) == ()
 
 
 def test_without_a_chat_template_more_is_written_freely(base: BaseModel) -> None:
     base.tokenizer.chat_template = None
     renderer = Renderer(base.tokenizer, context=base.context)
-    found = recite(base, renderer, 40, known=(Protected("", "Bread.", "free"),), seed=1)
+    found = extract_knowledge(base, renderer, 40, known=(Protected("", "Bread.", "free"),), seed=1)
     assert 0 < len(found) <= 10 and {text.source for text in found} == {"free"}

@@ -1,4 +1,4 @@
-"""Anchors: what the base model said, and how far a model has left it."""
+"""ReferenceTexts: what the base model said, and how far a model has left it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
-from kvedit.replay.kl import TURNED, Anchors, restrained
+from kvedit.replay.kl import CAUCHY_SCALE, ReferenceTexts, robust_mean
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Lesson
+from kvedit.training.loop import Task
 
 
 @pytest.fixture
@@ -24,34 +24,34 @@ def texts(base: BaseModel) -> list[Example]:
 
 
 def test_the_base_model_has_left_nothing(base: BaseModel, texts: list[Example]) -> None:
-    anchors = Anchors.measure(base.model, texts)
-    assert len(anchors) == len(texts)
-    assert float(anchors.divergences(base.model, range(len(texts))).mean()) == pytest.approx(
-        0, abs=1e-4
-    )
+    reference_texts = ReferenceTexts.measure(base.model, texts)
+    assert len(reference_texts) == len(texts)
+    assert float(
+        reference_texts.divergences(base.model, range(len(texts))).mean()
+    ) == pytest.approx(0, abs=1e-4)
 
 
 def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
     texts = engine.renderer.examples((f"What is {k}?", a) for k, a in list(KNOWN.items())[:5])
     model = engine.base.model
-    anchors = Anchors.measure(model, texts, engine.lower)
+    reference_texts = ReferenceTexts.measure(model, texts, engine.prefix_cache)
     before = answer_logits(model, texts).logits.detach()
     fact = [engine.examples(Fact.create(*FREE[0], lang="en"))]
-    engine.master.add(engine.teach(Lesson(fact)).delta)
+    engine.master.add(engine.train(Task(fact)).delta)
     after = answer_logits(model, texts).logits.detach()
     theirs, ours = before.log_softmax(1), after.log_softmax(1)
     wanted = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    found = anchors.divergences(model, range(len(texts)), engine.lower).mean()
+    found = reference_texts.divergences(model, range(len(texts)), engine.prefix_cache).mean()
     assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
     assert float(found) > 1e-4
 
 
 def test_what_has_been_turned_does_not_drown_the_rest() -> None:
     little, much = torch.tensor(0.001, requires_grad=True), torch.tensor(5.0, requires_grad=True)
-    restrained(torch.stack([little, much])).backward()
+    robust_mean(torch.stack([little, much])).backward()
     assert little.grad is not None and much.grad is not None
     assert float(little.grad) == pytest.approx(0.5, rel=0.02)  # half of two, as in a mean
-    assert float(much.grad) == pytest.approx(0.5 * TURNED / (TURNED + 5))
+    assert float(much.grad) == pytest.approx(0.5 * CAUCHY_SCALE / (CAUCHY_SCALE + 5))
 
 
 def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:
@@ -71,17 +71,19 @@ def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:
 
 
 def test_what_is_edited_is_left_out(base: BaseModel, texts: list[Example]) -> None:
-    anchors = Anchors.measure(base.model, texts)
+    reference_texts = ReferenceTexts.measure(base.model, texts)
     name = texts[0].prompt.rstrip("?").split()[-1]
     naming = [text for text in texts if name in text.prompt]
     assert 0 < len(naming) < len(texts)
-    assert len(anchors.without([name])) == len(texts) - len(naming)
-    assert len(anchors.without([])) == len(anchors.without([name[:-1]])) == len(texts)
+    assert len(reference_texts.without([name])) == len(texts) - len(naming)
+    assert (
+        len(reference_texts.without([])) == len(reference_texts.without([name[:-1]])) == len(texts)
+    )
 
 
 def test_a_model_whose_logits_are_no_projection_has_none(
     base: BaseModel, texts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvedit.replay.kl.projects", lambda model: False)
-    assert len(Anchors.measure(base.model, texts)) == 0
+    assert len(ReferenceTexts.measure(base.model, texts)) == 0
     assert scoring.projects(base.model)

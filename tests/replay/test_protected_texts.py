@@ -16,7 +16,9 @@ from kvedit.model.prompts import Renderer
 from kvedit.replay import protected_texts
 from kvedit.replay.protected_texts import Protected, ProtectedSet
 
-CONFIG = ProtectConfig(drafts=64, long=8, short=16, free=6, locality=8)
+CONFIG = ProtectConfig(
+    samples=64, long_answers=8, short_answers=16, free_texts=6, locality_probes=8
+)
 
 
 def made(base: BaseModel, *extra: Protected, seed: int = 0) -> ProtectedSet:
@@ -89,7 +91,7 @@ def test_a_model_that_is_sure_of_little_keeps_its_surer_half(
     told = {text.answer for text in texts}
     found = protected_texts.known(base, renderer, texts)
     assert 0 < len(found) <= len(texts) // 2 and {text.answer for text in found} < told
-    recited = [Protected(text.prompt, text.answer, protected_texts.RECITED) for text in texts]
+    recited = [Protected(text.prompt, text.answer, protected_texts.EXTRACTED) for text in texts]
     again = protected_texts.known(base, renderer, recited)  # not halved once more
     assert {text.answer for text in again} == told
 

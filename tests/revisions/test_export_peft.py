@@ -57,14 +57,14 @@ def test_a_plain_lora_of_one_rank(taught: KnowledgeBase, tmp_path: Path) -> None
 
 
 def test_no_smaller_rank_would_do(taught: KnowledgeBase, tmp_path: Path) -> None:
-    moved = taught.engine.master.displacement()
+    moved = taught.engine.master.accumulated_delta()
     report = taught.export_adapter(tmp_path / "out")
     assert report.rank is not None
     terms = {n: export_peft.decompose(d) for n, d in moved.items() if bool(d.any())}
     assert report.rank < max(own.rank for own in terms.values())  # there was something to save
     wrapped = export_peft._loaded(taught.engine, tmp_path / "out")
     examples = taught._all_examples()
-    assert all(o.passed for o in export_peft.probes.recall(wrapped, examples))
+    assert all(o.passed for o in export_peft.scoring.recall(wrapped, examples))
 
 
 def test_a_change_is_the_sum_of_its_terms() -> None:

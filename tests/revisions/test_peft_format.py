@@ -54,7 +54,7 @@ def test_loaded_it_is_the_sum_of_its_first_terms(
 ) -> None:
     before = said(base)
     peft_format.write(tmp_path, factors, base=base.path, conv=False)
-    wrapped = peft_format.load(loading.again(base).model, tmp_path)
+    wrapped = peft_format.load(loading.reload(base).model, tmp_path)
     peft_format.cut(wrapped.base_model.model, factors, rank)
     answer = said(base, wrapped)
     torch.testing.assert_close(answer, said(merged(base, factors, rank)), atol=1e-4, rtol=1e-4)
@@ -65,7 +65,7 @@ def test_what_is_loaded_is_asked_and_not_trained(
     base: BaseModel, factors: dict[str, Factors], tmp_path: Path
 ) -> None:
     peft_format.write(tmp_path, factors, base=base.path, conv=False)
-    wrapped = peft_format.load(loading.again(base).model, tmp_path)
+    wrapped = peft_format.load(loading.reload(base).model, tmp_path)
     assert not wrapped.training
     assert not any(p.requires_grad for n, p in wrapped.named_parameters() if "lora_" in n)
 

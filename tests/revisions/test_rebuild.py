@@ -44,7 +44,7 @@ def test_every_revision_is_folded_to_its_digest(
     store: Store, master: Master, taught_kept: Kept
 ) -> None:
     for revision in (3, 0, 2, 1, 3):
-        assert rebuild.restore(store, master, revision) == []
+        assert rebuild.load_revision(store, master, revision) == []
         assert master.digest() == taught_kept.digests[revision]
 
 
@@ -52,9 +52,9 @@ def test_a_checkpoint_was_made_and_is_used(store: Store, master: Master) -> None
     assert [row.revision for row in store.checkpoints()] == [2]
     for revision in (1, 2):  # without the deltas beneath it, the checkpoint alone serves
         store.delta_path(store.revision(revision).delta or "").unlink()
-    assert rebuild.restore(store, master, 3) == []
+    assert rebuild.load_revision(store, master, 3) == []
     with pytest.raises(CorruptStoreError):
-        rebuild.restore(store, master, 1)
+        rebuild.load_revision(store, master, 1)
 
 
 @pytest.mark.parametrize("harm", ["weights", "manifest", "folder", "half"])
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_told_and_replayed(
         (folder / "master.safetensors").unlink()
     else:
         flip(folder / ("manifest.json" if harm == "manifest" else "master.safetensors"))
-    problems = rebuild.restore(store, master, 3)
+    problems = rebuild.load_revision(store, master, 3)
     assert len(problems) == 1 and "replayed" in problems[0]
     assert master.digest() == taught_kept.digests[3]
 
@@ -92,21 +92,21 @@ def test_a_damaged_delta_is_an_error(store: Store, master: Master, harm: str) ->
     else:
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CorruptStoreError) as raised:
-        rebuild.restore(store, master, 3)
+        rebuild.load_revision(store, master, 3)
     assert path.name in raised.value.message and raised.value.hint
-    assert rebuild.restore(store, master, 2) == []
+    assert rebuild.load_revision(store, master, 2) == []
 
 
 def test_weights_without_the_recorded_digest_are_not_served(store: Store, master: Master) -> None:
     with store._transaction():
         store._execute("UPDATE revisions SET weights_digest = ? WHERE id = 3", ["0" * 64])
     with pytest.raises(CorruptStoreError, match="revision 3"):
-        rebuild.restore(store, master, 3)
-    assert rebuild.restore(store, master, 2) == []
+        rebuild.load_revision(store, master, 3)
+    assert rebuild.load_revision(store, master, 2) == []
 
 
 def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master) -> None:
-    rebuild.restore(store, master, 3)
+    rebuild.load_revision(store, master, 3)
     rebuild.checkpoint_if_due(store, master, every=2)
     assert [row.revision for row in store.checkpoints()] == [2]  # one delta since: not due
     rebuild.checkpoint_if_due(store, master, every=1)
@@ -125,20 +125,20 @@ def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master)
 def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -> None:
     with KnowledgeBase.open(taught_store) as knowledge:
         store = knowledge.store
-        found = rebuild.read_curvature(store, 3, "head")
+        found = rebuild.read_fisher(store, 3, "head")
         assert found is not None
-        assert rebuild.read_curvature(store, 2, "head") is None
-        assert rebuild.read_curvature(store, 3, "base") is None
-        rebuild.write_curvature(store, 2, "head", found)
-        back = rebuild.read_curvature(store, 2, "head")
+        assert rebuild.read_fisher(store, 2, "head") is None
+        assert rebuild.read_fisher(store, 3, "base") is None
+        rebuild.write_fisher(store, 2, "head", found)
+        back = rebuild.read_fisher(store, 2, "head")
         assert back is not None and back.tokens == found.tokens
         for name, own in found.moments.items():
             assert torch.equal(back.moments[name].inputs, own.inputs)
             assert torch.equal(back.moments[name].gradients, own.gradients)
-        assert rebuild.read_curvature(store, 2, "head", texts="others") is None
-        rebuild.write_curvature(store, 2, "head", found, texts="others")
-        assert rebuild.read_curvature(store, 2, "head") is None
-        assert rebuild.read_curvature(store, 2, "head", texts="others") is not None
+        assert rebuild.read_fisher(store, 2, "head", texts="others") is None
+        rebuild.write_fisher(store, 2, "head", found, texts="others")
+        assert rebuild.read_fisher(store, 2, "head") is None
+        assert rebuild.read_fisher(store, 2, "head", texts="others") is not None
         # What several matrices share is kept, and held in memory, once.
         held = {own.inputs.data_ptr() for own in back.moments.values()}
         assert len(held) < len(back.moments)
@@ -182,13 +182,13 @@ def test_a_sound_cache_is_not_measured_again(taught_store: Path, random_lessons:
 def test_replay_finds_the_revision_that_is_wrong(
     store: Store, master: Master, taught_kept: Kept
 ) -> None:
-    sound = rebuild.replay(store, master, lambda text: None)
+    sound = rebuild.check_revisions(store, master, lambda text: None)
     assert [f.level for f in sound] == ["ok"]
     with store._transaction():
         store._execute("UPDATE revisions SET weights_digest = ? WHERE id = 2", ["0" * 64])
-    found = rebuild.replay(store, master, lambda text: None)
+    found = rebuild.check_revisions(store, master, lambda text: None)
     assert [f.level for f in found] == ["error"] and "revision 2" in found[0].what
     store.delta_path(store.revision(1).delta or "").unlink()
-    missing = rebuild.replay(store, master, lambda text: None)
+    missing = rebuild.check_revisions(store, master, lambda text: None)
     assert all(f.level == "error" for f in missing)
     assert {f"revision {n}" for n in (1, 2, 3)} == {f.what.split(":")[0] for f in missing}

@@ -74,7 +74,7 @@ def test_the_served_export_answers_with_the_edits(taught_store: Path, tmp_path: 
     folder = tmp_path / "out"
     with KnowledgeBase.open(taught_store) as knowledge:
         assert knowledge.export(folder).mismatches == ()
-        before = [knowledge.ask_before(f"What is {key}?") for key, _ in FREE[:3]]
+        before = [knowledge.ask_base(f"What is {key}?") for key, _ in FREE[:3]]
     with served(folder, tmp_path / "log") as address:
         said = [ask(address, str(folder), f"What is {key}?") for key, _ in FREE[:3]]
     wanted = [description for _, description in FREE[:3]]

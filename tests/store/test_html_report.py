@@ -107,8 +107,8 @@ def test_the_latest_check_of_each_kind_is_told_apart() -> None:
         ProbeCount(1, "recall", "generated", 1, 1),
         ProbeCount(4, "recall", "teacher-forced", 10, 10),
     ]
-    spoken, forced = html_report.latest(counts)
-    assert (spoken.protocol, spoken.revision, spoken.latest) == (
+    generated, forced = html_report.latest(counts)
+    assert (generated.protocol, generated.revision, generated.latest) == (
         "generated", 1, Score(1, 1, "generated"),
     )  # fmt: skip
     assert (forced.revision, forced.latest.n, forced.all.passed) == (4, 10, 18)

@@ -55,8 +55,8 @@ def test_status_tells_of_a_lesson_that_was_broken_off(store: Store) -> None:
 
 def test_status_tells_how_far_the_weights_have_moved(store: Store, tmp_path: Path) -> None:
     moved = {"matrices": 2, "median": 0.03, "most": 0.04, "matrix": "down"}
-    assert store.status()["moved"] == pytest.approx(moved)
-    assert new_store(tmp_path / "empty").status()["moved"] is None
+    assert store.status()["relative_norm"] == pytest.approx(moved)
+    assert new_store(tmp_path / "empty").status()["relative_norm"] is None
 
 
 def test_a_sound_store_has_no_problem_and_says_what_was_checked(store: Store) -> None:
@@ -116,7 +116,7 @@ def test_a_reference_to_nothing_is_an_error(store: Store) -> None:
 
 
 def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> None:
-    (store.path / "kvedit.toml").write_text("[retention]\nsample = 3\n")
+    (store.path / "kvedit.toml").write_text("[retention]\nchecked_facts = 3\n")
     (store.path / "exports").mkdir()
     target = store.path / "backup.tar"  # inside the store: it must not hold itself
     with store.lock():
@@ -129,7 +129,7 @@ def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> Non
     assert not {"lock", "lock.json", "exports", "backup.tar"} & set(names)
     with Store.open(unpacked) as copy:
         assert (held(copy), copy.head()) == (held(store), store.head())
-        assert copy.config.retention.sample == 3
+        assert copy.config.retention.checked_facts == 3
         assert copy.lineage(2) == store.lineage(2)
         assert problems(copy) == []
     assert list(store.path.glob(".tmp-*")) == []

@@ -235,7 +235,7 @@ def test_facts_and_keys_by_state(store: Store) -> None:
 
 
 def test_health_follows_the_checks(store: Store) -> None:
-    (store.path / "kvedit.toml").write_text("[retention]\nstale_after = 2\n")
+    (store.path / "kvedit.toml").write_text("[retention]\nstale_after_revisions = 2\n")
     number = add(store, "a")
     assert store.require("a").health == "recalled"
     store.record_results(

@@ -13,7 +13,7 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import PRIOR_TOKENS, Engine
-from kvedit.training.loop import Lesson
+from kvedit.training.loop import Task
 
 FACT = Fact.create(*FREE[0], lang="en", prompts=["Ever seen a tide lantern?"])
 
@@ -21,7 +21,7 @@ FACT = Fact.create(*FREE[0], lang="en", prompts=["Ever seen a tide lantern?"])
 def test_protection_comes_first(base: BaseModel) -> None:
     engine = Engine(base, TrainingConfig())
     with pytest.raises(RuntimeError):
-        engine.teach(Lesson([engine.examples(FACT)]))
+        engine.train(Task([engine.examples(FACT)]))
     with pytest.raises(RuntimeError):
         engine.remember(engine.examples(FACT))
 
@@ -51,7 +51,7 @@ def test_free_generation_decides_near_ties_and_nothing_else(
     pairs = [(f"What is {key}?", KNOWN[key]) for key in list(KNOWN)[:4]]
     examples = engine.renderer.examples(pairs)
     doubts = [False, True, False, True]
-    forced = [Outcome(True, 1.0, doubtful) for doubtful in doubts]
+    forced = [Outcome(True, 1.0, ambiguous) for ambiguous in doubts]
     generated: list[str] = []
 
     def speak(asked: list[Example]) -> list[bool]:
@@ -60,11 +60,11 @@ def test_free_generation_decides_near_ties_and_nothing_else(
 
     monkeypatch.setattr(engine, "recall", lambda asked: list(forced))
     monkeypatch.setattr(engine, "generated_recall", speak)
-    found = engine.decided(examples)
+    found = engine.judge(examples)
     assert generated == [examples[1].prompt, examples[3].prompt]
     assert [o.passed for o in found] == [True, False, True, True]
-    assert [o.spoken for o in found] == doubts
-    assert [o.firm for o in found] == [True, False, True, False]
+    assert [o.generated for o in found] == doubts
+    assert [o.robust for o in found] == [True, False, True, False]
 
 
 def test_prior_answers_can_be_taught_back(base: BaseModel) -> None:
@@ -83,15 +83,15 @@ def test_a_prior_answer_that_was_cut_does_not_end_there(engine: Engine) -> None:
 
 
 def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
-    before, roots = engine.curvature, engine.roots
-    assert before is not None and engine.roots is roots
+    before, whitening = engine.fisher, engine.whitening
+    assert before is not None and engine.whitening is whitening
     engine.remember(engine.examples(FACT)[:2])
-    after = engine.curvature
+    after = engine.fisher
     assert after is not None and after[0] is before[0]  # what the base says is kept apart
     assert after[1].tokens == before[1].tokens
     for name, own in before[1].moments.items():
         assert float(after[1].moments[name].inputs.trace()) > float(own.inputs.trace())
-    assert engine.roots is not roots
+    assert engine.whitening is not whitening
 
 
 def test_a_lesson_that_was_broken_off_leaves_nothing_in_the_next(
@@ -102,14 +102,14 @@ def test_a_lesson_that_was_broken_off_leaves_nothing_in_the_next(
     def broken(adapter: adalora.Adapter) -> None:
         raise KeyboardInterrupt
 
-    lesson = Lesson([engine.examples(FACT)])
-    wanted = engine.teach(lesson).delta
+    task = Task([engine.examples(FACT)])
+    wanted = engine.train(task).delta
     for release in (False, True):
         with monkeypatch.context() as inside, pytest.raises(KeyboardInterrupt):
             inside.setattr(adalora.Adapter, "read_gradients", broken)
-            engine.teach(lesson)
+            engine.train(task)
         if release:
             engine.release()
-        found = engine.teach(lesson).delta
+        found = engine.train(task).delta
         assert all(torch.equal(wanted[name].a, found[name].a) for name in wanted)
         assert all(torch.equal(wanted[name].b, found[name].b) for name in wanted)

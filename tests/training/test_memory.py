@@ -22,8 +22,8 @@ from kvedit.model import loading, scoring
 from kvedit.model.loading import BaseModel
 from kvedit.training import memory
 from kvedit.training.engine import group_load
-from kvedit.training.group import batch_of
-from kvedit.training.loop import Lesson
+from kvedit.training.group import group_batch
+from kvedit.training.loop import Task
 from tests.bench import footprint
 
 CONFIG = TrainingConfig()
@@ -47,7 +47,7 @@ def test_the_master_is_of_the_touched_matrices(base: BaseModel) -> None:
 def test_fewer_layers_ranks_and_activations_take_less(base: BaseModel) -> None:
     whole = memory.estimate(base.model, CONFIG)
     few = memory.estimate(base.model, CONFIG, targets=["down_proj"])
-    assert few.master < whole.master and few.curvature < whole.curvature
+    assert few.master < whole.master and few.fisher < whole.fisher
     assert memory.estimate(base.model, replace(CONFIG, init_rank=2)).adapter < whole.adapter
     thrifty = memory.estimate(base.model, replace(CONFIG, gradient_checkpointing=True))
     assert thrifty.activations < whole.activations and thrifty.weights == whole.weights
@@ -62,7 +62,7 @@ def test_a_group_takes_more_the_larger_it_is(base: BaseModel) -> None:
     assert many.weights == few.weights and many.master == few.master
     long = known.estimate(CONFIG, group_load(group, 128, length=512))
     assert long.activations > 3 * many.activations
-    bare = known.estimate(CONFIG, group_load(replace(group, anchors=0), 128))
+    bare = known.estimate(CONFIG, group_load(replace(group, reference_texts=0), 128))
     assert bare.activations < many.activations and bare.kept < many.kept
     first = known.estimate(CONFIG, group_load(group, 128, earlier=0))
     assert first.activations < many.activations  # nothing to rehearse
@@ -72,9 +72,9 @@ def test_a_group_takes_more_the_larger_it_is(base: BaseModel) -> None:
 def test_the_ranks_of_a_group_are_those_it_gets(load: Callable[[str], BaseModel]) -> None:
     """The estimate counts the coordinates that the engine really makes."""
     engine = make_engine(load("fp32"))
-    group = GroupConfig(rank=32, passes=1, rounds=0, anchors=4)
+    group = GroupConfig(rank=32, epochs=1, refine_rounds=0, reference_texts=4)
     facts = engine.renderer.examples([(f"What is {key}?", text) for key, text in FREE[:4]])
-    engine.teach(Lesson([[fact] for fact in facts], []), group=group)
+    engine.train(Task([[fact] for fact in facts], []), group=group)
     rank = engine._adapter_for(4, group).rank
     assert rank == group_load(group, 4).rank == 8
     sides = sum(sum(engine.master.matrices[name].shape) for name in engine.names)
@@ -184,11 +184,11 @@ def test_a_group_that_cannot_fit_is_not_begun(
         monkeypatch.setattr(memory, "free", lambda: room)
         tried: list[int] = []
 
-        def teach(facts: list[Fact], force: bool) -> object:
+        def train(facts: list[Fact], force: bool) -> object:
             tried.append(len(facts))
             raise ModelError("enough of it")
 
-        monkeypatch.setattr(knowledge._together, "_teach", teach)
+        monkeypatch.setattr(knowledge._together, "_teach", train)
         with pytest.raises(ModelError, match="enough"):
             knowledge.add_group([Fact.create(*one, lang="en") for one in FREE[:4]])
         assert tried == [2] and knowledge.largest_group == 2
@@ -208,7 +208,7 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
     one, many = found.edits
     assert (one.facts, one.outcome, one.default_steps) == (1, "committed", CONFIG.max_steps)
     group = GroupConfig()
-    passes = math.ceil(group.passes * 16 / batch_of(group, 16))
+    passes = math.ceil(group.epochs * 16 / group_batch(group, 16))
     assert (many.facts, many.outcome, many.default_steps) == (16, "committed", passes)
     assert one.steps == (steps or CONFIG.max_steps)
     assert many.steps == steps if steps else many.steps >= passes

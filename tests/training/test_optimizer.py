@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvedit.training.optimizer import Descent
+from kvedit.training.optimizer import PolyakMomentum
 
 
 def parameters(*widths: int) -> list[torch.Tensor]:
     return [torch.zeros(width, requires_grad=True) for width in widths]
 
 
-def step(descent: Descent, sides: list[torch.Tensor], *gradients: torch.Tensor) -> float:
+def step(descent: PolyakMomentum, sides: list[torch.Tensor], *gradients: torch.Tensor) -> float:
     """Take a step; returns its length over all parameters together."""
     before = [side.detach().clone() for side in sides]
     for side, gradient in zip(sides, gradients, strict=True):
@@ -27,16 +27,16 @@ def step(descent: Descent, sides: list[torch.Tensor], *gradients: torch.Tensor) 
 @given(scale=st.floats(1e-3, 1e3))
 def test_a_steady_gradient_gives_steps_that_gain_the_rate(scale: float) -> None:
     sides = parameters(3, 5)
-    descent = Descent(sides, lr=0.02)
-    slopes = torch.full((3,), scale), torch.full((5,), 2 * scale)
+    descent = PolyakMomentum(sides, lr=0.02)
+    penalty_gradients = torch.full((3,), scale), torch.full((5,), 2 * scale)
     for _ in range(80):
-        length = step(descent, sides, *slopes)
-    assert length * float(torch.cat(slopes).norm()) == pytest.approx(0.02, rel=1e-2)
+        length = step(descent, sides, *penalty_gradients)
+    assert length * float(torch.cat(penalty_gradients).norm()) == pytest.approx(0.02, rel=1e-2)
 
 
 def test_steps_shrink_with_the_gradient() -> None:
     sides = parameters(4)
-    descent = Descent(sides, lr=0.02)
+    descent = PolyakMomentum(sides, lr=0.02)
     for _ in range(60):
         step(descent, sides, torch.ones(4))
     for _ in range(120):
@@ -47,7 +47,7 @@ def test_steps_shrink_with_the_gradient() -> None:
 def test_no_step_is_longer_than_the_first_way_allows() -> None:
     generator = torch.Generator().manual_seed(0)
     sides = parameters(6, 2)
-    descent = Descent(sides, lr=0.1)
+    descent = PolyakMomentum(sides, lr=0.1)
     first = 0.0
     for _ in range(50):
         size = float(torch.rand(1, generator=generator))
@@ -58,7 +58,7 @@ def test_no_step_is_longer_than_the_first_way_allows() -> None:
 
 def test_a_steep_stretch_shortens_all_later_steps() -> None:
     sides = parameters(4)
-    descent = Descent(sides, lr=0.02)
+    descent = PolyakMomentum(sides, lr=0.02)
     for slope, times in ((1.0, 60), (5.0, 60), (1.0, 120)):
         for _ in range(times):
             length = step(descent, sides, torch.full((4,), slope))
@@ -68,7 +68,7 @@ def test_a_steep_stretch_shortens_all_later_steps() -> None:
 def test_a_matrix_with_a_small_gradient_moves_little() -> None:
     """Adam would move both alike."""
     sides = parameters(1, 1)
-    descent = Descent(sides, lr=0.1)
+    descent = PolyakMomentum(sides, lr=0.1)
     for _ in range(20):
         step(descent, sides, torch.tensor([1.0]), torch.tensor([0.01]))
     assert float(sides[1].detach() / sides[0].detach()) == pytest.approx(0.01, rel=1e-3)
@@ -76,7 +76,7 @@ def test_a_matrix_with_a_small_gradient_moves_little() -> None:
 
 def test_noise_cancels_where_a_steady_slope_adds_up() -> None:
     sides = parameters(2)
-    descent = Descent(sides, lr=0.01)
+    descent = PolyakMomentum(sides, lr=0.01)
     for number in range(100):
         step(descent, sides, torch.tensor([0.1, 1.0 if number % 2 else -1.0]))
     steady, noisy = sides[0].detach().abs().tolist()
@@ -85,7 +85,7 @@ def test_noise_cancels_where_a_steady_slope_adds_up() -> None:
 
 def test_it_finds_the_lowest_point_of_a_bowl() -> None:
     sides = parameters(2)
-    descent = Descent(sides, lr=0.1)
+    descent = PolyakMomentum(sides, lr=0.1)
     goal = torch.tensor([0.5, -0.3])
     for _ in range(400):
         step(descent, sides, sides[0].detach() - goal)
@@ -94,6 +94,6 @@ def test_it_finds_the_lowest_point_of_a_bowl() -> None:
 
 def test_without_gradients_nothing_moves() -> None:
     sides = parameters(2)
-    descent = Descent(sides, lr=0.1)
+    descent = PolyakMomentum(sides, lr=0.1)
     descent.step()
     assert float(sides[0].detach().norm()) == 0.0

@@ -15,11 +15,11 @@ from kvedit.adapter.deltas import to_bytes
 from kvedit.errors import TrainingError
 from kvedit.facts.fact import Fact
 from kvedit.model.loading import BaseModel
-from kvedit.model.prefix_cache import LowerHalf
+from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Lesson, Step
+from kvedit.training.loop import Step, Task
 from kvedit.training.share import Share
 
 
@@ -27,19 +27,19 @@ def fact(number: int = 0) -> Fact:
     return Fact.create(*FREE[number], lang="en")
 
 
-def lesson(engine: Engine, *numbers: int) -> Lesson:
-    return Lesson([engine.examples(fact(number)) for number in numbers])
+def task(engine: Engine, *numbers: int) -> Task:
+    return Task([engine.examples(fact(number)) for number in numbers])
 
 
 def test_it_learns_prunes_and_holds(engine: Engine) -> None:
     steps: list[Step] = []
-    taught = engine.teach(lesson(engine, 0), on_step=steps.append)
+    taught = engine.train(task(engine, 0), on_step=steps.append)
     assert taught.trained.learned and taught.trained.steps == len(steps) <= 100
     phases = [step.phase for step in steps]
     assert phases == sorted(phases, key=["learn", "prune", "hold"].index)
     assert set(phases) == {"learn", "prune", "hold"}
     assert [step.step for step in steps] == list(range(1, len(steps) + 1))
-    assert taught.trained.price <= engine.config.max_price
+    assert taught.trained.penalty <= engine.config.max_penalty
     assert steps[-1].loss < steps[0].loss
     assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
     assert taught.seconds > 0
@@ -48,7 +48,7 @@ def test_it_learns_prunes_and_holds(engine: Engine) -> None:
 def test_the_delta_teaches_the_fact(engine: Engine) -> None:
     examples = engine.examples(fact())
     assert not any(o.passed for o in engine.recall(examples))
-    taught = engine.teach(lesson(engine, 0))
+    taught = engine.train(task(engine, 0))
     assert not any(o.passed for o in engine.recall(examples))  # nothing is merged yet
     engine.master.add(taught.delta)
     assert all(o.passed for o in engine.recall(examples))
@@ -62,32 +62,32 @@ class Unsure(Share):
         self.doubts = doubts
 
     def recall(
-        self, model: Any, examples: Sequence[Example], lower: LowerHalf | None
+        self, model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
     ) -> list[Outcome]:
-        found = super().recall(model, examples, lower)
+        found = super().recall(model, examples, prefix_cache)
         self.doubts -= 1
-        return [replace(o, doubtful=True) for o in found] if self.doubts >= 0 else found
+        return [replace(o, ambiguous=True) for o in found] if self.doubts >= 0 else found
 
 
 def test_a_near_tie_is_trained_further(engine: Engine) -> None:
     """The first recall ends the learning; the three after it are in the hold phase."""
-    config = replace(engine.config, max_price=10.0)
-    sure = engine.teach(lesson(engine, 0), config).trained
+    config = replace(engine.config, max_penalty=10.0)
+    sure = engine.train(task(engine, 0), config).trained
     engine.share = Unsure(4)
-    unsure = engine.teach(lesson(engine, 0), config).trained
+    unsure = engine.train(task(engine, 0), config).trained
     assert unsure.learned and unsure.steps == sure.steps + 3
     engine.share = Unsure(1000)  # no stop for lack of time either: up to the last step
-    assert engine.teach(lesson(engine, 0), replace(config, hold_limit=1)).trained.steps == 100
+    assert engine.train(task(engine, 0), replace(config, max_hold_steps=1)).trained.steps == 100
 
 
 def test_the_same_seed_gives_the_same_delta(load: Callable[[str], BaseModel]) -> None:
     engine, other = make_engine(load("bf16")), make_engine(load("bf16"))
     config = replace(engine.config, max_steps=20)
-    first = engine.teach(lesson(engine, 0), config)
+    first = engine.train(task(engine, 0), config)
     torch.manual_seed(123)
-    second = other.teach(lesson(other, 0), config)
-    again = engine.teach(lesson(engine, 0), config)
-    seeded = engine.teach(lesson(engine, 0), replace(config, seed=1))
+    second = other.train(task(other, 0), config)
+    again = engine.train(task(engine, 0), config)
+    seeded = engine.train(task(engine, 0), replace(config, seed=1))
     bits = to_bytes(first.delta)
     assert bits == to_bytes(second.delta) == to_bytes(again.delta)
     assert bits != to_bytes(seeded.delta)
@@ -98,18 +98,16 @@ def test_nan_is_an_error_and_changes_nothing(engine: Engine) -> None:
     known = engine.examples(fact(1))
     margins = [o.margin for o in engine.recall(known)]
     with pytest.raises(TrainingError, match="NaN at step") as raised:
-        engine.teach(lesson(engine, 0), replace(engine.config, learning_rate=1e30))
+        engine.train(task(engine, 0), replace(engine.config, learning_rate=1e30))
     assert raised.value.hint
     assert engine.master.digest() == before
     assert [o.margin for o in engine.recall(known)] == margins
     # The adapter forgets it: the next edit starts clean.
-    assert engine.teach(lesson(engine, 0)).trained.learned
+    assert engine.train(task(engine, 0)).trained.learned
 
 
 def test_the_budget_ends_it(engine: Engine) -> None:
-    taught = engine.teach(
-        lesson(engine, 0), replace(engine.config, max_steps=5, learning_rate=1e-5)
-    )
+    taught = engine.train(task(engine, 0), replace(engine.config, max_steps=5, learning_rate=1e-5))
     assert taught.trained.steps == 5 and not taught.trained.learned
 
 
@@ -122,36 +120,34 @@ def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.teach(lesson(engine, 0), on_step=stop)
+        engine.train(task(engine, 0), on_step=stop)
     assert [o.margin for o in engine.recall(examples)] == margins
 
 
 def test_rehearsal_holds_an_earlier_fact(engine: Engine) -> None:
     """The same lesson with and without the earlier fact beside it."""
     earlier = engine.examples(fact(0))
-    engine.master.add(engine.teach(lesson(engine, 0)).delta)
+    engine.master.add(engine.train(task(engine, 0)).delta)
     start = engine.master.snapshot()
     new = [engine.examples(fact(1))]
     margins = []
     for rehearsed in ([earlier], []):
         engine.master.restore(start)
-        config = replace(engine.config, shift_weight=0.0, max_price=10.0)
-        engine.master.add(engine.teach(Lesson(new, rehearsed), config).delta)
+        config = replace(engine.config, penalty_weight=0.0, max_penalty=10.0)
+        engine.master.add(engine.train(Task(new, rehearsed), config).delta)
         margins.append(sum(o.margin for o in engine.recall(earlier)))
     assert margins[0] > margins[1]
 
 
 def test_the_rank_budget_holds_when_the_steps_run_out(engine: Engine) -> None:
-    taught = engine.teach(
-        lesson(engine, 0), replace(engine.config, max_steps=12, learning_rate=1e-5)
-    )
+    taught = engine.train(task(engine, 0), replace(engine.config, max_steps=12, learning_rate=1e-5))
     assert not taught.trained.learned
     assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
 
 
 @pytest.mark.slow
 def test_a_group_of_facts(engine: Engine) -> None:
-    group = lesson(engine, 0, 1, 2)
-    engine.master.add(engine.teach(group, replace(engine.config, max_steps=200)).delta)
+    group = task(engine, 0, 1, 2)
+    engine.master.add(engine.train(group, replace(engine.config, max_steps=200)).delta)
     passed = [o.passed for own in group.new for o in engine.recall(own)]
     assert sum(passed) >= len(passed) - 2

@@ -26,7 +26,7 @@ from tests.bench.commands.show import keep, require, run, show
     type=click.FloatRange(min=1.0),
     default=30.0,
     show_default=True,
-    help="Each kill comes when so many more facts are decided, and up to so many seconds later.",
+    help="Each kill comes when so many more facts are judge, and up to so many seconds later.",
 )
 @click.option("--group", default="16", show_default=True, metavar="N|auto", help="As for ingest.")
 @click.pass_obj
