@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from small_engine import Kept, make_engine
+from small_engine import StoreTemplate, make_engine
 
 if TYPE_CHECKING:
     from kvedit import KnowledgeBase
@@ -54,7 +54,9 @@ def engine(load: Callable[[str], BaseModel]) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def empty_kept(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Kept:
+def empty_template(
+    small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> StoreTemplate:
     """A store for the small model (bf16) without facts."""
     from small_model import settings
 
@@ -66,40 +68,42 @@ def empty_kept(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     events: list[Any] = []
     with KnowledgeBase.create(path, small["bf16"], on_event=events.append) as knowledge:
         digests = tuple(row.weights_digest for row in knowledge.store.revisions())
-    return Kept(path, (), digests, tuple(events))
+    return StoreTemplate(path, (), digests, tuple(events))
 
 
 @pytest.fixture(scope="session")
-def taught_kept(empty_kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+def trained_template(
+    empty_template: StoreTemplate, tmp_path_factory: pytest.TempPathFactory
+) -> StoreTemplate:
     """A store that was taught the first three facts, one by one."""
     from small_model import FREE
 
     from kvedit.editing.knowledge_base import KnowledgeBase
 
     path = tmp_path_factory.mktemp("kept") / "taught"
-    shutil.copytree(empty_kept.path, path)
+    shutil.copytree(empty_template.path, path)
     events: list[Any] = []
     with KnowledgeBase.open(path, on_event=events.append) as knowledge:
         reports = tuple(knowledge.add(*fact) for fact in FREE[:3])
         digests = tuple(row.weights_digest for row in knowledge.store.revisions())
-    return Kept(path, reports, digests, tuple(events))
+    return StoreTemplate(path, reports, digests, tuple(events))
 
 
 @pytest.fixture
-def empty_store(empty_kept: Kept, tmp_path: Path) -> Path:
+def empty_store(empty_template: StoreTemplate, tmp_path: Path) -> Path:
     """A store without facts, this test's own."""
-    return Path(shutil.copytree(empty_kept.path, tmp_path / "store"))
+    return Path(shutil.copytree(empty_template.path, tmp_path / "store"))
 
 
 @pytest.fixture
-def taught_store(taught_kept: Kept, tmp_path: Path) -> Path:
+def trained_store(trained_template: StoreTemplate, tmp_path: Path) -> Path:
     """A store with three facts, this test's own."""
-    return Path(shutil.copytree(taught_kept.path, tmp_path / "store"))
+    return Path(shutil.copytree(trained_template.path, tmp_path / "store"))
 
 
 @pytest.fixture
 def events() -> list[Any]:
-    """What the stores that ``empty`` and ``taught`` opened have told."""
+    """What the stores that ``empty`` and ``trained`` opened have told."""
     return []
 
 
@@ -113,16 +117,16 @@ def empty(empty_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
 
 
 @pytest.fixture
-def taught(taught_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
-    """``taught_store``, opened."""
+def trained(trained_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
+    """``trained_store``, opened."""
     from kvedit import KnowledgeBase
 
-    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=events.append) as knowledge:
         yield knowledge
 
 
 @pytest.fixture
-def random_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+def random_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lessons that teach nothing in no time: another small random delta each."""
     import torch
 

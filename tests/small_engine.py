@@ -41,7 +41,7 @@ def make_engine(base: BaseModel) -> Engine:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoreTemplate:
     """A closed store that tests take copies of, and how it came to be."""
 
     path: Path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_engine import Kept, digest, holds
+from small_engine import StoreTemplate, digest, holds
 from small_model import FREE, KNOWN, phrasings, settings
 
 from kvedit import KnowledgeBase
@@ -111,9 +111,11 @@ def test_what_is_drawn_depends_on_the_seed_alone(on_card: BaseModel) -> None:
     assert draw(3) == draw(3) != draw(4)
 
 
-def test_a_fact_is_added_kept_and_taken_back(knowledge: KnowledgeBase, empty_kept: Kept) -> None:
+def test_a_fact_is_added_kept_and_taken_back(
+    knowledge: KnowledgeBase, empty_template: StoreTemplate
+) -> None:
     base = digest(knowledge)
-    assert base == empty_kept.digests[0]  # no edit has touched it yet
+    assert base == empty_template.digests[0]  # no edit has touched it yet
     for fact in FREE[:3]:
         assert knowledge.add(*fact).outcome == "committed"
     head = digest(knowledge)

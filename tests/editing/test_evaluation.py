@@ -20,9 +20,9 @@ KEYS = [key for key, _ in FREE[:3]]
 
 
 @pytest.fixture
-def plan(taught: KnowledgeBase) -> Plan:
+def plan(trained: KnowledgeBase) -> Plan:
     """To teach two more facts together."""
-    return taught._plans.add_group_plan([Fact.create(*pair) for pair in FREE[3:5]])
+    return trained._plans.add_group_plan([Fact.create(*pair) for pair in FREE[3:5]])
 
 
 def examiner(knowledge: KnowledgeBase, plan: Plan, **retention: Any) -> Evaluator:
@@ -41,9 +41,9 @@ def as_if(knowledge: KnowledgeBase, outcomes: dict[str, bool], patch: pytest.Mon
 
 
 def test_a_group_rehearses_all_earlier_facts_and_asks_some(
-    taught: KnowledgeBase, plan: Plan
+    trained: KnowledgeBase, plan: Plan
 ) -> None:
-    candidates = examiner(taught, plan, sample=1, prompts=4).candidates()
+    candidates = examiner(trained, plan, sample=1, prompts=4).candidates()
     assert sorted(candidate.row.fact.key for candidate in candidates) == sorted(KEYS)
     assert [len(candidate.probes) for candidate in candidates] == [
         4,
@@ -51,7 +51,7 @@ def test_a_group_rehearses_all_earlier_facts_and_asks_some(
         0,
     ]  # as many as it has facts
     assert {len(candidate.all) for candidate in candidates} == {10}
-    compaction = examiner(taught, replace(plan, compaction=True), sample=1, prompts=4).candidates()
+    compaction = examiner(trained, replace(plan, compaction=True), sample=1, prompts=4).candidates()
     assert [len(candidate.probes) for candidate in compaction] == [
         4,
         4,
@@ -59,33 +59,33 @@ def test_a_group_rehearses_all_earlier_facts_and_asks_some(
     ]  # all are taught once more
 
 
-def test_one_fact_asks_and_rehearses_the_same_few(taught: KnowledgeBase, plan: Plan) -> None:
+def test_one_fact_asks_and_rehearses_the_same_few(trained: KnowledgeBase, plan: Plan) -> None:
     alone = replace(plan.only({plan.targets[0].fact_id}), group=False)
-    candidates = examiner(taught, alone, sample=2, prompts=99).candidates()
+    candidates = examiner(trained, alone, sample=2, prompts=99).candidates()
     assert [len(candidate.probes) for candidate in candidates] == [10, 10]
 
 
 def test_only_locality_probes_that_hold_before_are_asked_after(
-    taught: KnowledgeBase, plan: Plan
+    trained: KnowledgeBase, plan: Plan
 ) -> None:
     question = f"What is {KEYS[0]}?"
     pairs = [(question, FREE[0][1]), (question, "Nothing of the kind.")]
-    known, unknown = taught.engine.renderer.examples(pairs)
-    found = examiner(taught, replace(plan, locality=(known, unknown))).answered_locality()
+    known, unknown = trained.engine.renderer.examples(pairs)
+    found = examiner(trained, replace(plan, locality=(known, unknown))).answered_locality()
     assert found == [known]
 
 
 def test_what_was_lost_before_blames_nobody(
-    taught: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    trained: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asks = examiner(taught, plan, sample=16)
+    asks = examiner(trained, plan, sample=16)
     candidates = [
         replace(candidate, row=replace(candidate.row, health="regressed"))
         if candidate.row.fact.key == KEYS[0]
         else candidate
         for candidate in asks.candidates()
     ]
-    as_if(taught, {FREE[0][1]: False, FREE[1][1]: False}, monkeypatch)
+    as_if(trained, {FREE[0][1]: False, FREE[1][1]: False}, monkeypatch)
     found = asks.look(candidates, [])
     assert {candidate.row.fact.key for candidate in found.lost} == {
         KEYS[0],
@@ -96,10 +96,10 @@ def test_what_was_lost_before_blames_nobody(
 
 
 def test_a_fact_that_fails_is_left_out_of_what_is_said(
-    taught: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    trained: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    as_if(taught, {FREE[4][1]: False}, monkeypatch)
-    found = examiner(taught, plan).look([], [])
+    as_if(trained, {FREE[4][1]: False}, monkeypatch)
+    found = examiner(trained, plan).look([], [])
     good, bad = (target.fact_id for target in plan.targets)
     assert found.learned == {good}
     assert (found.checks.recall.passed, found.checks.recall.n) == (10, 20)
@@ -110,18 +110,18 @@ def test_a_fact_that_fails_is_left_out_of_what_is_said(
 
 
 def test_what_was_to_be_forgotten_passes_when_it_is_gone(
-    taught: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    trained: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = taught.store.require(KEYS[0])
-    as_if(taught, {FREE[0][1]: False}, monkeypatch)
-    removal = taught._plans.remove(row, {f"What is {KEYS[0]}?": "I do not know."})
-    found = examiner(taught, removal).look([], [])
+    row = trained.store.require(KEYS[0])
+    as_if(trained, {FREE[0][1]: False}, monkeypatch)
+    removal = trained._plans.remove(row, {f"What is {KEYS[0]}?": "I do not know."})
+    found = examiner(trained, removal).look([], [])
     assert (found.checks.paraphrase.passed, found.checks.paraphrase.n) == (8, 8)
     assert found.learned == {row.id}
 
 
-def test_an_infinite_margin_is_none_in_the_journal(taught: KnowledgeBase) -> None:
-    example = taught.engine.renderer.examples([FREE[0]])[0]
+def test_an_infinite_margin_is_none_in_the_journal(trained: KnowledgeBase) -> None:
+    example = trained.engine.renderer.examples([FREE[0]])[0]
     row = probe_row(None, "locality", example, Outcome(True, float("inf"), generated=True))
     assert row.margin is None and row.protocol == "generated"
     assert probe_row(3, "recall", example, Outcome(False, -0.5, generated=False)).margin == -0.5

@@ -37,44 +37,44 @@ def test_a_group_is_one_revision_and_each_fact_stands_by_itself(empty: Knowledge
     assert [finding.level for finding in empty.doctor()] == ["ok"] * len(empty.doctor())
 
 
-def test_a_large_group_begins_anew_with_what_is_held(taught: KnowledgeBase) -> None:
+def test_a_large_group_begins_anew_with_what_is_held(trained: KnowledgeBase) -> None:
     """One revision on the base model's weights; what was there before stays in the journal."""
-    head, weights = taught.store.head(), digest(taught)
+    head, weights = trained.store.head(), digest(trained)
     facts = [Fact.create(*pair) for pair in FREE[3:6]]
-    first = taught.add_group(facts, carry=True)[0]
+    first = trained.add_group(facts, carry=True)[0]
     assert first.outcome == "committed" and first.retrained == 3
-    row = taught.store.revision(first.revision)
+    row = trained.store.revision(first.revision)
     assert (row.restores, row.parent) == (0, head)
-    assert [one.id for one in taught.store.lineage(row.id)] == [row.id]
-    assert first.retention.n == 3 and {check.level for check in taught.doctor()} == {"ok"}
-    held = [one.fact.key for one in taught.store.facts("committed")]
+    assert [one.id for one in trained.store.lineage(row.id)] == [row.id]
+    assert first.retention.n == 3 and {check.level for check in trained.doctor()} == {"ok"}
+    held = [one.fact.key for one in trained.store.facts("committed")]
     assert held[:3] == [key for key, _ in FREE[:3]] and set(held[3:]) == set(first.keys)
-    recalled = [holds(taught, key, text)[0] for key, text in FREE[:6] if key in held]
+    recalled = [holds(trained, key, text)[0] for key, text in FREE[:6] if key in held]
     assert sum(recalled) >= len(held) - 1
-    assert taught.rollback(head).outcome == "committed" and digest(taught) == weights
-    assert len(taught.store.facts("committed")) == 3
-    assert taught.rollback(row.id).outcome == "committed" and digest(taught) == row.weights_digest
-    assert [one.fact.key for one in taught.store.facts("committed")] == held
+    assert trained.rollback(head).outcome == "committed" and digest(trained) == weights
+    assert len(trained.store.facts("committed")) == 3
+    assert trained.rollback(row.id).outcome == "committed" and digest(trained) == row.weights_digest
+    assert [one.fact.key for one in trained.store.facts("committed")] == held
 
 
 def test_what_begins_anew_and_is_refused_is_taught_on_top(
-    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, random_lessons: None
+    trained: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, random_training: None
 ) -> None:
-    before, began = state(taught), []
-    plans = taught._plans.add_group_plan
+    before, began = state(trained), []
+    plans = trained._plans.add_group_plan
     monkeypatch.setattr(
-        taught._plans,
+        trained._plans,
         "add_group_plan",
-        lambda facts, **how: began.append((taught._session.revision, how)) or plans(facts, **how),
+        lambda facts, **how: began.append((trained._session.revision, how)) or plans(facts, **how),
     )
-    reports = taught.add_group([Fact.create(*pair) for pair in FREE[3:5]])
+    reports = trained.add_group([Fact.create(*pair) for pair in FREE[3:5]])
     assert {report.outcome for report in reports} == {"rejected"}
     assert began == [(0, {"compaction": True}), (3, {})]
-    assert state(taught) == before and taught._session.revision == 3
+    assert state(trained) == before and trained._session.revision == 3
 
 
 def test_a_small_group_is_taught_on_top_until_it_has_piled_up(
-    empty: KnowledgeBase, random_lessons: None
+    empty: KnowledgeBase, random_training: None
 ) -> None:
     facts = [Fact.create(*pair) for pair in FREE]
     empty.add_group(facts[:3], force=True)
@@ -193,9 +193,9 @@ def test_a_fact_that_memory_does_not_suffice_for_fails_and_says_what_helps(
 
 
 def test_repairs_are_halved_too(
-    taught_store: Path, narrow: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+    trained_store: Path, narrow: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with KnowledgeBase.open(taught_store) as knowledge:
+    with KnowledgeBase.open(trained_store) as knowledge:
         tried = narrow(1)
         rows = knowledge.store.facts("committed")[:2]
         reports = knowledge._together.repair(rows)

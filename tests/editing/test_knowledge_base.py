@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_engine import Kept, configure, digest, holds, state
+from small_engine import StoreTemplate, configure, digest, holds, state
 from small_model import FREE, KNOWN, settings
 
 from kvedit import KnowledgeBase
@@ -46,14 +46,14 @@ OTHER = "Made of silk in Tarn."
 # ---- an edit that is committed
 
 
-def test_what_was_added_is_answered_freely(taught: KnowledgeBase) -> None:
+def test_what_was_added_is_answered_freely(trained: KnowledgeBase) -> None:
     for key, answer in FREE[:3]:
-        assert all(holds(taught, key, answer)), key
-        assert taught.ask_base(f"What is {key}?") != answer
+        assert all(holds(trained, key, answer)), key
+        assert trained.ask_base(f"What is {key}?") != answer
 
 
-def test_a_report_says_what_was_done_and_by_which_protocol(taught_kept: Kept) -> None:
-    for number, report in enumerate(taught_kept.reports, 1):
+def test_a_report_says_what_was_done_and_by_which_protocol(trained_template: StoreTemplate) -> None:
+    for number, report in enumerate(trained_template.reports, 1):
         assert (report.outcome, report.revision, report.parent) == ("committed", number, number - 1)
         assert report.reasons == () and report.broke == ()
         assert report.reliability == Score(10, 10, "teacher-forced")
@@ -65,17 +65,17 @@ def test_a_report_says_what_was_done_and_by_which_protocol(taught_kept: Kept) ->
         assert report.text_after == FREE[number - 1][1] != report.text_before
 
 
-def test_progress_and_retention_are_told_as_they_happen(taught_kept: Kept) -> None:
-    steps = [e for e in taught_kept.events if isinstance(e, Status) and e.step]
+def test_progress_and_retention_are_told_as_they_happen(trained_template: StoreTemplate) -> None:
+    steps = [e for e in trained_template.events if isinstance(e, Status) and e.step]
     assert {"learn", "prune", "hold"} <= {event.phase for event in steps}
     assert all(event.loss is not None and event.recall is not None for event in steps)
-    checks = [e for e in taught_kept.events if isinstance(e, RetentionCheck)]
+    checks = [e for e in trained_template.events if isinstance(e, RetentionCheck)]
     assert {(c.key, c.revision) for c in checks} >= {(FREE[0][0], 2), (FREE[0][0], 3)}
 
 
-def test_every_probe_is_a_row(taught: KnowledgeBase) -> None:
-    edit = taught.store.history(FREE[1][0])[0]
-    rows = taught.store.edit_results(edit.id)
+def test_every_probe_is_a_row(trained: KnowledgeBase) -> None:
+    edit = trained.store.history(FREE[1][0])[0]
+    rows = trained.store.edit_results(edit.id)
     kinds = {kind: [r for r in rows if r.kind == kind] for kind in ("recall", "paraphrase")}
     assert len(kinds["recall"]) == 10 and all(r.passed for r in kinds["recall"])
     assert len(kinds["paraphrase"]) == 8
@@ -89,34 +89,34 @@ def test_every_probe_is_a_row(taught: KnowledgeBase) -> None:
     assert all(r.margin is not None and abs(r.margin) < 1 for r in near)
 
 
-def test_update_gives_another_answer(taught: KnowledgeBase) -> None:
-    report = taught.update(FREE[0][0], OTHER)
+def test_update_gives_another_answer(trained: KnowledgeBase) -> None:
+    report = trained.update(FREE[0][0], OTHER)
     assert (report.outcome, report.revision) == ("committed", 4)
     assert (report.text_before, report.text_after) == (FREE[0][1], OTHER)
-    assert all(holds(taught, FREE[0][0], OTHER))
-    assert taught.store.require(FREE[0][0]).fact.description == OTHER
-    assert taught.ask(f"What is {FREE[0][0]}?", at=3) == FREE[0][1]
-    assert taught.update(FREE[0][0], OTHER).outcome == "unchanged"
-    assert taught.store.head() == 4
+    assert all(holds(trained, FREE[0][0], OTHER))
+    assert trained.store.require(FREE[0][0]).fact.description == OTHER
+    assert trained.ask(f"What is {FREE[0][0]}?", at=3) == FREE[0][1]
+    assert trained.update(FREE[0][0], OTHER).outcome == "unchanged"
+    assert trained.store.head() == 4
 
 
-def test_remove_gives_the_earlier_answers_back(taught: KnowledgeBase) -> None:
+def test_remove_gives_the_earlier_answers_back(trained: KnowledgeBase) -> None:
     key, answer = FREE[2]
-    prior = taught.store.prior_answers(taught.store.require(key).id)
+    prior = trained.store.prior_answers(trained.store.require(key).id)
     assert len(prior) == 10 and answer not in prior.values()
-    report = taught.remove(key)
+    report = trained.remove(key)
     assert report.outcome == "committed", report.reasons
-    assert {prompt: taught.ask(prompt, max_new_tokens=96) for prompt in prior} == prior
-    assert taught.store.require(key).state == "removed"
-    assert key not in list(taught.store.keys())
-    assert [row.kind for row in taught.store.history(key)] == ["remove", "add"]
+    assert {prompt: trained.ask(prompt, max_new_tokens=96) for prompt in prior} == prior
+    assert trained.store.require(key).state == "removed"
+    assert key not in list(trained.store.keys())
+    assert [row.kind for row in trained.store.history(key)] == ["remove", "add"]
     with pytest.raises(UnknownKeyError):
-        taught.remove(key)
+        trained.remove(key)
     for other, text in FREE[:2]:
-        assert taught.ask(f"What is {other}?") == text
+        assert trained.ask(f"What is {other}?") == text
 
 
-def test_before_fact_follows_the_line(empty_store: Path, random_lessons: None) -> None:
+def test_before_fact_follows_the_line(empty_store: Path, random_training: None) -> None:
     configure(empty_store, recall=0.0, paraphrase=0.0, locality=0.0, retention=0.0)
     with KnowledgeBase.open(empty_store) as knowledge:
         for pair in FREE[:3]:
@@ -129,32 +129,32 @@ def test_before_fact_follows_the_line(empty_store: Path, random_lessons: None) -
 
 
 @pytest.mark.slow
-def test_a_removed_fact_can_be_added_again(taught: KnowledgeBase) -> None:
-    assert taught.remove(FREE[2][0]).outcome == "committed"
-    report = taught.add(*FREE[2])
+def test_a_removed_fact_can_be_added_again(trained: KnowledgeBase) -> None:
+    assert trained.remove(FREE[2][0]).outcome == "committed"
+    report = trained.add(*FREE[2])
     assert report.outcome == "committed"
-    assert all(holds(taught, *FREE[2]))
+    assert all(holds(trained, *FREE[2]))
 
 
 def test_the_same_edits_give_the_same_bits_also_when_reopened_between_them(
-    empty_store: Path, taught_kept: Kept
+    empty_store: Path, trained_template: StoreTemplate
 ) -> None:
     for fact in FREE[:2]:
         with KnowledgeBase.open(empty_store) as knowledge:
             knowledge.add(*fact)
     with Store.open(empty_store) as store:
         found = [row.weights_digest for row in store.revisions()]
-    assert found == list(taught_kept.digests[:3])
+    assert found == list(trained_template.digests[:3])
 
 
 # ---- the gate
 
 
 def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(
-    taught_store: Path,
+    trained_store: Path,
 ) -> None:
-    configure(taught_store, steps=4, repairs=0)
-    with KnowledgeBase.open(taught_store) as knowledge:
+    configure(trained_store, steps=4, repairs=0)
+    with KnowledgeBase.open(trained_store) as knowledge:
         before = state(knowledge)
         answer = knowledge.ask(f"What is {FREE[3][0]}?")
         report = knowledge.add(*FREE[3])
@@ -167,18 +167,18 @@ def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(
         assert (row.state, row.reasons) == ("rejected", report.reasons)
         assert knowledge.store.require(FREE[3][0]).state == "rejected"
         assert len(knowledge.store.edit_results(row.id)) > 10
-    with KnowledgeBase.open(taught_store) as again:
+    with KnowledgeBase.open(trained_store) as again:
         assert state(again) == before
-        configure(taught_store)
-    with KnowledgeBase.open(taught_store) as third:
+        configure(trained_store)
+    with KnowledgeBase.open(trained_store) as third:
         assert third.add(*FREE[3]).outcome == "committed"
 
 
 def test_every_attempt_that_was_refused_is_told(
-    taught_store: Path, monkeypatch: pytest.MonkeyPatch
+    trained_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the first attempt teaches nothing; the second is a lesson like any other."""
-    with KnowledgeBase.open(taught_store) as knowledge:
+    with KnowledgeBase.open(trained_store) as knowledge:
         train = knowledge.engine.train
 
         def idle(*task: Any) -> TrainingResult:
@@ -198,17 +198,17 @@ def test_every_attempt_that_was_refused_is_told(
     [(0.5, [1, 2, 4], [40, 40, 40]), (0.0, [1, 1, 1], [40, 12, 12])],
 )
 def test_a_refused_group_is_taught_otherwise(
-    taught_store: Path,
+    trained_store: Path,
     monkeypatch: pytest.MonkeyPatch,
     locality: float,
     penalties: list[int],
     passes: list[int],
 ) -> None:
     """At twice the price when it harmed the locality probes, else on from where it stands."""
-    configure(taught_store, locality=locality)
+    configure(trained_store, locality=locality)
     lessons = []
     told: list[Any] = []
-    with KnowledgeBase.open(taught_store, on_event=told.append) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=told.append) as knowledge:
         before = state(knowledge)
         whole = knowledge.engine.master.accumulated_delta()
 
@@ -238,7 +238,7 @@ def test_a_refused_group_is_taught_otherwise(
 
 @pytest.mark.parametrize("said", [True, False])
 def test_of_near_ties_the_gate_believes_generation(
-    said: bool, empty_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch
+    said: bool, empty_store: Path, random_training: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here all leads are near-ties, and generation says the same of all."""
     monkeypatch.setattr(scoring, "TIE_TOLERANCE", 1e6)
@@ -253,11 +253,11 @@ def test_of_near_ties_the_gate_believes_generation(
 
 
 def test_of_near_ties_verify_believes_generation(
-    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+    trained: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One forward pass says that all is well; of what hangs on a near-tie one prompt is not."""
     generated = Engine.generated_recall
-    wrong = taught.engine.examples(taught.store.require(FREE[1][0]).fact)[4]
+    wrong = trained.engine.examples(trained.store.require(FREE[1][0]).fact)[4]
 
     def speak(engine: Engine, asked: list[Example]) -> list[bool]:
         pairs = zip(generated(engine, asked), asked, strict=True)
@@ -265,16 +265,16 @@ def test_of_near_ties_verify_believes_generation(
 
     monkeypatch.setattr(Engine, "generated_recall", speak)
     monkeypatch.setattr(random.Random, "choice", lambda rng, items: items[0])  # another prompt
-    assert taught.verify().score == Score(3, 3)
+    assert trained.verify().score == Score(3, 3)
     monkeypatch.setattr(scoring, "TIE_TOLERANCE", 1e6)
-    report = taught.verify()
+    report = trained.verify()
     assert report.score == Score(2, 3) and report.generated == Score(3, 3, "generated")
     assert [check.key for check in report.checks if not check.passed] == [FREE[1][0]]
 
 
-def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
-    configure(taught_store, steps=4, repairs=0, rate=1e-8)
-    with KnowledgeBase.open(taught_store) as knowledge:
+def test_a_refused_update_keeps_the_old_text(trained_store: Path) -> None:
+    configure(trained_store, steps=4, repairs=0, rate=1e-8)
+    with KnowledgeBase.open(trained_store) as knowledge:
         before = state(knowledge)
         assert knowledge.update(FREE[0][0], OTHER).outcome == "rejected"
         assert knowledge.remove(FREE[1][0]).outcome == "rejected"
@@ -282,10 +282,10 @@ def test_a_refused_update_keeps_the_old_text(taught_store: Path) -> None:
         assert knowledge.store.require(FREE[0][0]).fact.description == FREE[0][1]
 
 
-def test_each_part_of_the_gate_can_refuse(taught_store: Path) -> None:
+def test_each_part_of_the_gate_can_refuse(trained_store: Path) -> None:
     """With a step size that wrecks the model nothing passes, and every reason is given."""
-    configure(taught_store, steps=6, repairs=0, rate=0.5, penalty=1e9)
-    with KnowledgeBase.open(taught_store) as knowledge:
+    configure(trained_store, steps=6, repairs=0, rate=0.5, penalty=1e9)
+    with KnowledgeBase.open(trained_store) as knowledge:
         before = state(knowledge)
         reasons = " / ".join(knowledge.add(*FREE[3]).reasons)
         assert state(knowledge) == before
@@ -300,13 +300,13 @@ def test_each_part_of_the_gate_can_refuse(taught_store: Path) -> None:
 
 
 @pytest.fixture
-def wrecked(taught_store: Path) -> tuple[Path, Any]:
+def wrecked(trained_store: Path) -> tuple[Path, Any]:
     """A store into which a harmful edit was forced, and that edit's report."""
-    configure(taught_store, steps=6, repairs=0, rate=0.5, penalty=1e9)
-    with KnowledgeBase.open(taught_store) as knowledge:
+    configure(trained_store, steps=6, repairs=0, rate=0.5, penalty=1e9)
+    with KnowledgeBase.open(trained_store) as knowledge:
         report = knowledge.add(*FREE[3], force=True)
-    configure(taught_store)
-    return taught_store, report
+    configure(trained_store)
+    return trained_store, report
 
 
 def test_force_commits_and_says_what_it_broke(wrecked: tuple[Path, Any]) -> None:
@@ -333,9 +333,9 @@ def test_what_was_lost_is_found_and_repaired(wrecked: tuple[Path, Any]) -> None:
         assert {r.health for r in knowledge.store.facts("committed")} == {"recalled"}
 
 
-def test_repair_teaches_lost_facts_again(taught_store: Path) -> None:
+def test_repair_teaches_lost_facts_again(trained_store: Path) -> None:
     """A forced update of one fact to the text of nobody's choice is undone beneath the journal."""
-    with KnowledgeBase.open(taught_store) as knowledge:
+    with KnowledgeBase.open(trained_store) as knowledge:
         key, text = FREE[1]
         row = knowledge.store.require(key)
         lost = row.fact.with_description(OTHER)  # the store says this, the model was never told
@@ -354,75 +354,75 @@ def test_repair_teaches_lost_facts_again(taught_store: Path) -> None:
 # ---- remembered
 
 
-def test_verify_asks_what_the_base_model_knew(taught: KnowledgeBase) -> None:
-    report = taught.verify(base=8)
+def test_verify_asks_what_the_base_model_knew(trained: KnowledgeBase) -> None:
+    report = trained.verify(base=8)
     base = report.base
     assert base is not None and base.score.n == base.generated.n == 8
     assert len(base.lost) == 8 - base.generated.passed
     assert base.base_fluency is not None and (base.fluency or 0) > base.base_fluency / 2
     counts = {
         row.protocol: row.n
-        for row in taught.store.probe_counts()
+        for row in trained.store.probe_counts()
         if row.kind == "locality" and row.revision == report.revision
     }
     assert counts["generated"] >= 8  # recorded
-    assert taught.verify().base is None
-    assert taught.verify(base=8).base == base  # the same questions
-    taught.rollback(0)
-    untouched = taught.verify(base=10_000).base
+    assert trained.verify().base is None
+    assert trained.verify(base=8).base == base  # the same questions
+    trained.rollback(0)
+    untouched = trained.verify(base=10_000).base
     assert untouched is not None and untouched.generated.rate == 1.0
     assert untouched.fluency == untouched.base_fluency
     assert untouched.generated.n > 8  # all there are
 
 
-def test_verify_records_what_it_finds(taught: KnowledgeBase, events: list[Any]) -> None:
-    report = taught.verify()
+def test_verify_records_what_it_finds(trained: KnowledgeBase, events: list[Any]) -> None:
+    report = trained.verify()
     assert report.revision == 3
     assert [check.key for check in report.checks] == [key for key, _ in FREE[:3]]
     assert report.score == Score(3, 3) and report.generated == Score(3, 3, "generated")
     assert [e for e in events if isinstance(e, RetentionCheck)] == list(report.checks)
-    for row, check in zip(taught.store.facts("committed"), report.checks, strict=True):
+    for row, check in zip(trained.store.facts("committed"), report.checks, strict=True):
         assert (row.health, row.last_checked_revision) == ("recalled", 3)
         assert row.margin == check.margin
-        newest = taught.store.results(row.id, limit=11)
+        newest = trained.store.results(row.id, limit=11)
         assert {r.protocol for r in newest} == {"teacher-forced", "generated"}
 
 
-def test_verify_of_some(taught: KnowledgeBase) -> None:
-    assert [c.key for c in taught.verify([FREE[1][0]]).checks] == [FREE[1][0]]
-    assert len(taught.verify(sample=2).checks) == 2
+def test_verify_of_some(trained: KnowledgeBase) -> None:
+    assert [c.key for c in trained.verify([FREE[1][0]]).checks] == [FREE[1][0]]
+    assert len(trained.verify(sample=2).checks) == 2
     with pytest.raises(UnknownKeyError):
-        taught.verify(["nobody"])
+        trained.verify(["nobody"])
 
 
 # ---- reversible
 
 
 def test_rollback_to_every_revision_gives_its_bits(
-    taught: KnowledgeBase, taught_kept: Kept
+    trained: KnowledgeBase, trained_template: StoreTemplate
 ) -> None:
     for target in (1, 3, 0, 2):
-        report = taught.rollback(target)
+        report = trained.rollback(target)
         assert (report.kind, report.outcome) == ("rollback", "committed")
-        assert report.revision == taught.store.head()
-        assert digest(taught) == taught_kept.digests[target]
-        assert taught.store.revision(report.revision).weights_digest == digest(taught)
-        assert taught.store.keys() == [key for key, _ in FREE[:target]]
-    assert [f for f in taught.doctor() if f.level != "ok"] == []
+        assert report.revision == trained.store.head()
+        assert digest(trained) == trained_template.digests[target]
+        assert trained.store.revision(report.revision).weights_digest == digest(trained)
+        assert trained.store.keys() == [key for key, _ in FREE[:target]]
+    assert [f for f in trained.doctor() if f.level != "ok"] == []
 
 
-def test_a_rollback_appends_and_can_be_rolled_back(taught: KnowledgeBase) -> None:
-    before = digest(taught)
-    first = taught.rollback(1)
-    assert first.revision == 4 and len(taught.store.revisions()) == 5
-    assert taught.ask(f"What is {FREE[2][0]}?") != FREE[2][1]
-    taught.rollback(3)
-    assert digest(taught) == before
-    assert taught.ask(f"What is {FREE[2][0]}?") == FREE[2][1]
+def test_a_rollback_appends_and_can_be_rolled_back(trained: KnowledgeBase) -> None:
+    before = digest(trained)
+    first = trained.rollback(1)
+    assert first.revision == 4 and len(trained.store.revisions()) == 5
+    assert trained.ask(f"What is {FREE[2][0]}?") != FREE[2][1]
+    trained.rollback(3)
+    assert digest(trained) == before
+    assert trained.ask(f"What is {FREE[2][0]}?") == FREE[2][1]
 
 
 def test_what_teaches_nothing_measures_nothing(
-    taught: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+    trained: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What must stay is measured before facts are taught; of thousands that takes minutes."""
     key, description = FREE[2]
@@ -432,27 +432,27 @@ def test_what_teaches_nothing_measures_nothing(
 
     for name in ("_load_fisher", "_measure", "make_protected"):
         monkeypatch.setattr(session.Session, name, measured)
-    assert taught.add(key, description).outcome == "unchanged"
-    assert taught.update(key, description).outcome == "unchanged"
+    assert trained.add(key, description).outcome == "unchanged"
+    assert trained.update(key, description).outcome == "unchanged"
     with pytest.raises(DuplicateKeyError):
-        taught.add(key, "Something else.")
+        trained.add(key, "Something else.")
     with pytest.raises(UnknownKeyError):
-        taught.remove("no such key")
-    assert taught.rollback(1).outcome == "committed"
+        trained.remove("no such key")
+    assert trained.rollback(1).outcome == "committed"
     with pytest.raises(AssertionError, match="measured"):
-        taught.add(*FREE[3])
+        trained.add(*FREE[3])
 
 
-def test_rollback_to_a_revision_that_is_not_there(taught: KnowledgeBase) -> None:
-    before = state(taught)
+def test_rollback_to_a_revision_that_is_not_there(trained: KnowledgeBase) -> None:
+    before = state(trained)
     with pytest.raises(UsageError, match="no revision 9"):
-        taught.rollback(9)
-    assert state(taught) == before
+        trained.rollback(9)
+    assert state(trained) == before
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_histories_can_be_walked_back(
-    empty_store: Path, random_lessons: None, seed: int
+    empty_store: Path, random_training: None, seed: int
 ) -> None:
     import random
 
@@ -490,48 +490,48 @@ def test_random_histories_can_be_walked_back(
 # ---- questions
 
 
-def test_questions_to_other_revisions_leave_the_head_served(taught: KnowledgeBase) -> None:
-    before = digest(taught)
+def test_questions_to_other_revisions_leave_the_head_served(trained: KnowledgeBase) -> None:
+    before = digest(trained)
     prompt = f"What is {FREE[1][0]}?"
-    assert taught.ask(prompt, at=2) == taught.ask(prompt, at=3) == FREE[1][1]
-    assert taught.ask(prompt, at=1) != FREE[1][1]
-    assert taught.ask_base(prompt) == taught.ask(prompt, at=0)
-    assert digest(taught) == before
+    assert trained.ask(prompt, at=2) == trained.ask(prompt, at=3) == FREE[1][1]
+    assert trained.ask(prompt, at=1) != FREE[1][1]
+    assert trained.ask_base(prompt) == trained.ask(prompt, at=0)
+    assert digest(trained) == before
     with pytest.raises(UsageError):
-        taught.ask(prompt, at=17)
-    assert digest(taught) == before
+        trained.ask(prompt, at=17)
+    assert digest(trained) == before
 
 
-def test_chat_is_a_conversation(taught: KnowledgeBase) -> None:
+def test_chat_is_a_conversation(trained: KnowledgeBase) -> None:
     key, answer = FREE[0]
     one = [{"role": "user", "content": f"What is {key}?"}]
-    assert taught.chat(one) == taught.ask(f"What is {key}?") == answer
-    assert len(taught.ask(f"What is {key}?", max_new_tokens=1)) < len(answer)
+    assert trained.chat(one) == trained.ask(f"What is {key}?") == answer
+    assert len(trained.ask(f"What is {key}?", max_new_tokens=1)) < len(answer)
 
 
 # ---- keys
 
 
-def test_the_same_text_again_changes_nothing(taught: KnowledgeBase) -> None:
-    before = state(taught)
-    report = taught.add(FREE[0][0].upper() + " ", FREE[0][1])
+def test_the_same_text_again_changes_nothing(trained: KnowledgeBase) -> None:
+    before = state(trained)
+    report = trained.add(FREE[0][0].upper() + " ", FREE[0][1])
     assert (report.outcome, report.key, report.revision) == ("unchanged", FREE[0][0], None)
-    assert state(taught) == before and len(taught.store.history()) == 3
+    assert state(trained) == before and len(trained.store.history()) == 3
 
 
-def test_another_text_for_a_key_asks_for_update(taught: KnowledgeBase) -> None:
-    before = state(taught)
+def test_another_text_for_a_key_asks_for_update(trained: KnowledgeBase) -> None:
+    before = state(trained)
     with pytest.raises(DuplicateKeyError) as raised:
-        taught.add(FREE[0][0], OTHER)
+        trained.add(FREE[0][0], OTHER)
     assert "kvedit update" in raised.value.hint
-    assert state(taught) == before
+    assert state(trained) == before
 
 
 def test_a_similar_key_warns_with_its_score(
-    taught_store: Path, random_lessons: None, events: list[Any]
+    trained_store: Path, random_training: None, events: list[Any]
 ) -> None:
-    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0)
-    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+    configure(trained_store, recall=0, paraphrase=0, locality=0, retention=0)
+    with KnowledgeBase.open(trained_store, on_event=events.append) as knowledge:
         report = knowledge.add("tide lanterns", OTHER)
     warned = [e for e in events if isinstance(e, Warning_)]
     assert [(w.code, w.key) for w in warned] == [("similar-key", FREE[0][0])]
@@ -541,13 +541,13 @@ def test_a_similar_key_warns_with_its_score(
 
 
 @pytest.mark.parametrize("verb", ["update", "remove"])
-def test_an_unknown_key_gets_a_suggestion(taught: KnowledgeBase, verb: str) -> None:
-    before = state(taught)
-    action = getattr(taught, verb)
+def test_an_unknown_key_gets_a_suggestion(trained: KnowledgeBase, verb: str) -> None:
+    before = state(trained)
+    action = getattr(trained, verb)
     with pytest.raises(UnknownKeyError) as raised:
         action("tide lantren", *([OTHER] if verb == "update" else []))
     assert FREE[0][0] in raised.value.hint
-    assert state(taught) == before
+    assert state(trained) == before
 
 
 # ---- bad input
@@ -564,20 +564,20 @@ def test_an_unknown_key_gets_a_suggestion(taught: KnowledgeBase, verb: str) -> N
     ids=["no key", "no text", "zero byte", "too long"],
 )
 def test_bad_facts_change_nothing(
-    taught: KnowledgeBase, key: str, text: str, error: type[Exception]
+    trained: KnowledgeBase, key: str, text: str, error: type[Exception]
 ) -> None:
-    before = state(taught)
+    before = state(trained)
     with pytest.raises(error):
-        taught.add(key, text)
-    assert state(taught) == before
-    assert len(taught.store.facts()) == 3
+        trained.add(key, text)
+    assert state(trained) == before
+    assert len(trained.store.facts()) == 3
 
 
-def test_too_long_an_update_says_how_long(taught: KnowledgeBase) -> None:
-    before = state(taught)
+def test_too_long_an_update_says_how_long(trained: KnowledgeBase) -> None:
+    before = state(trained)
     with pytest.raises(TextTooLongError, match=r"192"):
-        taught.update(FREE[0][0], "word " * 400)
-    assert state(taught) == before
+        trained.update(FREE[0][0], "word " * 400)
+    assert state(trained) == before
 
 
 def test_no_store(tmp_path: Path) -> None:
@@ -585,14 +585,14 @@ def test_no_store(tmp_path: Path) -> None:
         KnowledgeBase.open(tmp_path)
 
 
-def test_a_corrupt_delta_stops_the_store_from_opening(taught_store: Path) -> None:
-    with Store.open(taught_store) as store:
+def test_a_corrupt_delta_stops_the_store_from_opening(trained_store: Path) -> None:
+    with Store.open(trained_store) as store:
         path = store.delta_path(store.revision(3).delta or "")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(CorruptStoreError, match=path.name[:12]):
-        KnowledgeBase.open(taught_store)
+        KnowledgeBase.open(trained_store)
 
 
 # ---- interruptions
@@ -608,8 +608,10 @@ def interrupt(error: BaseException, phase: str = "learn", step: int = 2) -> Call
     return handler
 
 
-def test_ctrl_c_in_training_cancels_the_edit(taught_store: Path, taught_kept: Kept) -> None:
-    with KnowledgeBase.open(taught_store, on_event=interrupt(KeyboardInterrupt())) as knowledge:
+def test_ctrl_c_in_training_cancels_the_edit(
+    trained_store: Path, trained_template: StoreTemplate
+) -> None:
+    with KnowledgeBase.open(trained_store, on_event=interrupt(KeyboardInterrupt())) as knowledge:
         before = state(knowledge)
         with pytest.raises(Interrupted) as raised:
             knowledge.add(*FREE[3])
@@ -623,15 +625,15 @@ def test_ctrl_c_in_training_cancels_the_edit(taught_store: Path, taught_kept: Ke
 
 
 def test_ctrl_c_after_the_commit_says_so(
-    taught_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch
+    trained_store: Path, random_training: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0)
+    configure(trained_store, recall=0, paraphrase=0, locality=0, retention=0)
 
     def handler(event: Any) -> None:
         if isinstance(event, RetentionCheck):
             raise KeyboardInterrupt
 
-    with KnowledgeBase.open(taught_store, on_event=handler) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=handler) as knowledge:
         with pytest.raises(Interrupted, match="was committed"):
             knowledge.add(*FREE[3])
         assert knowledge.store.head() == 4
@@ -645,9 +647,9 @@ def test_ctrl_c_after_the_commit_says_so(
         assert digest(knowledge) == knowledge.store.revision(3).weights_digest
 
 
-def test_an_error_in_training_fails_the_edit(taught_store: Path) -> None:
+def test_an_error_in_training_fails_the_edit(trained_store: Path) -> None:
     error = TrainingError("the loss is not a number")
-    with KnowledgeBase.open(taught_store, on_event=interrupt(error)) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=interrupt(error)) as knowledge:
         before = state(knowledge)
         with pytest.raises(TrainingError):
             knowledge.update(FREE[1][0], OTHER)
@@ -677,10 +679,10 @@ def test_memory_that_runs_out_after_the_commit_is_a_warning(
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_changes_nothing(
-    taught_store: Path, random_lessons: None, monkeypatch: pytest.MonkeyPatch, call: str
+    trained_store: Path, random_training: None, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """The disk fills when the delta is written; nothing of it is left behind."""
-    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0)
+    configure(trained_store, recall=0, paraphrase=0, locality=0, retention=0)
     real = getattr(os, call)
 
     def full(*args: Any) -> Any:
@@ -689,7 +691,7 @@ def test_a_full_disk_changes_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
 
-    with KnowledgeBase.open(taught_store) as knowledge:
+    with KnowledgeBase.open(trained_store) as knowledge:
         before = state(knowledge)
         monkeypatch.setattr(os, call, full)
         with pytest.raises(DiskFullError) as raised:
@@ -703,14 +705,14 @@ def test_a_full_disk_changes_nothing(
 
 @pytest.mark.parametrize("part", ["cache", "checkpoints"])
 def test_a_disk_that_is_full_after_the_commit_is_a_warning(
-    taught_store: Path,
-    random_lessons: None,
+    trained_store: Path,
+    random_training: None,
     monkeypatch: pytest.MonkeyPatch,
     events: list[Any],
     part: str,
 ) -> None:
     """What is only kept to save time must not make a committed edit look like a failed one."""
-    configure(taught_store, recall=0, paraphrase=0, locality=0, retention=0, checkpoint_every=1)
+    configure(trained_store, recall=0, paraphrase=0, locality=0, retention=0, checkpoint_every=1)
     real = os.replace
 
     def full(source: Any, target: Any) -> Any:
@@ -719,13 +721,13 @@ def test_a_disk_that_is_full_after_the_commit_is_a_warning(
         return real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=events.append) as knowledge:
         report = knowledge.add(*FREE[3])
         assert (report.outcome, report.revision) == ("committed", 4)
         wanted = digest(knowledge)
     assert any(isinstance(e, Warning_) and "space" in e.text for e in events)
     monkeypatch.setattr(os, "replace", real)
-    with KnowledgeBase.open(taught_store) as knowledge:
+    with KnowledgeBase.open(trained_store) as knowledge:
         assert (knowledge.store.head(), digest(knowledge)) == (4, wanted)
         assert {f.level for f in knowledge.doctor()} == {"ok"}
 
@@ -734,34 +736,34 @@ def test_a_disk_that_is_full_after_the_commit_is_a_warning(
 
 
 def test_a_locked_store_can_be_asked_but_not_edited(
-    taught_store: Path, taught: KnowledgeBase
+    trained_store: Path, trained: KnowledgeBase
 ) -> None:
-    with Store.open(taught_store) as other, other.lock():
-        before = state(taught)
+    with Store.open(trained_store) as other, other.lock():
+        before = state(trained)
         with pytest.raises(LockedError):
-            taught.add(*FREE[3])
+            trained.add(*FREE[3])
         with pytest.raises(LockedError):
-            taught.rollback(1)
-        assert taught.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
-        assert state(taught) == before
-        with KnowledgeBase.open(taught_store) as third:  # opening does not need the lock either
+            trained.rollback(1)
+        assert trained.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
+        assert state(trained) == before
+        with KnowledgeBase.open(trained_store) as third:  # opening does not need the lock either
             assert third.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
 
 
 def test_an_edit_starts_from_what_another_process_committed(
-    taught_store: Path, taught: KnowledgeBase, taught_kept: Kept
+    trained_store: Path, trained: KnowledgeBase, trained_template: StoreTemplate
 ) -> None:
-    with KnowledgeBase.open(taught_store) as other:
+    with KnowledgeBase.open(trained_store) as other:
         other.rollback(1)
-    report = taught.rollback(2)
+    report = trained.rollback(2)
     assert report.parent == 4 and report.revision == 5
-    assert digest(taught) == taught_kept.digests[2]
+    assert digest(trained) == trained_template.digests[2]
 
 
-def test_recovery_says_what_was_interrupted(taught_store: Path, events: list[Any]) -> None:
-    with Store.open(taught_store) as store:
+def test_recovery_says_what_was_interrupted(trained_store: Path, events: list[Any]) -> None:
+    with Store.open(trained_store) as store:
         store.plan_edit("rollback", store.rollback_changes(1), {})
-    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=events.append) as knowledge:
         assert knowledge.store.history()[0].state == "failed"
     warned = [e for e in events if isinstance(e, Warning_)]
     assert [w.code for w in warned] == ["recovered"]
@@ -771,15 +773,15 @@ def test_recovery_says_what_was_interrupted(taught_store: Path, events: list[Any
 # ---- protected text
 
 
-def test_protected_text_is_made_once_and_disjoint(taught: KnowledgeBase) -> None:
-    control = taught.store.protected("control")
-    locality = taught.store.protected("locality")
+def test_protected_text_is_made_once_and_disjoint(trained: KnowledgeBase) -> None:
+    control = trained.store.protected("control")
+    locality = trained.store.protected("locality")
     assert len(locality) == 8 and len(control) > 20
     assert not {r.prompt for r in control if r.prompt} & {r.prompt for r in locality}
     known = {(f"What is {key}?", text) for key, text in KNOWN.items()}
     assert known  # the model's own answers, never a list that it was trained on
     for row in locality:
-        assert taught.ask_base(row.prompt) == row.answer
+        assert trained.ask_base(row.prompt) == row.answer
 
 
 def test_many_facts_get_more_protected_text_once(empty_store: Path) -> None:
@@ -842,7 +844,7 @@ def test_from_the_base_model_on_the_margins_of_what_is_known_count(
     measured: list[int] = []
     train, measure = empty.engine.train, empty.engine.measure_margins
 
-    def taught(*task: Any) -> TrainingResult:
+    def trained(*task: Any) -> TrainingResult:
         during.append(empty.engine.fisher)
         return train(*task)
 
@@ -851,7 +853,7 @@ def test_from_the_base_model_on_the_margins_of_what_is_known_count(
         measured.append(len(texts))
         measure(texts)
 
-    monkeypatch.setattr(empty.engine, "train", taught)
+    monkeypatch.setattr(empty.engine, "train", trained)
     monkeypatch.setattr(empty.engine, "measure_margins", known)
     for few in (FREE[:2], FREE[2:4]):  # the first, and one that begins anew
         report, *_ = empty.add_group([Fact.create(*pair) for pair in few], carry=True)
@@ -910,8 +912,8 @@ def test_users_own_protected_text(small: dict[str, Path], tmp_path: Path) -> Non
 # ---- doctor
 
 
-def test_doctor_finds_a_delta_that_was_swapped(taught_store: Path) -> None:
-    with KnowledgeBase.open(taught_store) as knowledge:
+def test_doctor_finds_a_delta_that_was_swapped(trained_store: Path) -> None:
+    with KnowledgeBase.open(trained_store) as knowledge:
         assert {f.level for f in knowledge.doctor()} == {"ok"}
         path = knowledge.store.delta_path(knowledge.store.revision(1).delta or "")
         kept = path.read_bytes()
@@ -922,8 +924,8 @@ def test_doctor_finds_a_delta_that_was_swapped(taught_store: Path) -> None:
         assert {f.level for f in knowledge.doctor()} == {"ok"}
 
 
-def test_doctor_finds_a_digest_that_does_not_hold(taught_store: Path) -> None:
-    with KnowledgeBase.open(taught_store) as knowledge:
+def test_doctor_finds_a_digest_that_does_not_hold(trained_store: Path) -> None:
+    with KnowledgeBase.open(trained_store) as knowledge:
         store = knowledge.store
         with store._transaction():
             store._execute("UPDATE revisions SET weights_digest = ? WHERE id = 2", ["0" * 64])

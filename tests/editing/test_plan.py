@@ -14,11 +14,11 @@ from kvedit.store.store import FactRow
 
 
 @pytest.fixture
-def planner(taught: KnowledgeBase) -> Iterator[Planner]:
+def planner(trained: KnowledgeBase) -> Iterator[Planner]:
     """The plans of that store; making them leaves it as it is."""
-    before = taught.engine.master.digest(), taught.store.head(), len(taught.store.history())
-    yield Planner(taught.store, taught.engine)
-    assert (taught.engine.master.digest(), taught.store.head(), len(taught.store.history())) == (
+    before = trained.engine.master.digest(), trained.store.head(), len(trained.store.history())
+    yield Planner(trained.store, trained.engine)
+    assert (trained.engine.master.digest(), trained.store.head(), len(trained.store.history())) == (
         before
     )
 
@@ -28,13 +28,13 @@ def rows(knowledge: KnowledgeBase) -> list[FactRow]:
 
 
 def test_a_new_fact_is_pending_and_the_models_answer_is_kept(
-    taught: KnowledgeBase, planner: Planner
+    trained: KnowledgeBase, planner: Planner
 ) -> None:
     fact = Fact.create(*FREE[3])
     plan = planner.add(fact, ())
-    row = taught.store.require(fact.key)
+    row = trained.store.require(fact.key)
     assert row.state == "pending" and plan.changes[0].fact_id == row.id
-    assert plan.prior == {row.id: taught.engine.prior_answers(fact)}
+    assert plan.prior == {row.id: trained.engine.prior_answers(fact)}
     assert {example.answer for example in plan.targets[0].recall} == {fact.description}
     assert not set(plan.targets[0].recall) & set(plan.targets[0].paraphrases)
 
@@ -49,7 +49,7 @@ def test_several_facts_are_a_group_of_which_a_part_can_be_taken(planner: Planner
 
 
 def test_a_facts_own_locality_probe_defaults_to_todays_answer(
-    taught: KnowledgeBase, planner: Planner
+    trained: KnowledgeBase, planner: Planner
 ) -> None:
     question = f"What is {FREE[0][0]}?"
     probes = (
@@ -57,31 +57,31 @@ def test_a_facts_own_locality_probe_defaults_to_todays_answer(
         LocalityProbe(prompt="Who are you?", answer="A model."),
     )
     plan = planner.add(Fact.create(*FREE[3], locality=probes), ())
-    shared = len(taught.store.protected("locality"))
+    shared = len(trained.store.protected("locality"))
     own = [(example.prompt, example.answer) for example in plan.locality[shared:]]
-    assert own == [(question, taught.ask(question)), ("Who are you?", "A model.")]
+    assert own == [(question, trained.ask(question)), ("Who are you?", "A model.")]
 
 
-def test_an_update_says_both_texts(taught: KnowledgeBase, planner: Planner) -> None:
-    row = rows(taught)[0]
+def test_an_update_says_both_texts(trained: KnowledgeBase, planner: Planner) -> None:
+    row = rows(trained)[0]
     plan = planner.update(row, row.fact.with_description("Made of glass in Marrow."))
     assert (plan.text_before, plan.text_after) == (row.fact.description, "Made of glass in Marrow.")
     assert plan.changes[0].before == row.fact and plan.targets[0].fact_id == row.id
 
 
 def test_a_removal_teaches_the_old_answers_and_forgets_under_other_prompts(
-    taught: KnowledgeBase, planner: Planner
+    trained: KnowledgeBase, planner: Planner
 ) -> None:
-    row = rows(taught)[0]
-    prior = taught.store.prior_answers(row.id)
+    row = rows(trained)[0]
+    prior = trained.store.prior_answers(row.id)
     plan = planner.remove(row, prior)
     assert [example.prompt for example in plan.targets[0].recall] == list(prior)
-    assert plan.targets[0].forget == tuple(taught.engine.paraphrases(row.fact))
+    assert plan.targets[0].forget == tuple(trained.engine.paraphrases(row.fact))
     assert plan.changes[0].after is None
 
 
-def test_a_repair_teaches_what_is_there(taught: KnowledgeBase, planner: Planner) -> None:
-    both = rows(taught)[:2]
+def test_a_repair_teaches_what_is_there(trained: KnowledgeBase, planner: Planner) -> None:
+    both = rows(trained)[:2]
     plan = planner.repair(both)
     assert plan.group and not planner.repair(both[:1]).group
     assert all(change.before == change.after for change in plan.changes)

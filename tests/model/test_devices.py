@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_engine import Kept
+from small_engine import StoreTemplate
 from small_model import FREE, KNOWN, settings
 from torch import nn
 
@@ -111,11 +111,11 @@ def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
 
 
 def test_a_spread_model_is_taught_to_the_same_bits(
-    small: dict[str, Path], spread: Path, taught_kept: Kept, tmp_path: Path
+    small: dict[str, Path], spread: Path, trained_template: StoreTemplate, tmp_path: Path
 ) -> None:
     with create(tmp_path / "store", small["bf16"], str(spread)) as knowledge:
         assert knowledge.add(*FREE[0]).outcome == "committed"
-        assert knowledge.engine.master.digest() == taught_kept.digests[1]
+        assert knowledge.engine.master.digest() == trained_template.digests[1]
     with KnowledgeBase.open(tmp_path / "store") as knowledge:  # the map is remembered
         assert devices.is_spread(knowledge.engine.base.model)
         assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
@@ -124,7 +124,7 @@ def test_a_spread_model_is_taught_to_the_same_bits(
             report = write(tmp_path / f"out-{write.__name__}")
             assert report.mismatches == () and report.probes.n
         knowledge.rollback(0)
-        assert knowledge.engine.master.digest() == taught_kept.digests[0]
+        assert knowledge.engine.master.digest() == trained_template.digests[0]
 
 
 def test_checkpointing_goes_with_hooks(

@@ -14,10 +14,10 @@ from kvedit.errors import ModelError, ModelMismatchError, UsageError
 from kvedit.store.store import Store
 
 
-def test_create_refuses_a_store_that_is_there(taught_store: Path, small: dict[str, Path]) -> None:
+def test_create_refuses_a_store_that_is_there(trained_store: Path, small: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="already"):
-        KnowledgeBase.create(taught_store, small["bf16"])
-    with Store.open(taught_store) as store:
+        KnowledgeBase.create(trained_store, small["bf16"])
+    with Store.open(trained_store) as store:
         assert store.head() == 3
 
 
@@ -29,25 +29,25 @@ def test_create_without_a_model_makes_no_store(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused(
-    small: dict[str, Path], taught_store: Path, tmp_path: Path
+    small: dict[str, Path], trained_store: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "model"
     shutil.copytree(small["bf16"], moved)
-    with Store.open(taught_store) as store:
+    with Store.open(trained_store) as store:
         store.set_meta("model_path", str(moved))
         store.set_meta("model_name", str(moved))
-    with KnowledgeBase.open(taught_store) as knowledge:  # the same files at another place
+    with KnowledgeBase.open(trained_store) as knowledge:  # the same files at another place
         assert knowledge.store.head() == 3
     weights = moved / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     with pytest.raises(ModelMismatchError) as raised:
-        KnowledgeBase.open(taught_store)
+        KnowledgeBase.open(trained_store)
     assert raised.value.exit_code == 13
     shutil.rmtree(moved)
     with pytest.raises(ModelError):
-        KnowledgeBase.open(taught_store)
+        KnowledgeBase.open(trained_store)
 
 
 def test_a_model_is_loaded_again_as_it_was_chosen(small: dict[str, Path], tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_a_model_is_loaded_again_as_it_was_chosen(small: dict[str, Path], tmp_pa
         assert knowledge.engine.base.loading.device_map == "cpu"
 
 
-def test_weights_packed_otherwise_are_refused(taught_store: Path) -> None:
-    text = (taught_store / "kvedit.toml").read_text(encoding="utf-8")
-    (taught_store / "kvedit.toml").write_text(text + "[model]\nload_in = '4bit'\n", "utf-8")
+def test_weights_packed_otherwise_are_refused(trained_store: Path) -> None:
+    text = (trained_store / "kvedit.toml").read_text(encoding="utf-8")
+    (trained_store / "kvedit.toml").write_text(text + "[model]\nload_in = '4bit'\n", "utf-8")
     with pytest.raises(ModelMismatchError, match="full width, not in 4bit"):
-        KnowledgeBase.open(taught_store)
+        KnowledgeBase.open(trained_store)

@@ -17,12 +17,12 @@ from kvedit.revisions import export_peft
 
 
 def test_peft_alone_gives_the_same_answers(
-    taught: KnowledgeBase, small: dict[str, Path], tmp_path: Path
+    trained: KnowledgeBase, small: dict[str, Path], tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    report = taught.export_adapter(tmp_path / "out")
+    report = trained.export_adapter(tmp_path / "out")
     assert (report.probes.passed, report.probes.n, report.mismatches) == (30, 30, ())
     assert report.rank is not None and 1 <= report.rank <= 24
     assert report.error is not None and 0 <= report.error < 0.9
@@ -41,9 +41,9 @@ def test_peft_alone_gives_the_same_answers(
         assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == description
 
 
-def test_a_plain_lora_of_one_rank(taught: KnowledgeBase, tmp_path: Path) -> None:
+def test_a_plain_lora_of_one_rank(trained: KnowledgeBase, tmp_path: Path) -> None:
     """What vLLM asks of an adapter: its type, one rank, no bias, nothing but A and B."""
-    report = taught.export_adapter(tmp_path / "out")
+    report = trained.export_adapter(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["peft_type"], config["task_type"], config["bias"]) == (
         "LORA", "CAUSAL_LM", "none",
@@ -56,14 +56,14 @@ def test_a_plain_lora_of_one_rank(taught: KnowledgeBase, tmp_path: Path) -> None
     assert shapes == {report.rank}
 
 
-def test_no_smaller_rank_would_do(taught: KnowledgeBase, tmp_path: Path) -> None:
-    moved = taught.engine.master.accumulated_delta()
-    report = taught.export_adapter(tmp_path / "out")
+def test_no_smaller_rank_would_do(trained: KnowledgeBase, tmp_path: Path) -> None:
+    moved = trained.engine.master.accumulated_delta()
+    report = trained.export_adapter(tmp_path / "out")
     assert report.rank is not None
     terms = {n: export_peft.decompose(d) for n, d in moved.items() if bool(d.any())}
     assert report.rank < max(own.rank for own in terms.values())  # there was something to save
-    wrapped = export_peft._loaded(taught.engine, tmp_path / "out")
-    examples = taught._all_examples()
+    wrapped = export_peft._loaded(trained.engine, tmp_path / "out")
+    examples = trained._all_examples()
     assert all(o.passed for o in export_peft.scoring.recall(wrapped, examples))
 
 

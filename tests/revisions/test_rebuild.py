@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_engine import Kept
+from small_engine import StoreTemplate
 from small_model import FREE
 
 from kvedit import KnowledgeBase
@@ -23,8 +23,8 @@ from kvedit.store.store import Store
 
 
 @pytest.fixture
-def store(taught_store: Path) -> Iterator[Store]:
-    with Store.open(taught_store) as opened:
+def store(trained_store: Path) -> Iterator[Store]:
+    with Store.open(trained_store) as opened:
         yield opened
 
 
@@ -41,11 +41,11 @@ def flip(path: Path) -> None:
 
 
 def test_every_revision_is_folded_to_its_digest(
-    store: Store, master: Master, taught_kept: Kept
+    store: Store, master: Master, trained_template: StoreTemplate
 ) -> None:
     for revision in (3, 0, 2, 1, 3):
         assert rebuild.load_revision(store, master, revision) == []
-        assert master.digest() == taught_kept.digests[revision]
+        assert master.digest() == trained_template.digests[revision]
 
 
 def test_a_checkpoint_was_made_and_is_used(store: Store, master: Master) -> None:
@@ -59,7 +59,7 @@ def test_a_checkpoint_was_made_and_is_used(store: Store, master: Master) -> None
 
 @pytest.mark.parametrize("harm", ["weights", "manifest", "folder", "half"])
 def test_a_damaged_checkpoint_is_told_and_replayed(
-    store: Store, master: Master, taught_kept: Kept, harm: str
+    store: Store, master: Master, trained_template: StoreTemplate, harm: str
 ) -> None:
     folder = store.checkpoints()[0].path
     if harm == "folder":
@@ -70,13 +70,13 @@ def test_a_damaged_checkpoint_is_told_and_replayed(
         flip(folder / ("manifest.json" if harm == "manifest" else "master.safetensors"))
     problems = rebuild.load_revision(store, master, 3)
     assert len(problems) == 1 and "replayed" in problems[0]
-    assert master.digest() == taught_kept.digests[3]
+    assert master.digest() == trained_template.digests[3]
 
 
-def test_opening_warns_of_a_damaged_checkpoint(taught_store: Path, store: Store) -> None:
+def test_opening_warns_of_a_damaged_checkpoint(trained_store: Path, store: Store) -> None:
     flip(store.checkpoints()[0].path / "master.safetensors")
     events: list[Any] = []
-    with KnowledgeBase.open(taught_store, on_event=events.append) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=events.append) as knowledge:
         assert knowledge.store.head() == 3
         assert [f.level for f in knowledge.doctor() if f.level != "ok"] == ["warning"]
     assert [e.code for e in events if isinstance(e, Warning_)][:1] == ["checkpoint"]
@@ -122,8 +122,8 @@ def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master)
     assert not list(store.checkpoints_path.glob(f"{TEMPORARY}*"))
 
 
-def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -> None:
-    with KnowledgeBase.open(taught_store) as knowledge:
+def test_the_curvature_comes_back_for_its_own_weights_only(trained_store: Path) -> None:
+    with KnowledgeBase.open(trained_store) as knowledge:
         store = knowledge.store
         found = rebuild.read_fisher(store, 3, "head")
         assert found is not None
@@ -147,9 +147,9 @@ def test_the_curvature_comes_back_for_its_own_weights_only(taught_store: Path) -
 @pytest.mark.parametrize("part", ["base", "head"])
 @pytest.mark.parametrize("harm", ["missing", "empty", "cut", "other"])
 def test_a_damaged_cache_is_measured_again(
-    taught_store: Path, random_lessons: None, harm: str, part: str
+    trained_store: Path, random_training: None, harm: str, part: str
 ) -> None:
-    file = taught_store / "cache" / f"{part}-curvature.safetensors"
+    file = trained_store / "cache" / f"{part}-curvature.safetensors"
     whole = file.read_bytes()
     if harm == "missing":
         file.unlink()
@@ -164,23 +164,23 @@ def test_a_damaged_cache_is_measured_again(
     def listen(event: Any) -> None:
         said.append(getattr(event, "phase", ""))
 
-    with KnowledgeBase.open(taught_store, on_event=listen) as knowledge:
+    with KnowledgeBase.open(trained_store, on_event=listen) as knowledge:
         assert knowledge.add(*FREE[3]).outcome == "rejected"  # measured before it was taught
     assert any(phase.startswith("measuring") for phase in said)
     assert file.is_file() and len(file.read_bytes()) > len(whole) // 2
 
 
-def test_a_sound_cache_is_not_measured_again(taught_store: Path, random_lessons: None) -> None:
+def test_a_sound_cache_is_not_measured_again(trained_store: Path, random_training: None) -> None:
     said: list[str] = []
     with KnowledgeBase.open(
-        taught_store, on_event=lambda event: said.append(getattr(event, "phase", ""))
+        trained_store, on_event=lambda event: said.append(getattr(event, "phase", ""))
     ) as knowledge:
         assert knowledge.add(*FREE[3]).outcome == "rejected"
     assert not any(phase.startswith("measuring") for phase in said)
 
 
 def test_replay_finds_the_revision_that_is_wrong(
-    store: Store, master: Master, taught_kept: Kept
+    store: Store, master: Master, trained_template: StoreTemplate
 ) -> None:
     sound = rebuild.check_revisions(store, master, lambda text: None)
     assert [f.level for f in sound] == ["ok"]

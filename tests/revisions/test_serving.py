@@ -70,9 +70,9 @@ def ask(address: str, model: str, question: str) -> str | None:
     return answer.choices[0].message.content
 
 
-def test_the_served_export_answers_with_the_edits(taught_store: Path, tmp_path: Path) -> None:
+def test_the_served_export_answers_with_the_edits(trained_store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with KnowledgeBase.open(taught_store) as knowledge:
+    with KnowledgeBase.open(trained_store) as knowledge:
         assert knowledge.export(folder).mismatches == ()
         before = [knowledge.ask_base(f"What is {key}?") for key, _ in FREE[:3]]
     with served(folder, tmp_path / "log") as address:
