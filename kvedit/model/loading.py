@@ -285,7 +285,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def target_names(model: nn.Module, wanted: Sequence[str] = ()) -> list[str]:
     """Dotted names of the linear layers that edits touch, all in the upper half of the blocks.
 
-    The upper half does as well as all of them (docs/experiments.md) at half of the cost.  Without
+    The upper half does as well as all of them (docs/log) at half of the cost.  Without
     ``wanted``: those of our table, or else every linear layer but routers and experts.  A name in
     ``wanted`` is a layer's last name, or, where it has a dot or a star, a pattern for whole names,
     which then reaches every block.  Raises ModelError, naming what there is.

@@ -1,4 +1,4 @@
-"""What a benchmark found, as tables for a terminal, Markdown for docs/experiments.md, and JSON.
+"""What a benchmark found, as tables for a terminal, Markdown for docs/log, and JSON.
 
 Invariants:
 - Every share stands with its count, its n and its Wilson 95% interval.
@@ -276,7 +276,7 @@ def _of(score: Score) -> str:
 
 
 def markdown(title: str, made: Setting, model: str, notes: str, sheets: Sequence[Sheet]) -> str:
-    """A block for docs/experiments.md."""
+    """A block for docs/log."""
     lines = [
         f"## {made.date}: {title}",
         "",

@@ -35,7 +35,7 @@ def bench(ctx: click.Context, quiet: bool) -> None:
     """Measure what kvedit promises, on real facts.
 
     Each measurement prints tables, and a Markdown block with command, commit and machine for
-    docs/experiments.md. DIR of --data holds poets.jsonl, relations.jsonl and
+    docs/log. DIR of --data holds poets.jsonl, relations.jsonl and
     relation_phrasings.json. What --json kept is drawn by plot.
 
     \b
