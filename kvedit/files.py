@@ -37,7 +37,8 @@ from kvedit.errors import (
 
 TEMPORARY = ".tmp-"
 MANIFEST = "manifest.json"
-TRAINING_CHECKPOINTS = "lesson-*.pt"  # in the cache: where a lesson stands that was broken off
+TRAINING_CHECKPOINTS = "training-*.safetensors"  # in the cache, of training that was interrupted
+OLD_TRAINING_CHECKPOINTS = "lesson-*.pt"  # as older versions wrote them; never read
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

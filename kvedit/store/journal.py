@@ -17,7 +17,14 @@ from pathlib import Path
 from kvedit.errors import CorruptStoreError, LockedError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
-from kvedit.files import TEMPORARY, disk_errors, now, remove, sha256_file
+from kvedit.files import (
+    OLD_TRAINING_CHECKPOINTS,
+    TEMPORARY,
+    disk_errors,
+    now,
+    remove,
+    sha256_file,
+)
 from kvedit.store.database import DELTA_SUFFIX, StoreBase
 from kvedit.store.rows import (
     EditRow,
@@ -250,7 +257,7 @@ class Journal(StoreBase):
         stray += [path for path in folders if int(path.name) not in kept]
         for folder in (self.path, self.deltas, self.checkpoints_path, self.exports):
             stray += _entries(folder, _TEMPORARY_NAME)
-        return stray
+        return [*stray, *self.cache.glob(OLD_TRAINING_CHECKPOINTS)]
 
     def _edits(self, where: str, values: Sequence[object] = ()) -> list[EditRow]:
         """Edits with the keys of their facts, newest first."""

@@ -1,42 +1,56 @@
-"""TrainingCheckpoints: where a long lesson stands, kept now and then, so that another process can go on.
+"""Training checkpoints: the state of a long training run, kept so that another process can resume.
 
-A group is one edit, committed as a whole, and its lesson may take an hour.  Whoever is killed in it
-would begin again, and whoever is killed again and again would never come to an end.
+A group is one edit, committed as a whole, and its training may take an hour.  Without a checkpoint
+a process that is killed in it would start from the first step again.
+
+A checkpoint is one safetensors file.  The tensors are its tensors; numbers, texts, the random state
+and the nesting are JSON in its metadata, beside a SHA-256 of both.  Nothing is pickled.
 
 Invariants:
-- A bookmark is of one lesson, named by all that its loop is given: no other goes on from it, nor
-  a loop that keeps something else.
-- It only saves time.  One that is missing or damaged means to begin at the beginning, and one that
-  cannot be written ends nothing.
+- A checkpoint belongs to one task, named by everything that decides the run: no other task resumes
+  from it, nor does a version that keeps another state.
+- It only saves time.  If it is missing or damaged, training starts at the first step; if it cannot
+  be written, training goes on without it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from kvedit.errors import KveditError, OutOfTimeError
-from kvedit.files import TRAINING_CHECKPOINTS, clean_temporary, disk_errors, remove, write_atomic
+from kvedit.files import (
+    OLD_TRAINING_CHECKPOINTS,
+    TRAINING_CHECKPOINTS,
+    clean_temporary,
+    disk_errors,
+    remove,
+    write_atomic,
+)
 
-FORMAT = 4  # of what loops keep; part of a bookmark's name
-EVERY = 120.0  # seconds between two of them, at least
-SHARE = 0.02  # of the time may go into them
+FORMAT = 5  # of the states that loops keep; part of the file's name
+EVERY = 120.0  # seconds between two checkpoints, at least
+SHARE = 0.02  # of the training time may be spent on writing them
 State = dict[str, Any]
-"""Tensors on the CPU, numbers and texts, in dicts, lists and tuples."""
+"""Tensors, numbers, texts and None, nested in dicts, lists and tuples; read back on the CPU."""
 Keep = Callable[[Callable[[], State]], None]
 
 
 class TrainingCheckpoints:
-    """Those of one store; ``say`` tells that a lesson goes on, ``warn`` that one is not kept.
+    """The checkpoints in one folder; ``say`` reports that training resumes, ``warn`` that a
+    checkpoint could not be written.
 
-    From ``deadline`` (``time.monotonic``) on a lesson ends where it stands.
+    From ``deadline`` (``time.monotonic``) on, training stops at the next step.
     """
 
     def __init__(
@@ -52,52 +66,112 @@ class TrainingCheckpoints:
         self._due = time.monotonic() + EVERY
 
     def find(self, task: str) -> State | None:
-        """Where the lesson of this name stood when its process ended."""
+        """The state in which the last process left this task, if there is an intact checkpoint."""
         path = self._path(task)
-        try:
-            data = path.read_bytes()
-        except OSError:
+        if not path.is_file():
             return None
-        digest, body = data[:32], data[32:]
-        if hashlib.sha256(body).digest() != digest:
+        try:
+            state = _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError):
             remove(path)
             return None
-        state: State = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-        self._say("going on with what was being taught when kvedit ended")
+        self._say("resuming the training that was interrupted")
         return state
 
     def keep(self, task: str, state: Callable[[], State]) -> None:
-        """Keep where the lesson stands, if it is time to.  Raises OutOfTimeError."""
+        """Write a checkpoint if one is due.  Raises OutOfTimeError from the deadline on."""
         began = time.monotonic()
         if began >= min(self._due, self._deadline):
             self._write(task, state, began)
         if began >= self._deadline:
             raise OutOfTimeError(
                 "time is up in the middle of a group",
-                hint="Run the same command again: it goes on from where the lesson stands.",
+                hint="Run the same command again: it resumes where the training stopped.",
             )
 
     def _write(self, task: str, state: Callable[[], State], began: float) -> None:
-        body = io.BytesIO()
-        torch.save(state(), body)
-        data = body.getvalue()
         path = self._path(task)
         try:
             with disk_errors(path):
                 self._folder.mkdir(exist_ok=True)
                 clean_temporary(self._folder)
-            write_atomic(path, hashlib.sha256(data).digest() + data)
+            write_atomic(path, to_bytes(state()))
         except KveditError as error:
             self._due = math.inf
-            self._warn(f"where the lesson stands is not kept: {error.message}")
+            self._warn(f"no training checkpoint can be written: {error.message}")
             return
         now = time.monotonic()
         self._due = now + max(EVERY, (now - began) / SHARE)
 
     def clear(self) -> None:
-        """Drop all of them: the edit that they are of has ended."""
-        for path in self._folder.glob(TRAINING_CHECKPOINTS):
-            remove(path)
+        """Remove all checkpoints, those of older versions too: their edit has ended."""
+        for pattern in (TRAINING_CHECKPOINTS, OLD_TRAINING_CHECKPOINTS):
+            for path in self._folder.glob(pattern):
+                remove(path)
 
     def _path(self, task: str) -> Path:
         return self._folder / TRAINING_CHECKPOINTS.replace("*", f"{FORMAT}-{task[:16]}")
+
+
+def to_bytes(state: State) -> bytes:
+    """A state as a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode(state, tensors))
+    return save_tensors(tensors, {"state": text, "sha256": _digest(text, tensors)})
+
+
+def _read(path: Path) -> State:
+    """The inverse of ``to_bytes``; raises ValueError if the digest is another one."""
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        metadata = file.metadata() or {}
+        # Copies: what ``get_tensor`` returns is the mapped file.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    text = metadata["state"]
+    if _digest(text, tensors) != metadata["sha256"]:
+        raise ValueError("the checkpoint was altered")
+    state: State = _decode(json.loads(text), tensors)
+    return state
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the JSON and of each tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """As JSON; tensors are added to ``tensors`` as contiguous copies on the CPU.
+
+    JSON has only lists, and dicts with text keys: tuples and dicts are tagged, so that dicts keep
+    numbers as keys.  Floats are read back to the bit (``repr`` is exact).
+    """
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[_encode(part, tensors) for part in item] for item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(part, tensors) for part in value]}
+    if isinstance(value, list):
+        return [_encode(part, tensors) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a training checkpoint cannot hold a {type(value).__name__}")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of ``_encode``."""
+    if isinstance(value, list):
+        return [_decode(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_decode(part, tensors) for part in content)
+    return {_decode(key, tensors): _decode(part, tensors) for key, part in content}

@@ -124,7 +124,7 @@ def test_status(filled: Path) -> None:
     assert "kvedit-tiny" in text and "unfinished" not in text and "moved" not in text
     assert json.loads(run("status", "--json").stdout)["head"] == 2
     (filled / "cache").mkdir(exist_ok=True)
-    (filled / "cache" / "lesson-0123456789abcdef.pt").write_bytes(b"kept")
+    (filled / "cache" / "training-5-0123456789abcdef.safetensors").write_bytes(b"kept")
     assert "the same command goes on with it" in run("status").stdout
 
 

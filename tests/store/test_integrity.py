@@ -47,10 +47,20 @@ def test_status_counts(store: Store) -> None:
 def test_status_tells_of_a_lesson_that_was_broken_off(store: Store) -> None:
     assert store.status()["unfinished_at"] is None
     store.cache.mkdir()
-    (store.cache / "lesson-0123456789abcdef.pt").write_bytes(b"kept")
+    (store.cache / "training-5-0123456789abcdef.safetensors").write_bytes(b"kept")
     kept = store.status()["unfinished_at"]
     assert isinstance(kept, str)
     assert datetime.now(UTC) - datetime.fromisoformat(kept) < timedelta(minutes=1)
+
+
+def test_a_training_checkpoint_of_an_older_version_is_a_leftover(store: Store) -> None:
+    store.cache.mkdir()
+    old = store.cache / "lesson-4-0123456789abcdef.pt"
+    old.write_bytes(b"kept")
+    assert store.status()["unfinished_at"] is None
+    assert [finding.what for finding in problems(store)] == [f"a file that nothing needs: {old}"]
+    store.recover()
+    assert not old.exists()
 
 
 def test_status_tells_how_far_the_weights_have_moved(store: Store, tmp_path: Path) -> None:

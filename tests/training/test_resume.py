@@ -1,9 +1,9 @@
-"""Lessons that were broken off go on from where they stood."""
+"""Training that was interrupted resumes from its last checkpoint."""
 
 from __future__ import annotations
 
-import io
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from small_engine import make_engine
 from small_model import FREE
 
@@ -38,8 +39,8 @@ GROUP = GroupConfig(
 )
 
 
-class Broken(Exception):
-    """Ends a lesson between two steps."""
+class Interruption(Exception):
+    """Interrupts training between two steps."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,72 +55,74 @@ def task(engine: Engine) -> Task:
     return Task(own[:3], own[3:4], engine.reference_texts, 1)
 
 
-def taught(
-    engine: Engine, *, until: int = 0, kept: TrainingCheckpoints | None = None
+def run(
+    engine: Engine, *, until: int = 0, checkpoints: TrainingCheckpoints | None = None
 ) -> tuple[Any, list[Step]]:
-    """The lesson in a group, broken off after a step; what was made of it, and the steps."""
+    """Train a group, interrupted after step ``until``; its result and its steps."""
     steps: list[Step] = []
 
     def on_step(step: Step) -> None:
         steps.append(step)
         if until and step.step > until:
-            raise Broken
+            raise Interruption
 
     try:
-        made = engine.train(task(engine), None, on_step, GROUP, kept)
-    except Broken:
-        made = None
-    return made, steps
+        result = engine.train(task(engine), None, on_step, GROUP, checkpoints)
+    except Interruption:
+        result = None
+    return result, steps
 
 
-def test_what_other_code_kept_is_not_gone_on_with(
+def test_a_checkpoint_of_another_format_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = TrainingCheckpoints(tmp_path / "cache")
-    kept.keep("name", lambda: {"step": 3})
-    assert kept.find("name") == {"step": 3}
+    checkpoints = TrainingCheckpoints(tmp_path / "cache")
+    checkpoints.keep("name", lambda: {"step": 3})
+    assert checkpoints.find("name") == {"step": 3}
     monkeypatch.setattr(resume, "FORMAT", resume.FORMAT + 1)
-    assert kept.find("name") is None
-    kept.clear()
+    assert checkpoints.find("name") is None
+    checkpoints.clear()
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_lesson_goes_on_as_if_nothing_had_been(engine: Engine, tmp_path: Path) -> None:
-    whole, steps = taught(engine)
+def test_resumed_training_takes_the_steps_it_would_have_taken(
+    engine: Engine, tmp_path: Path
+) -> None:
+    expected, steps = run(engine)
     phases = [step.phase for step in steps]
     assert list(dict.fromkeys(phases)) == ["learn", "prune", "hold", "again"]
     ends = [phases.index(phase) for phase in ("prune", "hold", "again")]
     for until in (1, *ends, ends[-1] + 2, len(steps) - 1):  # at each turn, and in a round
-        kept = TrainingCheckpoints(tmp_path)
-        assert taught(engine, until=until, kept=kept)[0] is None
-        again, rest = taught(engine, kept=kept)
+        checkpoints = TrainingCheckpoints(tmp_path)
+        assert run(engine, until=until, checkpoints=checkpoints)[0] is None
+        resumed, rest = run(engine, checkpoints=checkpoints)
         assert rest == steps[until:]
-        assert to_bytes(again.delta) == to_bytes(whole.delta)
-        assert again.trained == whole.trained
-        kept.clear()
+        assert to_bytes(resumed.delta) == to_bytes(expected.delta)
+        assert resumed.trained == expected.trained
+        checkpoints.clear()
 
 
-def test_another_process_goes_on(
+def test_another_process_resumes(
     load: Callable[[str], Any], engine: Engine, tmp_path: Path
 ) -> None:
-    whole, steps = taught(engine)
-    taught(make_engine(load("bf16")), until=7, kept=TrainingCheckpoints(tmp_path))
-    told: list[str] = []
-    assert whole.resumed_seconds == 0.0
-    again, rest = taught(
-        make_engine(load("bf16")), kept=TrainingCheckpoints(tmp_path, say=told.append)
+    expected, steps = run(engine)
+    run(make_engine(load("bf16")), until=7, checkpoints=TrainingCheckpoints(tmp_path))
+    messages: list[str] = []
+    assert expected.resumed_seconds == 0.0
+    resumed, rest = run(
+        make_engine(load("bf16")), checkpoints=TrainingCheckpoints(tmp_path, say=messages.append)
     )
     assert [step.step for step in rest] == [step.step for step in steps[7:]]
-    assert again.trained.steps == whole.trained.steps
-    assert again.resumed_seconds > 0
-    assert told == ["going on with what was being taught when kvedit ended"]
+    assert resumed.trained.steps == expected.trained.steps
+    assert resumed.resumed_seconds > 0
+    assert messages == ["resuming the training that was interrupted"]
 
 
 @pytest.mark.parametrize("changed", ["facts", "settings", "weights"])
-def test_another_lesson_begins_at_the_beginning(
+def test_another_task_starts_at_the_first_step(
     engine: Engine, tmp_path: Path, changed: str
 ) -> None:
-    taught(engine, until=5, kept=TrainingCheckpoints(tmp_path))
+    run(engine, until=5, checkpoints=TrainingCheckpoints(tmp_path))
     own, group = task(engine), GROUP
     if changed == "facts":
         own = replace(own, new=own.new[:2])
@@ -132,7 +135,7 @@ def test_another_lesson_begins_at_the_beginning(
     assert steps[0].step == 1
 
 
-# ---- the files
+# ---- files
 
 
 def state(number: float) -> Callable[[], State]:
@@ -143,51 +146,59 @@ def state(number: float) -> Callable[[], State]:
     }
 
 
-def test_the_latest_state_is_found_to_the_bit(tmp_path: Path) -> None:
-    kept = TrainingCheckpoints(tmp_path / "cache")  # a folder that may not be there yet
-    assert kept.find("a" * 64) is None
+def test_the_latest_state_is_read_back_to_the_bit(tmp_path: Path) -> None:
+    checkpoints = TrainingCheckpoints(tmp_path / "cache")  # a folder that may not be there yet
+    assert checkpoints.find("a" * 64) is None
     for number in (1.0, 0.1):
-        kept.keep("a" * 64, state(number))
-    kept.keep("b" * 64, state(2.0))
-    found = TrainingCheckpoints(tmp_path / "cache").find("a" * 64)
-    assert found is not None and torch.equal(found["part"], torch.full((64,), 0.1))
-    assert (found["margins"], found["rng"]) == ({3: 0.1}, (3, (1, 2), None))
-    kept.clear()
+        checkpoints.keep("a" * 64, state(number))
+    checkpoints.keep("b" * 64, state(2.0))
+    restored = TrainingCheckpoints(tmp_path / "cache").find("a" * 64)
+    assert restored is not None and torch.equal(restored["part"], torch.full((64,), 0.1))
+    assert (restored["margins"], restored["rng"]) == ({3: 0.1}, (3, (1, 2), None))
+    checkpoints.clear()
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "turned", "empty"])
-def test_a_damaged_one_is_none(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "turned", "tensor", "header", "bare", "empty"])
+def test_a_damaged_checkpoint_is_none(tmp_path: Path, damage: str) -> None:
     TrainingCheckpoints(tmp_path).keep("a" * 64, state(1.0))
     (path,) = tmp_path.iterdir()
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes({"cut": data[:-9], "turned": data, "empty": b""}[damage])
+    data = path.read_bytes()
+    turned, tensor = bytearray(data), bytearray(data)
+    turned[len(data) // 2] ^= 1
+    tensor[-1] ^= 1
+    header = data.replace(b'"F32"', b'"I32"')
+    bare = save({"0": torch.zeros(3)})  # a safetensors file that is no checkpoint
+    damaged = {
+        "cut": data[:-9], "turned": turned, "tensor": tensor, "header": header, "bare": bare,
+        "empty": b"",
+    }  # fmt: skip
+    path.write_bytes(damaged[damage])
     assert TrainingCheckpoints(tmp_path).find("a" * 64) is None
     assert not path.exists()
 
 
-def test_they_are_kept_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_written_when_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "EVERY", 3600.0)
     TrainingCheckpoints(tmp_path).keep("a" * 64, lambda: pytest.fail("asked for too early"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     warnings: list[str] = []
-    kept = TrainingCheckpoints(tmp_path, warn=warnings.append)
+    checkpoints = TrainingCheckpoints(tmp_path, warn=warnings.append)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        kept.keep("a" * 64, state(1.0))
-        kept.keep("a" * 64, state(2.0))
+        checkpoints.keep("a" * 64, state(1.0))
+        checkpoints.keep("a" * 64, state(2.0))
     assert len(warnings) == 1 and "no space left" in warnings[0]
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- killed, for real
+# ---- killed by a signal
 
 KILLED = """
 import os, signal, sys
@@ -197,8 +208,8 @@ from kvedit.training.resume import TrainingCheckpoints
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.facts.fact import Fact
 
-def keep(self, lesson, state, real=TrainingCheckpoints.keep):
-    real(self, lesson, state)
+def keep(self, task, state, real=TrainingCheckpoints.keep):
+    real(self, task, state)
     if state()["_step_number"] == 9:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -210,7 +221,7 @@ with KnowledgeBase.open(Path(sys.argv[1])) as knowledge:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_group_that_is_killed_goes_on(empty_store: Path) -> None:
+def test_a_group_that_is_killed_resumes(empty_store: Path) -> None:
     command = [sys.executable, "-c", KILLED % (FREE[:3],), str(empty_store)]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -221,14 +232,14 @@ def test_a_group_that_is_killed_goes_on(empty_store: Path) -> None:
         assert report.outcome == "committed" and report.steps > 9
         assert 0 < report.resumed_seconds < min(report.timings["train"], report.seconds)
         assert [f.what for f in knowledge.doctor() if f.level != "ok"] == []
-    told = [event.phase for event in events if event.message_type == "status"]
-    assert "going on with what was being taught when kvedit ended" in told
+    phases = [event.phase for event in events if event.message_type == "status"]
+    assert "resuming the training that was interrupted" in phases
     steps = [event.step for event in events if event.message_type == "status" and event.step]
     assert steps[0] == 10
-    assert list((empty_store / "cache").glob("lesson-*")) == []
+    assert list((empty_store / "cache").glob("training-*")) == []
 
 
-def test_when_time_is_up_a_lesson_ends_where_it_stands(empty_store: Path) -> None:
+def test_training_stops_when_time_is_up_and_resumes(empty_store: Path) -> None:
     group = [Fact.create(*pair) for pair in FREE[:3]]
     steps: list[int] = []
     with KnowledgeBase.open(
@@ -236,26 +247,67 @@ def test_when_time_is_up_a_lesson_ends_where_it_stands(empty_store: Path) -> Non
     ) as knowledge:
         before = knowledge.engine.master.digest()
         for _ in range(2):  # a step each
-            knowledge.deadline = time.monotonic()
             with pytest.raises(OutOfTimeError, match="middle of a group"):
-                knowledge.add_group(group, carry=True)
+                knowledge.add_group(group, carry=True, deadline=time.monotonic())
             assert knowledge.engine.master.digest() == before
         assert [edit.state for edit in knowledge.store.history()] == ["canceled"] * 2
-        knowledge.deadline = None
         steps.clear()
         assert knowledge.add_group(group, carry=True)[0].outcome == "committed"
     assert next(step for step in steps if step) == 3
 
 
-def test_a_state_is_what_torch_loads_without_running_anything(engine: Engine) -> None:
-    kept: list[bytes] = []
+def test_the_state_of_a_loop_is_read_back_to_the_bit(engine: Engine, tmp_path: Path) -> None:
+    states: list[tuple[State, State | None]] = []
 
     def keep(state: Callable[[], State]) -> None:
-        body = io.BytesIO()
-        torch.save(state(), body)
-        kept.append(body.getvalue())
+        checkpoints.keep("name", state)
+        states.append((state(), checkpoints.find("name")))
 
-    own = task(engine)
-    engine.train(own, engine.config, group=replace(GROUP, epochs=4, rounds=0), keep=keep)
-    found = torch.load(io.BytesIO(kept[-1]), weights_only=True)
-    assert found["part"]["done"] == found["part"]["steps"] == len(kept)
+    checkpoints = TrainingCheckpoints(tmp_path)
+    group = replace(GROUP, epochs=4, refine_rounds=0)
+    engine.run_task(task(engine), engine.config, group=group, keep=keep)
+    for state, restored in states:
+        assert restored is not None and restored.pop("seconds") <= state.pop("seconds")
+        assert same(state, restored)
+    (_, last) = states[-1]
+    assert last is not None and last["part"]["done"] == last["part"]["steps"] == len(states)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states have the same types, structure and bits."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and same(list(one.values()), list(other.values()))
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def test_states_of_all_kinds_are_read_back(tmp_path: Path) -> None:
+    tied = torch.arange(6).reshape(2, 3)
+    state: State = {
+        "tied": [tied, tied, tied.T, tied[1]],
+        "tensors": (
+            torch.tensor(0.1, dtype=torch.float64), torch.tensor(True), torch.empty(0, 3),
+            torch.tensor([0.1, -0.0], dtype=torch.bfloat16),
+        ),
+        "numbers": [0.1, -0.0, 1e-320, float("inf"), 2**70, True, None, "", "\u2028\ud83d\ude00"],
+        "nested": {0: {"a": ()}, (1, 2): [[]], "tensor": {}, None: {"tuple": [1]}},
+        "random": random.Random(3).getstate(),
+    }  # fmt: skip
+    checkpoints = TrainingCheckpoints(tmp_path)
+    checkpoints.keep("name", lambda: state)
+    restored = checkpoints.find("name")
+    assert restored is not None and same(state, restored)
+    assert repr(restored["numbers"]) == repr(state["numbers"])
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        checkpoints.keep("name", lambda: {"set": {1}})
+
+
+def test_checkpoints_of_older_versions_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / "lesson-4-0123456789abcdef.pt").write_bytes(b"kept")
+    TrainingCheckpoints(tmp_path).clear()
+    assert list(tmp_path.iterdir()) == []
