@@ -48,8 +48,10 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-docs: $(STAMP)  ## write docs/cli.md and store/schema.sql anew
+docs: $(STAMP)  ## write docs/cli.md, docs/configuration.md and store/schema.sql
 	$(PY) -m kvedit.cli.docs docs/cli.md
+	$(PY) -m kvedit.config_page > docs/.configuration.md
+	mv docs/.configuration.md docs/configuration.md
 	$(PY) -m kvedit.store.migrations > store/.schema.sql
 	mv store/.schema.sql store/schema.sql
 

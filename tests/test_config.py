@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from kvedit.config import Config, GateConfig
+from kvedit.config_page import page
 from kvedit.errors import UsageError
+from kvedit.renamed_settings import REMOVED, RENAMED
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 
 def load(tmp_path: Path, text: str) -> Config:
@@ -53,6 +58,7 @@ def test_json_holds_every_section() -> None:
         ),
         ("[gate]\nrecall = 1.0\n", r"\[gate\] recall is now called min_recall", "Write min_recall"),
         ("[gate]\nzzz = 1.0\n", "unknown setting", "Known: min_recall"),
+        ("[model]\nshard = true\n", r"\[model\] shard was removed", "Delete the line"),
         ("gate = 3\n", "gate must be a table", r"Write [gate]"),
         ("[gate]\nmin_recall = '1'\n", r"\[gate\] min_recall must be of type float", ""),
         ("[gate]\nmin_recall = true\n", "must be of type float", ""),
@@ -77,3 +83,24 @@ def test_a_file_that_is_not_utf8_or_no_file_is_refused(tmp_path: Path) -> None:
         Config.load(path)
     with pytest.raises(UsageError, match="cannot be read"):
         Config.load(tmp_path)
+
+
+def test_the_page_about_the_settings_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), (
+        "run: python -m kvedit.config_page > docs/configuration.md"
+    )
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for section in fields(Config):
+        for item in fields(getattr(Config(), section.name)):
+            assert item.metadata["help"].endswith("."), f"[{section.name}] {item.name}"
+
+
+def test_renamed_settings_have_their_new_name_and_old_names_are_free() -> None:
+    settings = Config().to_json()
+    for section, names in RENAMED.items():
+        assert set(names.values()) <= set(settings[section])
+        assert not set(names) & set(settings[section])
+    for section, removed in REMOVED.items():
+        assert not set(removed) & {*settings[section], *RENAMED.get(section, {})}
