@@ -60,7 +60,7 @@ class FakeKnowledge:
     refuses: set[str] = field(default_factory=set)
     together: bool = False
     largest_group: int | None = None
-    deadline: float | None = None
+    deadlines: list[float | None] = field(default_factory=list)
     loses: set[str] = field(default_factory=set)
     retention: Score = field(default_factory=Score)
     engine: FakeEngine = field(default_factory=FakeEngine)
@@ -74,9 +74,15 @@ class FakeKnowledge:
         self.protected_for.append(facts)
 
     def add_group(
-        self, facts: Sequence[Fact], *, force: bool = False, carry: bool = False
+        self,
+        facts: Sequence[Fact],
+        *,
+        force: bool = False,
+        carry: bool = False,
+        deadline: float | None = None,
     ) -> tuple[EditReport, ...]:
         """Commit one by one, or all as one revision if ``together``."""
+        self.deadlines.append(deadline)
         self.groups.append(tuple(fact.key for fact in facts))
         for fact in facts:
             self.before(fact)

@@ -88,7 +88,7 @@ def verify(
     require_keys(settings, keys)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with knowledge_base(settings, reporter, shared=True) as knowledge:
-        report = knowledge.verify(list(keys) or None, sample=sample, repair=repair, base=base or 0)
+        report = knowledge.verify(list(keys) or None, sample=sample, repair=repair, base_knowledge=base or 0)
     if junit is not None:
         from kvedit.cli.junit import write_junit
 

@@ -363,7 +363,7 @@ def _show_plan(
 
 def _held_anew(store: Store, would: int, group: int | None) -> int:
     """How many facts that are held the first group is taught together with."""
-    from kvedit.editing.compaction import should_compact
+    from kvedit.editing.plan import should_compact
 
     settings = store.config.group
     first, held = min(would, group or settings.max_size), len(store.keys("committed"))

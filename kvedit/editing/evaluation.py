@@ -1,9 +1,9 @@
-"""What a model is asked before and after an edit, and what was found.
+"""What the model is asked before and after an edit, and how it answers.
 
 Invariants:
 - Nothing is changed here, neither weights nor store.
 - A fact that was lost before the edit is asked and reported, but the edit is not blamed for it; nor
-  for a locality probe whose answer the model did not have.
+  for a locality probe whose answer the model did not give before.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvedit.config import Config
-from kvedit.editing.gate import Checks, at_risk
+from kvedit.editing.gate import Checks
 from kvedit.editing.plan import Plan
+from kvedit.editing.retention import at_risk
 from kvedit.events import Score
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
-from kvedit.store.store import FactRow, ProbeRow, Store
-from kvedit.training.engine import Engine
+from kvedit.revisions.session import Session
+from kvedit.store.store import FactRow, ProbeRow
 
 _FORGET = "forget"
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionCandidate:
-    """An earlier fact to check: the prompts drawn for it, and all of them to rehearse, or to teach
-    once more.
-    """
+    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal."""
 
     row: FactRow
     probes: tuple[Example, ...]
@@ -36,15 +34,17 @@ class RetentionCandidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """One look at the merged model; ``learned`` are the edit's facts that pass by themselves."""
+class Evaluation:
+    """How the merged model answers; ``learned`` are the edit's facts that pass by themselves,
+    ``lost`` the earlier facts that are not recalled.
+    """
 
     checks: Checks
     rows: tuple[ProbeRow, ...]
     lost: tuple[RetentionCandidate, ...]
     learned: frozenset[int]
 
-    def without(self, fact_ids: frozenset[int]) -> Found:
+    def without(self, fact_ids: frozenset[int]) -> Evaluation:
         """The same, had some facts not been part of the edit."""
         rows = tuple(row for row in self.rows if row.fact_id not in fact_ids)
         recall, paraphrase = _score(rows, "recall"), _score(rows, "paraphrase")
@@ -53,13 +53,19 @@ class Found:
 
 
 class Evaluator:
-    """Asks what one plan is to be judged by."""
+    """Asks what one plan is judged by; made with the weights that the edit starts from.
 
-    def __init__(self, store: Store, engine: Engine, config: Config, plan: Plan) -> None:
-        self._store, self._engine, self._config, self._plan = store, engine, config, plan
+    ``candidates`` are the earlier facts to check and rehearse.
+    """
 
-    def candidates(self) -> list[RetentionCandidate]:
-        """Earlier facts to check and rehearse, with a few prompts each, drawn anew every edit."""
+    def __init__(self, session: Session, plan: Plan) -> None:
+        self._store, self._engine, self._config = session.store, session.engine, session.config
+        self._plan = plan
+        self.candidates = self._choose_candidates()
+        self._locality = self._answered_locality()
+
+    def _choose_candidates(self) -> list[RetentionCandidate]:
+        """Earlier facts, with a few prompts each to be probed, drawn anew for every edit."""
         settings = self._config.retention
         committed = self._store.facts("committed")
         probed = max(settings.checked_facts, len(self._plan.targets))
@@ -67,35 +73,24 @@ class Evaluator:
             probed = len(committed)
         # A group rehearses all of them in turn: what no step speaks for is lost.
         count = len(committed) if self._plan.group else probed
-        rows = at_risk(committed, self._plan.keys, count)
         rng = random.Random(self._store.head())
         candidates = []
-        for number, row in enumerate(rows):
+        for number, row in enumerate(at_risk(committed, self._plan.keys, count)):
             examples = tuple(self._engine.examples(row.fact))
             drawn = rng.sample(examples, min(settings.prompts_per_fact, len(examples)))
-            candidates.append(
-                RetentionCandidate(row, tuple(drawn) if number < probed else (), examples)
-            )
+            probes = tuple(drawn) if number < probed else ()
+            candidates.append(RetentionCandidate(row, probes, examples))
         return candidates
 
-    def answered_locality(self) -> list[Example]:
-        """The locality probes whose answers the model has before the edit."""
+    def _answered_locality(self) -> list[Example]:
+        """The locality probes whose answers the model gives before the edit."""
         outcomes = self._engine.judge(self._plan.locality)
         return [e for e, o in zip(self._plan.locality, outcomes, strict=True) if o.passed]
 
-    def look(self, candidates: Sequence[RetentionCandidate], held: Sequence[Example]) -> Found:
-        """Probe the merged, cast weights: the fact, its paraphrases, locality, earlier facts."""
-        asked = [*self._questions(), *((None, "locality", e) for e in held)]
-        probed = [candidate for candidate in candidates if candidate.probes]
-        asked += [
-            (candidate.row.id, "retention", e) for candidate in probed for e in candidate.probes
-        ]
-        outcomes = self._engine.judge([example for _, _, example in asked])
-        rows = [
-            probe_row(fact_id, kind, example, outcome)
-            for (fact_id, kind, example), outcome in zip(asked, outcomes, strict=True)
-        ]
-        rows = [_turned(row) if row.kind == _FORGET else row for row in rows]
+    def evaluate(self) -> Evaluation:
+        """Probe the merged, cast weights: the facts, paraphrases, locality, earlier facts."""
+        probed = [candidate for candidate in self.candidates if candidate.probes]
+        rows = self._ask(probed)
         kept = _passed(rows, "retention")
         lost = [candidate for candidate in probed if kept[candidate.row.id] < 1]
         # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
@@ -108,7 +103,18 @@ class Evaluator:
             Score(len(judged) - len(blamed), len(judged)),
             tuple(candidate.row.fact.key for candidate in blamed),
         )
-        return Found(checks, tuple(rows), tuple(lost), self._learned(rows))
+        return Evaluation(checks, tuple(rows), tuple(lost), self._learned(rows))
+
+    def _ask(self, probed: Sequence[RetentionCandidate]) -> list[ProbeRow]:
+        """Every probe of the edit, one row each."""
+        probes = [*self._questions(), *((None, "locality", e) for e in self._locality)]
+        probes += [(c.row.id, "retention", e) for c in probed for e in c.probes]
+        outcomes = self._engine.judge([example for _, _, example in probes])
+        rows = [
+            probe_row(fact_id, kind, example, outcome)
+            for (fact_id, kind, example), outcome in zip(probes, outcomes, strict=True)
+        ]
+        return [_inverted(row) if row.kind == _FORGET else row for row in rows]
 
     def _questions(self) -> list[tuple[int | None, str, Example]]:
         """What the facts of the edit are asked: fact, kind, question."""
@@ -125,12 +131,12 @@ class Evaluator:
 
     def _learned(self, rows: Sequence[ProbeRow]) -> frozenset[int]:
         """The facts of the edit that pass the gate by themselves."""
-        recall, other = _passed(rows, "recall"), _passed(rows, "paraphrase")
+        recall, paraphrase = _passed(rows, "recall"), _passed(rows, "paraphrase")
         gate = self._config.gate
         return frozenset(
             fact_id
             for fact_id, share in recall.items()
-            if share >= gate.min_recall and other.get(fact_id, 1.0) >= gate.min_paraphrase
+            if share >= gate.min_recall and paraphrase.get(fact_id, 1.0) >= gate.min_paraphrase
         )
 
 
@@ -149,20 +155,20 @@ def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome
     )
 
 
-def _turned(row: ProbeRow) -> ProbeRow:
-    """A never-trained phrasing that passes when the answer is gone."""
+def _inverted(row: ProbeRow) -> ProbeRow:
+    """An unseen phrasing that passes when the answer is gone."""
     return replace(row, kind="paraphrase", passed=not row.passed)
 
 
 def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:
     """For each fact the share of its probes of a kind that passed."""
-    found: dict[int, list[bool]] = {}
+    by_fact: dict[int, list[bool]] = {}
     for row in rows:
         if row.kind == kind and row.fact_id is not None:
-            found.setdefault(row.fact_id, []).append(row.passed)
-    return {fact_id: sum(passed) / len(passed) for fact_id, passed in found.items()}
+            by_fact.setdefault(row.fact_id, []).append(row.passed)
+    return {fact_id: sum(passed) / len(passed) for fact_id, passed in by_fact.items()}
 
 
 def _score(rows: Sequence[ProbeRow], kind: str) -> Score:
-    chosen = [row.passed for row in rows if row.kind == kind]
-    return Score(sum(chosen), len(chosen))
+    passed = [row.passed for row in rows if row.kind == kind]
+    return Score(sum(passed), len(passed))

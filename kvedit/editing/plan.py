@@ -1,8 +1,8 @@
 """What an edit is to do: which facts change, what must be answered after it, and what must not.
 
 Invariants:
-- A plan is made with the weights in memory that the edit begins from, the head's or, anew, the
-  base model's: what the model answers with them is part of it.
+- A plan is made with the weights in memory that the edit starts from (the head's, or for a
+  compaction the base model's): what the model answers with them is part of it.
 - Making one changes no weights and commits nothing.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from kvedit.events import Similar
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
-from kvedit.store.store import FactChange, FactRow, Store
-from kvedit.training.engine import Engine
+from kvedit.revisions.session import Session
+from kvedit.store.store import FactChange, FactRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +33,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """An edit to carry out; ``prior`` are the answers to keep for a later ``remove``.
+    """An edit to carry out.
 
-    The facts of a ``group`` stand or fall one by one; those of another plan all together.  One that
-    begins ``compaction`` teaches all that the model holds once more beside them, from the base model on.
+    ``prior`` are the answers to keep for a later ``remove``.  The facts of a ``group`` pass or fail
+    one by one; those of another plan all together.  A ``compaction`` trains all committed facts
+    once more beside the new ones, from the base model.  ``restores`` is the revision that a
+    rollback goes back to.
     """
 
     kind: str
     keys: tuple[str, ...]
     changes: tuple[FactChange, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ()
     locality: tuple[Example, ...] = ()
     prior: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     similar: tuple[Similar, ...] = ()
@@ -50,6 +52,7 @@ class Plan:
     text_after: str | None = None
     group: bool = False
     compaction: bool = False
+    restores: int | None = None
 
     def only(self, fact_ids: Container[int]) -> Plan:
         """The part of the plan that is about some of its facts."""
@@ -64,18 +67,31 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """The key to show: of one fact, or of the first of several."""
+        """The key to show: of one fact, of the first of several, or where a rollback goes."""
+        if self.restores is not None:
+            return f"to {self.restores}"
         return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"
 
 
-class Planner:
-    """Makes plans for a store and the model that is kept in step with it."""
+def should_compact(facts: int, committed: int, incremental: int, ratio: float) -> bool:
+    """Whether a group is trained together with all that is committed, from the base model.
 
-    def __init__(self, store: Store, engine: Engine) -> None:
-        self._store, self._engine = store, engine
+    On top of earlier groups a group learns less and harms more.  ``incremental`` counts the facts
+    that were added since the last compaction, of those ``committed``.  As long as they are a fixed
+    ``ratio`` of the rest, compaction trains a fact a fixed number of times on average.
+    """
+    rest = max(0, committed - incremental)
+    return committed > 0 and facts + min(committed, incremental) >= rest * ratio
+
+
+class Planner:
+    """Makes plans for a session's store and model."""
+
+    def __init__(self, session: Session) -> None:
+        self._store, self._engine = session.store, session.engine
 
     def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
-        """Teach one fact, which is then pending; ``near`` are close keys."""
+        """Train one fact, which is then pending; ``near`` are close keys."""
         target = self._target(self._store.put_pending(fact), fact)
         prior = self._engine.prior_answers(fact)
         return Plan(
@@ -90,8 +106,8 @@ class Planner:
             text_after=fact.description,
         )
 
-    def add_group_plan(self, facts: Sequence[Fact], *, compaction: bool = False) -> Plan:
-        """Teach several facts, which are then pending, each of which may fail by itself."""
+    def add_group(self, facts: Sequence[Fact], *, compaction: bool = False) -> Plan:
+        """Train several facts, which are then pending, each of which may fail by itself."""
         ids = self._store.put_pending_many(facts)
         pairs = list(zip(ids, facts, strict=True))
         return Plan(
@@ -131,7 +147,7 @@ class Planner:
         )
 
     def repair(self, rows: Sequence[FactRow]) -> Plan:
-        """Teach committed facts again."""
+        """Train committed facts once more."""
         return Plan(
             kind="repair",
             keys=tuple(row.fact.key for row in rows),
@@ -140,6 +156,11 @@ class Planner:
             locality=self._locality([rows[0].fact]),
             group=len(rows) > 1,
         )
+
+    def rollback(self, revision: int) -> Plan:
+        """Go back to an earlier revision."""
+        changes = tuple(self._store.rollback_changes(revision))
+        return Plan(kind="rollback", keys=(), changes=changes, restores=revision)
 
     def _target(self, fact_id: int, fact: Fact) -> Target:
         return Target(
@@ -152,11 +173,12 @@ class Planner:
         """The store's locality probes and those of the facts."""
         rows = self._store.protected("locality")
         shared = self._engine.renderer.examples((row.prompt, row.answer) for row in rows)
-        return (*shared, *(e for fact in facts for e in self._own_locality(fact)))
+        return (*shared, *(e for fact in facts for e in self._locality_of(fact)))
 
-    def _own_locality(self, fact: Fact) -> list[Example]:
-        """A fact's own locality probes, which default to today's answer."""
-        own = [probe.prompt for probe in fact.locality if probe.answer is None]
-        answers = dict(zip(own, self._engine.generate(own, limit=64), strict=True)) if own else {}
+    def _locality_of(self, fact: Fact) -> list[Example]:
+        """A fact's own locality probes, whose answers default to today's."""
+        prompts = [probe.prompt for probe in fact.locality if probe.answer is None]
+        generated = self._engine.generate(prompts, limit=64) if prompts else []
+        answers = dict(zip(prompts, generated, strict=True))
         pairs = [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
         return self._engine.renderer.examples(pairs)

@@ -1,35 +1,40 @@
-"""Checks of what a model still says: the facts that were taught (ERR), and what it knew (TRR).
+"""Checks of what a model still answers: the committed facts (ERR), and what it knew before (TRR).
 
 Invariants:
 - Every probe is recorded in the store, under the protocol that it was asked by.
-- Nothing here changes a weight.
+- A check changes no weight; a repair is an edit like any other.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from kvedit.editing.evaluation import probe_row
+from kvedit.editing.group_edit import GroupEditor
 from kvedit.events import EditReport, RetentionCheck, Score
 from kvedit.facts.keys import naming
 from kvedit.metrics import ngram_entropy
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.replay import protected_texts
-from kvedit.replay.protected_texts import Protected
-from kvedit.store.store import FactRow, ProbeRow, Store
-from kvedit.training.engine import Engine
+from kvedit.revisions.session import Session
+from kvedit.store.store import FactRow, ProbeRow
+
+REPAIR_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseKnowledgeReport:
-    """TRR: of what the base model knew, how much is still said exactly, by free ``generated``
-    answers and teacher-forced (``score``); ``lost`` are the questions that are not.  ``fluency`` is
-    that of the generated answers, ``base_fluency`` that of the base model's to the same questions:
-    the mean n-gram entropy in bits (``metrics.ngram_entropy``), None where nothing was asked.
+    """TRR: of what the base model knew, how much is still answered exactly.
+
+    ``generated`` counts free answers, ``score`` teacher-forced ones; ``lost`` are the questions
+    whose free answer is another now.  ``fluency`` is the mean n-gram entropy of the free answers in
+    bits (``metrics.ngram_entropy``), ``base_fluency`` that of the base model's answers to the same
+    questions; None where nothing was asked.
     """
 
     score: Score
@@ -41,9 +46,11 @@ class BaseKnowledgeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What a verification found: ``score`` counts facts recalled under all their training prompts
-    (teacher-forced, near-ties by free generation), ``generated`` facts whose free answer to one of
-    them is exact.  ``base`` is what was found of the base model's own knowledge, if asked.
+    """How a verification went.
+
+    ``score`` counts facts recalled under all their training prompts (teacher-forced, numerical ties
+    decided by free generation), ``generated`` facts whose free answer to one of them is exact.
+    ``base`` is how much of the base model's own knowledge is left, if that was asked.
     """
 
     revision: int
@@ -55,71 +62,83 @@ class VerifyReport:
     seconds: float = 0.0
 
 
-def check_facts(
-    engine: Engine,
-    store: Store,
-    revision: int,
+def verify(
+    session: Session,
+    groups: GroupEditor,
     rows: Sequence[FactRow],
-    emit: Callable[[RetentionCheck], None],
-    say: Callable[[str], None],
+    *,
+    repair: bool = False,
+    base_knowledge: int = 0,
 ) -> VerifyReport:
-    """Probe facts under all training prompts, and generate one answer each anyway."""
+    """Check facts; ``repair`` trains again what was lost, ``base_knowledge`` is how many questions
+    to ask besides of what the model knew before the first edit.
+    """
+    began = time.monotonic()
+    report = check_facts(session, rows)
+    repaired: list[EditReport] = []
+    for _ in range(REPAIR_ROUNDS if repair else 0):
+        lost_keys = {check.key for check in report.checks if not check.passed}
+        lost = [row for row in rows if row.fact.key in lost_keys]
+        if not lost:
+            break
+        repaired += groups.repair(lost)
+        report = check_facts(session, rows)
+    base = check_base_knowledge(session, base_knowledge) if base_knowledge else None
+    seconds = time.monotonic() - began
+    return replace(report, base=base, repaired=tuple(repaired), seconds=seconds)
+
+
+def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:
+    """Probe facts under all training prompts, and generate one answer each besides."""
+    engine, revision = session.engine, session.revision
     examples = [engine.examples(row.fact) for row in rows]
-    say(f"checking {len(rows)} facts")
-    outcomes = iter(engine.judge([e for own in examples for e in own]))
+    session.say(f"checking {len(rows)} facts")
+    outcomes = iter(engine.judge([example for of_fact in examples for example in of_fact]))
     rng = random.Random(revision)
-    asked = [rng.choice(own) for own in examples]
-    say(f"generating {len(rows)} answers")
+    asked = [rng.choice(of_fact) for of_fact in examples]
+    session.say(f"generating {len(rows)} answers")
     generated = engine.generated_recall(asked)
-    checks, results, held = [], [], []
-    for row, own, one, said in zip(rows, examples, asked, generated, strict=True):
-        found = [next(outcomes) for _ in own]
-        results += [probe_row(row.id, "retention", *pair) for pair in zip(own, found, strict=True)]
-        results.append(_spoken_row(row.id, "retention", one, said))
-        held.append(all(outcome.passed for outcome in found))
-        checks.append(_check_of(row.fact.key, revision, found, said))
-        emit(checks[-1])
-    store.record_results(results, revision)
+    checks, results, recalled = [], [], []
+    for row, of_fact, question, exact in zip(rows, examples, asked, generated, strict=True):
+        probed = [(example, next(outcomes)) for example in of_fact]
+        results += [probe_row(row.id, "retention", *probe) for probe in probed]
+        results.append(_generated_row(row.id, "retention", question, exact))
+        recalled.append(all(outcome.passed for _, outcome in probed))
+        checks.append(_check(row.fact.key, revision, [outcome for _, outcome in probed], exact))
+        session.emit(checks[-1])
+    session.store.record_results(results, revision)
     return VerifyReport(
         revision=revision,
         checks=tuple(checks),
-        score=Score(sum(held), len(held)),
+        score=Score(sum(recalled), len(recalled)),
         generated=Score(sum(generated), len(generated), "generated"),
     )
 
 
-def check_base(
-    engine: Engine,
-    store: Store,
-    revision: int,
-    known: Sequence[Protected],
-    sample: int,
-    say: Callable[[str], None],
-) -> BaseKnowledgeReport:
-    """Ask some of what the base model had ``known``, but nothing that names an edited fact: such
-    answers are to change.  The same revision is asked the same questions.
+def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
+    """Ask some of what the base model knew, but nothing that names an edited fact: such answers are
+    meant to change.  The same revision is asked the same questions.
     """
+    engine, store, revision = session.engine, session.store, session.revision
+    known = session.protection.known_texts()
     edited = naming(row.fact.key for row in store.facts("committed"))
     texts = [text for text in known if text.prompt and not edited(text.prompt)]
     drawn = random.Random(revision).sample(texts, min(sample, len(texts)))
     examples = [protected_texts.example(engine.renderer, text) for text in drawn]
-    say(f"asking {len(examples)} questions that the base model could answer")
+    session.say(f"asking {len(examples)} questions that the base model could answer")
     outcomes = engine.judge(examples)
-    generated, said = engine.answers(examples)
-    results = [
-        probe_row(None, "locality", example, outcome)
-        for example, outcome in zip(examples, outcomes, strict=True)
-    ]
-    results += [
-        _spoken_row(None, "locality", example, passed)
-        for example, passed in zip(examples, generated, strict=True)
-    ]
+    exact, answers = engine.answers(examples)
+    results = []
+    for example, outcome in zip(examples, outcomes, strict=True):
+        results.append(probe_row(None, "locality", example, outcome))
+    for example, passed in zip(examples, exact, strict=True):
+        results.append(_generated_row(None, "locality", example, passed))
     store.record_results(results, revision)
     return BaseKnowledgeReport(
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
-        generated=Score(sum(generated), len(generated), "generated"),
-        lost=tuple(e.prompt for e, passed in zip(examples, generated, strict=True) if not passed),
-        fluency=_fluency(said),
+        generated=Score(sum(exact), len(exact), "generated"),
+        lost=tuple(e.prompt for e, passed in zip(examples, exact, strict=True) if not passed),
+        fluency=_fluency(answers),
         base_fluency=_fluency([example.answer for example in examples]),
     )
 
@@ -128,7 +147,7 @@ def _fluency(texts: Sequence[str]) -> float | None:
     return mean(map(ngram_entropy, texts)) if texts else None
 
 
-def _spoken_row(fact_id: int | None, kind: str, example: Example, passed: bool) -> ProbeRow:
+def _generated_row(fact_id: int | None, kind: str, example: Example, passed: bool) -> ProbeRow:
     return ProbeRow(
         fact_id=fact_id,
         kind=kind,
@@ -140,9 +159,7 @@ def _spoken_row(fact_id: int | None, kind: str, example: Example, passed: bool) 
     )
 
 
-def _check_of(
-    key: str, revision: int, outcomes: Sequence[Outcome], generated: bool
-) -> RetentionCheck:
+def _check(key: str, revision: int, outcomes: Sequence[Outcome], generated: bool) -> RetentionCheck:
     margin = min(outcome.margin for outcome in outcomes)
     passed = generated and all(outcome.passed for outcome in outcomes)
     return RetentionCheck(key=key, revision=revision, passed=passed, margin=margin)

@@ -69,7 +69,7 @@ class IngestOptions:
     limit: int | None = None
     max_failures: int | None = None
     max_seconds: float | None = None
-    retry: bool = False
+    retry_rejected: bool = False
     skip_invalid: bool = False
     first_check: int = 16
     sample: int = 64
@@ -90,7 +90,8 @@ class FactOutcome:
 class IngestReport:
     """A run: the outcomes of what was tried, then what was not.
 
-    ``rejected_before`` are rejections of earlier runs that were let be, ``remaining`` the facts not reached;
+    ``rejected_before`` were rejected in earlier runs and not tried again, ``remaining`` counts the
+    facts that were not reached;
     ``stopped`` tells why: ``limit``, ``failures``, ``errors``, ``time``, ``interrupted`` or
     nothing. ``retention`` and ``lost`` (keys) come from the last verification.
     """
@@ -123,14 +124,8 @@ def ingest(
     without ``skip_invalid``, do not fit the model; LockedError, DiskFullError or CorruptStoreError
     if the run cannot go on.  Ctrl-C ends it with a report.
     """
-    options = options or IngestOptions()
-    if options.max_seconds is not None:
-        knowledge.deadline = time.monotonic() + options.max_seconds
-    try:
-        with knowledge.store.lock():
-            return _Run(knowledge, options, emit).run(facts)
-    finally:
-        knowledge.deadline = None
+    with knowledge.store.lock():
+        return _Run(knowledge, options or IngestOptions(), emit).run(facts)
 
 
 def unfit(engine: Engine, facts: Sequence[Fact], emit: Emit) -> dict[str, str]:
@@ -161,7 +156,10 @@ class _Run:
         self._lost: tuple[str, ...] = ()
         self._errors = 0
         self._next_check = options.first_check
-        self._began = self._taught = time.monotonic()
+        self._began = self._started = time.monotonic()
+        self._deadline: float | None = None
+        if options.max_seconds is not None:
+            self._deadline = self._began + options.max_seconds
 
     def run(self, facts: Sequence[Fact]) -> IngestReport:
         """Look at everything, teach, verify, report."""
@@ -170,7 +168,7 @@ class _Run:
         )
         if preflight.problems:
             raise self._invalid({p.key or p.where: p.reason for p in preflight.problems})
-        again = [one.entry.fact for one in preflight.rejected_before] if self._options.retry else []
+        again = [one.entry.fact for one in preflight.rejected_before] if self._options.retry_rejected else []
         wanted = self._fitting([*(entry.fact for entry in preflight.new), *again])
         chosen = wanted[: self._options.limit]
         self._unchanged, self._total = len(preflight.unchanged), len(chosen)
@@ -223,7 +221,7 @@ class _Run:
 
     def _work(self, groups: Scheduler) -> str:
         """Teach group by group; returns why it stopped, or nothing."""
-        self._taught = time.monotonic()
+        self._started = time.monotonic()
         group: tuple[Fact, ...] = ()
         self._tell()
         try:
@@ -252,7 +250,7 @@ class _Run:
             self._verify(self._options.sample if stopped == "time" else None)
 
     def _must_stop(self) -> str:
-        options, deadline = self._options, self._knowledge.deadline
+        options, deadline = self._options, self._deadline
         failures = self._count("rejected") + self._count("failed")
         if options.max_failures is not None and failures >= options.max_failures:
             return "failures"
@@ -266,7 +264,7 @@ class _Run:
         Returns the facts that are to be tried in a later group, and whether an edit was refused.
         """
         try:
-            reports = self._knowledge.add_group(group, carry=True)
+            reports = self._knowledge.add_group(group, carry=True, deadline=self._deadline)
         except ENDS_THE_RUN:
             raise
         except Exception as error:  # the border of a fact: the others go on without it
@@ -341,7 +339,7 @@ class _Run:
     def _tell(self) -> None:
         counts = Counter(one.outcome for one in self._tried())
         done = counts.total()
-        pace = (time.monotonic() - self._taught) / done if done else None
+        pace = (time.monotonic() - self._started) / done if done else None
         self._emit(
             IngestProgress(
                 done=done,

@@ -79,7 +79,6 @@ class FakeBase:
     events: ClassVar[tuple[Event, ...]] = ()
     error: ClassVar[BaseException | None] = None
     last: ClassVar[FakeBase | None] = None
-    deadline: float | None = None
 
     def __init__(self, store: Store, on_event: Callable[[Event], None] | None) -> None:
         self.store = store

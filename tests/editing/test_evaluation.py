@@ -11,7 +11,7 @@ from small_model import FREE
 from kvedit import KnowledgeBase
 from kvedit.config import Config
 from kvedit.editing.evaluation import Evaluator, probe_row
-from kvedit.editing.plan import Plan
+from kvedit.editing.plan import Plan, Planner
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
@@ -22,13 +22,14 @@ KEYS = [key for key, _ in FREE[:3]]
 @pytest.fixture
 def plan(trained: KnowledgeBase) -> Plan:
     """To teach two more facts together."""
-    return trained._plans.add_group_plan([Fact.create(*pair) for pair in FREE[3:5]])
+    return Planner(trained._session).add_group([Fact.create(*pair) for pair in FREE[3:5]])
 
 
-def examiner(knowledge: KnowledgeBase, plan: Plan, **retention: Any) -> Evaluator:
+def evaluator(knowledge: KnowledgeBase, plan: Plan, **retention: Any) -> Evaluator:
+    session = knowledge._session
     config: Config = knowledge.store.config
-    config = replace(config, retention=replace(config.retention, **retention))
-    return Evaluator(knowledge.store, knowledge.engine, config, plan)
+    session.config = replace(config, retention=replace(config.retention, **retention))
+    return Evaluator(session, plan)
 
 
 def as_if(knowledge: KnowledgeBase, outcomes: dict[str, bool], patch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ def as_if(knowledge: KnowledgeBase, outcomes: dict[str, bool], patch: pytest.Mon
 def test_a_group_rehearses_all_earlier_facts_and_asks_some(
     trained: KnowledgeBase, plan: Plan
 ) -> None:
-    candidates = examiner(trained, plan, sample=1, prompts=4).candidates()
+    candidates = evaluator(trained, plan, checked_facts=1, prompts_per_fact=4).candidates
     assert sorted(candidate.row.fact.key for candidate in candidates) == sorted(KEYS)
     assert [len(candidate.probes) for candidate in candidates] == [
         4,
@@ -51,7 +52,9 @@ def test_a_group_rehearses_all_earlier_facts_and_asks_some(
         0,
     ]  # as many as it has facts
     assert {len(candidate.all) for candidate in candidates} == {10}
-    compaction = examiner(trained, replace(plan, compaction=True), sample=1, prompts=4).candidates()
+    compaction = evaluator(
+        trained, replace(plan, compaction=True), checked_facts=1, prompts_per_fact=4
+    ).candidates
     assert [len(candidate.probes) for candidate in compaction] == [
         4,
         4,
@@ -61,7 +64,7 @@ def test_a_group_rehearses_all_earlier_facts_and_asks_some(
 
 def test_one_fact_asks_and_rehearses_the_same_few(trained: KnowledgeBase, plan: Plan) -> None:
     alone = replace(plan.only({plan.targets[0].fact_id}), group=False)
-    candidates = examiner(trained, alone, sample=2, prompts=99).candidates()
+    candidates = evaluator(trained, alone, checked_facts=2, prompts_per_fact=99).candidates
     assert [len(candidate.probes) for candidate in candidates] == [10, 10]
 
 
@@ -71,42 +74,45 @@ def test_only_locality_probes_that_hold_before_are_asked_after(
     question = f"What is {KEYS[0]}?"
     pairs = [(question, FREE[0][1]), (question, "Nothing of the kind.")]
     known, unknown = trained.engine.renderer.examples(pairs)
-    found = examiner(trained, replace(plan, locality=(known, unknown))).answered_locality()
-    assert found == [known]
+    evaluation = evaluator(trained, replace(plan, locality=(known, unknown))).evaluate()
+    asked = [row.expected for row in evaluation.rows if row.kind == "locality"]
+    assert asked == [known.answer]
 
 
 def test_what_was_lost_before_blames_nobody(
     trained: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asks = examiner(trained, plan, sample=16)
+    asks = evaluator(trained, plan, checked_facts=16)
     candidates = [
         replace(candidate, row=replace(candidate.row, health="regressed"))
         if candidate.row.fact.key == KEYS[0]
         else candidate
-        for candidate in asks.candidates()
+        for candidate in asks.candidates
     ]
     as_if(trained, {FREE[0][1]: False, FREE[1][1]: False}, monkeypatch)
-    found = asks.look(candidates, [])
-    assert {candidate.row.fact.key for candidate in found.lost} == {
+    asks.candidates = candidates
+    evaluation = asks.evaluate()
+    assert {candidate.row.fact.key for candidate in evaluation.lost} == {
         KEYS[0],
         KEYS[1],
     }  # both are rehearsed
-    assert found.checks.lost == (KEYS[1],)
-    assert (found.checks.retention.passed, found.checks.retention.n) == (1, 2)
+    assert evaluation.checks.lost == (KEYS[1],)
+    assert (evaluation.checks.retention.passed, evaluation.checks.retention.n) == (1, 2)
 
 
 def test_a_fact_that_fails_is_left_out_of_what_is_said(
     trained: KnowledgeBase, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_if(trained, {FREE[4][1]: False}, monkeypatch)
-    found = examiner(trained, plan).look([], [])
+    evaluation = evaluator(trained, plan).evaluate()
     good, bad = (target.fact_id for target in plan.targets)
-    assert found.learned == {good}
-    assert (found.checks.recall.passed, found.checks.recall.n) == (10, 20)
-    rest = found.without(frozenset({bad}))
+    assert evaluation.learned == {good}
+    assert (evaluation.checks.recall.passed, evaluation.checks.recall.n) == (10, 20)
+    rest = evaluation.without(frozenset({bad}))
     assert (rest.checks.recall.passed, rest.checks.recall.n) == (10, 10)
-    assert rest.checks.paraphrase.n == found.checks.paraphrase.n // 2
-    assert {row.fact_id for row in rest.rows} == {good}
+    assert rest.checks.paraphrase.n == evaluation.checks.paraphrase.n // 2
+    asked = [row for row in rest.rows if row.kind in ("recall", "paraphrase")]
+    assert {row.fact_id for row in asked} == {good}
 
 
 def test_what_was_to_be_forgotten_passes_when_it_is_gone(
@@ -114,10 +120,10 @@ def test_what_was_to_be_forgotten_passes_when_it_is_gone(
 ) -> None:
     row = trained.store.require(KEYS[0])
     as_if(trained, {FREE[0][1]: False}, monkeypatch)
-    removal = trained._plans.remove(row, {f"What is {KEYS[0]}?": "I do not know."})
-    found = examiner(trained, removal).look([], [])
-    assert (found.checks.paraphrase.passed, found.checks.paraphrase.n) == (8, 8)
-    assert found.learned == {row.id}
+    removal = Planner(trained._session).remove(row, {f"What is {KEYS[0]}?": "I do not know."})
+    evaluation = evaluator(trained, removal).evaluate()
+    assert (evaluation.checks.paraphrase.passed, evaluation.checks.paraphrase.n) == (8, 8)
+    assert evaluation.learned == {row.id}
 
 
 def test_an_infinite_margin_is_none_in_the_journal(trained: KnowledgeBase) -> None:

@@ -61,10 +61,11 @@ def test_what_begins_anew_and_is_refused_is_taught_on_top(
     trained: KnowledgeBase, monkeypatch: pytest.MonkeyPatch, random_training: None
 ) -> None:
     before, began = state(trained), []
-    plans = trained._plans.add_group_plan
+    planner = trained._groups._planner
+    plans = planner.add_group
     monkeypatch.setattr(
-        trained._plans,
-        "add_group_plan",
+        planner,
+        "add_group",
         lambda facts, **how: began.append((trained._session.revision, how)) or plans(facts, **how),
     )
     reports = trained.add_group([Fact.create(*pair) for pair in FREE[3:5]])
@@ -78,17 +79,15 @@ def test_a_small_group_is_taught_on_top_until_it_has_piled_up(
 ) -> None:
     facts = [Fact.create(*pair) for pair in FREE]
     empty.add_group(facts[:3], force=True)
-    assert empty._together.should_compact(facts[3:5]) and not empty._together.should_compact(
-        facts[3:4]
-    )
+    assert empty._groups.should_compact(facts[3:5]) and not empty._groups.should_compact(facts[3:4])
     empty.add_fact(facts[3], force=True)
-    assert empty._together.should_compact(facts[4:5])  # two of five in all
+    assert empty._groups.should_compact(facts[4:5])  # two of five in all
     empty.add_group(facts[4:6], force=True)
     assert empty.store.revision(empty.store.head()).restores == 0
     another = [Fact.create("harbour bell", "Rung by the tide."), Fact.create("dune", "Of sand.")]
-    assert empty.store.added_since_compaction() == 0 and not empty._together.should_compact(another)
+    assert empty.store.added_since_compaction() == 0 and not empty._groups.should_compact(another)
     empty.rollback(2)
-    assert empty.store.added_since_compaction() == 1 and empty._together.should_compact(another)
+    assert empty.store.added_since_compaction() == 1 and empty._groups.should_compact(another)
 
 
 def test_a_fact_of_a_group_can_be_taken_out(empty: KnowledgeBase) -> None:
@@ -198,7 +197,7 @@ def test_repairs_are_halved_too(
     with KnowledgeBase.open(trained_store) as knowledge:
         tried = narrow(1)
         rows = knowledge.store.facts("committed")[:2]
-        reports = knowledge._together.repair(rows)
+        reports = knowledge._groups.repair(rows)
         assert tried[:2] == [2, 1] and max(tried[1:]) == 1
         assert [report.keys for report in reports] == [(row.fact.key,) for row in rows]
         assert {report.outcome for report in reports} == {"committed"}

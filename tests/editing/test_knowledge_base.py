@@ -291,7 +291,7 @@ def test_each_part_of_the_gate_can_refuse(trained_store: Path) -> None:
         assert state(knowledge) == before
     for what in (
         "recall probes",
-        "never-trained phrasings",
+        "unseen phrasings",
         "locality probes",
         "earlier facts lost",
     ):
@@ -472,7 +472,7 @@ def test_random_histories_can_be_walked_back(
             elif kind == "rollback":
                 report = knowledge.rollback(rng.randrange(knowledge.store.head() + 1))
             else:
-                knowledge._session.go_to(knowledge.store.head())
+                knowledge._session.checkout.go_to(knowledge.store.head())
                 continue
             assert report.outcome == "committed"
             texts = {r.fact.key: r.fact.description for r in knowledge.store.facts("committed")}
@@ -867,7 +867,7 @@ def test_from_the_base_model_on_the_margins_of_what_is_known_count(
     with KnowledgeBase.open(empty.store.path) as again:  # and for who comes after
         monkeypatch.setattr(again.engine, "measure_margins", known)
         again.add_group([Fact.create(*pair) for pair in FREE[4:8]])
-        assert again._session._margins is not None and len(measured) == 1
+        assert again._session.protection._margins is not None and len(measured) == 1
 
 
 def test_what_must_stay_is_measured_again_as_facts_come_in(
@@ -875,7 +875,7 @@ def test_what_must_stay_is_measured_again_as_facts_come_in(
 ) -> None:
     monkeypatch.setattr(session, "LEAST_MEASURED", 2)
     monkeypatch.setattr(
-        empty._together, "should_compact", lambda facts: False
+        empty._groups, "should_compact", lambda facts: False
     )  # what is on top is measured
     measured = []
     own = empty.engine.measure_at_head

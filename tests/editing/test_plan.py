@@ -17,7 +17,7 @@ from kvedit.store.store import FactRow
 def planner(trained: KnowledgeBase) -> Iterator[Planner]:
     """The plans of that store; making them leaves it as it is."""
     before = trained.engine.master.digest(), trained.store.head(), len(trained.store.history())
-    yield Planner(trained.store, trained.engine)
+    yield Planner(trained._session)
     assert (trained.engine.master.digest(), trained.store.head(), len(trained.store.history())) == (
         before
     )
@@ -41,7 +41,7 @@ def test_a_new_fact_is_pending_and_the_models_answer_is_kept(
 
 def test_several_facts_are_a_group_of_which_a_part_can_be_taken(planner: Planner) -> None:
     facts = [Fact.create(*pair) for pair in FREE[3:6]]
-    plan = planner.add_group_plan(facts)
+    plan = planner.add_group(facts)
     assert plan.group and plan.keys == tuple(fact.key for fact in facts)
     part = plan.only({plan.targets[1].fact_id})
     assert part.keys == plan.keys[1:2] and part.targets == plan.targets[1:2]

@@ -134,7 +134,7 @@ def test_refused_facts_have_reasons_and_are_let_be_until_asked(knowledge: FakeKn
     assert [(o.fact.key, o.reasons) for o in again.rejected_before] == [
         (bad, ("recall probes: 1 of 10 passed, 100% needed",))
     ]
-    third = run(knowledge, given_facts, retry=True)
+    third = run(knowledge, given_facts, retry_rejected=True)
     assert (counts(third), third.rejected_before, knowledge.taught) == ((1, 0, 0), (), [bad])
 
 
@@ -215,16 +215,17 @@ def test_time_may_be_up_in_the_middle_of_a_group(knowledge: FakeKnowledge) -> No
     """The groups before it stand, and are verified in passing; the rest is for the next run."""
 
     def before(fact: Fact) -> None:
-        assert knowledge.deadline is not None
+        assert knowledge.deadlines[-1] is not None
         if fact.key == facts(9)[5].key:
             raise OutOfTimeError("time is up")
 
     knowledge.before = before
     report = run(knowledge, facts(9), group=3, max_seconds=3600.0, sample=2)
     assert (counts(report), report.stopped, report.remaining) == ((3, 0, 0), "time", 6)
-    assert knowledge.verified == [2] and knowledge.deadline is None
+    assert knowledge.verified == [2]
     knowledge.before = lambda fact: None
     assert counts(run(knowledge, facts(9), group=3)) == (6, 0, 0)
+    assert knowledge.deadlines[-1] is None
 
 
 def test_one_bad_fact_does_not_cost_its_group(knowledge: FakeKnowledge) -> None:

@@ -6,7 +6,7 @@ from fake_knowledge import facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvedit.editing.compaction import should_compact
+from kvedit.editing.plan import should_compact
 from kvedit.facts.fact import Fact
 from kvedit.ingest.scheduler import SMALLEST, Scheduler
 

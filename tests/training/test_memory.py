@@ -188,7 +188,7 @@ def test_a_group_that_cannot_fit_is_not_begun(
             tried.append(len(facts))
             raise ModelError("enough of it")
 
-        monkeypatch.setattr(knowledge._together, "_teach", train)
+        monkeypatch.setattr(knowledge._groups, "_add_together", train)
         with pytest.raises(ModelError, match="enough"):
             knowledge.add_group([Fact.create(*one, lang="en") for one in FREE[:4]])
         assert tried == [2] and knowledge.largest_group == 2

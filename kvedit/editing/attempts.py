@@ -1,0 +1,206 @@
+"""Training attempts of one edit: train, merge, evaluate, ask the gate, and try again if it refuses.
+
+Invariants:
+- What the gate judges is the merged model in the dtype that is served, never the adapter.
+- What several attempts add is one delta, merged as one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvedit.adapter import deltas
+from kvedit.adapter.deltas import Factors
+from kvedit.config import GroupConfig, TrainingConfig
+from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
+from kvedit.editing.gate import Checks, misses, refusals
+from kvedit.editing.plan import Plan
+from kvedit.events import Status, Warning_
+from kvedit.revisions.session import Session
+from kvedit.store.store import ProbeRow
+from kvedit.training.loop import Step, Task
+from kvedit.training.resume import TrainingCheckpoints
+
+Delta = dict[str, Factors]
+Snapshot = Mapping[str, Any]
+MAX_NAMED = 8  # questions, in a warning
+LARGE_GROUP = 256
+"""Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
+a model that keeps 97% of what it knows loses by chance in every fourth group."""
+MAX_STEPS = 400  # of a single fact's training, after it was lengthened for another attempt
+
+
+class Timings(dict[str, float]):
+    """Seconds by the name of what they were spent on."""
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to a name."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self[name] = self.get(name, 0.0) + time.monotonic() - began
+
+
+@dataclass(slots=True)
+class Attempts:
+    """The attempts of one edit: ``refusals`` are the gate's reasons for each refused one, ``steps``
+    all training steps, ``resumed_seconds`` those spent by processes that ended in the training.
+    """
+
+    session: Session
+    plan: Plan
+    evaluator: Evaluator
+    checkpoints: TrainingCheckpoints
+    timings: Timings
+    refusals: tuple[str, ...] = ()
+    steps: int = 0
+    resumed_seconds: float = 0.0
+
+    def run(self, snapshot: Snapshot) -> tuple[Delta, Evaluation, tuple[str, ...]]:
+        """Train, merge, evaluate; when refused, go on from there with the facts that were lost in
+        the training data too, up to ``max_repairs`` times.
+
+        Returns the delta that is merged when it ends, its evaluation, and why the gate refuses it
+        (nothing if it does not).  An attempt that lost locality probes is thrown away: training on
+        does not bring them back.
+        """
+        master, settings = self.session.engine.master, self.session.config
+        lost = {c.row.id: c for c in self.evaluator.candidates} if self.plan.compaction else {}
+        delta: Delta = {}
+        config = self._first_config()
+        group = settings.group if self.plan.group else None
+        harmed = False
+        for attempts_left in reversed(range(settings.retention.max_repairs + 1)):
+            if harmed:
+                delta = {}
+                master.restore(snapshot)
+            trained = self._train(list(lost.values()), config, group)
+            delta = deltas.joined(delta, trained)
+            with self.timings.measure("merge"):
+                master.restore(snapshot)
+                master.add(delta)
+            with self.timings.measure("probe"):
+                evaluation = self.evaluator.evaluate()
+            reasons = self._refusals(evaluation)
+            if not reasons:
+                break
+            self._note_refusal("; ".join(reasons), evaluation.rows, attempts_left)
+            lost.update({candidate.row.id: candidate for candidate in evaluation.lost})
+            harmed = self._harmed(evaluation.checks)
+            if group is None:
+                config = _for_another_attempt(config, evaluation.checks)
+            else:
+                config = replace(config, seed=config.seed + 1)
+                group = _stricter(group) if harmed else replace(group, epochs=group.refine_epochs)
+        return delta, evaluation, reasons
+
+    def _first_config(self) -> TrainingConfig:
+        config = self.session.config.training
+        if self.plan.kind == "remove":  # each prompt has its own answer: all are in every step
+            most = max(len(target.recall) for target in self.plan.targets)
+            config = replace(config, phrasings_per_step=most)
+        return config
+
+    def _train(
+        self,
+        lost: Sequence[RetentionCandidate],
+        config: TrainingConfig,
+        group: GroupConfig | None,
+    ) -> Delta:
+        """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
+        lost_ids = {candidate.row.id for candidate in lost}
+        committed = self.session.store.keys("committed")
+        references = self.session.engine.reference_texts
+        if references is not None and group is not None:
+            references = references.without([*committed, *self.plan.keys])
+        task = Task(
+            [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
+            [c.all for c in self.evaluator.candidates if c.row.id not in lost_ids],
+            references,
+            0 if self.plan.compaction else len(committed),
+        )
+        with self.timings.measure("train"):
+            result = self.session.engine.train(
+                task, config, self._emit_step, group, self.checkpoints
+            )
+        self.steps += result.trained.steps
+        self.resumed_seconds += result.resumed_seconds
+        self.timings["train"] += result.resumed_seconds
+        return result.delta
+
+    def _refusals(self, evaluation: Evaluation) -> tuple[str, ...]:
+        """Why the edit must not be committed; a group that learned some of its facts may."""
+        gate = self.session.config.gate
+        if self.plan.group:
+            some = len(evaluation.learned) > 0
+            gate = replace(
+                gate,
+                min_recall=0.0 if some else gate.min_recall,
+                min_paraphrase=0.0 if some else gate.min_paraphrase,
+                min_retention=min(gate.min_retention, self.session.config.group.min_retention),
+            )
+        return refusals(evaluation.checks, gate, significant=self._is_large)
+
+    @property
+    def _is_large(self) -> bool:
+        return len(self.plan.targets) >= LARGE_GROUP
+
+    def _harmed(self, checks: Checks) -> bool:
+        """Whether locality probes were lost; a group, which always costs a little, may lose some
+        within the gate.
+        """
+        if self.plan.group:
+            minimum = self.session.config.gate.min_locality
+            return misses(checks.locality, minimum, significant=self._is_large)
+        return checks.locality.passed < checks.locality.n
+
+    def _emit_step(self, step: Step) -> None:
+        self.session.emit(
+            Status(
+                phase=step.phase,
+                key=self.plan.key,
+                step=step.step,
+                total=step.total,
+                loss=step.loss,
+                recall=(step.recalled, step.n),
+            )
+        )
+
+    def _note_refusal(self, why: str, rows: Sequence[ProbeRow], attempts_left: int) -> None:
+        """For the report; as a warning at once where a group, which takes long, is trained again."""
+        self.refusals = (*self.refusals, why)
+        count = len(self.plan.targets)
+        if self.plan.group and count > 1 and attempts_left:
+            changed = [row.prompt for row in rows if row.kind == "locality" and not row.passed]
+            named = f"; answers that changed: {' / '.join(changed[:MAX_NAMED])}" if changed else ""
+            text = f"a group of {count} facts was refused ({why}{named}); training it again"
+            self.session.emit(Warning_(text=text, code="refused"))
+
+
+def _stricter(group: GroupConfig) -> GroupConfig:
+    """How to train a group again that lost locality probes: at twice the penalty."""
+    return replace(group, penalty_scale=group.penalty_scale * 2)
+
+
+def _for_another_attempt(config: TrainingConfig, checks: Checks) -> TrainingConfig:
+    """How to train one fact again: longer, and with less penalty where recall was missed, more
+    where locality was harmed.
+    """
+    missed = checks.recall.passed < checks.recall.n
+    harmed = checks.locality.passed < checks.locality.n
+    weight = config.penalty_weight / 3 if missed else config.penalty_weight * (1 + harmed)
+    penalty = config.max_penalty * 2 if missed else config.max_penalty / (1 + harmed)
+    return replace(
+        config,
+        max_steps=min(MAX_STEPS, config.max_steps * 2),
+        penalty_weight=weight,
+        max_penalty=penalty,
+        phrasings_per_step=config.phrasings_per_step + 2,
+        seed=config.seed + 1,
+    )

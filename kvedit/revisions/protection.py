@@ -1,0 +1,255 @@
+"""What must stay: protected texts, the Fisher moments of them and of the facts, reference texts.
+
+Invariants:
+- Protected texts are answers of the base model (or the user's own); they are made once and grow
+  with the number of facts.
+- The engine's Fisher moments belong to the weights at hand: they are measured again, or read from
+  the cache, when the revision is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
+
+from kvedit.adapter.fisher import FisherMoments
+from kvedit.facts.keys import normalise
+from kvedit.model.prompts import Example
+from kvedit.replay import extraction, protected_texts
+from kvedit.replay.protected_texts import Protected
+from kvedit.revisions import fisher_cache
+from kvedit.revisions.checkout import Checkout
+from kvedit.store.store import ProtectedRow
+
+_STATE, _COMPLETE = "protected_text", "complete"
+_SAMPLES = "protected_drafts"
+MIN_FACTS, GROWTH = 16, 1.5
+"""Moments are measured on the head once there are so many facts, and again when there are half as
+many more."""
+MEASURED_TEXTS = 2000
+"""So many protected texts suffice for moments that are measured often; all are used the first time.
+"""
+
+
+class Protection:
+    """Keeps what an edit is held to in step with the weights."""
+
+    def __init__(self, checkout: Checkout) -> None:
+        self._checkout = checkout
+        self._store, self._engine = checkout.store, checkout.engine
+        self._config = checkout.store.config
+        self._measured_at: int | None = None  # the revision that the engine's moments belong to
+        self._measured_facts = 0  # committed when the moments were last measured on the head
+        self._margins: FisherMoments | None = None  # of the margins of what the base model knows
+
+    # ---- before edits
+
+    def prepare(self) -> None:
+        """Before any edit that trains: protected texts, and the Fisher moments of these weights."""
+        if self._store.meta(_STATE) != _COMPLETE:
+            self.create(self._texts("control"))
+        if self._measured_at != self._checkout.revision:
+            self._load_moments()
+
+    def prepare_group(self, facts: int) -> None:
+        """Before so many facts are trained together on the head."""
+        self.prepare_texts(facts)
+        if not self._store.head():
+            self.measure_margins()
+        else:
+            self._measure_at_head()
+
+    def prepare_texts(self, facts: int) -> None:
+        """The part of it that does not depend on the weights: enough texts, and reference texts."""
+        self.prepare()
+        self.extend_for(facts)
+        self._measure_reference_texts()
+
+    def create(self, extra: Sequence[Protected]) -> None:
+        """Ask the base model for the first protected texts; ``extra`` are the user's own."""
+        self._store.set_protected(_rows("control", extra))  # a killed init has not lost them
+        start = self._checkout.revision
+        self._checkout.go_to(0)
+        texts = protected_texts.make(
+            self._engine.base, self._engine.renderer, self._config.protect,
+            extra=extra, progress=self._checkout.say,
+        )  # fmt: skip
+        self._store.set_protected(
+            [*_rows("control", texts.control), *_rows("locality", texts.locality)]
+        )
+        self._store.set_meta(_STATE, _COMPLETE)
+        self._checkout.go_to(start)
+        self._measure()
+
+    def extend_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
+        """Extract enough protected texts for so many facts more than are committed.
+
+        A new text that contains one of the names in ``leave_out`` is not protected.
+        """
+        settings = self._config.protect
+        facts += len(self._store.keys("committed"))
+        samples = min(settings.max_samples, facts * settings.samples_per_fact)
+        drawn = int(self._store.meta(_SAMPLES) or settings.samples)
+        if samples <= drawn:
+            return
+        new = self._checkout.at(0, lambda: self._extract(samples - drawn, seed=drawn))
+        names = [normalise(name) for name in leave_out]
+        normal = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
+        texts = [
+            t for t, n in zip(new, normal, strict=True) if not any(name in n for name in names)
+        ]
+        self._store.add_protected(_rows("control", texts))
+        self._engine.reference_texts = self._margins = None
+        self._store.set_meta(_SAMPLES, str(samples))  # last: a run that was killed does it again
+
+    def _extract(self, samples: int, seed: int) -> tuple[Protected, ...]:
+        """Knowledge extraction from the base model.
+
+        The questions of locality probes are never asked here, but their answers may come under
+        another question, as any answer may: otherwise the probes would show what happens to
+        knowledge that is never replayed, which is little of what the model knows.
+        """
+        unasked = [text.prompt for text in self._texts("locality")]
+        return extraction.extract_knowledge(
+            self._engine.base, self._engine.renderer, samples,
+            known=self._texts("control"), unasked=unasked, seed=seed,
+            progress=self._checkout.say,
+        )  # fmt: skip
+
+    # ---- texts
+
+    def known_texts(self) -> tuple[Protected, ...]:
+        """The protected texts that the base model knows, locality probes among them."""
+        texts = [*self._texts("control"), *self._texts("locality")]
+        return self._checkout.at(0, lambda: self._known(texts))
+
+    def _known(self, texts: Sequence[Protected]) -> tuple[Protected, ...]:
+        return protected_texts.known(self._engine.base, self._engine.renderer, texts)
+
+    def _texts(self, role: str) -> list[Protected]:
+        rows = self._store.protected(role)
+        return [Protected(row.prompt, row.answer, row.source) for row in rows]
+
+    def _measured_examples(self, most: int | None = None, seed: int = 0) -> list[Example]:
+        """The texts that moments are measured on: guesses say more than what is known by heart."""
+        texts = [t for t in self._texts("control") if t.source != protected_texts.EXTRACTED]
+        if most is not None:
+            texts = random.Random(seed).sample(texts, min(most, len(texts)))
+        return self._examples(texts)
+
+    def _examples(self, texts: Sequence[Protected]) -> list[Example]:
+        return [protected_texts.example(self._engine.renderer, text) for text in texts]
+
+    def _fact_examples(self) -> list[Example]:
+        """Each committed fact under its first training prompt."""
+        rows = self._store.facts("committed")
+        return [self._engine.examples(row.fact)[0] for row in rows]
+
+    def _measure_reference_texts(self) -> None:
+        """Keep what the base model says to the protected texts that it knows; done once."""
+        if self._engine.reference_texts is not None or not self._config.group.reference_texts:
+            return
+        self._checkout.say("asking the base model about protected text")
+
+        def measure() -> None:
+            texts = self._known(self._texts("control"))
+            self._engine.measure_reference(self._examples(texts))
+
+        self._checkout.at(0, measure)
+
+    # ---- Fisher moments
+
+    def measure_margins(self) -> None:
+        """For the next edit, which starts at the base weights: the moments of the margins of what
+        the base model knows.  They are measured once a store.
+        """
+        base, self._measured_at, self._measured_facts = self._base_moments(), None, 0
+        references = self._engine.reference_texts
+        known = references.examples if references is not None else ()
+        examples = random.Random(0).sample(known, min(MEASURED_TEXTS, len(known)))
+        ids = repr((self._engine.names, [example.ids for example in examples]))
+        texts = hashlib.sha256(ids.encode()).hexdigest()
+        if self._margins is None and examples:
+            self._margins = fisher_cache.read(self._store, 0, "margins", texts)
+        if self._margins is not None or not examples:
+            self._engine.fisher = base, self._margins or base
+            return
+        self._checkout.say("measuring what the base model knows")
+        self._engine.measure_margins(examples)
+        if self._engine.fisher is not None:
+            self._margins = self._engine.fisher[1]
+            with self._checkout.best_effort():
+                fisher_cache.write(self._store, 0, "margins", self._margins, texts)
+
+    def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
+        """After a commit: protect what was learned too; the moments then belong to the head."""
+        if self._measured_at is None:  # the margins were for that edit alone
+            base = self._base_moments()
+            self._engine.fisher = base, base
+            self._measure_facts()
+        elif learned:
+            self._engine.remember(learned, weight)
+        self._measured_at = self._checkout.revision
+
+    def save(self) -> None:
+        """Keep the moments for the next start."""
+        if self._engine.fisher is None or self._measured_at != self._checkout.revision:
+            return
+        with self._checkout.best_effort():
+            base, total = self._engine.fisher
+            fisher_cache.write(self._store, 0, "base", base)
+            fisher_cache.write(self._store, self._checkout.revision, "head", total)
+
+    def _load_moments(self) -> None:
+        base = fisher_cache.read(self._store, 0, "base")
+        total = fisher_cache.read(self._store, self._checkout.revision, "head")
+        if base is None or set(base.moments) != set(self._engine.names):
+            self._measure()
+        elif total is None:
+            self._engine.fisher = base, base
+            self._measure_facts()
+            self.save()
+        else:
+            self._engine.fisher = base, total
+            self._measured_at = self._checkout.revision
+
+    def _measure(self) -> None:
+        """The moments of the protected texts at the base weights, and of the facts at the head."""
+        self._checkout.say("measuring what must stay")
+        examples = self._measured_examples()
+        self._checkout.at(0, lambda: self._engine.protect(examples))
+        self._measure_facts()
+        self.save()
+
+    def _measure_facts(self) -> None:
+        """Add the committed facts to the moments of the base model's texts."""
+        examples = self._fact_examples()
+        if examples:
+            self._checkout.say(f"measuring {len(examples)} facts")
+            self._engine.remember(examples, self._config.group.fact_weight)
+        self._measured_at = self._checkout.revision
+
+    def _measure_at_head(self) -> None:
+        """Measure again once the facts have grown by half: the moments change with the weights."""
+        facts = len(self._store.keys("committed"))
+        if facts < max(MIN_FACTS, self._measured_facts * GROWTH):
+            return
+        self._checkout.say(f"measuring what must stay, with {facts} facts")
+        self._engine.measure_at_head(
+            self._measured_examples(MEASURED_TEXTS, seed=self._checkout.revision),
+            self._fact_examples(),
+            self._config.group.fact_weight,
+        )
+        self._measured_at, self._measured_facts = self._checkout.revision, facts
+
+    def _base_moments(self) -> FisherMoments:
+        if self._engine.fisher is None:
+            raise RuntimeError("an edit is prepared first")
+        return self._engine.fisher[0]
+
+
+def _rows(role: str, texts: Sequence[Protected]) -> list[ProtectedRow]:
+    return [
+        ProtectedRow(role=role, prompt=t.prompt, answer=t.answer, source=t.source) for t in texts
+    ]
