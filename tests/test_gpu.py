@@ -16,12 +16,7 @@ from small_model import FREE, KNOWN, phrasings, settings
 from kvedit import KnowledgeBase
 from kvedit.adapter import fisher as fisher
 from kvedit.facts.fact import Fact
-from kvedit.model import (
-    devices,
-    generation,
-    loading,
-    scoring,
-)
+from kvedit.model import devices, generation, loading, scoring, targets
 from kvedit.model.loading import BaseModel
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer
@@ -68,12 +63,16 @@ def test_a_model_goes_to_the_card_and_takes_larger_batches(
 ) -> None:
     assert on_card.device.type == "cuda" and devices.is_accelerated(on_card.model)
     assert not devices.is_accelerated(on_cpu.model)
-    assert scoring.batch_tokens(on_card.model) == scoring.WIDER * scoring.batch_tokens(on_cpu.model)
-    assert generation.rows_a_batch(on_card.model, 100) > generation.rows_a_batch(on_cpu.model, 100)
+    assert scoring.batch_tokens(
+        on_card.model
+    ) == scoring.ACCELERATOR_BATCH_FACTOR * scoring.batch_tokens(on_cpu.model)
+    assert generation.max_batch_rows(on_card.model, 100) > generation.max_batch_rows(
+        on_cpu.model, 100
+    )
 
 
 def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
-    prefix_cache = PrefixCache(on_card.model, loading.target_names(on_card.model))
+    prefix_cache = PrefixCache(on_card.model, targets.target_names(on_card.model))
     expected = scoring.recall(on_cpu.model, asked)
     for kept in (None, prefix_cache, prefix_cache):
         found = scoring.recall(on_card.model, asked, kept)
@@ -85,7 +84,7 @@ def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Ex
 
 
 def test_both_measure_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
-    names = loading.target_names(on_cpu.model)
+    names = targets.target_names(on_cpu.model)
     there, here = (fisher.gradients(one.model, names, asked) for one in (on_card, on_cpu))
     for name in names:
         assert float((there[name].cpu() - here[name]).norm() / here[name].norm()) < 0.01

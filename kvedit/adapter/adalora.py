@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from kvedit.adapter.batched import NAME, Slot, Stack
 from kvedit.adapter.deltas import Factors
 from kvedit.adapter.fisher import WhiteningFactors
-from kvedit.model.loading import is_matrix
+from kvedit.model.targets import is_matrix
 from kvedit.model.upcast import product
 
 _SEEN = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator judges ranks by

@@ -217,7 +217,7 @@ def _shards(crew: Crew, base: BaseModel, targets: Sequence[str]) -> Shards:
     What was loaded into memory (the device map ``cpu``) then goes to this process's device: a model
     that no card holds whole is never on one.
     """
-    blocks = PrefixCache(base.model, loading.target_names(base.model, targets)).below
+    blocks = PrefixCache(base.model, targets.target_names(base.model, targets)).below
     made = Shards(crew, base.model, blocks)
     if base.loading.device_map == "cpu":
         made.to(loading.device())

@@ -101,18 +101,28 @@ def require_present(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
+WIDTH_MULTIPLE = 32
+"""Of padded sizes: on a CPU every new shape of a product costs the time of a hundred products, in
+which oneDNN compiles a kernel for it."""
+
+
+def padded_width(tokens: int) -> int:
+    """How wide a row of so many tokens is once it is padded."""
+    return -(-tokens // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
 @contextmanager
-def instead(
+def replaced_forward(
     modules: Sequence[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Inside, each module runs ``make(index, forward)`` in place of its ``forward``."""
-    own = [module.__dict__.get("forward") for module in modules]
+    hooked = [module.__dict__.get("forward") for module in modules]
     for index, module in enumerate(modules):
         module.forward = make(index, module.forward)  # hides the method of the class
     try:
         yield
     finally:
-        for module, forward in zip(modules, own, strict=True):
+        for module, forward in zip(modules, hooked, strict=True):
             del module.forward
-            if forward is not None:  # accelerate's: without it nothing is moved or fetched
+            if forward is not None:  # accelerate's hook, which moves or fetches the weights
                 module.forward = forward

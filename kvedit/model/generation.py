@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from kvedit.model.devices import first_device, is_accelerated, is_spread
+from kvedit.model.forward import next_logits
 from kvedit.model.loading import context_of, has_own_code
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import ROWS_A_BATCH, next_logits
+from kvedit.model.scoring import MAX_BATCH_ROWS
 
-CACHED_BYTES = 1 << 30
+MAX_KV_CACHE_BYTES = 1 << 30
 """Of keys and values that are kept for rows that branch; more rows than fit read all again."""
-MOST_ROWS = 1024
+MAX_ACCELERATOR_ROWS = 1024
 """In a batch on an accelerator, which a small model's rows do not fill."""
 
 
@@ -47,7 +48,7 @@ def generate(
     texts: list[list[int]] = [[] for _ in prefixes]
     context = context_of(model)
     longest = max(map(len, prefixes), default=0) + limit
-    for part in _batches(model, prefixes, rows_a_batch(model, longest)):
+    for part in _batches(model, prefixes, max_batch_rows(model, longest)):
         room = min(limit, context - len(prefixes[part[-1]]))
         run = Decoding(model, [prefixes[i] for i in part])
         for index, row in zip(part, _finish(run, end, room, temperature, generator), strict=True):
@@ -112,14 +113,14 @@ def generated_recall_of(
     return recalled(examples, generated(examples, end, proceed), end)
 
 
-def rows_a_batch(model: Any, tokens: int) -> int:
+def max_batch_rows(model: Any, tokens: int) -> int:
     """How many texts of so many tokens go on together: on an accelerator more, where their keys and
     values fit.
     """
     if not is_accelerated(model):
-        return ROWS_A_BATCH
-    fitting = CACHED_BYTES // max(1, tokens * _cached_a_token(model))
-    return max(ROWS_A_BATCH, min(MOST_ROWS, fitting))
+        return MAX_BATCH_ROWS
+    fitting = MAX_KV_CACHE_BYTES // max(1, tokens * _cached_a_token(model))
+    return max(MAX_BATCH_ROWS, min(MAX_ACCELERATOR_ROWS, fitting))
 
 
 def _cached_a_token(model: Any) -> int:
@@ -130,7 +131,7 @@ def _cached_a_token(model: Any) -> int:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
     except AttributeError:
-        return CACHED_BYTES
+        return MAX_KV_CACHE_BYTES
 
 
 def _batches(model: Any, prefixes: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
@@ -185,7 +186,9 @@ class Decoding:
         each ``go_on``.
         """
         if self._large:
-            parts = (self.ids[at : at + ROWS_A_BATCH] for at in range(0, self.rows, ROWS_A_BATCH))
+            parts = (
+                self.ids[at : at + MAX_BATCH_ROWS] for at in range(0, self.rows, MAX_BATCH_ROWS)
+            )
             return torch.cat([next_logits(self._model, part) for part in parts])
         extra: dict[str, Tensor] = {}
         if self._padded:
@@ -210,8 +213,8 @@ class Decoding:
 
     def _take(self, rows: Tensor) -> None:
         more = len(rows) / self.rows
-        grown = more > 1 and self._bytes() * more > CACHED_BYTES
-        still = self._large and len(rows) > ROWS_A_BATCH
+        grown = more > 1 and self._bytes() * more > MAX_KV_CACHE_BYTES
+        still = self._large and len(rows) > MAX_BATCH_ROWS
         self._large = not self._padded and (grown or still)
         self.ids, self._mask = self.ids[rows], self._mask[rows]
         if self._cache and self.divisible and not self._large:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from kvedit.model.devices import first_device, instead
-from kvedit.model.loading import blocks
+from kvedit.model.devices import first_device, padded_width, replaced_forward
+from kvedit.model.targets import blocks
 
-KEPT_BYTES = 1 << 30
+MAX_PREFIX_CACHE_BYTES = 1 << 30
 NEAR = 0.02  # relative: other batch shapes round otherwise in half precision
 _Ids = tuple[int, ...]
 
@@ -99,8 +99,7 @@ class PrefixCache:
         if not texts:
             return []
         device = first_device(backbone)
-        width = -(-max(map(len, texts)) // 32) * 32  # few shapes, as in ``probes.padded``
-        ids = torch.zeros(len(texts), width, dtype=torch.long)
+        ids = torch.zeros(len(texts), padded_width(max(map(len, texts))), dtype=torch.long)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text)
         hidden = self._reach(backbone, ids.to(device))
@@ -130,7 +129,7 @@ class PrefixCache:
             self._bytes += state.nbytes
         if ids in self._kept:
             self._kept.move_to_end(ids)
-        while self._bytes > KEPT_BYTES:
+        while self._bytes > MAX_PREFIX_CACHE_BYTES:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def forget(self) -> None:
@@ -141,7 +140,9 @@ class PrefixCache:
     @contextmanager
     def _handing_on(self, hidden: Tensor) -> Iterator[None]:
         """Let the lower blocks hand on ``hidden`` (rows, width, hidden) instead of computing it."""
-        with instead(self._below, lambda index, _: _hands_on(hidden if index == 0 else None)):
+        with replaced_forward(
+            self._below, lambda index, _: _hands_on(hidden if index == 0 else None)
+        ):
             yield
 
 

@@ -74,7 +74,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*(operand.float() for operand in args), **more).to(args[0].dtype)
 
 
-def widen(model: Any) -> None:
+def upcast_model(model: Any) -> None:
     """Let a model on the CPU multiply in fp32 where its own dtype is slow there: its linear layers,
     and attention where transformers lets it be chosen.
     """

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from kvedit.model.devices import first_device, generator
+from kvedit.model.forward import next_logits
 from kvedit.model.generation import Decoding, generate
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
-from kvedit.model.scoring import ROWS_A_BATCH, next_logits, slices
+from kvedit.model.scoring import MAX_BATCH_ROWS, slices
 from kvedit.replay import protected_texts
 from kvedit.replay.protected_texts import EXTRACTED, Protected
 
@@ -260,7 +261,7 @@ def _sampled(
 ) -> Iterator[str]:
     """Questions drawn at a temperature, for as long as there are any."""
     while True:
-        drawn = protected_texts.draw_questions(base, renderer, ROWS_A_BATCH, chance, warmth)
+        drawn = protected_texts.draw_questions(base, renderer, MAX_BATCH_ROWS, chance, warmth)
         texts = list(protected_texts.readable(renderer, drawn))
         if not texts:
             return

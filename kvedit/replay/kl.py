@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from kvedit.facts.keys import naming
 from kvedit.model.devices import first_device
+from kvedit.model.forward import last_hidden, project, projects
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import batches, last_hidden, padded, project, projects, slices
+from kvedit.model.scoring import batches, padded, slices
 
 CAUCHY_SCALE = 1.0
 """Nats: the divergence of a token from which on more of it counts for less and less."""

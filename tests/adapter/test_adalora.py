@@ -14,10 +14,13 @@ from kvedit.adapter.adalora import NAME, Adapter
 from kvedit.adapter.deltas import Factors, Master
 from kvedit.adapter.fisher import FisherMoments, WhiteningFactors
 from kvedit.config import TrainingConfig
-from kvedit.model.loading import BaseModel, target_names
+from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
-from kvedit.training.loop import Task, train
+from kvedit.model.targets import target_names
+from kvedit.training.loop import Setup, Task
+from kvedit.training.single import SingleLoop
+from kvedit.training.worker import Worker
 
 INIT, TARGET = 6, 4
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.1
@@ -74,7 +77,11 @@ class Setting:
             phrasings_per_step=2,
         )
         rng = random.Random(0)
-        train(self.model, self.adapter, Task([self.fact(number)]), config, rng)
+        setup = Setup(
+            worker=Worker(self.model), adapter=self.adapter, task=Task([self.fact(number)]),
+            config=config, rng=rng,
+        )  # fmt: skip
+        SingleLoop(setup).run()
         return self.adapter.factors()
 
     def slots(self) -> dict[str, torch.Tensor]:

@@ -15,8 +15,9 @@ from kvedit.adapter import fisher
 from kvedit.adapter.fisher import FisherMoments
 from kvedit.errors import ModelError
 from kvedit.model import scoring
-from kvedit.model.loading import BaseModel, target_names
+from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
+from kvedit.model.targets import target_names
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_batches_do_not_matter(
     """Padding counts for nothing: one batch of unlike lengths is as many batches of one."""
     names = target_names(base.model)
     whole = fisher.measure(base.model, names, examples)
-    monkeypatch.setattr(scoring, "ROWS_A_BATCH", 1)
+    monkeypatch.setattr(scoring, "MAX_BATCH_ROWS", 1)
     same(whole, fisher.measure(base.model, names, examples))
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from kvedit.errors import ModelError
 from kvedit.facts.fact import Fact
-from kvedit.model.loading import blocks, is_matrix
 from kvedit.model.prompts import PLACE, Example, Renderer, load_phrasings
+from kvedit.model.targets import blocks, is_matrix
 
 QUERY_AND_VALUE = (
     ("q_proj", "v_proj"),

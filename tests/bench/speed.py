@@ -30,9 +30,10 @@ from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import InvalidFactError
 from kvedit.events import EditReport, Event, Score, Status
 from kvedit.facts.fact import Fact
-from kvedit.ingest.run import IngestOptions, ingest
+from kvedit.ingest.report import IngestOptions
+from kvedit.ingest.run import ingest
 from kvedit.metrics import bootstrap
-from kvedit.model import loading, scoring
+from kvedit.model import forward, loading
 from kvedit.training.engine import Engine
 from kvedit.training.loop import Task
 from tests.bench import questions
@@ -357,7 +358,7 @@ def _hooked(engine: Engine, parts: dict[str, float]) -> Iterator[None]:
     watch = _Stopwatch(parts, engine.base.device)
     model = engine.base.model
     handles: list[Any] = []
-    for module in filter(None, (scoring.backbone(model), scoring.head(model))):
+    for module in filter(None, (forward.backbone(model), forward.head(model))):
         # A pass that hands on what was kept of the lower blocks may end early, by an exception.
         handles.append(module.register_forward_pre_hook(lambda *_: watch.start("forward")))
         handles.append(

@@ -77,10 +77,10 @@ def test_what_stands_in_for_a_forward_puts_back_what_was_there() -> None:
         seen.append(forward)
         return lambda x: index
 
-    with devices.instead([plain, hooked], make):
+    with devices.replaced_forward([plain, hooked], make):
         assert (plain.forward(torch.zeros(1)), hooked.forward(torch.zeros(1))) == (0, 1)
     assert seen[1] is own and hooked.forward is own and "forward" not in vars(plain)
-    with pytest.raises(KeyError), devices.instead([hooked], make):
+    with pytest.raises(KeyError), devices.replaced_forward([hooked], make):
         raise KeyError
     assert hooked.forward is own
 
@@ -88,7 +88,7 @@ def test_what_stands_in_for_a_forward_puts_back_what_was_there() -> None:
 def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     small: dict[str, Path], spread: Path
 ) -> None:
-    from kvedit.model import generation, scoring
+    from kvedit.model import generation, scoring, targets
     from kvedit.model.prefix_cache import PrefixCache
     from kvedit.model.prompts import Renderer
 
@@ -99,7 +99,7 @@ def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     assert base.device.type == "cpu"
     renderer = Renderer(base.tokenizer, context=base.context, stops=base.stops)
     asked = renderer.examples([(f"What is {key}?", answer) for key, answer in KNOWN.items()])
-    prefix_cache = PrefixCache(base.model, loading.target_names(base.model))
+    prefix_cache = PrefixCache(base.model, targets.target_names(base.model))
     wanted = scoring.recall(plain.model, asked)
     for _ in range(2):  # the second time from what was kept of the lower blocks
         assert scoring.recall(base.model, asked, prefix_cache) == wanted

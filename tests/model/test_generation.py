@@ -38,7 +38,7 @@ def test_rows_that_end_early_leave_the_batch(base: BaseModel) -> None:
 
 
 def test_order_is_kept_beyond_one_batch(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "ROWS_A_BATCH", 3)
+    monkeypatch.setattr(generation, "MAX_BATCH_ROWS", 3)
     make = renderer(base)
     rows = generation.generate(
         base.model, [make.prefix(f"What is {k}?") for k in KNOWN], end=make.end, limit=20
@@ -86,13 +86,13 @@ def test_padding_on_the_left_moves_no_absolute_position() -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize("room", [generation.CACHED_BYTES, 0])
+@pytest.mark.parametrize("room", [generation.MAX_KV_CACHE_BYTES, 0])
 def test_rows_branch(base: BaseModel, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Some rows leave, others go on in several ways: each says what it says when it is read whole,
     whether there is room for a cache or not.
     """
-    monkeypatch.setattr(generation, "CACHED_BYTES", room)
-    monkeypatch.setattr(generation, "ROWS_A_BATCH", 4)
+    monkeypatch.setattr(generation, "MAX_KV_CACHE_BYTES", room)
+    monkeypatch.setattr(generation, "MAX_BATCH_ROWS", 4)
     make = renderer(base)
     texts = [make.prefix(f"What is {key}?") for key in ("amber lamp", "amber bell", "tide lamp")]
     texts = [text[: min(map(len, texts))] for text in texts]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvedit.errors import ModelError
-from kvedit.model import loading
+from kvedit.model import forward, loading, targets
 from kvedit.model.loading import BaseModel
 
 
@@ -24,10 +24,10 @@ def test_a_loaded_model_is_frozen_and_in_its_own_dtype(load: Callable[[str], Bas
 
 
 def test_the_upper_half_is_edited(base: BaseModel) -> None:
-    names = loading.target_names(base.model)
-    assert names == loading.target_names(base.model) and len(set(names)) == len(names)
+    names = targets.target_names(base.model)
+    assert names == targets.target_names(base.model) and len(set(names)) == len(names)
     assert {name.split(".")[2] for name in names} == {"2", "3"}
-    assert all(loading.is_matrix(base.model.get_submodule(name)) for name in names)
+    assert all(targets.is_matrix(base.model.get_submodule(name)) for name in names)
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
@@ -75,10 +75,10 @@ def test_locating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ModelError, match="no stack"):
-        loading.target_names(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ModelError, match="no list of decoder blocks"):
+        targets.target_names(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ModelError, match="no linear layers"):
-        loading.target_names(nn.ModuleDict({"h": nn.ModuleList([nn.LayerNorm(2)] * 4)}))
+        targets.target_names(nn.ModuleDict({"h": nn.ModuleList([nn.LayerNorm(2)] * 4)}))
 
 
 def test_a_digest_sees_names_dtypes_shapes_and_bits() -> None:
@@ -107,7 +107,7 @@ def test_quick_attention_says_the_same_and_leaves_nothing_behind(base: BaseModel
 
     fused = asked()
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    with loading.quick_attention(base.model):
+    with forward.quick_attention(base.model):
         for ours, theirs in zip(asked(), fused, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == allowed

@@ -7,10 +7,11 @@ import torch
 from small_model import KNOWN
 from torch import nn
 
-from kvedit.model.loading import BaseModel, target_names
+from kvedit.model.loading import BaseModel
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import recall, token_scores
+from kvedit.model.targets import target_names
 
 
 def examples(base: BaseModel) -> list[Example]:
@@ -46,7 +47,7 @@ def test_a_text_is_computed_once(base: BaseModel, monkeypatch: pytest.MonkeyPatc
 
 
 def test_memory_is_bounded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvedit.model.prefix_cache.KEPT_BYTES", 4096)
+    monkeypatch.setattr("kvedit.model.prefix_cache.MAX_PREFIX_CACHE_BYTES", 4096)
     prefix_cache = PrefixCache(base.model, target_names(base.model))
     asked = examples(base)
     assert recall(base.model, asked, prefix_cache) == recall(base.model, asked, prefix_cache)

@@ -16,7 +16,7 @@ from kvedit import KnowledgeBase
 from kvedit.config import TrainingConfig
 from kvedit.errors import ModelError, ModelMismatchError, UsageError
 from kvedit.facts.fact import Fact
-from kvedit.model import loading, quantization
+from kvedit.model import loading, quantization, targets
 from kvedit.model.loading import BaseModel
 from kvedit.training import memory
 from kvedit.training.loop import Task
@@ -44,7 +44,7 @@ class Linear8bitLt(nn.Linear):
 def packed(load: Callable[[str], BaseModel]) -> BaseModel:
     """The small model, every linear layer but the head in 8 bits of our own making."""
     base = load("bf16")
-    for name in loading.matrices(base.model):
+    for name in targets.matrices(base.model):
         parent, _, last = name.rpartition(".")
         plain: Any = base.model.get_submodule(name)
         setattr(base.model.get_submodule(parent), last, Linear8bitLt(plain))
@@ -55,10 +55,10 @@ def packed(load: Callable[[str], BaseModel]) -> BaseModel:
 def test_only_what_edits_touch_is_unpacked(packed: BaseModel) -> None:
     ids = torch.arange(9, 41)[None]
     before = packed.model(input_ids=ids).logits
-    names = loading.target_names(packed.model)
+    names = targets.target_names(packed.model)
     below = packed.model.get_submodule("model.layers.0.mlp.up_proj")
     quantization.unpack(packed.model, names)
-    for name in loading.matrices(packed.model):
+    for name in targets.matrices(packed.model):
         layer: Any = packed.model.get_submodule(name)
         assert (type(layer) is nn.Linear) == (name in names)
         assert layer.weight.dtype == (torch.bfloat16 if name in names else torch.int8)
@@ -90,7 +90,7 @@ def test_what_stays_packed_takes_less(base: BaseModel) -> None:
         found = memory.estimate(base.model, config, bits=bits)
         assert found.master == plain.master and found.fisher == plain.fisher
         sizes.append(found.weights)
-    below = [n for n in loading.matrices(base.model) if n not in loading.target_names(base.model)]
+    below = [n for n in targets.matrices(base.model) if n not in targets.target_names(base.model)]
     count = sum(base.model.get_submodule(name).weight.numel() for name in below)
     assert sizes[0] - sizes[1] == count * 3 and sizes[0] - sizes[2] == int(count * (4 - 4.5 / 8))
 
@@ -170,7 +170,7 @@ def test_a_folder_of_packed_weights(small: dict[str, Path], tmp_path: Path, bits
     again = loading.load(str(tmp_path / "packed"))
     outline = memory.outline(str(tmp_path / "packed"), revision=None, trust_remote_code=False)
     assert quantization.bits(outline.config, "") == (4.5 if bits == 4 else 8.0)
-    names = loading.target_names(again.model)
+    names = targets.target_names(again.model)
     for base in (packed, again):
         quantization.unpack(base.model, names)
     for name in names:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plain_decoding import greedy, renderer, slow_setup, texts
 from small_model import KNOWN, phrasings
 
-from kvedit.model import generation, scoring
+from kvedit.model import devices, generation, scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example
 
@@ -77,7 +77,7 @@ def test_the_margin_is_the_smallest_lead(base: BaseModel) -> None:
 def test_a_tie_and_nan_are_not_recalled() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [float("nan"), 0.0, 0.0]])
     targets = torch.tensor([0, 0, 0])
-    losses, token_margins = scoring._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    losses, token_margins = scoring.token_losses(logits, targets)
     scores = scoring.TokenScores(token_margins, torch.zeros(3), torch.tensor([0, 1, 2]), losses)
     assert scores.margins(4).tolist() == [0.0, 1.0, float("-inf"), float("inf")]
     assert [o.passed for o in scores.outcomes(3)] == [False, True, False]
@@ -130,7 +130,7 @@ def test_leads_without_losses_are_those_with_them(base: BaseModel, dtype: torch.
     targets = logits.float().argmax(1)
     targets[::5] = 0
     rows = torch.arange(300) // 2
-    _, token_margins = scoring._TokenLoss.apply(logits, targets)  # type: ignore[no-untyped-call]
+    _, token_margins = scoring.token_losses(logits, targets)
     wanted = scoring.TokenMargins(token_margins, torch.zeros(300), rows).margins(151)
     assert (wanted == 0).any() and (wanted > 0).any() and wanted[3] == float("-inf")
     found = scoring._token_margins(base.model, scoring.Answers(logits.clone(), targets, rows))
@@ -148,7 +148,7 @@ def test_token_losses_are_cross_entropy(dtype: torch.dtype) -> None:
     targets = torch.randint(50, (300,), generator=generator)
     penalty_gradients = torch.rand(300, generator=generator)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    losses, _ = scoring._TokenLoss.apply(ours, targets)  # type: ignore[no-untyped-call]
+    losses, _ = scoring.token_losses(ours, targets)
     wanted = torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="none")
     (losses * penalty_gradients).sum().backward()
     (wanted * penalty_gradients).sum().backward()
@@ -178,12 +178,12 @@ def test_batches_are_bounded_and_complete() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(400))
     for batch in batches:
         width = max(len(examples[i].ids) for i in batch)
-        assert len(batch) <= scoring.ROWS_A_BATCH
-        assert len(batch) == 1 or len(batch) * width <= scoring.TOKENS_A_BATCH
-    alike = list(scoring.by_length(examples, alike=True))
-    assert sorted(i for batch in alike for i in batch) == list(range(400))
-    for batch in alike:
-        assert len({-(-len(examples[i].ids) // scoring.WIDTHS) for i in batch}) == 1
+        assert len(batch) <= scoring.MAX_BATCH_ROWS
+        assert len(batch) == 1 or len(batch) * width <= scoring.MAX_BATCH_TOKENS
+    equal = list(scoring.by_length(examples, equal_width=True))
+    assert sorted(i for batch in equal for i in batch) == list(range(400))
+    for batch in equal:
+        assert len({devices.padded_width(len(examples[i].ids)) for i in batch}) == 1
     assert list(scoring.by_length([])) == []
     assert scoring.recall(torch.nn.Linear(1, 1), []) == []
 

@@ -8,7 +8,7 @@ from small_model import FREE, KNOWN
 from torch.nn import functional
 
 from kvedit.facts.fact import Fact
-from kvedit.model import scoring
+from kvedit.model import forward
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
@@ -34,14 +34,14 @@ def test_the_base_model_has_left_nothing(base: BaseModel, texts: list[Example]) 
 def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
     texts = engine.renderer.examples((f"What is {k}?", a) for k, a in list(KNOWN.items())[:5])
     model = engine.base.model
-    reference_texts = ReferenceTexts.measure(model, texts, engine.prefix_cache)
+    reference_texts = ReferenceTexts.measure(model, texts, engine.worker.prefix_cache)
     before = answer_logits(model, texts).logits.detach()
     fact = [engine.examples(Fact.create(*FREE[0], lang="en"))]
     engine.master.add(engine.train(Task(fact)).delta)
     after = answer_logits(model, texts).logits.detach()
     theirs, ours = before.log_softmax(1), after.log_softmax(1)
     wanted = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    found = reference_texts.divergences(model, range(len(texts)), engine.prefix_cache).mean()
+    found = reference_texts.divergences(model, range(len(texts)), engine.worker.prefix_cache).mean()
     assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
     assert float(found) > 1e-4
 
@@ -86,4 +86,4 @@ def test_a_model_whose_logits_are_no_projection_has_none(
 ) -> None:
     monkeypatch.setattr("kvedit.replay.kl.projects", lambda model: False)
     assert len(ReferenceTexts.measure(base.model, texts)) == 0
-    assert scoring.projects(base.model)
+    assert forward.projects(base.model)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvedit.adapter.deltas import Factors
 from kvedit.model import loading
-from kvedit.model.loading import BaseModel, target_names
+from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
+from kvedit.model.targets import target_names
 from kvedit.revisions import peft_format
 
 RANK = 3

@@ -17,7 +17,8 @@ from kvedit.adapter.deltas import Master
 from kvedit.errors import CorruptStoreError
 from kvedit.events import Warning_
 from kvedit.files import TEMPORARY
-from kvedit.model.loading import BaseModel, target_names
+from kvedit.model.loading import BaseModel
+from kvedit.model.targets import target_names
 from kvedit.revisions import rebuild
 from kvedit.store.store import Store
 

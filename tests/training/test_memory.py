@@ -18,10 +18,10 @@ from kvedit.config import GroupConfig, TrainingConfig
 from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.events import Warning_
 from kvedit.facts.fact import Fact
-from kvedit.model import loading, scoring
+from kvedit.model import forward, loading, scoring, targets
 from kvedit.model.loading import BaseModel
 from kvedit.training import memory
-from kvedit.training.engine import group_load
+from kvedit.training.group import group_load
 from kvedit.training.group import group_batch
 from kvedit.training.loop import Task
 from tests.bench import footprint
@@ -39,7 +39,7 @@ def test_weights_are_counted_to_the_byte(load: Callable[[str], BaseModel]) -> No
 
 def test_the_master_is_of_the_touched_matrices(base: BaseModel) -> None:
     touched = sum(
-        base.model.get_submodule(name).weight.numel() for name in loading.target_names(base.model)
+        base.model.get_submodule(name).weight.numel() for name in targets.target_names(base.model)
     )
     assert memory.estimate(base.model, CONFIG).master == 2 * 4 * touched
 
@@ -148,7 +148,7 @@ def test_available_memory_minds_the_control_group(
 
 
 def test_batches_shrink_with_the_vocabulary(base: BaseModel) -> None:
-    assert scoring.batch_tokens(base.model) == scoring.TOKENS_A_BATCH
+    assert scoring.batch_tokens(base.model) == scoring.MAX_BATCH_TOKENS
     assert scoring.batch_tokens(footprint.make("0.5B", torch.float32)) == 441
 
 
@@ -156,14 +156,14 @@ def test_checkpointing_changes_no_number(base: BaseModel) -> None:
     def gradient(*, on: bool) -> torch.Tensor:
         weight = base.model.get_submodule("model.layers.1.mlp.up_proj").weight
         weight.requires_grad_(True)
-        with loading.checkpointed(base.model, on=on):
+        with forward.checkpointed(base.model, on=on):
             answers = scoring.answer_logits(base.model, [scoring.Example(tuple(range(9, 30)), 4)])
             (found,) = torch.autograd.grad(answers.logits.logsumexp(1).sum(), weight)
         weight.requires_grad_(False)
         return torch.as_tensor(found)
 
     assert torch.equal(gradient(on=True), gradient(on=False))
-    assert not any("forward" in vars(layer) for layer in loading.blocks(base.model)[1])
+    assert not any("forward" in vars(layer) for layer in targets.blocks(base.model)[1])
 
 
 @pytest.mark.slow
