@@ -1,5 +1,5 @@
 -- The schema of kvedit.db, generated: python -m kvedit.store.migrations > store/schema.sql
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 CREATE TABLE "_sqlite_migrations" (
    "id" INTEGER PRIMARY KEY,
    "migration_set" TEXT,

@@ -76,7 +76,7 @@ class SingleEditor:
         if answers:
             return answers
         self._session.say("asking the model as it was before", row.fact.key)
-        before = self._store.before_fact(row.id)
+        before = self._store.revision_before(row.id)
         return self._session.at(before, lambda: self._engine.prior_answers(row.fact))
 
     def _add_again(self, row: FactRow, fact: Fact) -> EditReport:

@@ -23,7 +23,7 @@ from kvedit.revisions.checkout import Checkout
 from kvedit.store.store import ProtectedRow
 
 _STATE, _COMPLETE = "protected_text", "complete"
-_SAMPLES = "protected_drafts"
+_SAMPLES = "protected_samples"
 MIN_FACTS, GROWTH = 16, 1.5
 """Moments are measured on the head once there are so many facts, and again when there are half as
 many more."""

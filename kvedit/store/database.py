@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -35,7 +35,7 @@ from kvedit.files import (
     sync_directory,
     temporary_path,
 )
-from kvedit.store.migrations import check_version, migrate
+from kvedit.store.migrations import FORMAT_VERSION, check_version, migrate
 from kvedit.store.rows import Row
 
 DB_NAME = "kvedit.db"
@@ -104,7 +104,20 @@ def _translated(error: sqlite3.Error, path: Path) -> KveditError:
 
 
 def connect(path: Path, *, readonly: bool) -> Database:
-    """Open a database that exists; raises StoreTooNewError or CorruptStoreError."""
+    """Open a database that exists; one of an older format is upgraded first, also for reading.
+
+    Raises StoreTooNewError or CorruptStoreError, and what ``upgrade`` raises.
+    """
+    db, version = _open(path, readonly=readonly)
+    if version < FORMAT_VERSION:
+        db.close()
+        upgrade(path, version)
+        db, _ = _open(path, readonly=readonly)
+    return db
+
+
+def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
+    """A connection, and the version of the database's format."""
     mode = "ro" if readonly else "rw"
     uri = f"file:{quote(str(path.resolve()))}?mode={mode}"
     with sqlite_errors(path):
@@ -112,7 +125,7 @@ def connect(path: Path, *, readonly: bool) -> Database:
         db = Database(connection, execute_plugins=False)
     try:
         with sqlite_errors(path):
-            check_version(db, str(path))
+            version = check_version(db, str(path))
             db.execute("PRAGMA foreign_keys = ON")
             if not readonly:
                 db.enable_wal()
@@ -120,7 +133,23 @@ def connect(path: Path, *, readonly: bool) -> Database:
     except BaseException:
         db.close()
         raise
-    return db
+    return db, version
+
+
+def upgrade(path: Path, version: int) -> None:
+    """Bring an older database up to date, under the store's lock: nobody writes it meanwhile.
+
+    A failed upgrade leaves the format as it was.  Raises the KveditError that stands in the way
+    (LockedError, UsageError for missing permissions, DiskFullError), saying what it was for.
+    """
+    try:
+        with StoreLock(path.parent):
+            db, _ = _open(path, readonly=False)
+            with closing(db), sqlite_errors(path):
+                migrate(db)
+    except KveditError as error:
+        what = f"{path} has format {version} and must be upgraded to {FORMAT_VERSION}"
+        raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
 
 
 class StoreBase:

@@ -1,10 +1,10 @@
-"""Edits and revisions: every change is planned, then committed in one transaction, or ended.
+"""The journal of edits: each is planned, then committed in one transaction, or ended.
 
 Invariants:
 - ``commit_edit`` is the only commit point: results, facts, revision and head change together or
   not at all, and only if the head is still the one the edit started from.
 - A revision is only recorded when its delta's file is on the disk with the right digest.
-- Revisions are never changed nor deleted; a rollback appends one that names what it restores.
+- Revisions are never changed or deleted; a rollback appends one that names what it restores.
 - An edit that is neither committed nor ended was interrupted: ``recover`` ends it.
 """
 
@@ -25,13 +25,13 @@ from kvedit.files import (
     remove,
     sha256_file,
 )
-from kvedit.store.database import DELTA_SUFFIX, StoreBase
+from kvedit.store.database import DELTA_SUFFIX
+from kvedit.store.lineage import Lineage
 from kvedit.store.rows import (
     EditRow,
     FactChange,
     InterruptedEdit,
     ProbeRow,
-    RevisionRow,
     Row,
     edit_from,
     fact_columns,
@@ -48,8 +48,8 @@ _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}.*")
 _HEALTH_KINDS = "('recall', 'retention')"
 
 
-class Journal(StoreBase):
-    """The part of a store that records edits and revisions."""
+class Journal(Lineage):
+    """The part of a store that records edits."""
 
     def plan_edit(
         self, kind: str, changes: Sequence[FactChange], config: Mapping[str, object]
@@ -70,7 +70,7 @@ class Journal(StoreBase):
         return edit_id
 
     def mark_trained(self, edit_id: int, delta: str) -> None:
-        """Note that the edit's delta is safely on the disk."""
+        """Record that the edit's delta is durable on the disk; raises LockedError if it ended."""
         with self._transaction():
             self._require_open(edit_id)
             self._update("edits", edit_id, {"state": "trained", "delta": delta})
@@ -90,8 +90,10 @@ class Journal(StoreBase):
     ) -> int:
         """Commit an edit in one transaction and return the new revision.
 
-        Raises LockedError, and changes nothing, if the head has moved or the edit was already
-        ended; CorruptStoreError if the delta's file is missing or damaged.
+        ``delta`` is the digest of its file, ``prior_answers`` what the model answered to each
+        prompt of a new fact before the edit, by the fact's id.  Raises LockedError, and changes
+        nothing, if the head has moved or the edit has ended; CorruptStoreError if the delta's file
+        is missing or damaged.
         """
         self._require_delta(delta)
         with self._transaction():
@@ -99,10 +101,10 @@ class Journal(StoreBase):
             edit = self._require_open(edit_id)
             row = {"delta": delta, "restores": restores, "weights_digest": weights_digest}
             self._append_revision(revision, expected_head, edit, row)
-            done = {"state": "committed", "revision": revision, "finished_at": now()}
-            self._update("edits", edit_id, {**done, "delta": delta, "report": to_text(report)})
+            ending = {"state": "committed", "revision": revision, "finished_at": now()}
+            self._update("edits", edit_id, {**ending, "delta": delta, "report": to_text(report)})
             self._execute("DELETE FROM edit_facts WHERE edit_id = ?", [edit_id])
-            self._record_changes(edit_id, changes)  # of a group, those that were learned
+            self._record_changes(edit_id, changes)  # of a group only the facts that were learned
             self._apply_changes(changes, revision)
             if restores is not None and delta is None:
                 self._restore_health(restores)
@@ -123,29 +125,30 @@ class Journal(StoreBase):
 
         A rejected new fact becomes ``rejected``, one whose edit failed stays ``pending``; facts
         that were committed before stay as they were.  Results are kept without a revision.
+        Raises LockedError if the edit has ended, ValueError for another outcome.
         """
         if outcome not in ENDINGS:
             raise ValueError(f"an edit cannot end as {outcome!r}")
         with self._transaction():
-            own = self._require_open(edit_id)["delta"]
+            delta = self._require_open(edit_id)["delta"]
             self._end(edit_id, outcome, reasons, to_text(report))
             self._add_results(results, edit_id=edit_id, revision=None)
-        if own is not None:  # another open edit's delta may not be marked yet: only our own goes
-            self._drop([path for path in self.stray_files() if path.stem == own])
+        if delta is not None:  # only this one: an open edit may have written one unmarked yet
+            self._drop([path for path in self.stray_files() if path.stem == delta])
 
     def recover(self) -> list[InterruptedEdit]:
-        """End what a killed process left behind and remove its files; returns the edits ended.
+        """End the edits that a killed process left open, remove its files; returns these edits.
 
-        Raises LockedError if another process is at work.
+        Raises LockedError while another process holds the store's lock.
         """
         with self.lock():
             with self._transaction():
                 rows = self._rows(f"SELECT id FROM edits WHERE state IN {OPEN_STATES} ORDER BY id")
-                left = [self.edit(row["id"]) for row in rows]
-                for edit in left:
+                interrupted = [self.edit(row["id"]) for row in rows]
+                for edit in interrupted:
                     self._end(edit.id, "failed", ["interrupted"], "{}")
             self._drop(self.stray_files())
-        return [InterruptedEdit(edit.id, edit.kind, edit.keys) for edit in left]
+        return [InterruptedEdit(edit.id, edit.kind, edit.keys) for edit in interrupted]
 
     def edit(self, edit_id: int) -> EditRow:
         """One edit; raises UsageError if there is none with this id."""
@@ -155,106 +158,30 @@ class Journal(StoreBase):
         return edits[0]
 
     def changes(self, edit_id: int) -> list[FactChange]:
-        """What an edit does, or did, to facts."""
+        """What an edit changes in the facts; of a committed one, what it changed."""
         rows = self._rows("SELECT * FROM edit_facts WHERE edit_id = ? ORDER BY fact_id", [edit_id])
         return [
             FactChange(r["fact_id"], fact_from_text(r["before"]), fact_from_text(r["after"]))
             for r in rows
         ]
 
-    def revisions(self) -> list[RevisionRow]:
-        """All revisions, oldest first; the first is the base."""
-        return [RevisionRow(**row) for row in self._rows("SELECT * FROM revisions ORDER BY id")]
-
-    def revision(self, number: int) -> RevisionRow:
-        """One revision; raises UsageError if there is none with this number."""
-        row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
-        if row is None:
-            raise UsageError(
-                f"there is no revision {number}; the head is {self.head()}",
-                hint="See `kvedit history` for the revisions there are.",
-            )
-        return RevisionRow(**row)
-
-    def lineage(self, number: int) -> list[RevisionRow]:
-        """The revisions whose deltas, in this order, make the weights of a revision.
-
-        The base is not among them; a rollback stands for the lineage of what it restores, and one
-        that has a delta besides goes on from there.
-        """
-        known = {row.id: row for row in self.revisions()}
-        self.revision(number)  # a clear error for a number that does not exist
-        path: list[RevisionRow] = []
-        while number:
-            row = known.get(number)
-            if row is None:
-                raise CorruptStoreError(
-                    f"revision {number} is missing", hint="Restore the store from a backup."
-                )
-            if row.restores is None or row.delta is not None:
-                path.append(row)
-            # Both are smaller than the row's own number (checked by the schema): this ends.
-            number = row.restores if row.restores is not None else row.parent or 0
-        return path[::-1]
-
-    def facts_at(self, number: int) -> dict[int, tuple[str, Fact]]:
-        """State and text of every fact that a commit had touched by a revision."""
-        wanted = {row.id for row in self.lineage(number)}
-        rows = self._rows("SELECT * FROM fact_versions ORDER BY revision, id")
-        return {
-            row["fact_id"]: (row["state"], fact)
-            for row in rows
-            if row["revision"] in wanted and (fact := fact_from_text(row["fact"])) is not None
-        }
-
-    def before_fact(self, fact_id: int) -> int:
-        """The revision that the head's line had before a fact came in; the base's if it never did.
-
-        The line itself: after a rollback, what it restored.
-        """
-        line = [row.id for row in self.lineage(self.head())]
-        rows = self._rows("SELECT revision, state FROM fact_versions WHERE fact_id = ?", [fact_id])
-        states = {row["revision"]: row["state"] for row in rows}
-        before, held = 0, False
-        for at, revision in enumerate(line):
-            now_held = states.get(revision, "committed" if held else "removed") == "committed"
-            if now_held and not held:
-                before = line[at - 1] if at else 0
-            held = now_held
-        return before
-
-    def added_since_compaction(self) -> int:
-        """How many facts the head's line touched after its first revision, which alone began with
-        the base model.
-        """
-        later = {row.id for row in self.lineage(self.head())[1:]}
-        rows = self._rows("SELECT DISTINCT revision, fact_id FROM fact_versions")
-        return len({row["fact_id"] for row in rows if row["revision"] in later})
-
-    def rollback_changes(self, number: int) -> list[FactChange]:
-        """What going back from the head to a revision does to the facts."""
-        before = _held(self.facts_at(self.head()))
-        after = _held(self.facts_at(number))
-        touched = sorted({*before, *after})
-        return [
-            FactChange(fact_id, before.get(fact_id), after.get(fact_id))
-            for fact_id in touched
-            if before.get(fact_id) != after.get(fact_id)
-        ]
-
     def stray_files(self) -> list[Path]:
-        """Deltas and checkpoints that nothing in the database needs, and temporary files."""
-        needed = {
+        """Files that nothing in the database needs: deltas, checkpoints, temporary files, and
+        training checkpoints of older versions.
+        """
+        deltas = {
             str(row["delta"])
             for row in self._rows(
                 "SELECT delta FROM revisions WHERE delta IS NOT NULL UNION"
                 f" SELECT delta FROM edits WHERE delta IS NOT NULL AND state IN {OPEN_STATES}"
             )
         }
-        kept = {int(row["revision"]) for row in self._rows("SELECT revision FROM checkpoints")}
-        stray = [path for path in _entries(self.deltas, _DELTA_NAME) if path.stem not in needed]
+        checkpoints = {
+            int(row["revision"]) for row in self._rows("SELECT revision FROM checkpoints")
+        }
+        stray = [path for path in _entries(self.deltas, _DELTA_NAME) if path.stem not in deltas]
         folders = _entries(self.checkpoints_path, _CHECKPOINT_NAME)
-        stray += [path for path in folders if int(path.name) not in kept]
+        stray += [path for path in folders if int(path.name) not in checkpoints]
         for folder in (self.path, self.deltas, self.checkpoints_path, self.exports):
             stray += _entries(folder, _TEMPORARY_NAME)
         return [*stray, *self.cache.glob(OLD_TRAINING_CHECKPOINTS)]
@@ -302,8 +229,8 @@ class Journal(StoreBase):
         return self.head()
 
     def _append_revision(self, number: int, parent: int, edit: Row, row: Row) -> None:
-        own = {"id": number, "parent": parent, "edit_id": edit["id"], "kind": edit["kind"]}
-        self._insert("revisions", {**own, **row, "created_at": now()})
+        origin = {"id": number, "parent": parent, "edit_id": edit["id"], "kind": edit["kind"]}
+        self._insert("revisions", {**origin, **row, "created_at": now()})
 
     def _record_changes(self, edit_id: int, changes: Sequence[FactChange]) -> None:
         for change in changes:
@@ -312,7 +239,7 @@ class Journal(StoreBase):
             self._insert("edit_facts", row, replace=True)
 
     def _apply_changes(self, changes: Sequence[FactChange], revision: int) -> None:
-        # Facts that go first: their aliases become free for those that come.
+        # Removed facts first: their aliases become free for the added ones.
         for change in sorted(changes, key=lambda change: change.after is not None):
             state = "removed" if change.after is None else "committed"
             fact = change.after or change.before
@@ -324,7 +251,7 @@ class Journal(StoreBase):
             self._execute("DELETE FROM fact_health WHERE fact_id = ?", [change.fact_id])
 
     def _write_fact(self, fact_id: int, fact: Fact, state: str) -> None:
-        """Set a fact's row and the aliases it is found by."""
+        """Set a fact's row and its aliases."""
         columns = {**fact_columns(fact), "norm_key": normalise(fact.key), "state": state}
         self._update("facts", fact_id, {**columns, "updated_at": now()})
         self._execute("DELETE FROM aliases WHERE fact_id = ?", [fact_id])
@@ -340,20 +267,20 @@ class Journal(StoreBase):
         stamp = now()
         for result in results:
             row = {name: getattr(result, name) for name in _RESULT_COLUMNS}
-            where = {"edit_id": edit_id, "revision": revision, "created_at": stamp}
-            self._insert("probe_results", {**row, **where})
+            origin = {"edit_id": edit_id, "revision": revision, "created_at": stamp}
+            self._insert("probe_results", {**row, **origin})
         if results and revision is not None:
             self._refresh_health("revision = ? AND created_at = ?", [revision, stamp])
 
     def _restore_health(self, restored: int) -> None:
-        """After a rollback a fact is as healthy as when last checked on the restored line."""
+        """After a rollback: each fact's health is its last check on the restored weights."""
         weights = {row.weights_digest for row in self.lineage(restored)}
         line = [str(row.id) for row in self.revisions() if row.weights_digest in weights]
         self._execute("DELETE FROM fact_health")
         self._refresh_health(f"revision IN ({', '.join(line)})", [])
 
     def _refresh_health(self, where: str, values: Sequence[object]) -> None:
-        """Take the newest batch of checks of each committed fact, among those selected."""
+        """Set each committed fact's health from its newest batch of checks among the selected."""
         sql = f"""
             INSERT OR REPLACE INTO fact_health
             SELECT r.fact_id, r.revision, r.created_at, min(r.passed), min(r.margin)
@@ -375,8 +302,8 @@ class Journal(StoreBase):
             self._insert("prior_answers", row)
 
     def _end(self, edit_id: int, outcome: str, reasons: Sequence[str], report: str) -> None:
-        done = {"state": outcome, "reasons": to_text(list(reasons)), "finished_at": now()}
-        self._update("edits", edit_id, {**done, "report": report})
+        ending = {"state": outcome, "reasons": to_text(list(reasons)), "finished_at": now()}
+        self._update("edits", edit_id, {**ending, "report": report})
         state = "rejected" if outcome == "rejected" else "pending"
         self._execute(
             "UPDATE facts SET state = ?, updated_at = ? WHERE state IN ('pending', 'rejected')"
@@ -396,13 +323,8 @@ _RESULT_COLUMNS = (
 )  # fmt: skip
 
 
-def _held(facts: Mapping[int, tuple[str, Fact]]) -> dict[int, Fact]:
-    """The facts that the model holds."""
-    return {fact_id: fact for fact_id, (state, fact) in facts.items() if state == "committed"}
-
-
 def _entries(folder: Path, name: re.Pattern[str]) -> list[Path]:
-    """The files and folders whose whole name matches."""
+    """The files and folders in a folder whose name matches from end to end."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if name.fullmatch(path.name))

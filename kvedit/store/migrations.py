@@ -8,14 +8,17 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import sys
+from collections.abc import Mapping
 
 from sqlite_utils import Database, Migrations
 
 from kvedit.errors import CorruptStoreError, StoreTooNewError
+from kvedit.renamed_settings import RENAMED
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MIGRATIONS = Migrations("kvedit")
 
 _FORMAT_1 = """
@@ -139,13 +142,63 @@ def format_1(db: Database) -> None:
     db.execute("PRAGMA user_version = 1")
 
 
+REPORT_NAMES = {
+    "left": "not_learned",
+    "refused": "refusals",
+    "again": "retrained",
+    "before": "resumed_seconds",
+    "moved": "relative_norms",
+}
+"""Fields of an edit's report: the name in format 1, the name since."""
+
+
+@MIGRATIONS()
+def format_2(db: Database) -> None:
+    """Names inside values: of report fields, of settings, of where a protected text came from."""
+    for edit_id, report, config in db.execute("SELECT id, report, config FROM edits").fetchall():
+        db.execute(
+            "UPDATE edits SET report = ?, config = ? WHERE id = ?",
+            [_renamed(report, REPORT_NAMES), _renamed_config(config), edit_id],
+        )
+    db.execute("UPDATE protected SET source = 'extracted' WHERE source = 'recited'")
+    db.execute("UPDATE meta SET name = 'protected_samples' WHERE name = 'protected_drafts'")
+    for (prompts,) in db.execute("SELECT value FROM meta WHERE name = 'prompts'").fetchall():
+        # Compared as text with the settings of today: written as ``base_model.prompts_of`` does.
+        renamed = json.dumps(_rename(json.loads(prompts), RENAMED["prompts"]), sort_keys=True)
+        db.execute("UPDATE meta SET value = ? WHERE name = 'prompts'", [renamed])
+    db.execute("PRAGMA user_version = 2")
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    return _to_text(_rename(json.loads(text), names))
+
+
+def _renamed_config(text: str) -> str:
+    """The settings of an edit, one object for each section, under their new names."""
+    sections = json.loads(text)
+    renamed = {
+        section: _rename(settings, RENAMED.get(section, {})) if isinstance(settings, dict)
+        else settings
+        for section, settings in sections.items()
+    }  # fmt: skip
+    return _to_text(renamed)
+
+
+def _rename(document: Mapping[str, object], names: Mapping[str, str]) -> dict[str, object]:
+    return {names.get(name, name): value for name, value in document.items()}
+
+
+def _to_text(document: object) -> str:
+    return json.dumps(document, ensure_ascii=False, sort_keys=True)
+
+
 def migrate(db: Database) -> None:
     """Bring an empty or older database up to ``FORMAT_VERSION``; each step is one transaction."""
     MIGRATIONS.apply(db)
 
 
-def check_version(db: Database, where: str) -> None:
-    """Refuse a database that this program cannot read.
+def check_version(db: Database, where: str) -> int:
+    """The format's version of a database; refuses one that this program cannot read.
 
     Raises StoreTooNewError for a newer format, CorruptStoreError if it is not one of ours.
     """
@@ -165,6 +218,7 @@ def check_version(db: Database, where: str) -> None:
             f"{where} is half-written or no store: it has no format version",
             hint="Restore it from a backup, or move it away and run `kvedit init`.",
         )
+    return version
 
 
 def schema_sql() -> str:

@@ -95,7 +95,7 @@ def test_a_fact_of_a_group_can_be_taken_out(empty: KnowledgeBase) -> None:
     facts = grouped(empty)
     row = empty.store.require(facts[1].key)
     assert empty.store.prior_answers(row.id) == {} or row.revision != 1
-    before = empty.store.before_fact(row.id)
+    before = empty.store.revision_before(row.id)
     prompts = [example.prompt for example in empty.engine.examples(facts[1])]
     wanted = [empty.ask(prompt, at=before, max_new_tokens=96) for prompt in prompts]
     report = empty.remove(facts[1].key)

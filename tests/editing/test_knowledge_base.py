@@ -122,10 +122,10 @@ def test_before_fact_follows_the_line(empty_store: Path, random_training: None) 
         for pair in FREE[:3]:
             assert knowledge.add(*pair).outcome == "committed"
         ids = [knowledge.store.require(key).id for key, _ in FREE[:3]]
-        assert [knowledge.store.before_fact(i) for i in ids] == [0, 1, 2]
+        assert [knowledge.store.revision_before(i) for i in ids] == [0, 1, 2]
         knowledge.rollback(1)
         knowledge.rollback(3)
-        assert [knowledge.store.before_fact(i) for i in ids] == [0, 1, 2]
+        assert [knowledge.store.revision_before(i) for i in ids] == [0, 1, 2]
 
 
 @pytest.mark.slow
