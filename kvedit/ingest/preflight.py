@@ -1,11 +1,11 @@
-"""What an input of many facts would do to a store, found out before the first edit.
+"""What an input of many facts would do to a store, worked out before the first edit.
 
 Invariants:
 - Nothing here changes the store.
-- Every row of the input is accounted for exactly once: new, refused earlier, unchanged, repeated,
-  or a problem.
+- Every row of the input is counted exactly once: new, rejected before, unchanged, repeated, or a
+  problem.
 - The facts that may go in agree with each other and with the store: each name leads to one fact.
-  Where two rows contradict each other neither goes in, for it is not known which is right.
+  Where two rows contradict each other neither goes in: nobody knows which is right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvedit.facts.keys import normalise, similar_pairs
 from kvedit.store.rows import FactRow
 from kvedit.store.store import Store
 
-LIVING = ("pending", "committed")
+ACTIVE = ("pending", "committed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """A fact that the gate said no to in an earlier run, and why."""
+class RejectedBefore:
+    """A fact that the gate rejected in an earlier run, and why."""
 
     entry: Entry
     reasons: tuple[str, ...]
@@ -40,7 +40,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that cannot go in; ``kind`` is ``invalid``, ``conflict``, ``held`` or ``name``."""
+    """A row that cannot go in; ``kind`` is ``invalid``, ``conflict``, ``committed`` or ``name``."""
 
     where: str
     reason: str
@@ -50,20 +50,20 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """Two keys that are close; ``held`` if the store has the other one already."""
+    """Two keys that are similar; ``in_store`` if the store has the other one already."""
 
     key: str
     other: str
     score: float
-    held: bool
+    in_store: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """The input, row by row: what is ``new`` is to be taught, the rest is not."""
+    """The input, sorted: the ``new`` facts are to be trained, the others are not."""
 
     new: tuple[Entry, ...] = ()
-    rejected_before: tuple[Refused, ...] = ()
+    rejected_before: tuple[RejectedBefore, ...] = ()
     unchanged: tuple[Entry, ...] = ()
     repeated: tuple[Entry, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -76,25 +76,25 @@ class Preflight:
 
 
 def inspect_facts(rows: Iterable[Located], store: Store | None) -> Preflight:
-    """Sort the rows of an input by what is to be done with them; without a store all are new."""
+    """Sort the rows of an input by what has to be done; without a store all are new."""
     sorter = _Sorter(store.facts() if store else [], store.refusals() if store else {})
     for row in rows:
-        sorter.take(row)
+        sorter.add(row)
     return sorter.result()
 
 
-def near_keys(facts: Sequence[Fact], held: Sequence[str]) -> list[Near]:
-    """Keys that are close to each other or to keys that the store holds, the closest first."""
+def near_keys(facts: Sequence[Fact], stored: Sequence[str]) -> list[Near]:
+    """Keys that are similar to each other or to keys in the store, the most similar first."""
     keys = [fact.key for fact in facts]
     among = similar_pairs(keys, keys)
-    found = [Near(keys[i], keys[j], score, False) for i, j, score in among if i < j]
-    found += [Near(keys[i], held[j], score, True) for i, j, score in similar_pairs(keys, held)]
-    return sorted(found, key=lambda near: -near.score)
+    near = [Near(keys[i], keys[j], score, False) for i, j, score in among if i < j]
+    near += [Near(keys[i], stored[j], score, True) for i, j, score in similar_pairs(keys, stored)]
+    return sorted(near, key=lambda pair: -pair.score)
 
 
 @dataclass(slots=True)
 class _Sorter:
-    """Takes rows one by one; contradictions are settled when all are there."""
+    """Takes rows one by one; contradictions are decided when all are there."""
 
     rows: Sequence[FactRow]
     reasons: dict[int, tuple[str, ...]]
@@ -104,8 +104,8 @@ class _Sorter:
     contradicted: dict[str, Entry] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
 
-    def take(self, row: Located) -> None:
-        """A row that is no fact, a new key, the same again, or another text for the same key."""
+    def add(self, row: Located) -> None:
+        """A row without a fact, a new key, a repetition, or another text for the same key."""
         self.places[row.where] = len(self.places)
         if row.fact is None:
             self.problems.append(Problem(row.where, row.problem or "not a fact", "invalid"))
@@ -122,11 +122,11 @@ class _Sorter:
 
     def result(self) -> Preflight:
         """All rows, sorted."""
-        held = {normalise(row.fact.key): row for row in self.rows}
+        stored = {normalise(row.fact.key): row for row in self.rows}
         names = _Names(self.rows, self.first)
-        new, refused, unchanged = [], [], []
+        new, rejected, unchanged = [], [], []
         for norm, entry in self.first.items():
-            row = held.get(norm)
+            row = stored.get(norm)
             other = self.contradicted.get(norm)
             problem = _contradiction(entry, other) if other else _clash(entry, row, names)
             if problem is not None:
@@ -134,12 +134,12 @@ class _Sorter:
             elif row is not None and row.state == "committed":
                 unchanged.append(entry)
             elif row is not None and row.state == "rejected" and row.fact == entry.fact:
-                refused.append(Refused(entry, self.reasons.get(row.id, ())))
+                rejected.append(RejectedBefore(entry, self.reasons.get(row.id, ())))
             else:
                 new.append(entry)
         return Preflight(
             new=tuple(new),
-            rejected_before=tuple(refused),
+            rejected_before=tuple(rejected),
             unchanged=tuple(unchanged),
             repeated=tuple(self.repeated),
             problems=tuple(sorted(self.problems, key=lambda one: self.places[one.where])),
@@ -157,30 +157,30 @@ class _Names:
     """To which fact each key and alias leads, in the store and in the input."""
 
     def __init__(self, rows: Iterable[FactRow], entries: dict[str, Entry]) -> None:
-        self._held: dict[str, str] = {}
-        self._own: dict[str, tuple[str, Entry]] = {}
+        self._in_store: dict[str, str] = {}
+        self._in_input: dict[str, tuple[str, Entry]] = {}
         for row in rows:
             owner = normalise(row.fact.key)
-            # A fact that is only waiting will be replaced by the input's, its aliases too.
-            if row.state in LIVING and (row.state == "committed" or owner not in entries):
+            # A pending fact is replaced by the input's, with its aliases.
+            if row.state in ACTIVE and (row.state == "committed" or owner not in entries):
                 for name in _names(row.fact):
-                    self._held[name] = row.fact.key
+                    self._in_store[name] = row.fact.key
         for owner, entry in entries.items():  # keys first: an alias must give way to a key
-            self._own[owner] = owner, entry
+            self._in_input[owner] = owner, entry
         for owner, entry in entries.items():
             for name in _names(entry.fact):
-                self._own.setdefault(name, (owner, entry))
+                self._in_input.setdefault(name, (owner, entry))
 
     def taken(self, entry: Entry) -> str | None:
-        """Why a name of the entry cannot be its own; None if all can."""
-        own = normalise(entry.fact.key)
+        """Why a name of the entry leads elsewhere already; None if all are free."""
+        key = normalise(entry.fact.key)
         for name in (entry.fact.key, *entry.fact.aliases):
             norm = normalise(name)
-            holder = self._held.get(norm)
-            if holder is not None and normalise(holder) != own:
+            holder = self._in_store.get(norm)
+            if holder is not None and normalise(holder) != key:
                 return f"{name} leads to the fact {holder} in the store"
-            owner, other = self._own[norm]
-            if owner != own:
+            owner, other = self._in_input[norm]
+            if owner != key:
                 place = _short(other.where, entry.where)
                 return f"{name} also leads to the fact {other.fact.key} at {place}"
         return None
@@ -191,13 +191,13 @@ def _names(fact: Fact) -> Iterator[str]:
 
 
 def _clash(entry: Entry, row: FactRow | None, names: _Names) -> Problem | None:
-    """What the store or another row has against a fact."""
+    """Why a fact contradicts the store or another row, if it does."""
     key = entry.fact.key
     if row is not None and row.state == "committed":
         if row.fact.description == entry.fact.description:
             return None
         reason = f"{key} is in the store with another text; to change it: kvedit update {key} FILE"
-        return Problem(entry.where, reason, "held", key)
+        return Problem(entry.where, reason, "committed", key)
     taken = names.taken(entry)
     return None if taken is None else Problem(entry.where, taken, "name", key)
 

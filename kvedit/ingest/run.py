@@ -1,11 +1,11 @@
-"""Thousands of facts: a run that can be stopped at any moment and goes on where it stopped.
+"""Thousands of facts: a run that can be stopped at any moment and resumed.
 
 Invariants:
-- Nothing is edited before every fact was found to fit the store and the model.
+- Nothing is edited before every fact was checked against the store and the model.
 - How a fact ended is read from the store, never guessed from what was attempted; so a fact is
-  taught once, however often the run is stopped and started.
-- What goes wrong with one fact is that fact's outcome; what would go wrong with every further one
-  (a full disk, a damaged store) ends the run.
+  trained once, however often the run is stopped and started.
+- An error with one fact is that fact's outcome; an error that every further fact would meet (a full
+  disk, a damaged store) ends the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvedit.errors import (
@@ -33,6 +32,7 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
 from kvedit.facts.keys import normalise
 from kvedit.ingest.preflight import inspect_facts
+from kvedit.ingest.report import FactOutcome, IngestOptions, IngestReport
 from kvedit.ingest.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -49,67 +49,10 @@ ENDS_THE_RUN = (
     ProcessLostError,
     ProcessesDifferError,
 )
-ERRORS_IN_A_ROW = 10
-"""So many facts that fail one after the other mean that the trouble is not with the facts."""
-
-STATUS_EVERY = 200
-NAMED = 20
-LONGEST_PAUSE = 256
-"""At most so many commits between two verifications."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IngestOptions:
-    """How to go about it: ``group`` facts at a time (None: found by success), when to stop, whether
-    to try again what was ``rejected`` before, and how many earlier facts a verification samples.
-    ``places`` tells messages where the fact of a key came from.
-    """
-
-    group: int | None = None
-    limit: int | None = None
-    max_failures: int | None = None
-    max_seconds: float | None = None
-    retry_rejected: bool = False
-    skip_invalid: bool = False
-    first_check: int = 16
-    sample: int = 64
-    places: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class FactOutcome:
-    """How one fact ended: ``committed``, ``rejected``, ``failed``, or ``invalid`` (not tried)."""
-
-    fact: Fact
-    outcome: str
-    reasons: tuple[str, ...] = ()
-    revision: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IngestReport:
-    """A run: the outcomes of what was tried, then what was not.
-
-    ``rejected_before`` were rejected in earlier runs and not tried again, ``remaining`` counts the
-    facts that were not reached;
-    ``stopped`` tells why: ``limit``, ``failures``, ``errors``, ``time``, ``interrupted`` or
-    nothing. ``retention`` and ``lost`` (keys) come from the last verification.
-    """
-
-    outcomes: tuple[FactOutcome, ...]
-    unchanged: int = 0
-    rejected_before: tuple[FactOutcome, ...] = ()
-    remaining: int = 0
-    stopped: str = ""
-    retention: Score = field(default_factory=Score)
-    lost: tuple[str, ...] = ()
-    repaired: tuple[EditReport, ...] = ()
-    revision: int = 0
-    seconds: float = 0.0
-
-    def count(self, outcome: str) -> int:
-        """How many facts of this run ended so."""
-        return sum(one.outcome == outcome for one in self.outcomes)
+ERRORS_IN_A_ROW = 10  # failed facts; after so many the cause is not the facts
+STATUS_EVERY = 200  # facts checked against the model, between two status events
+MAX_NAMED = 20  # facts, in an error
+VERIFY_WITHIN = 256  # commits between two verifications, at most
 
 
 def ingest(
@@ -118,7 +61,7 @@ def ingest(
     options: IngestOptions | None = None,
     emit: Emit = lambda event: None,
 ) -> IngestReport:
-    """Teach the facts that the store does not hold yet; running it again goes on.
+    """Add the facts that are not committed yet; running it again resumes.
 
     Raises InvalidFactError, and changes nothing, if facts contradict each other or the store, or,
     without ``skip_invalid``, do not fit the model; LockedError, DiskFullError or CorruptStoreError
@@ -129,8 +72,10 @@ def ingest(
 
 
 def unfit(engine: Engine, facts: Sequence[Fact], emit: Emit) -> dict[str, str]:
-    """Why facts, by key, are not for this model: too long for its context, or with its end mark."""
-    found = {}
+    """Facts, by key, that this model cannot take, and why: too long for its context, or with an end
+    token in them.
+    """
+    problems = {}
     for number, fact in enumerate(facts):
         if number % STATUS_EVERY == 0:
             phase = "checking that every text fits the model"
@@ -141,12 +86,12 @@ def unfit(engine: Engine, facts: Sequence[Fact], emit: Emit) -> dict[str, str]:
             pairs = [(probe.prompt, probe.answer or "") for probe in fact.locality]
             engine.renderer.examples(pairs)
         except (TextTooLongError, InvalidFactError) as error:
-            found[fact.key] = f"{error.message}. {error.hint}".rstrip(". ")
-    return found
+            problems[fact.key] = f"{error.message}. {error.hint}".rstrip(". ")
+    return problems
 
 
 class _Run:
-    """One run; what it has come to so far."""
+    """One run, and its outcomes so far."""
 
     def __init__(self, knowledge: KnowledgeBase, options: IngestOptions, emit: Emit) -> None:
         self._knowledge, self._options, self._emit = knowledge, options, emit
@@ -162,30 +107,30 @@ class _Run:
             self._deadline = self._began + options.max_seconds
 
     def run(self, facts: Sequence[Fact]) -> IngestReport:
-        """Look at everything, teach, verify, report."""
+        """Check everything, train, verify, report."""
         preflight = inspect_facts(
             [Located(fact.key, fact) for fact in facts], self._knowledge.store
         )
         if preflight.problems:
             raise self._invalid({p.key or p.where: p.reason for p in preflight.problems})
-        again = [one.entry.fact for one in preflight.rejected_before] if self._options.retry_rejected else []
-        wanted = self._fitting([*(entry.fact for entry in preflight.new), *again])
-        chosen = wanted[: self._options.limit]
+        retry, rejected = self._options.retry_rejected, preflight.rejected_before
+        again = [one.entry.fact for one in rejected] if retry else []
+        to_add = self._fitting([*(entry.fact for entry in preflight.new), *again])
+        chosen = to_add[: self._options.limit]
         self._unchanged, self._total = len(preflight.unchanged), len(chosen)
-        self._mark(chosen)
-        store = self._knowledge.store
-        largest = store.config.group.max_size
-        stopped = self._work(Scheduler(chosen, self._options.group, largest=largest))
+        self._mark_pending(chosen)
+        largest = self._knowledge.store.config.group.max_size
+        stopped = self._add_all(Scheduler(chosen, self._options.group, largest=largest))
         tried = len(self._tried())
-        refused = () if again else preflight.rejected_before
         return IngestReport(
             outcomes=tuple(self._outcomes.values()),
             unchanged=self._unchanged,
             rejected_before=tuple(
-                FactOutcome(r.entry.fact, "rejected", r.reasons) for r in refused
+                FactOutcome(r.entry.fact, "rejected", r.reasons)
+                for r in (() if again else rejected)
             ),
-            remaining=len(wanted) - tried,
-            stopped=stopped or ("limit" if len(wanted) > len(chosen) else ""),
+            remaining=len(to_add) - tried,
+            stopped=stopped or ("limit" if len(to_add) > len(chosen) else ""),
             retention=self._retention,
             lost=self._lost,
             repaired=tuple(self._repaired),
@@ -194,7 +139,7 @@ class _Run:
         )
 
     def _fitting(self, facts: Sequence[Fact]) -> list[Fact]:
-        """The facts that the model can take; the others end here."""
+        """The facts that the model can take; the others are ``invalid``."""
         problems = unfit(self._knowledge.engine, facts, self._emit)
         if problems and not self._options.skip_invalid:
             raise self._invalid(problems)
@@ -207,49 +152,50 @@ class _Run:
         """One error for all facts that cannot go in; the first few are named."""
         places = self._options.places
         lines = [f"{places.get(key, key)}: {reason}" for key, reason in problems.items()]
-        more = [f"... and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        more = [f"... and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
         count = "1 fact" if len(lines) == 1 else f"{len(lines)} facts"
         return InvalidFactError(
-            f"{count} cannot go in; nothing was changed", hint="\n".join([*lines[:NAMED], *more])
+            f"{count} cannot go in; nothing was changed",
+            hint="\n".join([*lines[:MAX_NAMED], *more]),
         )
 
-    def _mark(self, facts: Sequence[Fact]) -> None:
-        """Let the store know what is to come; those it knows first, for they give names free."""
+    def _mark_pending(self, facts: Sequence[Fact]) -> None:
+        """Write the facts to the store as pending; known keys first, for they may free an alias."""
         known = {normalise(row.fact.key) for row in self._knowledge.store.facts()}
         ordered = sorted(facts, key=lambda fact: normalise(fact.key) not in known)
         self._knowledge.store.put_pending_many(ordered)
 
-    def _work(self, groups: Scheduler) -> str:
-        """Teach group by group; returns why it stopped, or nothing."""
+    def _add_all(self, scheduler: Scheduler) -> str:
+        """Add group by group; returns why it stopped, or nothing."""
         self._started = time.monotonic()
         group: tuple[Fact, ...] = ()
-        self._tell()
+        self._emit_progress()
         try:
             if self._options.group != 1 and self._total > 1:
                 self._knowledge.protect_for(self._total)
-            while not (stopped := self._must_stop()) and (group := groups.take()):
-                left, refused = self._teach(group)
-                groups.put_back(left)
-                groups.learn(refused=refused)
-                groups.limit(self._knowledge.largest_group)
+            while not (stopped := self._why_stop()) and (group := scheduler.next_group()):
+                carried, rejected = self._add(group)
+                scheduler.put_back(carried)
+                scheduler.adapt(rejected=rejected)
+                scheduler.limit(self._knowledge.largest_group)
                 self._verify_if_due()
-                self._tell()
+                self._emit_progress()
             self._verify_at_end(stopped)
         except OutOfTimeError:
-            self._settle(group)
+            self._record_committed(group)
             stopped = "time"
             self._verify_at_end(stopped)
         except (KeyboardInterrupt, Interrupted):
-            self._settle(group)
+            self._record_committed(group)
             return "interrupted"
         return stopped if self._total > len(self._tried()) else ""
 
     def _verify_at_end(self, stopped: str) -> None:
-        """Everything, but where there is no time."""
+        """All facts, or a sample when time is up."""
         if self._count("committed"):
             self._verify(self._options.sample if stopped == "time" else None)
 
-    def _must_stop(self) -> str:
+    def _why_stop(self) -> str:
         options, deadline = self._options, self._deadline
         failures = self._count("rejected") + self._count("failed")
         if options.max_failures is not None and failures >= options.max_failures:
@@ -258,10 +204,10 @@ class _Run:
             return "errors"
         return "time" if deadline is not None and time.monotonic() >= deadline else ""
 
-    def _teach(self, group: Sequence[Fact]) -> tuple[list[Fact], bool]:
-        """Teach a group; one that breaks as a whole is halved.
+    def _add(self, group: Sequence[Fact]) -> tuple[list[Fact], bool]:
+        """Add a group; one that fails as a whole is halved.
 
-        Returns the facts that are to be tried in a later group, and whether an edit was refused.
+        Returns the facts to try in a later group, and whether an edit was rejected.
         """
         try:
             reports = self._knowledge.add_group(group, carry=True, deadline=self._deadline)
@@ -269,59 +215,58 @@ class _Run:
             raise
         except Exception as error:  # the border of a fact: the others go on without it
             if len(group) > 1:
-                return self._teach_halves(group), True
+                return self._add_halves(group), True
             self._errors += 1
-            self._record(group[0], (), _said(error))
+            self._record(group[0], (), _message(error))
             return [], True
-        without_room = all(report.outcome == "failed" for report in reports)
-        self._errors = self._errors + len(reports) if without_room else 0
-        carried = {key for report in reports for key in report.not_learned}
-        left = [fact for fact in group if fact.key in carried and not self._committed(fact)]
+        all_failed = all(report.outcome == "failed" for report in reports)
+        self._errors = self._errors + len(reports) if all_failed else 0
+        not_learned = {key for report in reports for key in report.not_learned}
+        carried = [f for f in group if f.key in not_learned and not self._is_committed(f)]
         for fact in group:
-            if fact not in left:
+            if fact not in carried:
                 self._record(fact, reports, "no edit was made for it")
-        return left, any(report.outcome == "rejected" for report in reports)
+        return carried, any(report.outcome == "rejected" for report in reports)
 
-    def _teach_halves(self, group: Sequence[Fact]) -> list[Fact]:
-        """Returns the facts that are to be tried in a later group."""
-        left: list[Fact] = []
+    def _add_halves(self, group: Sequence[Fact]) -> list[Fact]:
+        """Returns the facts to try in a later group."""
+        carried: list[Fact] = []
         half = (len(group) + 1) // 2
         for part in (group[:half], group[half:]):
             hopeless = self._errors >= ERRORS_IN_A_ROW
-            left += part if hopeless else self._teach(part)[0]
-        return left
+            carried += part if hopeless else self._add(part)[0]
+        return carried
 
-    def _committed(self, fact: Fact) -> bool:
+    def _is_committed(self, fact: Fact) -> bool:
         row = self._knowledge.store.find(fact.key)
         return row is not None and row.state == "committed"
 
     def _record(self, fact: Fact, reports: Sequence[EditReport], error: str) -> None:
         """Note how a fact ended, as the store has it."""
         row = self._knowledge.store.find(fact.key)
-        own = [report for report in reports if fact.key in report.keys]
+        edits = [report for report in reports if fact.key in report.keys]
         if row is not None and row.state == "committed":
-            found = FactOutcome(fact, "committed", revision=row.revision)
-            # What a refused edit would have lost was put back: it says nothing about the model.
-            self._retention = _retention(own) or self._retention
-        elif own and own[-1].outcome != "committed":
-            found = FactOutcome(fact, own[-1].outcome, own[-1].reasons)
+            outcome = FactOutcome(fact, "committed", revision=row.revision)
+            # A rejected edit was undone: its retention says nothing about the model.
+            self._retention = _retention(edits) or self._retention
+        elif edits and edits[-1].outcome != "committed":
+            outcome = FactOutcome(fact, edits[-1].outcome, edits[-1].reasons)
         else:
-            found = FactOutcome(fact, "failed", (error,))
-        self._outcomes[fact.key] = found
+            outcome = FactOutcome(fact, "failed", (error,))
+        self._outcomes[fact.key] = outcome
 
-    def _settle(self, group: Sequence[Fact]) -> None:
-        """After an interruption: of the group at hand, keep what was committed."""
+    def _record_committed(self, group: Sequence[Fact]) -> None:
+        """After an interruption: note which facts of the group were committed."""
         for fact in group:
-            row = self._knowledge.store.find(fact.key)
-            if row is not None and row.state == "committed":
+            if self._is_committed(fact):
                 self._record(fact, (), "")
 
     def _verify_if_due(self) -> None:
         """Verify at growing intervals, so that its cost stays a small share of the whole."""
         committed = self._count("committed")
-        if committed < self._next_check or committed == self._total:  # the end has its own
+        if committed < self._next_check or committed == self._total:  # verified at the end
             return
-        self._next_check = committed + min(committed, LONGEST_PAUSE)
+        self._next_check = committed + min(committed, VERIFY_WITHIN)
         self._verify(self._options.sample)
 
     def _verify(self, sample: int | None) -> None:
@@ -336,7 +281,7 @@ class _Run:
     def _count(self, outcome: str) -> int:
         return sum(one.outcome == outcome for one in self._outcomes.values())
 
-    def _tell(self) -> None:
+    def _emit_progress(self) -> None:
         counts = Counter(one.outcome for one in self._tried())
         done = counts.total()
         pace = (time.monotonic() - self._started) / done if done else None
@@ -356,12 +301,12 @@ class _Run:
 
 
 def _retention(reports: Sequence[EditReport]) -> Score | None:
-    """What the last committed edit found of earlier facts."""
-    found = [one.retention for one in reports if one.outcome == "committed" and one.retention.n]
-    return found[-1] if found else None
+    """Retention as the last committed edit measured it."""
+    scores = [one.retention for one in reports if one.outcome == "committed" and one.retention.n]
+    return scores[-1] if scores else None
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, KveditError):
         return f"{error.message}. {error.hint}".rstrip(". ")
     return f"{type(error).__name__}: {error}"

@@ -11,18 +11,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvedit.config import FILE_NAME, Config
+from kvedit.distributed.worker import make_worker
 from kvedit.errors import ModelMismatchError
 from kvedit.model import devices, loading, quantization
 from kvedit.model.loading import BaseModel
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
-
-if TYPE_CHECKING:
-    from kvedit.distributed.crew import Crew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +35,7 @@ class ModelSpec:
     load_in: str = ""
 
 
-def create(
-    path: Path, spec: ModelSpec, crew: Crew | None, *, check_memory: bool
-) -> tuple[Store, Engine]:
+def create(path: Path, spec: ModelSpec, *, check_memory: bool) -> tuple[Store, Engine]:
     """A new store for a model, and the model, loaded.
 
     Raises UsageError if there is a store already, ModelError if the model cannot be loaded or, with
@@ -52,15 +48,15 @@ def create(
         load_in=spec.load_in or settings.model.load_in,
     )
     base = _load(path, spec, settings, check_memory=check_memory)
-    engine = _engine(base, path, spec.targets, settings, crew)
+    engine = _engine(base, path, spec.targets, settings)
     return Store.create(path, _kept(spec, settings, engine)), engine
 
 
-def load(store: Store, crew: Crew | None) -> Engine:
+def load(store: Store) -> Engine:
     """The model that the store was made for; raises ModelMismatchError if it is another now."""
     base = _load_again(store)
     targets = (store.meta("targets") or "").split()
-    return _engine(base, store.path, targets, store.config, crew)
+    return _engine(base, store.path, targets, store.config)
 
 
 def _load(path: Path, spec: ModelSpec, settings: Config, *, check_memory: bool) -> BaseModel:
@@ -126,17 +122,8 @@ def _load_again(store: Store) -> BaseModel:
     return base
 
 
-def _engine(
-    base: BaseModel, path: Path, targets: Sequence[str], settings: Config, crew: Crew | None
-) -> Engine:
-    """For one process or several."""
-    more: dict[str, Any] = {
-        "phrasings": path / "phrasings",
-        "targets": targets,
-        "prompts": settings.prompts,
-    }
-    if crew is None:
-        return Engine(base, settings.training, **more)
-    from kvedit.distributed.processes import LedEngine  # loads torch.distributed
-
-    return LedEngine(crew, base, settings.training, shard=settings.model.shard, **more)
+def _engine(base: BaseModel, path: Path, targets: Sequence[str], settings: Config) -> Engine:
+    return Engine(
+        base, settings.training, phrasings=path / "phrasings", targets=targets,
+        prompts=settings.prompts, worker=make_worker,
+    )  # fmt: skip

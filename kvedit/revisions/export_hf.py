@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """Where the export is, and the probes that it answered as the store's model does.
+    """Where the export is, and how many probes it answers as the store's model does.
 
     ``rank`` and ``error`` are those of an adapter: ``error`` is the share of the change that the
     rank leaves out, in the Frobenius norm over all matrices.
@@ -58,25 +58,25 @@ def write(
     """Write the engine's weights as they are served, reload them, and compare greedy answers.
 
     ``max_shard_size`` is the size of one weight file, such as ``2GB``.  Raises UsageError for a
-    quantised base, an unknown dtype, a size that is none, or a folder that is not empty.
+    quantized base, an unknown dtype, a malformed size, or a folder that is not empty.
     """
     quantization.refuse_whole_export(engine.base.model)
-    wanted = _dtype(dtype) if dtype else engine.base.dtype
+    target_dtype = _dtype(dtype) if dtype else engine.base.dtype
     shards = {"max_shard_size": _shard_size(max_shard_size)} if max_shard_size else {}
     with building(directory) as folder:
-        _save(engine, folder, wanted, shards)
+        _save(engine, folder, target_dtype, shards)
     progress("reloading the export and asking it again")
-    again = loading.load(
+    reloaded = loading.load(
         str(directory),
         trust_remote_code=loading.has_own_code(engine.base.model),
         device_map=engine.base.loading.device_map,
     )
-    return compare(engine, again.model, examples, directory, revision)
+    return compare(engine, reloaded.model, examples, directory, revision)
 
 
 @contextmanager
 def building(directory: Path) -> Iterator[Path]:
-    """A folder to write into that appears as ``directory`` when the block has ended well.
+    """A folder to write into that is renamed to ``directory`` when the block succeeds.
 
     Raises UsageError if there is something there already.
     """
@@ -100,7 +100,7 @@ def building(directory: Path) -> Iterator[Path]:
 
 def _shard_size(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", text):
-        raise UsageError(f"{text!r} is no size of a file", hint="Write it as 500MB or 2GB.")
+        raise UsageError(f"{text!r} is not a file size", hint="Write it as 500MB or 2GB.")
     return text
 
 
@@ -113,13 +113,13 @@ def _dtype(name: str) -> torch.dtype:
 def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:
     """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
     base = engine.base
-    # What is offloaded cannot be changed: a model over several devices is written from memory.
+    # Offloaded weights cannot be changed, so a model spread over devices is written from memory.
     fresh = loading.reload(base, device_map="cpu" if devices.is_spread(base.model) else None)
     engine.master.write_into(fresh.model)
     fresh.model.to(dtype)
     settings = getattr(fresh.model, "generation_config", None)
     if settings is not None and engine.renderer.end not in base.stops:
-        # Its turns end with this token; whoever serves the folder must stop there too.
+        # The model's turns end with this token; a server must stop there too.
         settings.eos_token_id = [*base.stops, engine.renderer.end]
     fresh.model.save_pretrained(folder, **shards)
     save_tokenizer(engine, folder)
@@ -130,7 +130,7 @@ def save_tokenizer(engine: Engine, folder: Path) -> None:
     engine.base.tokenizer.save_pretrained(folder)
     source = Path(engine.base.path)
     if loading.has_own_code(engine.base.model) and source.is_dir():
-        for path in sorted(source.glob("*.py")):  # what transformers does not see as needed, too
+        for path in sorted(source.glob("*.py")):  # transformers copies only what it sees imported
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
 
@@ -138,16 +138,16 @@ def save_tokenizer(engine: Engine, folder: Path) -> None:
 def compare(
     engine: Engine, model: Any, examples: Sequence[Example], directory: Path, revision: int
 ) -> ExportReport:
-    """Generate from what was reloaded and from the store's model: both must say the same."""
+    """Generate from the reloaded model and the store's: both must give the same answers."""
     longest = max((len(e.ids) - e.start for e in examples), default=0) + 1
     prefixes = [e.ids[: e.start] for e in examples]
     end = engine.renderer.end
     theirs = generation.generate(model, prefixes, end=end, limit=longest)
     ours = generation.generate(engine.base.model, prefixes, end=end, limit=longest)
-    wrong = [e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b]
+    mismatches = [e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b]
     return ExportReport(
         path=str(directory),
         revision=revision,
-        probes=Score(len(examples) - len(wrong), len(examples), "generated"),
-        mismatches=tuple(wrong),
+        probes=Score(len(examples) - len(mismatches), len(examples), "generated"),
+        mismatches=tuple(mismatches),
     )

@@ -28,8 +28,8 @@ from kvedit.revisions.export_hf import ExportReport, building, compare, save_tok
 from kvedit.training.engine import Engine
 
 FULL_SVD = 2048
-"""Matrices whose smaller side is wider are decomposed up to ``MOST`` terms only."""
-MOST = 512
+"""Matrices whose smaller side is wider are decomposed up to ``MAX_RANK`` terms only."""
+MAX_RANK = 512
 """The largest rank that vLLM serves."""
 _NOISE = 1e-5  # singular values below this share of the largest are rounding
 
@@ -45,27 +45,28 @@ def write(
 ) -> ExportReport:
     """Find the smallest rank that holds, write the adapter, load it with PEFT and compare answers.
 
-    ``examples`` must all be answered; of ``others`` (never-trained phrasings, locality) those that
+    ``examples`` must all be answered; of ``others`` (unseen phrasings, locality probes) those that
     the store's model answers.  Raises UsageError when nothing differs from the base model.
     """
     progress("decomposing the edits")
-    moved = {n: d for n, d in engine.master.accumulated_delta().items() if bool(d.any())}
-    if not moved:
+    deltas = {n: d for n, d in engine.master.accumulated_delta().items() if bool(d.any())}
+    if not deltas:
         raise UsageError(
             f"revision {revision} has the weights of the base model: there is no change to export",
-            hint="Teach it something first: kvedit add KEY FILE",
+            hint="Add a fact first: kvedit add KEY FILE",
         )
-    terms = {name: decompose(change) for name, change in moved.items()}
-    green = [*examples, *others]
-    green = [e for e, held in zip(green, engine.recall(green), strict=True) if held.passed]
-    rank = _smallest(engine, terms, green, progress)
-    cut = {name: _cut(own, rank) for name, own in terms.items()}
+    terms = {name: decompose(change) for name, change in deltas.items()}
+    probes = [*examples, *others]
+    outcomes = engine.recall(probes)
+    passing = [e for e, outcome in zip(probes, outcomes, strict=True) if outcome.passed]
+    rank = _smallest_rank(engine, terms, passing, progress)
+    cut = {name: _cut(factors, rank) for name, factors in terms.items()}
     with building(directory) as folder:
         _write(engine, folder, cut)
         save_tokenizer(engine, folder)
     progress("loading the adapter and asking it again")
     report = compare(engine, _loaded(engine, directory), examples, directory, revision)
-    return replace(report, rank=rank, error=_error(moved, cut))
+    return replace(report, rank=rank, error=_error(deltas, cut))
 
 
 def decompose(change: Tensor) -> Factors:
@@ -73,7 +74,7 @@ def decompose(change: Tensor) -> Factors:
     if min(change.shape) <= FULL_SVD:
         u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
     else:
-        left, right = leading(change, MOST)
+        left, right = leading(change, MAX_RANK)
         s = torch.einsum("or,oi,ir->r", left, change, right)
         u, v = left, right.T
     count = max(1, int((s > _NOISE * s[0]).sum()))
@@ -81,33 +82,35 @@ def decompose(change: Tensor) -> Factors:
     return Factors((u[:, :count] * root).float(), (root[:, None] * v[:count]).float())
 
 
-def _cut(own: Factors, rank: int) -> Factors:
-    """The first ``rank`` terms; zeros where there are fewer, so that all matrices share one."""
-    b = own.b.new_zeros(own.b.shape[0], rank)
-    a = own.a.new_zeros(rank, own.a.shape[1])
-    kept = min(rank, own.rank)
-    b[:, :kept], a[:kept] = own.b[:, :kept], own.a[:kept]
+def _cut(factors: Factors, rank: int) -> Factors:
+    """The first ``rank`` terms, filled up with zeros, so that all matrices have one rank."""
+    b = factors.b.new_zeros(factors.b.shape[0], rank)
+    a = factors.a.new_zeros(rank, factors.a.shape[1])
+    count = min(rank, factors.rank)
+    b[:, :count], a[:count] = factors.b[:, :count], factors.a[:count]
     return Factors(b, a)
 
 
-def _smallest(
+def _smallest_rank(
     engine: Engine,
     terms: Mapping[str, Factors],
-    green: Sequence[Example],
+    passing: Sequence[Example],
     progress: Callable[[str], None],
 ) -> int:
-    """By halving, the smallest rank that keeps every probe green; the largest if none does."""
-    most = max(own.rank for own in terms.values())
-    full = {name: _cut(own, most) for name, own in terms.items()}
+    """By bisection, the smallest rank with which every passing probe still passes; the largest if
+    none is enough.
+    """
+    largest = max(factors.rank for factors in terms.values())
+    full = {name: _cut(factors, largest) for name, factors in terms.items()}
     with TemporaryDirectory(prefix="kvedit-") as folder:
         _write(engine, Path(folder), full)
         wrapped = _loaded(engine, Path(folder))
-    low, high = 1, most
+    low, high = 1, largest
     while low < high:
         middle = (low + high) // 2
-        progress(f"trying rank {middle} of {most}")
+        progress(f"trying rank {middle} of {largest}")
         peft_format.cut(wrapped, full, middle)
-        if all(outcome.passed for outcome in scoring.recall(wrapped, green)):
+        if all(outcome.passed for outcome in scoring.recall(wrapped, passing)):
             high = middle
         else:
             low = middle + 1
@@ -134,8 +137,8 @@ def _loaded(engine: Engine, folder: Path) -> Any:
     return fresh.model
 
 
-def _error(moved: Mapping[str, Tensor], cut: Mapping[str, Factors]) -> float:
+def _error(deltas: Mapping[str, Tensor], cut: Mapping[str, Factors]) -> float:
     """The share of the change that is left out, in the Frobenius norm over all matrices."""
-    lost = sum(float((moved[n] - own.b @ own.a).square().sum()) for n, own in cut.items())
-    total = sum(float(change.square().sum()) for change in moved.values())
+    lost = sum(float((deltas[n] - f.b @ f.a).square().sum()) for n, f in cut.items())
+    total = sum(float(change.square().sum()) for change in deltas.values())
     return float((lost / total) ** 0.5)

@@ -2,7 +2,7 @@
 
 Invariants:
 - The same factors are the same bytes.
-- A folder is loaded as PEFT loads it for anyone: nothing of ours stands between.
+- A folder is loaded by PEFT alone, as any user of PEFT would.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ def write(folder: Path, factors: Mapping[str, Factors], *, base: str, conv: bool
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    # A set comes out in another order each time; the same export should be the same bytes.
+    # PEFT makes a set of the names, whose order varies; the same export must be the same bytes.
     config.target_modules = sorted(factors)
     config.save_pretrained(folder)
     tensors = {}
-    for name, own in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = own.a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = own.b.contiguous()
+    for name, pair in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pair.b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load(model: nn.Module, folder: Path) -> Any:
-    """Put a LoRA adapter over a model, as PEFT does for anyone; the model is wrapped in place."""
+    """Wrap a model, in place, in the LoRA adapter of a folder, as PEFT loads it."""
     from peft import PeftModel
 
-    # PEFT would spread the model anew, which parts that lie on the disk do not survive; without a
-    # map its layers go where those of the base are.
-    spread = model.__dict__.pop("hf_device_map", None)
+    # PEFT would dispatch the model again, which breaks parts that are offloaded to the disk;
+    # without a device map its layers go where those of the base are.
+    device_map = model.__dict__.pop("hf_device_map", None)
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     finally:
-        if spread is not None:
-            model.hf_device_map = spread
+        if device_map is not None:
+            model.hf_device_map = device_map
 
 
 @torch.no_grad()
 def cut(model: nn.Module, factors: Mapping[str, Factors], rank: int) -> None:
-    """Let a loaded LoRA adapter compute with the first ``rank`` terms of its factors alone."""
-    for name, own in factors.items():
+    """Let a loaded LoRA adapter use only the first ``rank`` terms of its factors."""
+    for name, pair in factors.items():
         weight = model.get_submodule(name).lora_A["default"].weight  # type: ignore[index,union-attr]
-        kept = torch.zeros_like(own.a)
-        kept[:rank] = own.a[:rank]
-        weight.copy_(kept)
+        first = torch.zeros_like(pair.a)
+        first[:rank] = pair.a[:rank]
+        weight.copy_(first)

@@ -94,7 +94,7 @@ def test_what_the_store_holds(store: Store) -> None:
 def test_another_text_asks_for_update(store: Store) -> None:
     FakeKnowledge(store).add_group([fact("held")])
     preflight = inspect_facts(rows(fact("held", "new text")), store)
-    assert [problem.kind for problem in preflight.problems] == ["held"]
+    assert [problem.kind for problem in preflight.problems] == ["committed"]
     assert "kvedit update held" in preflight.problems[0].reason
 
 
@@ -143,7 +143,7 @@ def test_close_keys_are_found_in_the_input_and_in_the_store() -> None:
     new = [fact("tide lantern"), fact("tide lanterns"), fact("moss clock")]
     near = near_keys(new, ["tide lantern", "a moss clock"])
     assert Near("tide lantern", "tide lanterns", 96.0, False) in near
-    assert {(one.key, one.other) for one in near if one.held} == {
+    assert {(one.key, one.other) for one in near if one.in_store} == {
         ("tide lanterns", "tide lantern"),
         ("moss clock", "a moss clock"),
     }

@@ -28,7 +28,8 @@ from kvedit.errors import (
 )
 from kvedit.events import EditReport, IngestProgress, Score
 from kvedit.facts.fact import Fact
-from kvedit.ingest.run import ERRORS_IN_A_ROW, IngestOptions, IngestReport, ingest
+from kvedit.ingest.report import IngestOptions, IngestReport
+from kvedit.ingest.run import ERRORS_IN_A_ROW, ingest
 
 
 @pytest.fixture

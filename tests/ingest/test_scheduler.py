@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvedit.editing.plan import should_compact
 from kvedit.facts.fact import Fact
-from kvedit.ingest.scheduler import SMALLEST, Scheduler
+from kvedit.ingest.scheduler import MIN_GROUP, Scheduler
 
 
 def fact(key: str) -> Fact:
@@ -17,7 +17,7 @@ def fact(key: str) -> Fact:
 
 def all_of(groups: Scheduler) -> list[list[str]]:
     made = []
-    while group := groups.take():
+    while group := groups.next_group():
         made.append([one.key for one in group])
     return made
 
@@ -61,44 +61,44 @@ def test_the_size_follows_success() -> None:
     groups = Scheduler(facts(81), None, largest=32)
     sizes = []
     for refused in (True, True, False, False):
-        sizes.append(len(groups.take()))
-        groups.learn(refused=refused)
-    assert sizes == [32, 16, 8, 16] and len(groups.take()) == 9
+        sizes.append(len(groups.next_group()))
+        groups.adapt(rejected=refused)
+    assert sizes == [32, 16, 8, 16] and len(groups.next_group()) == 9
     few = Scheduler(facts(9), None)  # half of those that were taught, not of what is allowed
-    few.put_back(few.take())
-    few.learn(refused=True)
-    assert len(few.take()) == 4
+    few.put_back(few.next_group())
+    few.adapt(rejected=True)
+    assert len(few.next_group()) == 4
     for _ in range(9):
-        few.learn(refused=True)
-    assert few._size == SMALLEST
+        few.adapt(rejected=True)
+    assert few._size == MIN_GROUP
     fixed = Scheduler(facts(20), 3)
-    fixed.learn(refused=True)
-    assert len(fixed.take()) == 3
+    fixed.adapt(rejected=True)
+    assert len(fixed.next_group()) == 3
 
 
 def test_what_was_not_learned_goes_into_the_next_group_and_then_stands_alone() -> None:
     first, second, third, fourth = facts(4)
     groups = Scheduler([first, second, third, fourth], 2)
-    assert groups.take() == (first, second)
+    assert groups.next_group() == (first, second)
     groups.put_back([first])
-    assert groups.take() == (first, third)
+    assert groups.next_group() == (first, third)
     groups.put_back([first])
-    assert groups.take() == (fourth,)
-    assert groups.take() == (first,)
-    assert groups.take() == ()
+    assert groups.next_group() == (fourth,)
+    assert groups.next_group() == (first,)
+    assert groups.next_group() == ()
 
 
 def test_groups_stay_as_small_as_memory_wants_them() -> None:
     groups = Scheduler(facts(81), None)
     groups.limit(None)
     groups.limit(3)
-    assert len(groups.take()) == 3
-    groups.learn(refused=False)
+    assert len(groups.next_group()) == 3
+    groups.adapt(rejected=False)
     groups.limit(8)  # what was found out before stands
-    assert len(groups.take()) == 3
+    assert len(groups.next_group()) == 3
     fixed = Scheduler(facts(20), 10)
     fixed.limit(5)
-    assert len(fixed.take()) == 5
+    assert len(fixed.next_group()) == 5
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
