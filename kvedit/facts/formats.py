@@ -1,10 +1,10 @@
-"""Files of many facts: JSON Lines, JSON, CSV, TSV, a folder of texts; the format is in the content.
+"""Files of many facts: JSON Lines, JSON, CSV, TSV or a folder of texts, detected by content.
 
 Invariants:
-- A row that is no fact is given back with its place and the reason, and the reading goes on; only
-  a source that cannot be read at all raises.
+- A row that is no fact is returned with its place and the reason, and reading continues; only a
+  source that cannot be read at all raises.
 - JSON Lines, CSV and TSV are read line by line: their size does not matter.
-- The name of a file decides nothing, but in a folder, where it is the key.
+- The name of a file decides nothing, except in a folder, where it is the key.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import BinaryIO
 from kvedit.errors import InvalidFactError, KveditError, UsageError
 from kvedit.facts.csv_reader import find_table, read_table
 from kvedit.facts.fact import Fact
-from kvedit.facts.json_reader import read_json, unique_names
+from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.schemas import fact_from, looks_like_fact
 from kvedit.files import decode, read_text
 
 TEXTS = (".txt", ".md")
 HEAD = 20
-"""Lines that are looked at to find the format."""
+"""Lines that are read to detect the format."""
 
 _FORMATS = (
     "Give JSON Lines (one object with key and description on each line), a JSON array, CSV or TSV"
@@ -39,7 +39,7 @@ _FORMATS = (
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A row of the input: its place, and the fact or the problem that was found there."""
+    """A row of the input: its place (file and line or record), and its fact or its problem."""
 
     where: str
     fact: Fact | None
@@ -50,7 +50,7 @@ def read_facts(source: Path | str) -> Iterator[Located]:
     """Yield the rows of a file, a folder, or standard input (``-``), in order.
 
     Raises UsageError if the source cannot be read, InvalidFactError if it is empty, not text, or
-    in no format that is known here.
+    in no known format.
     """
     if str(source) != "-" and Path(source).is_dir():
         return _folder(Path(source))
@@ -58,14 +58,17 @@ def read_facts(source: Path | str) -> Iterator[Located]:
 
 
 def source_name(source: Path | str) -> str:
-    """What messages call a source; bytes of a name that are no text are shown as such."""
+    """What messages call a source; bytes of its name that are not UTF-8 are shown escaped."""
     if str(source) == "-":
         return "standard input"
     return os.fsencode(source).decode("utf-8", "backslashreplace")
 
 
 def read_file(source: Path | str) -> Iterator[bytes]:
-    """The lines of a file or of standard input, which is left open; raises UsageError."""
+    """The lines of a file, or of standard input, which stays open.
+
+    Raises UsageError if it cannot be read.
+    """
     name = source_name(source)
     try:
         with _opened(source) as stream:
@@ -85,33 +88,34 @@ def _opened(source: Path | str) -> nullcontext[BinaryIO] | BinaryIO:
 def _file(source: Path | str, name: str) -> Iterator[Located]:
     lines = read_file(source)
     head = _head(lines)
-    first = _sniffed(b"".join(head), name)
-    if not first:
+    start = _start(b"".join(head), name)
+    if not start:
         raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
     everything = chain(head, lines)
-    delimiter = find_table(first)
+    delimiter = find_table(start)
     if delimiter is not None:
-        return _located(read_table(everything, delimiter, name), name)
-    if _is_jsonl(first):
+        return _located(read_table(everything, delimiter, name), f"{name}, line")
+    if _is_jsonl(start):
         return _jsonl(everything, name)
-    if first.startswith(("{", "[")):
-        return _located(read_json(decode(b"".join(everything), name), name), name)
-    start = " ".join(first.split())[:60]
+    if start.startswith(("{", "[")):
+        records = read_json(decode(b"".join(everything), name), name)
+        return _located(records, f"{name}, record")
+    beginning = " ".join(start.split())[:60]
     raise InvalidFactError(
-        f"{name} is in no format that kvedit reads; it begins with {start!r}",
+        f"{name} is in no format that kvedit reads; it begins with {beginning!r}",
         hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
     )
 
 
-def _sniffed(head: bytes, name: str) -> str:
-    """The beginning as text; what is no text at all is refused, single bad bytes are not yet."""
+def _start(head: bytes, name: str) -> str:
+    """The beginning as text.  Binary data is refused; a single bad byte is left to its row."""
     if b"\0" in head or head.startswith((b"\xff\xfe", b"\xfe\xff")):
         decode(head, name)
     return head.decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
 
 
 def _head(lines: Iterator[bytes]) -> list[bytes]:
-    """The first lines, up to some that are not blank."""
+    """The first ``HEAD`` lines, and more until one is not blank."""
     head: list[bytes] = []
     for line in lines:
         head.append(line)
@@ -121,11 +125,11 @@ def _head(lines: Iterator[bytes]) -> list[bytes]:
 
 
 def _is_jsonl(text: str) -> bool:
-    """Whether a text is one object a line.
+    """Whether the beginning of a file has one object on each line.
 
-    A line of its own that is one object means JSON Lines, also when the first line is broken; but
-    one object that is all there is may be a mapping of keys to descriptions, and a line that
-    opens a list is the beginning of a document.
+    A line that is a whole object means JSON Lines, also when the first line is broken.  But a
+    single line may be a mapping of keys to descriptions, and a first line that ends by opening a
+    list is the beginning of a JSON document.
     """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     first, *others = (_object(line) for line in lines)
@@ -136,10 +140,10 @@ def _is_jsonl(text: str) -> bool:
 
 def _object(line: str) -> dict[str, object] | None:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _jsonl(lines: Iterable[bytes], name: str) -> Iterator[Located]:
@@ -158,20 +162,23 @@ def _row(where: str, data: bytes) -> Located:
 def parse_line(line: str) -> object:
     """The JSON document of one line; raises InvalidFactError."""
     try:
-        return json.loads(line, object_pairs_hook=unique_names)
+        document = parse(line)
     except (ValueError, RecursionError) as error:
         what = str(error)
-        if isinstance(error, json.JSONDecodeError):  # it counts lines of its own
+        if isinstance(error, json.JSONDecodeError):  # its line number would always be 1
             what = f"{error.msg} at column {error.colno}"
         raise InvalidFactError(
             f"not valid JSON: {what}", hint="Write one JSON object on each line."
         ) from error
+    if error := repeated_name(document):
+        raise error
+    return document
 
 
-def _located(records: Iterable[tuple[int, object]], name: str) -> Iterator[Located]:
-    """Facts from numbered records; one that could not be parsed is an error in its place."""
+def _located(records: Iterable[tuple[int, object]], prefix: str) -> Iterator[Located]:
+    """Facts from numbered records; an InvalidFactError among them is the problem of its row."""
     for number, record in records:
-        where = f"{name}, line {number}"
+        where = f"{prefix} {number}"
         try:
             if isinstance(record, InvalidFactError):
                 raise record
@@ -201,7 +208,7 @@ def _folder(folder: Path) -> Iterator[Located]:
 
 def _text_file(path: Path) -> Located:
     where = source_name(path)
-    # Some systems hand out names with their accents taken apart.
+    # Some file systems return decomposed accents (NFD).
     key = unicodedata.normalize("NFC", path.stem)
     try:
         return Located(where, Fact.create(key, read_text(path), source=path.name))

@@ -26,11 +26,11 @@ def read(tmp_path: Path, data: bytes | str, name: str = "facts") -> list[Located
     return list(read_facts(path))
 
 
-def found(rows: list[Located]) -> list[Fact | None]:
+def facts_of(rows: list[Located]) -> list[Fact | None]:
     return [row.fact for row in rows]
 
 
-def lines_of(rows: list[Located]) -> list[str]:
+def places_of(rows: list[Located]) -> list[str]:
     return [row.where.rpartition(", ")[2] for row in rows]
 
 
@@ -69,19 +69,21 @@ FORMATS = {
 @pytest.mark.parametrize("data", FORMATS.values(), ids=FORMATS.keys())
 def test_the_format_is_found_from_the_content(tmp_path: Path, data: str) -> None:
     for name in ("facts.jsonl", "facts.csv", "facts"):
-        assert found(read(tmp_path, data, name)) == [TOWN, LAMP]
+        assert facts_of(read(tmp_path, data, name)) == [TOWN, LAMP]
 
 
-def test_rows_know_their_lines(tmp_path: Path) -> None:
+def test_rows_know_their_lines_or_numbers(tmp_path: Path) -> None:
     pretty = json.dumps([TOWN.to_json(), LAMP.to_json()], indent=1)
-    assert lines_of(read(tmp_path, pretty)) == ["line 2", "line 7"]
-    assert lines_of(read(tmp_path, f"\n{TOWN_JSON}\n\n{LAMP_JSON}")) == ["line 2", "line 4"]
+    assert places_of(read(tmp_path, pretty)) == ["record 1", "record 2"]
+    assert places_of(read(tmp_path, f"\n{TOWN_JSON}\n\n{LAMP_JSON}")) == ["line 2", "line 4"]
     table = 'key,description\na,"one\ntwo"\n\nb,c\n'
     rows = read(tmp_path, table)
-    assert lines_of(rows) == ["line 2", "line 5"]
+    assert places_of(rows) == ["line 2", "line 5"]
     assert rows[0].fact is not None and rows[0].fact.description == "one\ntwo"
     mapping = '{"a": "x",\n "b": "y"}'
-    assert lines_of(read(tmp_path, mapping)) == ["line 1", "line 2"]
+    assert places_of(read(tmp_path, mapping)) == ["record 1", "record 2"]
+    listed = json.dumps({"version": 1, "facts": [TOWN.to_json(), LAMP.to_json()]})
+    assert places_of(read(tmp_path, listed)) == ["record 1", "record 2"]
 
 
 def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +94,8 @@ def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_object_is_one_fact(tmp_path: Path) -> None:
-    assert found(read(tmp_path, TOWN_JSON)) == [TOWN]
-    assert found(read(tmp_path, json.dumps(TOWN.to_json(), indent=1))) == [TOWN]
+    assert facts_of(read(tmp_path, TOWN_JSON)) == [TOWN]
+    assert facts_of(read(tmp_path, json.dumps(TOWN.to_json(), indent=1))) == [TOWN]
 
 
 TEXT = st.text(st.characters(blacklist_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1)
@@ -121,7 +123,7 @@ def test_what_was_written_is_read_again(
     texts = ["\n".join(json.dumps(d, ensure_ascii=False) for d in documents), json.dumps(documents)]
     texts += [table(facts, delimiter) for delimiter in ",\t;"]
     for text in texts:
-        assert found(read(folder, text)) == facts
+        assert facts_of(read(folder, text)) == facts
 
 
 def table(facts: list[Fact], delimiter: str) -> str:
@@ -158,7 +160,7 @@ def test_counterfact_and_zsre_records(tmp_path: Path) -> None:
     }  # fmt: skip
     for record, answer in ((flat, "Tarn"), (original, None), (zsre, "Tarn")):
         rows = read(tmp_path, json.dumps(record))
-        assert found(rows) == [
+        assert facts_of(rows) == [
             Fact.create(
                 "The lamp",
                 "Marrow",
@@ -210,7 +212,9 @@ def test_a_folder_without_texts(tmp_path: Path) -> None:
         (b'{"subject": "a", "prompt": 3, "target_new": "c"}', '"prompts" must hold strings'),
     ],
 )
-def test_a_bad_line_is_told_and_the_next_is_read(tmp_path: Path, line: bytes, problem: str) -> None:
+def test_a_bad_line_is_reported_and_the_next_is_read(
+    tmp_path: Path, line: bytes, problem: str
+) -> None:
     good = TOWN_JSON.encode()
     for rows in (
         read(tmp_path, good + b"\n\n" + line + b"\n" + good),
@@ -241,7 +245,7 @@ def test_a_bad_row_of_a_table(tmp_path: Path, row: bytes, problem: str) -> None:
 
 def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
     rows = read(tmp_path, 'key,description\na,b\nPorto,"A town\nlamp,x\n')
-    assert found(rows)[0] is not None
+    assert facts_of(rows)[0] is not None
     assert rows[1].where.endswith("line 3")
     assert "never closed" in (rows[1].problem or "")
 
@@ -249,9 +253,28 @@ def test_a_quote_that_is_never_closed(tmp_path: Path) -> None:
 def test_a_json_document_with_bad_items(tmp_path: Path) -> None:
     rows = read(tmp_path, '[\n7,\n{"key": "a", "key": "b"},\n' + TOWN_JSON + "]")
     assert [row.problem is None for row in rows] == [False, False, True]
-    assert lines_of(rows) == ["line 2", "line 3", "line 4"]
+    assert places_of(rows) == ["record 1", "record 2", "record 3"]
+    assert rows[1].problem == '"key" is given twice in one object'
     rows = read(tmp_path, '{"a": "text",\n"b": 3}')
     assert rows[1].problem == '"description" must be a string, not a number'
+
+
+@pytest.mark.parametrize(
+    ("data", "problems"),
+    [
+        ('{"key": "a", "description": "b", "key": "c"}', ['"key" is given twice in one object']),
+        ('{"a": {"x": 1, "x": 2}, "b": "c"}', ['"x" is given twice in one object', None]),
+        ('[{"key": "a", "description": "b", "locality": [{"prompt": "p", "prompt": "q"}]}]',
+         ['"prompt" is given twice in one object']),
+        ('{"facts": [{"key": "a", "description": "b"}], "n": {"x": 1, "x": 2}}', [None]),
+        ('{"a": "b", "a": "c"}', [None, None]),  # two records: the ingest refuses one of them
+    ],
+)  # fmt: skip
+def test_a_name_given_twice_is_the_problem_of_its_record(
+    tmp_path: Path, data: str, problems: list[str | None]
+) -> None:
+    for text in (data, data.replace(", ", ",\n")):
+        assert [row.problem for row in read(tmp_path, text)] == problems
 
 
 @pytest.mark.parametrize(
@@ -268,6 +291,7 @@ def test_a_json_document_with_bad_items(tmp_path: Path) -> None:
         (b'{"key": "a",', "not valid JSON"),
         (b'[{"key": "a" "b"}]', "line 1: not valid JSON"),
         (b'{"facts": [\n{"key": "a", "description": "b"}\n]', "line 3: not valid JSON"),
+        (b'[{"key": "a", "description": "b"}] []', "line 1: not valid JSON: Extra data"),
         (b"key,description,key\na,b,c\n", "two columns are named 'key'"),
     ],
 )
