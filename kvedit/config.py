@@ -224,7 +224,6 @@ class ModelConfig:
         "", help="Quantization with bitsandbytes, `4bit` or `8bit`. It counts when the store is"
         " made; the store is for the quantized weights from then on.",
     )  # fmt: skip
-    shard: bool = setting(False, help="Share the blocks below the edited ones among processes.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

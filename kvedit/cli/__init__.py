@@ -7,9 +7,10 @@ sqlite-utils, so that `kvedit --help` is quick.
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 
 import click
 
@@ -19,13 +20,12 @@ from kvedit.cli.common import (
     KveditGroup,
     Settings,
     configure_logging,
-    fail,
     show_version,
 )
 from kvedit.cli.edit import add, init, remove, rollback, update
 from kvedit.cli.ingest import ingest
 from kvedit.cli.query import ask, chat, history, list_facts, report, show, similar, status
-from kvedit.errors import KveditError
+from kvedit.distributed.launch import launched_rank, leave, shared_store
 
 EXIT_CODES = """\b
 Exit codes:
@@ -35,11 +35,8 @@ Exit codes:
   13 model does not match the store    130 interrupted"""
 
 
-LAUNCHED = (
-    ("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
-)  # fmt: skip
-"""How launchers number the processes that they start: number, and how many there are."""
+SHARED = ("add", "ingest", "verify")
+"""Commands that several processes run together; the others run on rank 0 alone."""
 
 
 @click.group(
@@ -80,7 +77,12 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
     """
     verbosity = -1 if quiet else min(verbose, 2)
     configure_logging(verbosity)
-    ctx.obj = Settings(store=store, verbosity=verbosity, crew=ctx.obj)  # the crew that main has met
+    rank = launched_rank()
+    if rank is not None and ctx.invoked_subcommand in SHARED:
+        store = ctx.with_resource(shared_store(store))
+    elif rank:
+        ctx.exit()
+    ctx.obj = Settings(store=store, verbosity=verbosity, rank=rank or 0)
 
 
 COMMANDS = (
@@ -91,49 +93,29 @@ for command in COMMANDS:
     cli.add_command(command)
 
 
-def several_processes() -> bool:
-    """Whether a launcher started this command more than once, by what it says in the environment:
-    `accelerate launch`, torchrun, and MPI where accelerate calls it.
-    """
-    counts = [os.environ.get(size, "1") for rank, size in LAUNCHED if rank in os.environ]
-    return "MASTER_ADDR" in os.environ and any(count not in ("", "1") for count in counts)
-
-
-def run_together() -> None:
-    """Process 0 runs the command; the others help where it lets them, and end with it."""
-    configure_logging(0)
-    from kvedit.distributed.crew import Crew
-    from kvedit.distributed.processes import follow
-
-    try:
-        crew = Crew()
-    except KveditError as error:
-        fail(error.message, error.hint)
-        sys.exit(error.exit_code)
+def run_together(rank: int) -> int:
+    """Run the command as one of several processes, of which only rank 0 prints; the exit code."""
+    output = io.StringIO()
     code: object = 0
-    try:
-        if crew.rank:
-            follow(crew)
-        else:
-            cli(prog_name="kvedit", obj=crew)
-    except KveditError as error:  # of the others; the command has its own border
-        fail(error.message, error.hint)
-        code = error.exit_code
-    except SystemExit as end:
-        code = end.code
-    finally:
-        crew.end()
-    crew.exit(code if isinstance(code, int) else int(code is not None))
+    with ExitStack() as stack:
+        if rank:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(output))
+        try:
+            cli(prog_name="kvedit")
+        except SystemExit as end:
+            code = end.code
+    return leave(code if isinstance(code, int) else int(code is not None), output.getvalue())
 
 
 def main() -> None:
     """Entry point of the `kvedit` script."""
     try:
-        if several_processes():
-            run_together()
-        else:
-            # Whoever stops a service or a container means Ctrl-C.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            cli(prog_name="kvedit")
+        # Whoever stops a service or a container means Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        rank = launched_rank()
+        if rank is not None:
+            sys.exit(run_together(rank))
+        cli(prog_name="kvedit")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import click
 
@@ -17,46 +19,59 @@ from kvedit.cli.common import (
     read_only,
     require_keys,
 )
+from kvedit.cli.output import (
+    edit_parts,
+    pairs,
+    print_json_line,
+    print_parts,
+    print_result,
+    score_text,
+    seconds_text,
+    size_text,
+    styled,
+    table,
+)
+from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
+from kvedit.cli.tables import (
+    finding_fields,
+    finding_parts,
+    first_of,
+    margin_text,
+)
 from kvedit.errors import CorruptStoreError, GateFailedError, RejectedError
 
 if TYPE_CHECKING:
-    from kvedit.cli.progress import Reporter
-    from kvedit.editing.verify import VerifyReport
-    from kvedit.events import Event, Score
+    from rich.console import RenderableType
+
+    from kvedit.editing.verify import BaseKnowledgeReport, VerifyReport
+    from kvedit.events import Event, RetentionCheck, Score
+    from kvedit.revisions.export_hf import ExportReport
     from kvedit.store.rows import Finding
 
-DOCTOR_HINT = "a good backup restores everything; without one, see docs/store-format.md"
+DOCTOR_HINT = "restore the store from a backup; without one, see docs/store-format.md"
+SHOWN = 50
+NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @click.command()
 @click.argument("keys", nargs=-1)
 @click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Check only N facts, those most at risk first.",
-)
+    "--sample", type=click.IntRange(min=1), metavar="N",
+    help="Check N facts only, those most likely to be lost first.",
+)  # fmt: skip
 @click.option("--repair", is_flag=True, help="Train the facts again that are no longer recalled.")
 @click.option(
-    "--base",
-    type=click.IntRange(min=1),
-    is_flag=False,
-    flag_value=300,
-    metavar="[N]",
-    help="Also ask N questions that the base model could answer (TRR).  [300 if N is left out]",
-)
+    "--base-knowledge", type=click.IntRange(min=1), is_flag=False, flag_value=300, metavar="[N]",
+    help="Also ask N questions that the base model could answer (TRR). [300 if N is left out]",
+)  # fmt: skip
 @click.option(
-    "--fail-under",
-    type=click.FloatRange(0, 100),
-    metavar="P",
+    "--fail-under", type=click.FloatRange(0, 100), metavar="P",
     help="Exit with code 4 if less than P percent of the facts are recalled.",
-)
+)  # fmt: skip
 @click.option(
-    "--junit",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
+    "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Also write the results as JUnit XML.",
-)
+)  # fmt: skip
 @json_lines_option
 @click.pass_obj
 def verify(
@@ -64,7 +79,7 @@ def verify(
     keys: tuple[str, ...],
     sample: int | None,
     repair: bool,
-    base: int | None,
+    base_knowledge: int | None,
     fail_under: float | None,
     junit: Path | None,
     as_json: bool,
@@ -72,26 +87,24 @@ def verify(
     """Check what the model still recalls.
 
     All committed facts are asked again, or only the KEYS, and the results are recorded. With
-    --base also some of what the model knew before the first edit: of its own protected texts
-    those that it was sure of, and that name no fact of the store.
+    --base-knowledge questions are asked as well that the base model answered with confidence before
+    the first edit; those that name a fact of the store are left out.
 
     \b
     Examples:
       kvedit verify
-      kvedit verify --base 500
+      kvedit verify --base-knowledge 500
       kvedit verify 夢中情爐 Porto
       kvedit verify --sample 100 --repair
       kvedit verify --fail-under 99 --junit report.xml
     """
-    from kvedit.cli.progress import make_reporter
-
     require_keys(settings, keys)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, shared=True) as knowledge:
-        report = knowledge.verify(list(keys) or None, sample=sample, repair=repair, base_knowledge=base or 0)
-    if junit is not None:
-        from kvedit.cli.junit import write_junit
-
+    with knowledge_base(settings, reporter) as knowledge:
+        report = knowledge.verify(
+            list(keys) or None, sample=sample, repair=repair, base_knowledge=base_knowledge or 0
+        )
+    if junit is not None and not settings.rank:
         write_junit(junit, report)
     code = verify_code(report, fail_under)
     show_verify(settings, reporter, report, code)
@@ -124,55 +137,134 @@ def show_verify(
     settings: Settings, reporter: Reporter, report: VerifyReport, exit_code: int
 ) -> None:
     """The result of a verification: JSON Lines, or text and what to do next."""
-    from kvedit.cli.output import print_json_line, print_lines
-    from kvedit.cli.progress import JsonReporter
-    from kvedit.cli.tables import verify_fields, verify_lines
-
     if isinstance(reporter, JsonReporter):
         events: list[Event] = [*report.checks, *report.repaired]
         for event in events:
             reporter(event)
         print_json_line({**verify_fields(report), "exit_code": exit_code})
         return
-    print_lines(verify_lines(report, verbose=settings.verbosity > 0))
+    print_parts(*verify_parts(report, verbose=settings.verbosity > 0))
     if not report.repaired and not all(check.passed for check in report.checks):
         next_step(settings, "verify", "--repair")
 
 
+def verify_fields(report: VerifyReport) -> dict[str, Any]:
+    """The summary of a verification."""
+    base = report.base
+    known = base and {
+        "generated": base.generated.to_json(),
+        "teacher_forced": base.score.to_json(),
+        "lost": list(base.lost),
+        "fluency": base.fluency,
+        "base_fluency": base.base_fluency,
+    }
+    return {
+        "message_type": "summary",
+        "kind": "verify",
+        "revision": report.revision,
+        "checked": len(report.checks),
+        "passed": sum(check.passed for check in report.checks),
+        "generated": report.generated.to_json(),
+        "teacher_forced": report.score.to_json(),
+        "base_knowledge": known,
+        "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def verify_parts(report: VerifyReport, *, verbose: bool = False) -> list[RenderableType]:
+    """What a verification measured, the facts and answers that were lost first."""
+    parts = _lost_facts(report, verbose)
+    for edit in report.repaired:
+        parts += edit_parts(edit)
+    if not report.checks and report.base is None:
+        return [*parts, "no committed facts to check"]
+    rows = [("facts recalled (ERR)", score) for score in (report.generated, report.score)]
+    if report.base is not None:
+        parts += _lost_answers(report.base, verbose)
+        scores = (report.base.generated, report.base.score)
+        rows += [("base knowledge kept (TRR)", score) for score in scores]
+    lines = [(label, score_text(score)) for label, score in rows if score.n]
+    if report.base is not None and report.base.fluency is not None:
+        fluency = f"{report.base.fluency:.2f} bits (base model: {report.base.base_fluency:.2f})"
+        lines.append(("fluency of these answers", fluency))
+    parts.append(f"revision {report.revision}, {seconds_text(report.seconds)}")
+    return parts + ([pairs(lines, 2)] if lines else [])
+
+
+def _lost_facts(report: VerifyReport, verbose: bool) -> list[RenderableType]:
+    lost = [check for check in report.checks if not check.passed]
+    checks = report.checks if verbose else lost[:SHOWN]
+    if not checks:
+        return []
+    rows = [
+        (styled("recalled" if one.passed else "lost"), margin_text(one.margin), one.key)
+        for one in checks
+    ]
+    more = [] if verbose else first_of([one.key for one in lost], SHOWN)[SHOWN:]
+    return [table(("result", "margin", "key"), rows), *more, ""]
+
+
+def _lost_answers(base: BaseKnowledgeReport, verbose: bool) -> list[RenderableType]:
+    """Questions that are no longer answered as the base model answers them."""
+    lost = first_of(base.lost, len(base.lost) if verbose else SHOWN)
+    lines = [f"  {question}" for question in lost]
+    return ["no longer answered as by the base model:", *lines, ""] if lines else []
+
+
+def write_junit(path: Path, report: VerifyReport) -> None:
+    """JUnit XML, whole or not at all: one `testcase` for each check, so that CI systems show lost
+    facts as failed tests.
+    """
+    from kvedit.files import write_atomic
+
+    root = ElementTree.Element("testsuites")
+    suite = ElementTree.SubElement(
+        root, "testsuite", name=f"kvedit verify, revision {report.revision}",
+        tests=str(len(report.checks)), errors="0", time=f"{report.seconds:.3f}",
+        failures=str(sum(not check.passed for check in report.checks)),
+    )  # fmt: skip
+    for check in report.checks:
+        _add_case(suite, check)
+    ElementTree.indent(root)
+    xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    write_atomic(path, xml + b"\n")
+
+
+def _add_case(suite: ElementTree.Element, check: RetentionCheck) -> None:
+    name = NOT_XML.sub("\ufffd", check.key)
+    case = ElementTree.SubElement(suite, "testcase", classname=f"kvedit.{check.kind}", name=name)
+    if not check.passed:
+        margin = "" if check.margin is None else f" (margin {check.margin:.3f})"
+        message = f"no longer recalled at revision {check.revision}{margin}"
+        ElementTree.SubElement(case, "failure", message=message)
+
+
 @click.command()
-@click.option(
-    "--quick", is_flag=True, help="Only database, files and digests; do not load the model."
-)
+@click.option("--quick", is_flag=True, help="Check database and files only, without the model.")
 @json_option
 @click.pass_obj
 def doctor(settings: Settings, quick: bool, as_json: bool) -> None:
-    """Check that the store is sound.
+    """Check the store for damage.
 
-    Database, deltas, checkpoints and model weights must fit together. Nothing is changed. Errors
-    make the exit code 4.
+    Database, deltas, checkpoints and model weights must agree with each other. Nothing is changed.
+    The exit code is 4 if there are errors.
 
     \b
     Examples:
       kvedit doctor
       kvedit doctor --quick --json
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.tables import finding_fields, finding_lines
-
     findings = _findings(settings, quick=quick)
     errors = sum(finding.level == "error" for finding in findings)
-    if as_json:
-        print_json({"ok": not errors, "findings": [finding_fields(one) for one in findings]})
-    else:
-        print_lines(finding_lines(findings))
+    document = {"ok": not errors, "findings": [finding_fields(one) for one in findings]}
+    print_result(as_json, document, *finding_parts(findings))
     if errors:
-        raise GateFailedError(f"{errors} error(s) found", hint=DOCTOR_HINT)
+        raise GateFailedError(f"the store has {errors} error(s)", hint=DOCTOR_HINT)
 
 
 def _findings(settings: Settings, *, quick: bool) -> Sequence[Finding]:
     """What is wrong; a store too damaged to open is a finding, not a crash."""
-    from kvedit.cli.progress import make_reporter
-
     if not quick:
         try:
             with knowledge_base(settings, make_reporter(quiet=settings.quiet)) as base:
@@ -201,42 +293,33 @@ def _opening_error(error: CorruptStoreError) -> Finding:
 def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
     """Write a consistent copy of the store to a tar FILE.
 
-    The copy holds database, deltas and checkpoints. Safe while another kvedit is at work. To
-    restore, unpack FILE into an empty folder.
+    The copy holds database, deltas and checkpoints, and may be made while another kvedit command is
+    running. To restore it, unpack FILE into an empty folder.
 
     \b
     Examples:
       kvedit backup monday.tar
     """
-    from kvedit.cli.output import print_json, size_text
-
     if file.exists() and not force:
         raise click.UsageError(f"{file} exists; choose another name, or --force to replace it")
     with read_only(settings) as store:
         store.backup(file)
-        fields = {"path": str(file), "revision": store.head(), "bytes": file.stat().st_size}
-    if as_json:
-        print_json(fields)
-    else:
-        size = size_text(file.stat().st_size)
-        click.echo(f"wrote {file}: revision {fields['revision']}, {size}")
+        head = store.head()
+    size = file.stat().st_size
+    fields = {"path": str(file), "revision": head, "bytes": size}
+    print_result(as_json, fields, f"wrote {file}: revision {head}, {size_text(size)}")
 
 
 @click.command()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Type of the weights. [that of the base model]",
-)
+)  # fmt: skip
 @click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["hf", "peft"]),
-    default="hf",
-    show_default=True,
-    help="A whole model, or one LoRA adapter over the untouched base model.",
-)
+    "--format", "kind", type=click.Choice(["hf", "peft"]), default="hf", show_default=True,
+    help="A whole model, or one LoRA adapter for the unchanged base model.",
+)  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", help="Size of one weight file, such as 2GB.")
 @json_option
 @click.pass_obj
@@ -250,9 +333,9 @@ def export(
 ) -> None:
     """Write the model to a folder that transformers and vLLM load.
 
-    The written files are loaded again and all facts asked once more: a differing answer makes
-    the exit code 4. An adapter has the smallest rank with which every probe still passes; --dtype
-    and --max-shard-size are for whole models.
+    The written files are loaded again and asked for all facts; the exit code is 4 if an answer
+    differs. An adapter gets the smallest rank with which every probe still passes; --dtype and
+    --max-shard-size are for whole models only.
 
     \b
     Examples:
@@ -260,10 +343,6 @@ def export(
       kvedit export my-model --dtype float16 --max-shard-size 2GB
       kvedit export my-adapter --format peft
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.progress import make_reporter
-    from kvedit.cli.tables import export_fields, export_lines
-
     if kind == "peft" and (dtype or max_shard_size):
         raise click.UsageError("--dtype and --max-shard-size do not go with --format peft")
     with knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
@@ -271,9 +350,25 @@ def export(
             report = base.export_adapter(directory)
         else:
             report = base.export(directory, dtype=dtype, max_shard_size=max_shard_size)
-    if as_json:
-        print_json(export_fields(report))
-    else:
-        print_lines(export_lines(report))
+    print_result(as_json, export_fields(report), *export_parts(report))
     if report.mismatches:
         raise GateFailedError(f"{len(report.mismatches)} answer(s) differ in the exported model")
+
+
+def export_fields(report: ExportReport) -> dict[str, Any]:
+    """An export as a JSON document."""
+    names = ("revision", "mismatches", "rank", "error")
+    fields = {name: getattr(report, name) for name in names}
+    return {"path": str(report.path), "probes": report.probes.to_json(), **fields}
+
+
+def export_parts(report: ExportReport) -> list[RenderableType]:
+    """Where the model went and whether it answers as it should."""
+    rows = []
+    if report.rank is not None:
+        rows.append(("adapter", f"rank {report.rank}, leaves out {report.error:.2%} of the change"))
+    if report.probes.n:
+        rows.append(("same answers", score_text(report.probes)))
+    rows += [("differs", prompt) for prompt in first_of(report.mismatches)]
+    parts: list[RenderableType] = [f"exported revision {report.revision} to {report.path}"]
+    return parts + ([pairs(rows, 2)] if rows else [])

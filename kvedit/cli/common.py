@@ -24,7 +24,6 @@ from kvedit.errors import KveditError
 
 if TYPE_CHECKING:
     from kvedit.cli.progress import Reporter
-    from kvedit.distributed.crew import Crew
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.store.store import Store
 
@@ -37,13 +36,13 @@ LOG_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The global options. `verbosity`: -1 quiet, 0 normal, 1 verbose, 2 debugging; `crew`: other
-    processes that may share the work.
+    """The global options. `verbosity`: -1 quiet, 0 normal, 1 verbose, 2 debugging; `rank`: of
+    several processes that run the command together, of which only 0 writes files.
     """
 
     store: str | None = None
     verbosity: int = 0
-    crew: Crew | None = None
+    rank: int = 0
 
     @property
     def quiet(self) -> bool:
@@ -183,11 +182,9 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
 
 @contextmanager
 def knowledge_base(
-    settings: Settings, reporter: Reporter, *, create: bool = False, shared: bool = False
+    settings: Settings, reporter: Reporter, *, create: bool = False
 ) -> Iterator[KnowledgeBase]:
-    """The opened knowledge base; with `create`, a missing store is made and said so; with `shared`,
-    other processes of a launcher help.
-    """
+    """The opened knowledge base; with `create`, a missing store is made and said so."""
     from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
@@ -200,8 +197,7 @@ def knowledge_base(
         from kvedit.editing.knowledge_base import KnowledgeBase
 
         make = KnowledgeBase.create if missing else KnowledgeBase.open
-        helped: Any = {"crew": settings.crew} if shared and settings.crew else {}
-        with make(path, on_event=reporter, **helped) as base:
+        with make(path, on_event=reporter) as base:
             yield base
 
 

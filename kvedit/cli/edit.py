@@ -19,6 +19,8 @@ from kvedit.cli.common import (
     read_only,
     require_keys,
 )
+from kvedit.cli.output import edit_parts, print_json_line, print_parts
+from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
@@ -33,21 +35,17 @@ def run_edit(
     edit: Callable[[KnowledgeBase], EditReport],
     *,
     create: bool = False,
-    shared: bool = False,
 ) -> None:
     """Open the store, make one edit, show its report, and leave with the right exit code."""
-    from kvedit.cli.output import edit_lines, print_json_line, print_lines
-    from kvedit.cli.progress import make_reporter
-
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, create=create, shared=shared) as base:
+    with knowledge_base(settings, reporter, create=create) as base:
         report = edit(base)
     code = EXIT_CODES.get(report.outcome, 1)
     if as_json:
         reporter(report)
         print_json_line(summary_fields(report, code))
     else:
-        print_lines(edit_lines(report, verbose=settings.verbosity > 0))
+        print_parts(*edit_parts(report, verbose=settings.verbosity > 0))
         suggest(settings, report)
     click.get_current_context().exit(code)
 
@@ -70,12 +68,12 @@ def suggest(settings: Settings, report: EditReport) -> None:
     key = report.key or ""
     if report.outcome == "rejected":
         if report.kind == "add":
-            note(settings, "a --prompt of your own, or an --alias, may help the fact to stick")
-        note(settings, "to commit it all the same and be told what it broke, add --force")
+            note(settings, "a --prompt or --alias of your own may help the model to learn it")
+        note(settings, "add --force to commit it all the same and to see what it broke")
     elif report.outcome == "unchanged":
         next_step(settings, "show", key)
     elif report.kind in ("add", "update"):
-        next_step(settings, "ask", question(key), "--before")
+        next_step(settings, "ask", question(key), "--compare-base")
     else:
         next_step(settings, "verify")
 
@@ -90,53 +88,40 @@ def question(key: str) -> str:
 @click.option(
     "--model", metavar="NAME_OR_DIR", help="Base model: a folder or a hub name. [the embedded one]"
 )
-@click.option("--revision", metavar="SHA", help="Commit of the hub model to pin.")
+@click.option("--revision", metavar="SHA", help="Commit of the model on the hub.")
 @click.option(
-    "--trust-remote-code", is_flag=True, help="Let the model's own Python code run. Read it first."
+    "--trust-remote-code", is_flag=True, help="Run the model's own Python code. Read it first."
 )
 @click.option(
-    "--protect",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file of text the model must keep to, besides what it says by itself.",
-)
+    "--protect-file", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text of your own that edits must not change, besides what the model knows already.",
+)  # fmt: skip
 @click.option(
-    "--targets",
-    metavar="NAMES",
-    help="Linear layers that edits may touch, with commas: last names such as q_proj,v_proj, or"
+    "--targets", metavar="NAMES", default="",
+    help="Linear layers that edits may change, with commas: last names such as q_proj,v_proj, or"
     " patterns such as 'model.layers.*.mlp.down_proj'. [those of the model's family]",
-)
+)  # fmt: skip
 @click.option(
-    "--device-map",
-    default="",
-    metavar="MAP",
+    "--device-map", default="", metavar="MAP",
     help="Spread the model over devices: auto, balanced, sequential, a device, or a JSON file of"
     " devices by module. [one device]",
-)
+)  # fmt: skip
 @click.option(
-    "--load-in",
-    type=click.Choice(["4bit", "8bit"]),
-    help="Pack the weights that no edit touches (needs bitsandbytes). [as they are stored]",
-)
+    "--load-in", type=click.Choice(["4bit", "8bit"]),
+    help="Quantize the weights that no edit changes (needs bitsandbytes). [as they are stored]",
+)  # fmt: skip
 @click.option(
     "--ignore-memory", is_flag=True, help="Go on even if the model seems too large to be edited."
 )
 @click.pass_obj
 def init(
-    settings: Settings,
-    model: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    protect: Path | None,
-    targets: str | None,
-    device_map: str,
-    load_in: str | None,
-    ignore_memory: bool,
-) -> None:
-    """Create a store and pin its base model.
+    settings: Settings, /, model: str | None, targets: str, load_in: str | None,
+    ignore_memory: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Create a store for a base model.
 
-    The model is pinned by a fingerprint of its files: a store opens only with the model it was
-    made for. Without --model, the small model that comes with kvedit is used; it needs no
-    download.
+    The store keeps a fingerprint of the model's files and opens only with the same model. Without
+    --model it is made for the small model that comes with kvedit, which needs no download.
 
     \b
     Examples:
@@ -145,25 +130,23 @@ def init(
       kvedit init --model Qwen/Qwen2.5-0.5B-Instruct --revision 7ae5576
       kvedit init --model ./my-model --targets o_proj,down_proj
       kvedit init --model ./large-model --device-map auto
+      kvedit init --protect-file handbook.txt
     """
-    from kvedit.cli.progress import make_reporter
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.store.store import resolve_store
 
     path = resolve_store(settings.store)
-    named = [name.strip() for name in (targets or "").split(",") if name.strip()]
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options |= {"protect": protect, "targets": named, "check_memory": not ignore_memory}
-    options |= {"device_map": device_map, "load_in": load_in or ""}
+    options["targets"] = [name.strip() for name in targets.split(",") if name.strip()]
+    options |= {"load_in": load_in or "", "check_memory": not ignore_memory}
     with (
         make_reporter(quiet=settings.quiet) as reporter,
         KnowledgeBase.create(path, model, on_event=reporter, **options) as base,
     ):
         name = base.store.meta("model_name")
         lines = base.example_lines()
-    click.echo(f"created the store {path} for the model {name}")
-    click.echo("a fact is trained and asked like this (to change it: [prompts] in kvedit.toml):")
-    click.echo("\n".join(f"  {line}" for line in lines))
+    print_parts(f"created the store {path} for the model {name}")
+    print_parts("facts are trained and asked like this (see [prompts] in kvedit.toml):")
+    print_parts(*lines, indent=2)
     next_step(settings, "add", "KEY", "FILE")
 
 
@@ -176,38 +159,32 @@ def init(
     "--prompt", "prompts", multiple=True, help="A phrasing of your own to train. Repeatable."
 )
 @click.option(
-    "--paraphrase",
-    "paraphrases",
-    multiple=True,
-    help="A phrasing that is only tested, never trained. Repeatable.",
-)
+    "--paraphrase", "paraphrases", multiple=True,
+    help="A phrasing that is asked afterwards and never trained. Repeatable.",
+)  # fmt: skip
 @click.option(
-    "--lang",
-    type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
-    help="Language of the phrasings. [found from the text]",
-)
+    "--lang", type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
+    help="Language of the phrasings. [detected from the text]",
+)  # fmt: skip
 @force_option
 @json_lines_option
 @click.pass_obj
 def add(
-    settings: Settings,
-    key: str,
-    file: str | None,
-    text: str | None,
-    aliases: tuple[str, ...],
-    prompts: tuple[str, ...],
-    paraphrases: tuple[str, ...],
-    lang: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Teach the model a fact: what FILE says about KEY.
+    settings: Settings, /, key: str, file: str | None, text: str | None, force: bool, as_json: bool,
+    **details: Any,
+) -> None:  # fmt: skip
+    """Train a fact into the model: the text of FILE is what KEY stands for.
 
-    FILE is a text file, or '-' for standard input. The fact is trained into the weights, then
-    checked: its own phrasings, phrasings it was never trained on, answers that must not change, and
-    earlier facts. Only if all hold is it committed; otherwise the model stays exactly as it was,
-    the reasons are listed, and the exit code is 3. A missing store is created with the embedded
-    model.
+    FILE is a text file, or '-' for standard input. After training four things are checked:
+
+    \b
+      reliability     the trained phrasings of the question
+      generalization  phrasings that were never trained (paraphrases)
+      locality        answers that must not change
+      retention       earlier facts
+
+    The edit is committed only if all checks pass. Otherwise the model stays exactly as it was, the
+    reasons are listed, and the exit code is 3. A missing store is created with the embedded model.
 
     \b
     Examples:
@@ -218,19 +195,12 @@ def add(
     from kvedit.facts.fact import Fact
 
     description = description_of(file, text)
-    details: dict[str, Any] = {
-        "aliases": aliases,
-        "lang": lang,
-        "prompts": prompts,
-        "paraphrases": paraphrases,
-    }
     Fact.create(key, description, **details)  # bad input fails before anything is made or loaded
     run_edit(
         settings,
         as_json,
         lambda base: base.add(key, description, force=force, **details),
         create=True,
-        shared=True,
     )
 
 
@@ -244,10 +214,10 @@ def add(
 def update(
     settings: Settings, key: str, file: str | None, text: str | None, force: bool, as_json: bool
 ) -> None:
-    """Change what the model says about KEY.
+    """Give a fact another description.
 
     FILE holds the new description, or is '-' for standard input. The change is checked like an
-    added fact; if it is refused, the old description stands.
+    added fact; if it is rejected, the model keeps the old description.
 
     \b
     Examples:
@@ -265,10 +235,10 @@ def update(
 @json_lines_option
 @click.pass_obj
 def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
-    """Take a fact out again.
+    """Remove a fact from the model.
 
-    The model is trained back to what it answered before the fact came. This is an edit like any
-    other, under the same checks. To undo edits exactly, see `rollback`.
+    The model is trained to answer again what it answered before the fact was added. This is an edit
+    like any other, with the same checks. To undo edits bit for bit, see `rollback`.
 
     \b
     Examples:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,13 +19,21 @@ from kvedit.cli.common import (
     next_step,
     note,
 )
+from kvedit.cli.output import print_json_line, print_parts
+from kvedit.cli.progress import make_reporter
+from kvedit.cli.tables import (
+    ingest_fields,
+    ingest_parts,
+    plan_fields,
+    plan_parts,
+    problem_lines,
+    similar_keys_text,
+)
 from kvedit.errors import InvalidFactError, RejectedError
 
 if TYPE_CHECKING:
-    from kvedit.cli.progress import Reporter
-    from kvedit.facts.fact import Fact
     from kvedit.ingest.preflight import Near, Preflight
-    from kvedit.ingest.run import FactOutcome, IngestOptions, IngestReport
+    from kvedit.ingest.report import FactOutcome, IngestOptions, IngestReport
     from kvedit.store.store import Store
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
@@ -44,72 +53,53 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
     """Callback of --max-time: 90, 90s, 30m, 2h or 1h30m in seconds."""
     if value is None:
         return None
-    found = _DURATION.fullmatch(value.strip())
-    if not found or not any(found.groups()):
-        raise click.BadParameter(f"{value!r} is no time; write 90s, 30m, 2h or 1h30m")
-    hours, minutes, rest = (int(part or 0) for part in found.groups())
+    match = _DURATION.fullmatch(value.strip())
+    if not match or not any(match.groups()):
+        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30m, 2h or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
     return 3600.0 * hours + 60 * minutes + rest
 
 
 @click.command()
 @click.argument("source", metavar="FILE|DIR|-")
 @click.option(
-    "--group",
-    callback=group_size,
-    default="auto",
-    metavar="auto|N",
-    help="Facts that are trained together; 1: each by itself. [auto]",
-)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Teach at most N facts.")
+    "--group", callback=group_size, default="auto", metavar="auto|N",
+    help="Train N facts together; 1: each by itself. [auto]",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Train at most N facts.")
 @click.option(
-    "--max-failures",
-    type=click.IntRange(min=1),
-    metavar="N",
+    "--max-failures", type=click.IntRange(min=1), metavar="N",
     help="Stop when N facts were rejected or failed.",
-)
+)  # fmt: skip
 @click.option(
-    "--max-time",
-    callback=seconds,
-    metavar="TIME",
-    help="Stop after a time: 90s, 30m, 1h30m; in the middle of a group too.",
-)
-@click.option("--skip-invalid", is_flag=True, help="Go on without the rows that cannot go in.")
-@click.option("--retry", is_flag=True, help="Also try again what was rejected before.")
+    "--max-time", callback=seconds, metavar="TIME",
+    help="Stop after 90s, 30m, 2h or 1h30m, if need be within a group.",
+)  # fmt: skip
+@click.option("--skip-invalid", is_flag=True, help="Leave out invalid rows instead of stopping.")
+@click.option("--retry-rejected", is_flag=True, help="Also train what was rejected before.")
 @click.option(
-    "--rejected",
-    "rejected_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
+    "--rejected-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Where to write the rejected facts. [exports/ of the store]",
-)
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
 @json_lines_option
 @click.pass_obj
 def ingest(
-    settings: Settings,
-    source: str,
-    group: int | None,
-    limit: int | None,
-    max_failures: int | None,
-    max_time: float | None,
-    skip_invalid: bool,
-    retry: bool,
-    rejected_file: Path | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Teach the model all facts of a FILE, a folder, or standard input ('-').
+    settings: Settings, /, source: str, max_time: float | None, rejected_file: Path | None,
+    dry_run: bool, as_json: bool, **limits: Any,
+) -> None:  # fmt: skip
+    """Train all facts of a FILE, a folder, or standard input ('-') into the model.
 
-    FILE is JSON Lines, JSON, CSV or TSV; which, is found from the content. A fact has a key and a
-    description, and may have aliases, prompts, paraphrases, locality, lang and source; CounterFact
-    and zsRE records are read too. In a table the first line names the columns, and '|' stands
-    between several values. In a folder every .txt or .md file is a fact, and its name the key.
+    FILE is JSON Lines, JSON, CSV or TSV; the format is detected from the content. A fact has a key
+    and a description, and may have aliases, prompts, paraphrases, locality, lang and source;
+    CounterFact and zsRE records are read as well. In CSV and TSV the first line names the columns,
+    and '|' separates several values. In a folder every .txt or .md file is a fact, and its name the
+    key.
 
-    Everything is read and checked before the first edit. Facts are then taught in groups; each is
-    committed or rejected as by `add`. Run the same command again after Ctrl-C, a crash or a limit,
-    and it goes on where it stopped, in the middle of a group too. Rejected facts are listed with
-    their reasons in a file that can be corrected and given to `ingest` again. If there are any, the
-    exit code is 3.
+    All rows are checked before the first edit. Facts are then trained in groups, and each is
+    committed or rejected as by `add`. After Ctrl-C, a crash or a limit, the same command continues
+    where it stopped, even within a group. Rejected facts are written with their reasons to a file
+    that can be corrected and given to `ingest` again; the exit code is then 3.
 
     \b
     Examples:
@@ -117,26 +107,20 @@ def ingest(
       kvedit ingest facts.csv --dry-run
       kvedit ingest folder-of-texts --limit 20
       kvedit ingest facts.jsonl --max-time 8h --skip-invalid
+      kvedit ingest --retry-rejected store/exports/rejected-facts.jsonl
     """
-    from kvedit.ingest.run import IngestOptions
+    from kvedit.ingest.report import IngestOptions
 
     _check_target(source, rejected_file)
     preflight = _preflight(settings, source)
+    options = IngestOptions(max_seconds=max_time, places=_places(preflight), **limits)
     if dry_run:
-        would = _count(preflight, limit, retry=retry)
-        _show_plan(settings, preflight, would, group, as_json=as_json, skip=skip_invalid)
-        return
-    _refuse_problems(preflight, as_json=as_json, skip=skip_invalid)
-    options = IngestOptions(
-        group=group,
-        limit=limit,
-        max_failures=max_failures,
-        max_seconds=max_time,
-        retry=retry,
-        skip_invalid=skip_invalid,
-        places=_places(preflight),
-    )
-    _carry_out(settings, source, preflight, options, rejected_file, as_json=as_json)
+        _show_plan(settings, preflight, options, as_json)
+    _refuse_problems(preflight, as_json=as_json, skip=options.skip_invalid)
+    report = _run(settings, preflight, options, as_json)
+    file = None if settings.rank else rejected_file  # only rank 0 writes what the user named
+    path = _write_rejected(settings, source, file, report, options.places)
+    _show(settings, preflight, report, path, as_json)
 
 
 def _check_target(source: str, rejected_file: Path | None) -> None:
@@ -144,21 +128,17 @@ def _check_target(source: str, rejected_file: Path | None) -> None:
     if rejected_file is None:
         return
     if not rejected_file.resolve().parent.is_dir():
-        raise click.UsageError(f"--rejected {rejected_file}: there is no such folder")
+        raise click.UsageError(f"--rejected-file {rejected_file}: its folder does not exist")
     if source != "-" and rejected_file.resolve() == Path(source).resolve():
-        raise click.UsageError(f"--rejected {rejected_file} would replace the input")
+        raise click.UsageError(f"--rejected-file {rejected_file} would replace the input")
 
 
 def _preflight(settings: Settings, source: str) -> Preflight:
-    """The input held against itself and the store; the model is not needed for that."""
+    """The input compared with itself and the store, for which the model is not needed."""
     from kvedit.facts.formats import read_facts
     from kvedit.ingest.preflight import inspect_facts
-    from kvedit.store.store import Store, resolve_store
 
-    path = resolve_store(settings.store)
-    if not Store.exists(path):
-        return inspect_facts(read_facts(source), None)
-    with Store.open(path, readonly=True) as store:
+    with _open_store(settings) or nullcontext() as store:
         return inspect_facts(read_facts(source), store)
 
 
@@ -168,19 +148,17 @@ def _places(preflight: Preflight) -> dict[str, str]:
 
 
 def _refuse_problems(preflight: Preflight, *, as_json: bool, skip: bool) -> None:
-    """Tell the rows that cannot go in; without --skip-invalid that is the end."""
-    _tell_problems(preflight, as_json=as_json)
+    """Name the invalid rows; without --skip-invalid that is the end."""
+    _report_problems(preflight, as_json=as_json)
     if preflight.problems and not skip:
         raise InvalidFactError(
-            f"{len(preflight.problems)} of {preflight.read} rows cannot go in; nothing was changed",
-            hint="Correct them, or add --skip-invalid to go on without them.",
+            f"{len(preflight.problems)} of {preflight.read} rows are invalid; nothing was changed",
+            hint="Correct them, or add --skip-invalid to leave them out.",
         )
 
 
-def _tell_problems(preflight: Preflight, *, as_json: bool) -> None:
-    """Each row that cannot go in: all of them for a program, the first ones for a human."""
-    from kvedit.cli.ingest_tables import problem_lines
-    from kvedit.cli.output import print_json_line
+def _report_problems(preflight: Preflight, *, as_json: bool) -> None:
+    """The invalid rows: all of them for a program, the first ones for a person."""
     from kvedit.events import Warning_
 
     if not as_json:
@@ -192,63 +170,47 @@ def _tell_problems(preflight: Preflight, *, as_json: bool) -> None:
         print_json_line(warning.to_json())
 
 
-def _carry_out(
-    settings: Settings,
-    source: str,
-    preflight: Preflight,
-    options: IngestOptions,
-    rejected_file: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    """Teach, write down what was refused, and leave with the right exit code."""
-    report = _run(settings, preflight, options, as_json)
-    path = _write_rejected(settings, source, rejected_file, report, options.places)
-    code = _exit_code(report)
-    _show(settings, preflight, report, path, code, as_json=as_json)
-    click.get_current_context().exit(code)
-
-
 def _run(
     settings: Settings, preflight: Preflight, options: IngestOptions, as_json: bool
 ) -> IngestReport:
-    """Teach what is new; with nothing to teach the model is not even loaded."""
-    from kvedit.cli.ingest_progress import make_ingest_reporter
-    from kvedit.ingest.run import FactOutcome, IngestReport, ingest
+    """Train what is new; with nothing to train the model is not even loaded."""
+    from kvedit.ingest.report import FactOutcome, IngestReport
+    from kvedit.ingest.run import ingest
 
-    again = [one.entry.fact for one in preflight.rejected_before]
-    if not preflight.new and not (options.retry and again):
-        refused = [
-            FactOutcome(r.entry.fact, "rejected", r.reasons) for r in preflight.rejected_before
-        ]
+    rejected = preflight.rejected_before
+    if not preflight.new and not (options.retry_rejected and rejected):
+        before = tuple(FactOutcome(one.entry.fact, "rejected", one.reasons) for one in rejected)
         return IngestReport(
-            outcomes=(), unchanged=len(preflight.unchanged), rejected_before=tuple(refused),
+            outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before,
             revision=_head(settings),
         )  # fmt: skip
-    facts = [*(entry.fact for entry in (*preflight.new, *preflight.unchanged)), *again]
-    reporter = make_ingest_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, create=True, shared=True) as base:
-        _tell_near(reporter, [entry.fact for entry in preflight.new], base.store.keys())
-        return ingest(base, facts, options, reporter)
+    entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
+    reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
+    with knowledge_base(settings, reporter, create=True) as base:
+        if near := _similar_keys(preflight, base.store):
+            text = similar_keys_text(near)
+            reporter.say(f"{text}; such facts are trained together, or their retention comes first")
+        return ingest(base, [entry.fact for entry in entries], options, reporter)
 
 
 def _head(settings: Settings) -> int:
+    with _open_store(settings) or nullcontext() as store:
+        return 0 if store is None else store.head()
+
+
+def _open_store(settings: Settings) -> Store | None:
+    """The store, for reading, or None if there is none yet."""
     from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
-    if not Store.exists(path):
-        return 0
-    with Store.open(path, readonly=True) as store:
-        return store.head()
+    return Store.open(path, readonly=True) if Store.exists(path) else None
 
 
-def _tell_near(reporter: Reporter, facts: Sequence[Fact], held: Sequence[str]) -> None:
-    from kvedit.cli.ingest_tables import near_text
+def _similar_keys(preflight: Preflight, store: Store | None) -> list[Near]:
     from kvedit.ingest.preflight import near_keys
 
-    near = near_keys(facts, held)
-    if near:
-        reporter.say(f"{near_text(near)}; such facts are taught together, or checked first")
+    keys = [] if store is None else store.keys()
+    return near_keys([entry.fact for entry in preflight.new], keys)
 
 
 def _write_rejected(
@@ -258,15 +220,17 @@ def _write_rejected(
     report: IngestReport,
     places: Mapping[str, str],
 ) -> Path | None:
-    """The facts that were refused, with reasons, as JSON Lines; returns where, if there are any."""
+    """The rejected facts with reasons, as JSON Lines; returns the file if there are any."""
     from kvedit.files import remove, write_atomic
     from kvedit.store.store import resolve_store
 
+    if settings.rank:
+        return None
     lines = [_rejected_line(one, places) for one in _refused(report)]
     stem = "stdin" if source == "-" else _UNSAFE.sub("-", Path(source).resolve().stem)
     path = chosen or resolve_store(settings.store) / "exports" / f"rejected-{stem}.jsonl"
     if not lines and chosen is None:
-        remove(path)  # what an earlier run left is no longer true
+        remove(path)  # written by an earlier run, and out of date
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines).encode())
@@ -281,7 +245,7 @@ def _refused(report: IngestReport) -> list[FactOutcome]:
 
 
 def _rejected_line(one: FactOutcome, places: Mapping[str, str]) -> str:
-    """A fact as `ingest` reads it, and beside it what the reader passes over."""
+    """A fact as `ingest` reads it, with remarks that the reader ignores."""
     remarks = {"outcome": one.outcome, "reasons": list(one.reasons)}
     where = {"where": places[one.fact.key]} if one.fact.key in places else {}
     document = {**one.fact.to_json(), **remarks, **where}
@@ -300,80 +264,57 @@ def _show(
     preflight: Preflight,
     report: IngestReport,
     path: Path | None,
-    code: int,
-    *,
     as_json: bool,
 ) -> None:
-    """The end of a run: one JSON line, or text and what to do next."""
-    from kvedit.cli.ingest_tables import ingest_fields, ingest_lines
-    from kvedit.cli.output import print_json_line, print_lines
-
+    """The end of a run: one JSON line, or text and what to do next; leaves with the exit code."""
+    code = _exit_code(report)
     if as_json:
         place = None if path is None else str(path)
         fields = ingest_fields(preflight, report)
         print_json_line({**fields, "rejected_file": place, "exit_code": code})
-        return
-    print_lines(ingest_lines(preflight, report))
-    if path is not None:
-        click.echo(f"refused facts and reasons: {path}")
-    if report.remaining:
-        note(settings, "run the same command again to go on")
-    elif path is not None:
-        next_step(settings, "ingest", "--retry", str(path))
-    elif report.count("committed"):
-        next_step(settings, "status")
-
-
-def _count(preflight: Preflight, limit: int | None, *, retry: bool) -> int:
-    """How many facts a run would teach."""
-    would = len(preflight.new) + (len(preflight.rejected_before) if retry else 0)
-    return would if limit is None else min(would, limit)
-
-
-def _show_plan(
-    settings: Settings,
-    preflight: Preflight,
-    would: int,
-    group: int | None,
-    *,
-    as_json: bool,
-    skip: bool,
-) -> None:
-    """What would happen, and how long it may take by what was measured in this store."""
-    from kvedit.cli.ingest_tables import plan_fields, plan_lines
-    from kvedit.cli.output import print_json_line, print_lines
-    from kvedit.store.store import Store, resolve_store
-
-    path, near, pace, compaction = resolve_store(settings.store), _near(preflight, []), (0, 0.0), 0
-    if Store.exists(path):
-        with Store.open(path, readonly=True) as store:
-            near, pace = _near(preflight, store.keys()), store.pace()
-            compaction = _held_anew(store, would, group)
-    fields = plan_fields(preflight, near, pace, would, compaction)
-    code = InvalidFactError.exit_code if preflight.problems and not skip else 0
-    _tell_problems(preflight, as_json=as_json)
-    if as_json:
-        print_json_line({**fields, "exit_code": code})
     else:
-        print_lines(plan_lines(preflight, near, fields))
-        if code:
-            note(settings, "correct these rows, or add --skip-invalid to go on without them")
+        print_parts(*ingest_parts(preflight, report))
+        if path is not None:
+            click.echo(f"rejected facts and reasons: {path}")
+        if report.remaining:
+            note(settings, "run the same command again to continue")
+        elif path is not None:
+            next_step(settings, "ingest", "--retry-rejected", str(path))
+        elif report.count("committed"):
+            next_step(settings, "status")
     click.get_current_context().exit(code)
 
 
-def _held_anew(store: Store, would: int, group: int | None) -> int:
-    """How many facts that are held the first group is taught together with."""
+def _show_plan(
+    settings: Settings, preflight: Preflight, options: IngestOptions, as_json: bool
+) -> None:
+    """What a run would do and how long it may take, as measured in this store; ends the command."""
+    retried = len(preflight.rejected_before) if options.retry_rejected else 0
+    new = len(preflight.new) + retried
+    new = new if options.limit is None else min(new, options.limit)
+    with _open_store(settings) or nullcontext() as store:
+        near = _similar_keys(preflight, store)
+        pace = (0, 0.0) if store is None else store.pace()
+        retrained = 0 if store is None else _retrained(store, new, options.group)
+    fields = plan_fields(preflight, near, pace, new, retrained)
+    code = InvalidFactError.exit_code if preflight.problems and not options.skip_invalid else 0
+    _report_problems(preflight, as_json=as_json)
+    if as_json:
+        print_json_line({**fields, "exit_code": code})
+    else:
+        print_parts(*plan_parts(preflight, near, fields))
+        if code:
+            note(settings, "correct the invalid rows, or add --skip-invalid to leave them out")
+    click.get_current_context().exit(code)
+
+
+def _retrained(store: Store, new: int, group: int | None) -> int:
+    """How many earlier facts would be trained again together with the first group."""
     from kvedit.editing.plan import should_compact
 
     settings = store.config.group
-    first, held = min(would, group or settings.max_size), len(store.keys("committed"))
-    begins = first > 1 and should_compact(
-        first, held, store.added_since_compaction(), settings.compaction_ratio
+    first, committed = min(new, group or settings.max_size), len(store.keys("committed"))
+    compacts = first > 1 and should_compact(
+        first, committed, store.added_since_compaction(), settings.compaction_ratio
     )
-    return held if begins else 0
-
-
-def _near(preflight: Preflight, held: Sequence[str]) -> list[Near]:
-    from kvedit.ingest.preflight import near_keys
-
-    return near_keys([entry.fact for entry in preflight.new], held)
+    return committed if compacts else 0

@@ -1,1 +1,1 @@
-"""Several processes that train as one."""
+"""Several processes, started by torchrun or ``accelerate launch``, that run one command."""

@@ -148,7 +148,7 @@ class Edit:
         with self._timings.measure("journal"):
             name = put(self._store.deltas, deltas.to_bytes(delta), ".safetensors")
             self._store.mark_trained(edit_id, name)
-            digest = self._engine.master.digest()
+            digest = self._engine.weights_digest()
             report = self._report("committed", head, delta, evaluation, reasons, name)
             revision = self._store.commit_edit(
                 edit_id,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from kvedit.editing.group_edit import GroupEditor, GroupOptions
 from kvedit.editing.retention import at_risk
@@ -27,9 +27,6 @@ from kvedit.revisions.export_hf import ExportReport
 from kvedit.revisions.session import Session
 from kvedit.store.store import Finding, Store
 from kvedit.training.engine import Engine
-
-if TYPE_CHECKING:
-    from kvedit.distributed.crew import Crew
 
 OnEvent = Callable[[Event], None]
 _Self = TypeVar("_Self", bound="KnowledgeBase")
@@ -61,7 +58,6 @@ class KnowledgeBase:
         load_in: str = "",
         check_memory: bool = True,
         on_event: OnEvent | None = None,
-        crew: Crew | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
 
@@ -76,7 +72,7 @@ class KnowledgeBase:
             source=loading.locate(model), revision=revision, trust_remote_code=trust_remote_code,
             targets=targets, device_map=device_map, load_in=load_in,
         )  # fmt: skip
-        store, engine = base_model.create(Path(path), spec, crew, check_memory=check_memory)
+        store, engine = base_model.create(Path(path), spec, check_memory=check_memory)
         try:
             knowledge = cls(store, engine, on_event)
             with store.lock():
@@ -87,16 +83,14 @@ class KnowledgeBase:
         return knowledge
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, on_event: OnEvent | None = None, crew: Crew | None = None
-    ) -> KnowledgeBase:
+    def open(cls, path: str | Path, *, on_event: OnEvent | None = None) -> KnowledgeBase:
         """Open a store with its model at the head revision; recovers by itself and says so.
 
         Raises NoStoreError, StoreTooNewError, CorruptStoreError or ModelMismatchError.
         """
         store = Store.open(Path(path))
         try:
-            knowledge = cls(store, base_model.load(store, crew), on_event)
+            knowledge = cls(store, base_model.load(store), on_event)
             knowledge._warn_of_changed_prompts()
             knowledge._session.recover()
             knowledge._session.checkout.go_to(store.head())

@@ -44,30 +44,30 @@ def test_both_protocols_agree(engine: Engine) -> None:
     assert engine.generated_recall([]) == []
 
 
-def test_free_generation_decides_near_ties_and_nothing_else(
+def test_free_generation_decides_ties_and_nothing_else(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One forward pass says that all pass, two by a near-tie; generation has one of them fail."""
+    """One forward pass says that all pass, two by a tie; generation has one of them fail."""
     pairs = [(f"What is {key}?", KNOWN[key]) for key in list(KNOWN)[:4]]
     examples = engine.renderer.examples(pairs)
-    doubts = [False, True, False, True]
-    forced = [Outcome(True, 1.0, ambiguous) for ambiguous in doubts]
+    ties = [False, True, False, True]
+    forced = [Outcome(True, 1.0, ambiguous) for ambiguous in ties]
     generated: list[str] = []
 
-    def speak(asked: list[Example]) -> list[bool]:
+    def generate(asked: list[Example]) -> list[bool]:
         generated.extend(example.prompt for example in asked)
         return [False, True]
 
     monkeypatch.setattr(engine, "recall", lambda asked: list(forced))
-    monkeypatch.setattr(engine, "generated_recall", speak)
-    found = engine.judge(examples)
+    monkeypatch.setattr(engine, "generated_recall", generate)
+    result = engine.judge(examples)
     assert generated == [examples[1].prompt, examples[3].prompt]
-    assert [o.passed for o in found] == [True, False, True, True]
-    assert [o.generated for o in found] == doubts
-    assert [o.robust for o in found] == [True, False, True, False]
+    assert [o.passed for o in result] == [True, False, True, True]
+    assert [o.generated for o in result] == ties
+    assert [o.robust for o in result] == [True, False, True, False]
 
 
-def test_prior_answers_can_be_taught_back(base: BaseModel) -> None:
+def test_prior_answers_can_be_trained_back(base: BaseModel) -> None:
     engine = Engine(base, TrainingConfig())  # fp32: in bf16 some of them are ties
     prior = engine.prior_answers(FACT)
     assert list(prior) == [e.prompt for e in engine.examples(FACT)]
@@ -89,12 +89,12 @@ def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
     after = engine.fisher
     assert after is not None and after[0] is before[0]  # what the base says is kept apart
     assert after[1].tokens == before[1].tokens
-    for name, own in before[1].moments.items():
-        assert float(after[1].moments[name].inputs.trace()) > float(own.inputs.trace())
+    for name, moments in before[1].moments.items():
+        assert float(after[1].moments[name].inputs.trace()) > float(moments.inputs.trace())
     assert engine.whitening is not whitening
 
 
-def test_a_lesson_that_was_broken_off_leaves_nothing_in_the_next(
+def test_a_training_that_was_interrupted_leaves_nothing_in_the_next(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Broken off after the backward pass of a step, before its gradients were used."""
@@ -103,13 +103,13 @@ def test_a_lesson_that_was_broken_off_leaves_nothing_in_the_next(
         raise KeyboardInterrupt
 
     task = Task([engine.examples(FACT)])
-    wanted = engine.train(task).delta
+    expected = engine.train(task).delta
     for release in (False, True):
         with monkeypatch.context() as inside, pytest.raises(KeyboardInterrupt):
             inside.setattr(adalora.Adapter, "read_gradients", broken)
             engine.train(task)
         if release:
             engine.release()
-        found = engine.train(task).delta
-        assert all(torch.equal(wanted[name].a, found[name].a) for name in wanted)
-        assert all(torch.equal(wanted[name].b, found[name].b) for name in wanted)
+        result = engine.train(task).delta
+        assert all(torch.equal(expected[name].a, result[name].a) for name in expected)
+        assert all(torch.equal(expected[name].b, result[name].b) for name in expected)

@@ -90,8 +90,8 @@ def test_resumed_training_takes_the_steps_it_would_have_taken(
 ) -> None:
     expected, steps = run(engine)
     phases = [step.phase for step in steps]
-    assert list(dict.fromkeys(phases)) == ["learn", "prune", "hold", "again"]
-    ends = [phases.index(phase) for phase in ("prune", "hold", "again")]
+    assert list(dict.fromkeys(phases)) == ["learn", "prune", "hold", "refine"]
+    ends = [phases.index(phase) for phase in ("prune", "hold", "refine")]
     for until in (1, *ends, ends[-1] + 2, len(steps) - 1):  # at each turn, and in a round
         checkpoints = TrainingCheckpoints(tmp_path)
         assert run(engine, until=until, checkpoints=checkpoints)[0] is None
@@ -259,13 +259,13 @@ def test_training_stops_when_time_is_up_and_resumes(empty_store: Path) -> None:
 def test_the_state_of_a_loop_is_read_back_to_the_bit(engine: Engine, tmp_path: Path) -> None:
     states: list[tuple[State, State | None]] = []
 
-    def keep(state: Callable[[], State]) -> None:
-        checkpoints.keep("name", state)
-        states.append((state(), checkpoints.find("name")))
+    class Recorded(TrainingCheckpoints):
+        def keep(self, task: str, state: Callable[[], State]) -> None:
+            super().keep(task, state)
+            states.append((state(), self.find(task)))
 
-    checkpoints = TrainingCheckpoints(tmp_path)
     group = replace(GROUP, epochs=4, refine_rounds=0)
-    engine.run_task(task(engine), engine.config, group=group, keep=keep)
+    engine.train(task(engine), group=group, training_checkpoints=Recorded(tmp_path))
     for state, restored in states:
         assert restored is not None and restored.pop("seconds") <= state.pop("seconds")
         assert same(state, restored)

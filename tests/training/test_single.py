@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,11 @@ from kvedit.adapter.deltas import to_bytes
 from kvedit.errors import TrainingError
 from kvedit.facts.fact import Fact
 from kvedit.model.loading import BaseModel
-from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import Engine
 from kvedit.training.loop import Step, Task
-from kvedit.training.share import Share
+from kvedit.training.worker import Worker
 
 
 def fact(number: int = 0) -> Fact:
@@ -33,50 +31,50 @@ def task(engine: Engine, *numbers: int) -> Task:
 
 def test_it_learns_prunes_and_holds(engine: Engine) -> None:
     steps: list[Step] = []
-    taught = engine.train(task(engine, 0), on_step=steps.append)
-    assert taught.trained.learned and taught.trained.steps == len(steps) <= 100
+    result = engine.train(task(engine, 0), on_step=steps.append)
+    assert result.trained.learned and result.trained.steps == len(steps) <= 100
     phases = [step.phase for step in steps]
     assert phases == sorted(phases, key=["learn", "prune", "hold"].index)
     assert set(phases) == {"learn", "prune", "hold"}
     assert [step.step for step in steps] == list(range(1, len(steps) + 1))
-    assert taught.trained.penalty <= engine.config.max_penalty
+    assert result.trained.penalty <= engine.config.max_penalty
     assert steps[-1].loss < steps[0].loss
-    assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
-    assert taught.seconds > 0
+    assert sum(result.ranks.values()) <= engine.config.target_rank * len(engine.names)
+    assert result.seconds > 0
 
 
-def test_the_delta_teaches_the_fact(engine: Engine) -> None:
+def test_the_delta_has_the_fact_recalled(engine: Engine) -> None:
     examples = engine.examples(fact())
     assert not any(o.passed for o in engine.recall(examples))
-    taught = engine.train(task(engine, 0))
+    result = engine.train(task(engine, 0))
     assert not any(o.passed for o in engine.recall(examples))  # nothing is merged yet
-    engine.master.add(taught.delta)
+    engine.master.add(result.delta)
     assert all(o.passed for o in engine.recall(examples))
     assert all(engine.generated_recall(examples))
 
 
-class Unsure(Share):
-    """Says of all recalls that they hang on a near-tie, the first few times."""
+class Unsure(Worker):
+    """Says of all recalls that they are numerical ties, the first few times."""
 
-    def __init__(self, doubts: int) -> None:
-        self.doubts = doubts
+    def __init__(self, worker: Worker, ties: int) -> None:
+        super().__init__(worker.model, worker.prefix_cache)
+        self.ties = ties
 
-    def recall(
-        self, model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
-    ) -> list[Outcome]:
-        found = super().recall(model, examples, prefix_cache)
-        self.doubts -= 1
-        return [replace(o, ambiguous=True) for o in found] if self.doubts >= 0 else found
+    def recall(self, examples: Sequence[Example]) -> list[Outcome]:
+        outcomes = super().recall(examples)
+        self.ties -= 1
+        return [replace(o, ambiguous=True) for o in outcomes] if self.ties >= 0 else outcomes
 
 
-def test_a_near_tie_is_trained_further(engine: Engine) -> None:
+def test_a_numerical_tie_is_trained_further(engine: Engine) -> None:
     """The first recall ends the learning; the three after it are in the hold phase."""
     config = replace(engine.config, max_penalty=10.0)
     sure = engine.train(task(engine, 0), config).trained
-    engine.share = Unsure(4)
+    engine.worker = Unsure(engine.worker, 4)
     unsure = engine.train(task(engine, 0), config).trained
     assert unsure.learned and unsure.steps == sure.steps + 3
-    engine.share = Unsure(1000)  # no stop for lack of time either: up to the last step
+    # No stop for lack of time either: it goes on to the last step.
+    engine.worker = Unsure(engine.worker, 1000)
     assert engine.train(task(engine, 0), replace(config, max_hold_steps=1)).trained.steps == 100
 
 
@@ -107,8 +105,8 @@ def test_nan_is_an_error_and_changes_nothing(engine: Engine) -> None:
 
 
 def test_the_budget_ends_it(engine: Engine) -> None:
-    taught = engine.train(task(engine, 0), replace(engine.config, max_steps=5, learning_rate=1e-5))
-    assert taught.trained.steps == 5 and not taught.trained.learned
+    result = engine.train(task(engine, 0), replace(engine.config, max_steps=5, learning_rate=1e-5))
+    assert result.trained.steps == 5 and not result.trained.learned
 
 
 def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
@@ -125,7 +123,7 @@ def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
 
 
 def test_rehearsal_holds_an_earlier_fact(engine: Engine) -> None:
-    """The same lesson with and without the earlier fact beside it."""
+    """The same task with and without the earlier fact beside it."""
     earlier = engine.examples(fact(0))
     engine.master.add(engine.train(task(engine, 0)).delta)
     start = engine.master.snapshot()
@@ -140,9 +138,9 @@ def test_rehearsal_holds_an_earlier_fact(engine: Engine) -> None:
 
 
 def test_the_rank_budget_holds_when_the_steps_run_out(engine: Engine) -> None:
-    taught = engine.train(task(engine, 0), replace(engine.config, max_steps=12, learning_rate=1e-5))
-    assert not taught.trained.learned
-    assert sum(taught.ranks.values()) <= engine.config.target_rank * len(engine.names)
+    result = engine.train(task(engine, 0), replace(engine.config, max_steps=12, learning_rate=1e-5))
+    assert not result.trained.learned
+    assert sum(result.ranks.values()) <= engine.config.target_rank * len(engine.names)
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""A worker that does its share, as one of several processes: see ``training.worker``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvedit.adapter.adalora import Adapter
+from kvedit.distributed.processes import ProcessGroup, joined
+from kvedit.model.prefix_cache import PrefixCache
+from kvedit.model.prompts import Example
+from kvedit.model.scoring import Outcome, TokenScores
+from kvedit.replay.kl import ReferenceTexts, robust_mean
+from kvedit.training.worker import Worker
+
+TEXTS_PER_EXCHANGE = 256
+"""For each process, in recall and generation: Ctrl-C takes effect at the next exchange."""
+_T = TypeVar("_T")
+
+
+def make_worker(model: Any, prefix_cache: PrefixCache) -> Worker:
+    """One that shares the work if this program runs in several processes."""
+    group = joined()
+    if group is None:
+        return Worker(model, prefix_cache)
+    return ParallelWorker(group, model, prefix_cache)
+
+
+class ParallelWorker(Worker):
+    """One process's share; all processes must make the same calls in the same order."""
+
+    def __init__(
+        self, group: ProcessGroup, model: Any, prefix_cache: PrefixCache | None = None
+    ) -> None:
+        super().__init__(model, prefix_cache)
+        self._group = group
+
+    def scores(self, examples: Sequence[Example]) -> TokenScores:
+        """Those of all examples; the losses of this process's own have a gradient."""
+        self._require_same_texts(examples)
+        with self.in_step():
+            mine = self._mine([len(example.ids) for example in examples])
+            own = self._no_scores()
+            if mine:
+                own = super().scores([examples[i] for i in mine])
+            device = own.losses.device
+            rows = torch.tensor(mine, dtype=torch.long, device=device)[own.rows]
+            losses = self._joined(own.losses)
+            parts = self._group.exchange(
+                "scores", (own.token_margins.cpu(), own.tolerances.cpu(), rows.cpu())
+            )
+        token_margins, tolerances, rows = (
+            torch.cat(each).to(device) for each in zip(*parts, strict=True)
+        )
+        return TokenScores(token_margins, tolerances, rows, losses)
+
+    def divergence(self, reference_texts: ReferenceTexts, chosen: Sequence[int]) -> Tensor:
+        """Over all tokens; those of this process's own texts have a gradient."""
+        self._require_same_texts([reference_texts.examples[i] for i in chosen])
+        with self.in_step():
+            mine = chosen[self._group.rank :: self._group.count]
+            own = self._no_scores().losses
+            if mine:
+                own = reference_texts.divergences(self.model, mine, self.prefix_cache)
+            return robust_mean(self._joined(own))
+
+    def recall(self, examples: Sequence[Example]) -> list[Outcome]:
+        """Each process probes its own examples; all get all outcomes."""
+        return self._dealt(examples, [len(example.ids) for example in examples], super().recall)
+
+    def generate(
+        self, prefixes: Sequence[Sequence[int]], *, end: int | frozenset[int], limit: int
+    ) -> list[list[int]]:
+        """Each process continues its own prefixes; all get all rows."""
+        own = super().generate
+        lengths = [len(prefix) for prefix in prefixes]
+        return self._dealt(prefixes, lengths, lambda part: own(part, end=end, limit=limit))
+
+    def once(self, loss: Tensor) -> Tensor:
+        """Zero but on rank 0, because gradients are summed."""
+        return loss if self._group.rank == 0 else loss * 0.0
+
+    def agreed(self, value: float) -> float:
+        """Rank 0's value: the last bits of a penalty may differ, decisions must not."""
+        agreed: float = self._group.exchange("agreement", value)[0]
+        return agreed
+
+    def on_main(self, work: Callable[[], _T]) -> _T:
+        """As ``ProcessGroup.on_main``."""
+        return self._group.on_main(work)
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """As ``ProcessGroup.in_step``."""
+        return self._group.in_step()
+
+    def same_weights(self, digest: str) -> str:
+        """The digest, equal in all processes."""
+        self._group.require_alike(
+            digest,
+            "the processes do not have the same weights",
+            hint="Run them on devices of one kind with the same library versions, or one alone.",
+        )
+        return digest
+
+    def align(self, adapter: Adapter) -> None:
+        """On a GPU two runs of one kernel may differ; singular vectors would then differ more."""
+        self._group.align(adapter.starting_values())
+
+    def sum_gradients(self, adapter: Adapter) -> None:
+        """Before the coordinates are changed: the allocator judges by these gradients too."""
+        self._group.sum(adapter.gradients())
+
+    def _require_same_texts(self, examples: Sequence[Example]) -> None:
+        """Where processes have drawn different texts, each would train a part of its own batch."""
+        self._group.require_alike(
+            hash(tuple(example.ids for example in examples)),  # of numbers: the same everywhere
+            "the processes have drawn different texts for one step",
+            hint="Start all of them with the same versions of kvedit and Python, or one alone.",
+        )
+
+    def _mine(self, lengths: Sequence[int]) -> list[int]:
+        """The indices of this process's texts: dealt out by length, so that none waits long."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return order[self._group.rank :: self._group.count]
+
+    def _joined(self, own: Tensor) -> Tensor:
+        """The values (N,) of all processes; those of this one keep their gradient."""
+        parts = self._group.exchange("losses", own.detach().cpu())
+        parts[self._group.rank] = own
+        return torch.cat([part.to(own.device) for part in parts])
+
+    def _dealt(
+        self,
+        items: Sequence[Any],
+        lengths: Sequence[int],
+        work: Callable[[Sequence[Any]], Sequence[_T]],
+    ) -> list[_T]:
+        """The results for all items, in order, of which each process works out a share."""
+        with self.in_step():
+            return [one for part in self._parts(len(items)) for one in self._share(
+                [items[i] for i in part], [lengths[i] for i in part], work)]  # fmt: skip
+
+    def _parts(self, count: int) -> Iterator[range]:
+        step = TEXTS_PER_EXCHANGE * self._group.count
+        return (range(at, min(at + step, count)) for at in range(0, count, step))
+
+    def _share(
+        self,
+        items: Sequence[Any],
+        lengths: Sequence[int],
+        work: Callable[[Sequence[Any]], Sequence[_T]],
+    ) -> list[_T]:
+        mine = self._mine(lengths)
+        pairs = list(zip(mine, work([items[i] for i in mine]), strict=True)) if mine else []
+        results = dict(pair for part in self._group.exchange("results", pairs) for pair in part)
+        return [results[i] for i in range(len(items))]
+
+    def _no_scores(self) -> TokenScores:
+        """Those of no examples, where the model is."""
+        empty = torch.empty(0, device=next(self.model.parameters()).device)
+        return TokenScores(empty, empty, empty.long(), empty)

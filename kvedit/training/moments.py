@@ -1,0 +1,98 @@
+"""The Fisher moments that an engine keeps: of the base model's text, and with committed facts.
+
+The base's moments say how much all edits so far have changed the outputs on protected text.  The
+total is what the next edit must leave alone, and gives the coordinates that it is trained in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvedit.adapter import fisher
+from kvedit.adapter.deltas import Master
+from kvedit.adapter.fisher import FisherMoments, WhiteningFactors
+from kvedit.config import TrainingConfig
+from kvedit.model.prompts import Example
+from kvedit.training.worker import Worker
+
+
+class KeptMoments:
+    """The part of an engine that measures what must stay, on the weights as they are."""
+
+    def __init__(self, master: Master, worker: Worker, config: TrainingConfig) -> None:
+        self.master, self.worker, self.config = master, worker, config
+        self.names = list(master.matrices)
+        self._base_fisher: FisherMoments | None = None
+        self._total_fisher: FisherMoments | None = None
+        self._whitening: dict[str, WhiteningFactors] | None = None
+
+    @property
+    def fisher(self) -> tuple[FisherMoments, FisherMoments] | None:
+        """The moments of the base model's text, and these with the committed facts'."""
+        if self._base_fisher is None or self._total_fisher is None:
+            return None
+        return self._base_fisher, self._total_fisher
+
+    @fisher.setter
+    def fisher(self, value: tuple[FisherMoments, FisherMoments]) -> None:
+        base, total = value
+        devices = {name: weight.device for name, weight in self.master.served().items()}
+        self._base_fisher = base.placed(devices)  # what was read from the disk is on the CPU
+        self._total_fisher = self._base_fisher if total is base else total.placed(devices)
+        self._whitening = None
+
+    def _required(self) -> tuple[FisherMoments, FisherMoments]:
+        if self.fisher is None:
+            raise RuntimeError("protect comes before training and every other measurement")
+        return self.fisher
+
+    def _measure(self, examples: Sequence[Example], **how: Any) -> FisherMoments:
+        with self.worker.in_step():
+            return fisher.measure(self.worker.model, self.names, examples, **how)
+
+    def protect(self, examples: Sequence[Example]) -> None:
+        """Measure text that must stay."""
+        measured = self._measure(examples)
+        self.fisher = measured, measured
+
+    def remember(self, examples: Sequence[Example], weight: float | None = None) -> None:
+        """Protect committed facts as well; ``weight`` says how often a token counts."""
+        base, total = self._required()
+        weight = self.config.fact_weight if weight is None else weight
+        self.fisher = base, total.plus(self._measure(examples), weight)
+
+    def measure_at_head(
+        self, protected: Sequence[Example], facts: Sequence[Example], weight: float
+    ) -> None:
+        """Measure all that must stay again, on the head's weights; how far earlier edits changed
+        the base's text is still counted as it was measured on the base.
+        """
+        base, _ = self._required()
+        at_head = self._measure(protected)
+        self.fisher = base, at_head.plus(self._measure(facts), weight)
+
+    def measure_margins(self, known: Sequence[Example]) -> None:
+        """Let the logit margins of these texts' answers be what must stay, until set again."""
+        base, _ = self._required()
+        measured = self._measure(known, of=fisher.margins)
+        self.fisher = base, measured.scaled_like(base)
+
+    @property
+    def whitening(self) -> dict[str, WhiteningFactors]:
+        """The coordinates that the total moments give; kept until these change."""
+        if self._whitening is None:
+            self._whitening = fisher.whitening(
+                self._required()[1],
+                input_damping=self.config.input_damping,
+                gradient_damping=self.config.gradient_damping,
+            )
+        return self._whitening
+
+    def _penalty_gradient(self, share: float) -> dict[str, Tensor]:
+        """A share of the gradient of the penalty on protected text, at the accumulated delta."""
+        base, _ = self._required()
+        gradients = fisher.penalty_gradients(base, self.master.accumulated_delta())
+        return {name: share * gradient for name, gradient in gradients.items()}

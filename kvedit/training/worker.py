@@ -1,0 +1,83 @@
+"""A model with its prefix cache, as the training loops and the engine use it.
+
+A ``Worker`` does all of the work in one process.  The one in ``kvedit.distributed`` does a share of
+it: texts are dealt out over the processes, each runs the model on its own, and the results are
+gathered in all of them.  A loss is then computed from all tokens everywhere, and its gradient in
+each process is that of the process's own tokens: summed, they are the gradient of the whole loss,
+whatever weighted mean over tokens it is.
+
+Invariants:
+- With one process nothing is exchanged, and no bit differs from calling the model directly.
+- Scores and outcomes are the same in all processes, so loops that decide by them stay in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from kvedit.adapter.adalora import Adapter
+from kvedit.model import generation, scoring
+from kvedit.model.prefix_cache import PrefixCache
+from kvedit.model.prompts import Example
+from kvedit.model.scoring import Outcome, TokenScores
+from kvedit.replay.kl import ReferenceTexts, robust_mean
+
+_T = TypeVar("_T")
+
+
+class Worker:
+    """All of the work, in one process."""
+
+    def __init__(self, model: Any, prefix_cache: PrefixCache | None = None) -> None:
+        self.model, self.prefix_cache = model, prefix_cache
+
+    def scores(self, examples: Sequence[Example]) -> TokenScores:
+        """``scoring.token_scores``."""
+        return scoring.token_scores(self.model, examples, self.prefix_cache)
+
+    def divergence(self, reference_texts: ReferenceTexts, chosen: Sequence[int]) -> Tensor:
+        """The KL divergence from the base model on the chosen texts, a robust mean; a scalar."""
+        return robust_mean(reference_texts.divergences(self.model, chosen, self.prefix_cache))
+
+    def recall(self, examples: Sequence[Example]) -> list[Outcome]:
+        """``scoring.recall``."""
+        return scoring.recall(self.model, examples, self.prefix_cache)
+
+    def generate(
+        self, prefixes: Sequence[Sequence[int]], *, end: int | frozenset[int], limit: int
+    ) -> list[list[int]]:
+        """``generation.generate``, greedy."""
+        return generation.generate(self.model, prefixes, end=end, limit=limit)
+
+    def once(self, loss: Tensor) -> Tensor:
+        """A loss that every process computes in full, so that it counts in one of them only."""
+        return loss
+
+    def agreed(self, value: float) -> float:
+        """Rank 0's value, of something that every process has computed."""
+        return value
+
+    def on_main(self, work: Callable[[], _T]) -> _T:
+        """Do something on rank 0 alone; all processes get its result, or what it raised.
+
+        For decisions that depend on time or free memory, and for what only rank 0 keeps.
+        """
+        return work()
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Inside, an error of one process is raised in all of them."""
+        return nullcontext()
+
+    def same_weights(self, digest: str) -> str:
+        """The digest of the weights; raises ProcessesDifferError where processes differ."""
+        return digest
+
+    def align(self, adapter: Adapter) -> None:
+        """Let the adapter start from the same values everywhere."""
+
+    def sum_gradients(self, adapter: Adapter) -> None:
+        """After a backward pass: add up the gradients of all processes."""
