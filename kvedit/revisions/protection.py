@@ -71,9 +71,11 @@ class Protection:
         self._store.set_protected(_rows("control", extra))  # a killed init has not lost them
         start = self._checkout.revision
         self._checkout.go_to(0)
-        texts = protected_texts.make(
-            self._engine.base, self._engine.renderer, self._config.protect,
-            extra=extra, progress=self._checkout.say,
+        texts = self._engine.worker.on_main(
+            lambda: protected_texts.make(
+                self._engine.base, self._engine.renderer, self._config.protect,
+                extra=extra, progress=self._checkout.say,
+            )
         )  # fmt: skip
         self._store.set_protected(
             [*_rows("control", texts.control), *_rows("locality", texts.locality)]
@@ -111,10 +113,12 @@ class Protection:
         knowledge that is never replayed, which is little of what the model knows.
         """
         unasked = [text.prompt for text in self._texts("locality")]
-        return extraction.extract_knowledge(
-            self._engine.base, self._engine.renderer, samples,
-            known=self._texts("control"), unasked=unasked, seed=seed,
-            progress=self._checkout.say,
+        return self._engine.worker.on_main(
+            lambda: extraction.extract_knowledge(
+                self._engine.base, self._engine.renderer, samples,
+                known=self._texts("control"), unasked=unasked, seed=seed,
+                progress=self._checkout.say,
+            )
         )  # fmt: skip
 
     # ---- texts
@@ -125,7 +129,9 @@ class Protection:
         return self._checkout.at(0, lambda: self._known(texts))
 
     def _known(self, texts: Sequence[Protected]) -> tuple[Protected, ...]:
-        return protected_texts.known(self._engine.base, self._engine.renderer, texts)
+        return self._engine.worker.on_main(
+            lambda: protected_texts.known(self._engine.base, self._engine.renderer, texts)
+        )
 
     def _texts(self, role: str) -> list[Protected]:
         rows = self._store.protected(role)
