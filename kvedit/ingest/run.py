@@ -202,7 +202,10 @@ class _Run:
             return "failures"
         if self._errors >= ERRORS_IN_A_ROW:
             return "errors"
-        return "time" if deadline is not None and time.monotonic() >= deadline else ""
+        if deadline is None:
+            return ""
+        on_main = self._knowledge.engine.worker.on_main  # all processes must stop at one point
+        return "time" if on_main(lambda: time.monotonic() >= deadline) else ""
 
     def _add(self, group: Sequence[Fact]) -> tuple[list[Fact], bool]:
         """Add a group; one that fails as a whole is halved.
