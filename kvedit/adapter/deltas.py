@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from kvedit.errors import CorruptStoreError, ModelMismatchError
-from kvedit.files import sync_directory, verify_manifest, write_atomic, write_manifest
+from kvedit.files import verify_manifest, write_atomic, write_manifest
 from kvedit.model.loading import weights_digest
 
 _MASTER_FILE = "master.safetensors"
@@ -170,9 +170,7 @@ class Master:
         """Write the master copy to a folder, its manifest last; returns the manifest's digest."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / _MASTER_FILE, save_tensors(self._master))
-        digest = write_manifest(folder)
-        sync_directory(folder.parent)
-        return digest
+        return write_manifest(folder)
 
     def read_checkpoint(self, folder: Path, digest: str) -> None:
         """Load a checkpoint; raises CorruptStoreError when any part is missing or altered."""

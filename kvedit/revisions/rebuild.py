@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from kvedit.adapter.deltas import Master, from_bytes
 from kvedit.errors import CorruptStoreError
-from kvedit.files import disk_errors, read_verified, remove, temporary_path
+from kvedit.files import disk_errors, read_verified, remove, sync_directory, temporary_path
 from kvedit.store.rows import RevisionRow
 from kvedit.store.store import Finding, Store
 
@@ -77,6 +77,7 @@ def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
         digest = master.write_checkpoint(building)
         remove(final)  # left by a writer that ended before it was recorded
         os.replace(building, final)
+        sync_directory(final.parent)  # before the database names it
     store.add_checkpoint(head, final, digest)
     for old in sorted(row.revision for row in store.checkpoints())[:-KEPT_CHECKPOINTS]:
         store.remove_checkpoint(old)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -62,7 +62,8 @@ def create_database(path: Path, meta: Mapping[str, str], weights_digest: str) ->
             sync_directory(path.parent)
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
-            remove(temporary.with_name(temporary.name + suffix))
+            with suppress(OSError):  # recovery removes what is left of it
+                remove(temporary.with_name(temporary.name + suffix))
 
 
 def _fill(db: Database, meta: Mapping[str, str], weights_digest: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, normalise
-from kvedit.files import StoreLock, disk_errors, now
+from kvedit.files import StoreLock, disk_errors, now, sync_directory
 from kvedit.store import integrity
 from kvedit.store.database import DB_NAME, create_database
 from kvedit.store.journal import Journal
@@ -85,6 +85,7 @@ class Store(Journal):
         with disk_errors(path):
             for folder in (path, path / "deltas", path / "checkpoints"):
                 folder.mkdir(parents=True, exist_ok=True)
+            sync_directory(path.parent)
         with StoreLock(path):
             if cls.exists(path):
                 raise UsageError(
