@@ -18,7 +18,7 @@ LONGEST = 100
 
 
 class Verified(NamedTuple):
-    """What a verification of the fake finds."""
+    """The report of a verification."""
 
     checks: tuple[RetentionCheck, ...]
     score: Score
@@ -65,12 +65,12 @@ class FakeKnowledge:
     retention: Score = field(default_factory=Score)
     engine: FakeEngine = field(default_factory=FakeEngine)
     groups: list[tuple[str, ...]] = field(default_factory=list)
-    taught: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
     verified: list[int | None] = field(default_factory=list)
     protected_for: list[int] = field(default_factory=list)
 
     def protect_for(self, facts: int) -> None:
-        """Only noted."""
+        """Note the call."""
         self.protected_for.append(facts)
 
     def add_group(
@@ -92,7 +92,7 @@ class FakeKnowledge:
 
     def _edit(self, facts: Sequence[Fact]) -> EditReport:
         keys = tuple(fact.key for fact in facts)
-        self.taught += keys
+        self.trained += keys
         changes = [FactChange(self.store.put_pending(fact), None, fact) for fact in facts]
         edit = self.store.plan_edit("add", changes, {})
         report = EditReport(
@@ -102,7 +102,7 @@ class FakeKnowledge:
         if self.refuses & set(keys):
             reasons = ("recall probes: 1 of 10 passed, 100% needed",)
             self.store.finish_edit(edit, "rejected", reasons, report.to_json())
-            return self._told(report, reasons=reasons)
+            return self._emit(report, reasons=reasons)
         revision = self.store.commit_edit(
             edit,
             expected_head=self.store.head(),
@@ -113,12 +113,12 @@ class FakeKnowledge:
             prior_answers={},
             report=report.to_json(),
         )
-        return self._told(report, outcome="committed", revision=revision)
+        return self._emit(report, outcome="committed", revision=revision)
 
-    def _told(self, report: EditReport, **changes: Any) -> EditReport:
-        told = replace(report, **changes)
-        self.emit(told)
-        return told
+    def _emit(self, report: EditReport, **changes: Any) -> EditReport:
+        changed = replace(report, **changes)
+        self.emit(changed)
+        return changed
 
     def verify(self, *, sample: int | None = None, repair: bool = False) -> Verified:
         """All facts are recalled but those in ``loses``."""

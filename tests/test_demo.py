@@ -1,4 +1,4 @@
-"""The demonstration tells the whole story, and only claims what happened."""
+"""The demonstration shows every step, and claims only what happened."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from kvedit.model import upcast
 COMMANDS = ("init", "ask", "add", "update", "remove", "verify", "rollback")
 
 
-def test_the_seed_facts_it_tells_of_exist() -> None:
+def test_its_seed_facts_exist() -> None:
     stove = demo.seed_fact(f"{demo.STOVE}.txt", demo.STOVE)
     lantern = demo.seed_fact("tide-lantern.txt", demo.LANTERN)
     third = demo.seed_fact(demo.THIRD_FILE, demo.THIRD)
     assert [fact.lang for fact in (stove, lantern, third)] == ["zh-Hant", "en", "zh-Hans"]
-    assert Fact.create(demo.STOVE, demo.TOLD_ANEW).lang == "zh-Hant"
-    assert stove.description != demo.TOLD_ANEW
+    assert Fact.create(demo.STOVE, demo.NEW_TEXT).lang == "zh-Hant"
+    assert stove.description != demo.NEW_TEXT
 
 
 def short(file: str, key: str) -> Fact:
@@ -34,10 +34,10 @@ def short(file: str, key: str) -> Fact:
     return Fact.create(key, f"{key}: glass.", lang="en")
 
 
-def tell(model: Path, text: str) -> tuple[bool, str]:
+def run_demo(model: Path, text: str) -> tuple[bool, str]:
     out = io.StringIO()
-    sound = demo.Demo(model=model, settings=text, reporter=Reporter, out=out).run()
-    return sound, out.getvalue()
+    passed = demo.Demo(model=model, settings=text, reporter=Reporter, out=out).run()
+    return passed, out.getvalue()
 
 
 def few_texts(**changes: float) -> str:
@@ -47,27 +47,27 @@ def few_texts(**changes: float) -> str:
 
 def test_every_step_is_shown(small: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "seed_fact", short)
-    monkeypatch.setattr(demo, "TOLD_ANEW", "A stove.")
+    monkeypatch.setattr(demo, "NEW_TEXT", "A stove.")
     gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
-    sound, shown = tell(small["bf16"], few_texts(**gate))
+    passed, shown = run_demo(small["bf16"], few_texts(**gate))
     places = [shown.index(f"$ kvedit {command}") for command in COMMANDS]
-    assert places == sorted(places), "in the order of the story"
+    assert places == sorted(places), "in the order of the steps"
     assert "6 of 6 edits committed" in shown
     assert "weights of revision 0 and now: equal" in shown
     tail = shown[shown.index("Before and after") :]
     assert tail.count("base model") == tail.count("rolled back") == 6
     assert "Where the time went" in tail and "of the edits: train" in tail
-    assert sound is ("Not everything went as promised" not in shown)
+    assert passed is ("Not every step did what it should" not in shown)
 
 
-def test_a_refused_edit_is_told_and_fails_the_demo(
+def test_a_rejected_edit_is_shown_and_fails_the_demo(
     small: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "seed_fact", short)
-    sound, shown = tell(small["bf16"], few_texts(rate=1e-9))
-    assert not sound
+    passed, shown = run_demo(small["bf16"], few_texts(rate=1e-9))
+    assert not passed
     assert "rejected add" in shown and "UnknownKeyError" in shown
-    assert "Not everything went as promised" in shown
+    assert "Not every step did what it should" in shown
     assert "weights of revision 0 and now: equal" in shown
 
 

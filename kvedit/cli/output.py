@@ -1,34 +1,49 @@
-"""Text and JSON for people and programs: tables, scores, and the report of an edit.
+"""What commands print to stdout: JSON, tables, scores, and the report of an edit.
 
-Pure functions from values to strings, but for the three that write to stdout. Columns are aligned
-by display width, because a Chinese character takes two cells.
+Invariants:
+- rich is imported only where something is laid out for a person.
+- Keys, descriptions and answers are text, never markup; their control characters are shown
+  escaped, so that no stored text can steer the terminal.
+- A line is as wide as the terminal, or 100 cells where stdout is none; long text is wrapped or
+  shortened between words.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
 import sys
-import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
     from kvedit.events import EditReport, Score, Similar
 
-OUTCOME_COLOURS = {"committed": "green", "unchanged": "cyan", "rejected": "red", "failed": "red"}
+COLOURS = {
+    "committed": "green", "unchanged": "cyan", "rejected": "red", "failed": "red",
+    "canceled": "yellow", "passed": "green", "lost": "red", "recalled": "green",
+    "regressed": "red", "stale": "yellow", "ok": "green", "warning": "yellow", "error": "red",
+}  # fmt: skip
+"""The colours of outcomes, of the health of facts and of the levels of findings."""
+
 SCORES = (
-    ("reliability", "recall", "the phrasings it was trained on"),
-    ("generalization", "paraphrase", "phrasings it was never trained on"),
-    ("locality", "locality", "answers that must not change"),
-    ("retention", "retention", "earlier facts, asked again"),
+    ("reliability", "trained phrasings recalled exactly"),
+    ("generalization", "unseen phrasings recalled exactly"),
+    ("locality", "answers to other questions unchanged"),
+    ("retention", "earlier facts still recalled"),
 )
-FORGOTTEN = "asked again: answers as before the fact came"
-ELLIPSIS = "…"
+FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
 PIPE_WIDTH = 100
-MIN_LAST_COLUMN = 20
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def print_json(document: object) -> None:
@@ -41,59 +56,91 @@ def print_json_line(fields: Mapping[str, Any]) -> None:
     click.echo(json.dumps(fields, ensure_ascii=False))
 
 
-def width(text: str) -> int:
-    """How many terminal cells the text takes, styling not counted."""
-    return sum(_cells(character) for character in click.unstyle(text))
+def print_result(as_json: bool, document: object, *parts: RenderableType) -> None:
+    """What a query found: a JSON document for programs, or parts for people."""
+    if as_json:
+        print_json(document)
+    else:
+        print_parts(*parts)
 
 
-def _cells(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+def clean(text: str) -> str:
+    r"""The text with control and text-direction characters escaped: ESC as ``\x1b``."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def clip(text: str, cells: int) -> str:
-    """The text on one line, cut to at most `cells` terminal cells."""
-    line = " ".join(text.split())
-    if width(line) <= cells:
-        return line
-    used = 1
-    for index, character in enumerate(line):
-        used += _cells(character)
-        if used > cells:
-            return line[:index] + ELLIPSIS
-    return line
+def styled(value: object, style: str | None = None) -> Text:
+    """A value as text in a style; without one, outcomes and states have their own colour."""
+    from rich.text import Text
+
+    text = "-" if value is None else clean(str(value))
+    return Text(text, style=COLOURS.get(text, "") if style is None else style)
 
 
-def pad(text: str, cells: int) -> str:
-    """The text followed by spaces up to `cells` terminal cells."""
-    return text + " " * max(0, cells - width(text))
+@dataclass(frozen=True, slots=True)
+class FirstLine:
+    """Text for a table cell that is one line high: shortened after the last word that fits."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = styled(" ".join(self.text.split()))
+        if line.cell_len > options.max_width:
+            line = line.wrap(console, max(2, options.max_width - 1))[0]
+            line.rstrip()
+            line.append("…")
+        yield line
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(20, max(20, styled(" ".join(self.text.split())).cell_len))
 
 
-def line_width() -> int:
-    """Cells on a line of stdout: the terminal's, or a fixed number where there is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table without rules; cells are plain values, styled text or `FirstLine`."""
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        grid.add_column(header, overflow="fold")
+    _add_rows(grid, rows)
+    return grid
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of a table; the last column is cut to what is left of the line."""
-    cells = [[" ".join(str("" if cell is None else cell).split()) for cell in row] for row in rows]
-    widths = [
-        max(width(line[column]) for line in [list(headers), *cells])
-        for column in range(len(headers) - 1)
-    ]
-    left = max(MIN_LAST_COLUMN, line_width() - sum(widths) - 2 * len(widths))
-    lines = []
-    for row in [list(headers), *cells]:
-        columns = [pad(cell, size) for cell, size in zip(row, widths, strict=False)]
-        lines.append("  ".join([*columns, clip(row[-1], left)]).rstrip())
-    return [click.style(lines[0], bold=True), *lines[1:]]
+def pairs(rows: Sequence[Sequence[object]], indent: int = 0) -> RenderableType:
+    """Rows of a label and values, which are wrapped beside their label."""
+    from rich.padding import Padding
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for number in range(len(rows[0])):
+        grid.add_column(no_wrap=number == 0, overflow="fold")
+    _add_rows(grid, rows)
+    return Padding(grid, (0, 0, 0, indent), expand=False)
 
 
-def print_lines(lines: Sequence[str]) -> None:
-    """Lines to stdout."""
-    for line in lines:
-        click.echo(line)
+def _add_rows(grid: Table, rows: Iterable[Sequence[object]]) -> None:
+    from rich.text import Text
+
+    for row in rows:
+        cells = (c if isinstance(c, Text | FirstLine) else styled(c, "") for c in row)
+        grid.add_row(*cells)
+
+
+def print_parts(*parts: RenderableType, file: TextIO | None = None, indent: int = 0) -> None:
+    """Print lines, styled text and tables to stdout, or to ``file``."""
+    from rich.console import Console
+
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    console = Console(file=file, width=fixed, markup=False, emoji=False, highlight=False)
+    console.width -= indent
+    with console.capture() as captured:
+        for part in parts:
+            shown = styled(part, "") if isinstance(part, str) else part
+            console.print(shown, soft_wrap=isinstance(part, str) and not console.is_terminal)
+    for line in captured.get().split("\n")[:-1]:
+        click.echo((" " * indent + line).rstrip(), file=file)
 
 
 def percent(share: float) -> str:
@@ -104,13 +151,18 @@ def percent(share: float) -> str:
     return f"{value:.1f}".removesuffix(".0") + "%"
 
 
+def interval_text(score: Score) -> str:
+    """The 95% interval of a share: '68-100%'."""
+    low, high = (round(100 * bound) for bound in score.interval())
+    return f"{low}-{high}%"
+
+
 def score_text(score: Score) -> str:
     """Counts, share, 95% interval and protocol: '8/8  100%  (95% interval 68-100%, generated)'."""
     if score.rate is None:
         return "not measured"
-    low, high = (round(100 * bound) for bound in score.interval())
-    share = percent(score.rate)
-    return f"{score.passed}/{score.n}  {share}  (95% interval {low}-{high}%, {score.protocol})"
+    share = f"{score.passed}/{score.n}  {percent(score.rate)}"
+    return f"{share}  (95% interval {interval_text(score)}, {score.protocol})"
 
 
 def similar_text(similar: Sequence[Similar]) -> str:
@@ -124,82 +176,80 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds >= 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 def size_text(size: int) -> str:
-    """A size in bytes as '512 B', '1.5 MB'."""
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        del units[0]
-    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    """A size in bytes as '512 bytes', '1.5 MB'."""
+    from rich.filesize import decimal
+
+    return decimal(size)
 
 
-def edit_lines(report: EditReport, *, verbose: bool = False) -> list[str]:
-    """What an edit did, for a human: outcome, reasons, scores, answers and time."""
-    lines = [_headline(report)]
-    lines += [f"  {click.style('because', fg='red')} {reason}" for reason in report.reasons]
+def edit_parts(report: EditReport, *, verbose: bool = False) -> list[RenderableType]:
+    """What an edit did, for a person: outcome, reasons, scores, answers and time."""
+    parts: list[RenderableType] = [_headline(report)]
+    if report.reasons:
+        parts.append(pairs([(styled("because", "red"), reason) for reason in report.reasons], 2))
     if report.outcome == "unchanged":
-        return lines
-    lines += _score_lines(report)
-    lines += _answer_lines(report)
+        return parts
+    if scores := _score_rows(report):
+        parts.append(pairs(scores, 2))
+    if details := _detail_rows(report):
+        parts.append(pairs(details, 2))
+    if verbose and report.ranks:
+        parts.append(table(("  rank", "distance from the base model", "matrix"), _ranks(report)))
+    return parts
+
+
+def _headline(report: EditReport) -> Text:
+    subject = f" {report.kind} {report.key}".rstrip()
+    if report.outcome == "unchanged":
+        subject, end = f" {report.key}".rstrip(), "the store already says exactly this"
+    elif report.outcome != "committed":
+        end = "the model is exactly as it was before"
+    elif report.kind == "rollback":
+        subject, end = " rollback", f"the new revision {report.revision} restores an earlier one"
+    else:
+        end = f"revision {report.revision}"
+    if report.outcome == "committed" and report.retrained:
+        end += f", {report.retrained} earlier facts trained again with it"
+    line = styled(report.outcome)
+    line.stylize("bold")
+    return line.append(clean(f"{subject}: {end}"), style="default not bold")
+
+
+def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
+    rows = []
+    for field, meaning in SCORES:
+        score: Score = getattr(report, field)
+        if score.n:
+            forgotten = field == "reliability" and report.kind == "remove"
+            label, text = FORGOTTEN if forgotten else (field, meaning)
+            share = f"{percent(score.passed / score.n)} ({interval_text(score)}), {score.protocol}"
+            rows.append((label, f"{score.passed} of {score.n} {text}", share))
+    return rows
+
+
+def _detail_rows(report: EditReport) -> list[tuple[str, object]]:
+    answers = (("before", report.text_before), ("after", report.text_after))
+    rows: list[tuple[str, object]] = [(name, FirstLine(text)) for name, text in answers if text]
     if report.similar:
-        lines.append(f"  similar keys, checked first: {similar_text(report.similar)}")
+        rows.append(("similar keys", f"{similar_text(report.similar)}; checked first"))
     if report.broke:
-        lines.append(f"  {click.style('broke', fg='red')} {', '.join(report.broke)}")
+        rows.append(("broke", styled(", ".join(report.broke), "red")))
     if report.steps or report.seconds:
-        lines.append(f"  {report.steps} steps in {seconds_text(report.seconds)}{_timings(report)}")
-    return lines + (_rank_lines(report) if verbose else [])
+        slow = sorted(report.timings.items(), key=lambda item: -item[1])
+        times = [f"{name} {seconds_text(spent)}" for name, spent in slow if spent >= 0.05]
+        detail = f" ({', '.join(times)})" if times else ""
+        rows.append(("time", f"{report.steps} steps in {seconds_text(report.seconds)}{detail}"))
+    return rows
 
 
-def _headline(report: EditReport) -> str:
-    outcome = click.style(
-        report.outcome, fg=OUTCOME_COLOURS.get(report.outcome, "yellow"), bold=True
-    )
-    subject = f" {report.key}" if report.key else ""
-    if report.outcome == "committed" and report.kind == "rollback":
-        return f"{outcome} rollback: the new revision {report.revision} restores an earlier one"
-    if report.outcome == "committed":
-        beside = f", {report.retrained} earlier facts taught once more" if report.retrained else ""
-        return f"{outcome} {report.kind}{subject}: revision {report.revision}{beside}"
-    if report.outcome == "unchanged":
-        return f"{outcome}{subject}: the store already says exactly this"
-    return f"{outcome} {report.kind}{subject}: the model is exactly as it was before"
-
-
-def _score_lines(report: EditReport) -> list[str]:
-    lines = []
-    for field, label, meaning in SCORES:
-        score = getattr(report, field)
-        if not score.n:
-            continue
-        if field == "reliability" and report.kind == "remove":
-            label, meaning = "forgotten", FORGOTTEN
-        lines.append(f"  {label:<11} {pad(score_text(score), 52)} {meaning}")
-    return lines
-
-
-def _answer_lines(report: EditReport) -> list[str]:
-    room = max(MIN_LAST_COLUMN, line_width() - 10)
-    pairs = (("before", report.text_before), ("after", report.text_after))
-    return [f"  {label:<7} {clip(text, room)}" for label, text in pairs if text]
-
-
-def _timings(report: EditReport) -> str:
-    slow = sorted(report.timings.items(), key=lambda item: -item[1])
-    shown = [f"{name} {seconds_text(seconds)}" for name, seconds in slow if seconds >= 0.05]
-    return f" ({', '.join(shown)})" if shown else ""
-
-
-def _rank_lines(report: EditReport) -> list[str]:
-    """For each matrix the rank of the change, and how far it is from the base model's by now."""
+def _ranks(report: EditReport) -> list[tuple[str, str, str]]:
+    """For each matrix the rank of the change, and its relative norm since the base model."""
+    norms = report.relative_norms
     return [
-        f"  rank {rank:>3}  {_moved(report, name)}{name}"
+        (f"  {rank}", f"{norms[name]:.2%}" if name in norms else "-", name)
         for name, rank in sorted(report.ranks.items())
     ]
-
-
-def _moved(report: EditReport, name: str) -> str:
-    share = report.relative_norms.get(name)
-    return "" if share is None else f"{f'{share:.2%}':>7} from the base  "

@@ -1,4 +1,4 @@
-"""Commands that only look: ask and chat (the model), list, show, similar, history, status, report.
+"""Commands that read: ask and chat (the model), list, show, similar, history, status, report.
 
 Invariant: but for `ask` and `chat`, nothing here imports torch.
 """
@@ -22,60 +22,69 @@ from kvedit.cli.common import (
     note,
     read_only,
 )
+from kvedit.cli.output import (
+    clean,
+    pairs,
+    print_json,
+    print_parts,
+    print_result,
+    size_text,
+    styled,
+    table,
+)
+from kvedit.cli.progress import make_reporter
+from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
 
 if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
 
-CHAT_HELP = "/new starts over, /exit or Ctrl-D ends the chat"
+CHAT_HELP = "/new starts a new conversation, /exit or Ctrl-D ends the chat"
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("--at", type=click.IntRange(min=0), metavar="REV", help="Ask the model of REV.")
-@click.option("--before", is_flag=True, help="Show the base model's answer beside it.")
+@click.option("--compare-base", is_flag=True, help="Show the base model's answer as well.")
 @click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Where a longer answer is cut.",
-)
+    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
+    help="Stop the answer after N tokens.",
+)  # fmt: skip
 @json_option
 @click.pass_obj
 def ask(
     settings: Settings,
     prompt: str,
     at: int | None,
-    before: bool,
+    compare_base: bool,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
-    """Ask the model something and print its answer.
+    """Ask the model a question and print its answer.
 
     PROMPT is the question, or '-' for standard input.
 
     \b
     Examples:
       kvedit ask "夢中情爐是什麼?"
-      kvedit ask "Who was Ada Lovelace?" --before
+      kvedit ask "Who was Ada Lovelace?" --compare-base
       kvedit ask "What is Porto?" --at 2
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.progress import make_reporter
-    from kvedit.cli.tables import answer_lines
-
     question = _prompt_text(prompt)
     with knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
-        answers = {
-            "prompt": question,
-            "revision": base.store.head() if at is None else at,
-            "answer": base.ask(question, at=at, max_new_tokens=max_new_tokens),
-            "before": base.ask_base(question) if before else None,
-        }
+        revision = base.store.head() if at is None else at
+        answer = base.ask(question, at=at, max_new_tokens=max_new_tokens)
+        base_answer = None
+        if compare_base:
+            base_answer = base.ask_base(question, max_new_tokens=max_new_tokens)
+    document = {"prompt": question, "revision": revision, "answer": answer}
+    document["base_answer"] = base_answer
     if as_json:
-        print_json(answers)
+        print_json(document)
+    elif base_answer is None:
+        click.echo(clean(answer))
     else:
-        print_lines(answer_lines(answers))
+        now = styled(f"revision {revision}", "green")
+        print_parts(pairs([(styled("base model", "yellow"), base_answer), (now, answer)]))
 
 
 def _prompt_text(prompt: str) -> str:
@@ -93,19 +102,16 @@ def _prompt_text(prompt: str) -> str:
 @json_option
 @click.pass_obj
 def chat(settings: Settings, as_json: bool) -> None:
-    """Talk with the model, line by line.
+    """Chat with the model, line by line.
 
-    It sees the whole conversation: /new starts over, /exit or Ctrl-D ends the chat. With --json the
-    conversation is printed at the end as one document.
+    The model sees the whole conversation. /new starts a new one, /exit or Ctrl-D ends the chat.
+    With --json the conversation is printed at the end as one document.
 
     \b
     Examples:
       kvedit chat
       kvedit chat --json < questions.txt
     """
-    from kvedit.cli.output import print_json
-    from kvedit.cli.progress import make_reporter
-
     reporter = make_reporter(quiet=settings.quiet or as_json)
     with knowledge_base(settings, reporter) as base:
         reporter.stop()  # the terminal belongs to the user now
@@ -127,7 +133,7 @@ def _converse(base: KnowledgeBase, *, silent: bool) -> list[dict[str, str]]:
         answer = base.chat(messages)
         messages.append({"role": "assistant", "content": answer})
         if not silent:
-            click.echo(answer)
+            click.echo(clean(answer))
     return messages
 
 
@@ -160,38 +166,30 @@ def _typed_line() -> str:
 
 @click.command("list")
 @click.option(
-    "--state",
-    type=click.Choice(["committed", "pending", "rejected", "removed", "all"]),
-    default="committed",
-    show_default=True,
-    help="Which facts.",
-)
+    "--state", type=click.Choice(["committed", "pending", "rejected", "removed", "all"]),
+    default="committed", show_default=True, help="Which facts.",
+)  # fmt: skip
 @json_option
 @click.pass_obj
 def list_facts(settings: Settings, state: str, as_json: bool) -> None:
-    """List the facts and how they are doing.
+    """List the facts and whether they are still recalled.
 
     \b
     Health:
-      recalled   it was recalled when last checked
-      regressed  it was not
-      stale      its last check is many revisions ago
-      unchecked  it was never checked since it was committed
+      recalled   recalled at the last check
+      regressed  not recalled at the last check
+      stale      the last check was many revisions ago
+      unchecked  not checked since it was committed
 
     \b
     Examples:
       kvedit list
       kvedit list --state all --json
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.tables import facts_table
-
     with read_only(settings) as store:
         rows = store.facts(None if state == "all" else state)
-    if as_json:
-        print_json([row.to_json() for row in rows])
-    elif rows:
-        print_lines(facts_table(rows))
+    if rows or as_json:
+        print_result(as_json, [row.to_json() for row in rows], facts_table(rows))
     else:
         note(settings, "no facts" if state == "all" else f"no {state} facts")
         next_step(settings, "add", "KEY", "FILE")
@@ -202,7 +200,7 @@ def list_facts(settings: Settings, state: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def show(settings: Settings, key: str, as_json: bool) -> None:
-    """Show one fact: text, health, edits and last checks.
+    """Show one fact: description, health, edits and the latest checks.
 
     KEY may also be an alias.
 
@@ -211,64 +209,58 @@ def show(settings: Settings, key: str, as_json: bool) -> None:
       kvedit show 夢中情爐
       kvedit show Porto --json
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.tables import fact_document, fact_lines
-
     with read_only(settings) as store:
         row = store.require(key)
         edits = store.history(row.fact.key)
         results = store.results(row.id, 20)
-    if as_json:
-        print_json(fact_document(row, edits, results))
-    else:
-        print_lines(fact_lines(row, edits, results))
+    document = fact_document(row, edits, results)
+    print_result(as_json, document, *fact_parts(row, edits, results))
 
 
 @click.command()
 @click.argument("text")
 @click.option(
-    "--threshold",
-    type=click.FloatRange(0, 100),
-    default=85.0,
-    show_default=True,
-    help="Least similarity, 0 to 100.",
-)
-@click.option("--limit", type=click.IntRange(min=1), default=5, show_default=True)
+    "--threshold", type=click.FloatRange(0, 100), default=85.0, show_default=True,
+    help="Lowest similarity to list.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=5, show_default=True, help="At most N keys.",
+    metavar="N",
+)  # fmt: skip
 @json_option
 @click.pass_obj
 def similar(settings: Settings, text: str, threshold: float, limit: int, as_json: bool) -> None:
-    """List the keys that resemble TEXT.
+    """List the keys that are similar to TEXT.
 
-    The most similar comes first. Case, spaces, punctuation, and Simplified and Traditional forms do
-    not count as differences.
+    The most similar key comes first; a score of 100 means the same. Case, spaces, punctuation, and
+    the difference between Simplified and Traditional characters are ignored.
 
     \b
     Examples:
       kvedit similar 梦中情炉
       kvedit similar "ada lovelase" --threshold 70
     """
-    from kvedit.cli.output import print_json, print_lines, table
     from kvedit.facts.keys import similar as find_similar
 
     with read_only(settings) as store:
-        found = find_similar(text, store.keys(), threshold=threshold, limit=limit)
-    if as_json:
-        print_json([{"key": one.key, "score": one.score} for one in found])
-    elif found:
-        print_lines(table(("score", "key"), [(f"{one.score:.0f}", one.key) for one in found]))
+        matches = find_similar(text, store.keys(), threshold=threshold, limit=limit)
+    if matches or as_json:
+        document = [{"key": one.key, "score": one.score} for one in matches]
+        rows = [(f"{one.score:.0f}", one.key) for one in matches]
+        print_result(as_json, document, table(("score", "key"), rows))
     else:
-        note(settings, f"no key resembles this at {threshold:g} or more; try a lower --threshold")
+        note(settings, f"no key has a similarity of {threshold:g}; try a lower --threshold")
 
 
 @click.command()
 @click.argument("key", required=False)
-@click.option("--limit", type=click.IntRange(min=1), help="Only the latest so many edits.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The latest N edits only.")
 @json_option
 @click.pass_obj
 def history(settings: Settings, key: str | None, limit: int | None, as_json: bool) -> None:
-    """List the edits, all or those of KEY.
+    """List all edits, or those of one fact.
 
-    The latest comes first. Refused, failed and interrupted edits are listed too, with their
+    The latest edit comes first. Rejected, failed and interrupted edits are listed too, with their
     reasons.
 
     \b
@@ -276,17 +268,12 @@ def history(settings: Settings, key: str | None, limit: int | None, as_json: boo
       kvedit history
       kvedit history 夢中情爐 --limit 5
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.tables import edits_table
-
     with read_only(settings) as store:
         if key is not None:
             key = store.require(key).fact.key
         edits = store.history(key)[:limit]
-    if as_json:
-        print_json([edit.to_json() for edit in edits])
-    elif edits:
-        print_lines(edits_table(edits))
+    if edits or as_json:
+        print_result(as_json, [edit.to_json() for edit in edits], edits_table(edits))
     else:
         note(settings, "no edits yet")
 
@@ -295,24 +282,19 @@ def history(settings: Settings, key: str | None, limit: int | None, as_json: boo
 @json_option
 @click.pass_obj
 def status(settings: Settings, as_json: bool) -> None:
-    """Show where the store stands.
+    """Show the state of the store.
 
-    Model, revision, facts and their health, and sizes on disk.
+    Model, revision, facts and their health, how far the weights are from the base model, and sizes
+    on disk.
 
     \b
     Examples:
       kvedit status
       kvedit --store poems status --json
     """
-    from kvedit.cli.output import print_json, print_lines
-    from kvedit.cli.tables import status_lines
-
     with read_only(settings) as store:
         fields = store.status()
-    if as_json:
-        print_json(fields)
-    else:
-        print_lines(status_lines(fields))
+    print_result(as_json, fields, status_table(fields))
 
 
 @click.command()
@@ -323,24 +305,22 @@ def status(settings: Settings, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def report(settings: Settings, file: Path, as_json: bool) -> None:
-    """Write one offline HTML page about the store.
+    """Write one HTML page about the store, which needs no network.
 
-    What it holds and how well, which facts to look at first, what was refused and why, the edits,
-    and pictures of how it grew. Nothing is measured; run verify before it for fresh figures.
+    It shows the facts and how well they are recalled, which of them need attention, what was
+    rejected and why, the edits, and plots over time. Nothing is measured for it: run `verify` first
+    for current figures.
 
     \b
     Examples:
       kvedit report
       kvedit --store poems report -o poems.html
     """
-    from kvedit.cli.output import print_json, size_text
     from kvedit.store import html_report
 
     with read_only(settings) as store:
         html_report.write(store, file)
         head = store.head()
     size = file.stat().st_size
-    if as_json:
-        print_json({"path": str(file), "revision": head, "bytes": size})
-    else:
-        click.echo(f"wrote {file}: revision {head}, {size_text(size)}")
+    document = {"path": str(file), "revision": head, "bytes": size}
+    print_result(as_json, document, f"wrote {file}: revision {head}, {size_text(size)}")

@@ -1,6 +1,6 @@
-"""What the store and the checks hold, as tables for people and documents for programs.
+"""What a store, its input files and its checks hold: tables for people, documents for programs.
 
-Pure functions: rows and reports in, lines or plain values out.
+Pure functions: rows and reports in, parts for `output.print_parts` or plain values out.
 """
 
 from __future__ import annotations
@@ -8,25 +8,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from kvedit.cli.output import edit_lines, pad, score_text, seconds_text, size_text, table
+from kvedit.cli.output import (
+    FirstLine,
+    clean,
+    pairs,
+    score_text,
+    seconds_text,
+    size_text,
+    styled,
+    table,
+)
 from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:
-    from kvedit.editing.verify import BaseKnowledgeReport, VerifyReport
-    from kvedit.revisions.export_hf import ExportReport
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from kvedit.ingest.preflight import Near, Preflight, Problem
+    from kvedit.ingest.report import IngestReport
     from kvedit.store.rows import EditRow, FactRow, Finding, ProbeRow
 
-HEALTH_COLOURS = {"recalled": "green", "regressed": "red", "stale": "yellow"}
-LEVEL_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
-SHOWN_CHECKS = 50
-
-
-def coloured(word: str | None, colours: Mapping[str, str]) -> str:
-    """The word in its colour, if it has one."""
-    text = word or "-"
-    return click.style(text, fg=colours[text]) if text in colours else text
+Parts = list["RenderableType"]
+SHOWN = 20
+SHOWN_SIMILAR = 3
+STOPPED = {
+    "limit": "stopped at --limit",
+    "failures": "stopped at --max-failures",
+    "time": "stopped at --max-time",
+    "errors": "stopped: many facts in a row failed, so the cause is not in the facts themselves",
+    "interrupted": "interrupted: the running edit was discarded, all earlier ones are committed",
+}
+PREFLIGHT = {
+    "new": "to train",
+    "unchanged": "in the store already",
+    "repeated": "repeated",
+    "rejected_before": "rejected before",
+    "invalid": "invalid",
+}
+"""How the rows of an input are counted, for programs and for people."""
 
 
 def when(time: str | None) -> str:
@@ -39,22 +58,18 @@ def margin_text(margin: float | None) -> str:
     return "-" if margin is None else f"{margin:+.2f}"
 
 
-def answer_lines(answers: Mapping[str, Any]) -> list[str]:
-    """The answer alone, or the base model's answer and this one, named."""
-    if answers["before"] is None:
-        return [answers["answer"]]
-    now = f"revision {answers['revision']}"
-    names = [pad(name, len(now)) for name in ("base", now)]
-    return [
-        f"{click.style(names[0], fg='yellow')}  {answers['before']}",
-        f"{click.style(names[1], fg='green')}  {answers['answer']}",
-    ]
+def first_of(items: Sequence[str], shown: int = SHOWN) -> list[str]:
+    """The first items, and how many more there are."""
+    more = len(items) - shown
+    return [*items[:shown], *([f"... and {more} more; --json lists all"] if more > 0 else [])]
 
 
-def result_fields(row: ProbeRow) -> dict[str, Any]:
-    """A probe's result as a JSON document."""
-    names = ("kind", "protocol", "prompt", "expected", "answer", "passed", "margin", "revision")
-    return {**{name: getattr(row, name) for name in names}, "time": row.created_at}
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Counts by name: '2 committed, 1 pending'."""
+    return ", ".join(f"{number} {name}" for name, number in counts.items()) or "none"
+
+
+# --- facts and edits -------------------------------------------------------------------------
 
 
 def fact_document(
@@ -64,57 +79,51 @@ def fact_document(
     return {
         **row.to_json(),
         "edits": [edit.to_json() for edit in edits],
-        "results": [result_fields(result) for result in results],
+        "results": [_result_fields(result) for result in results],
     }
 
 
-def facts_table(rows: Sequence[FactRow]) -> list[str]:
+def _result_fields(row: ProbeRow) -> dict[str, Any]:
+    names = ("kind", "protocol", "prompt", "expected", "answer", "passed", "margin", "revision")
+    return {**{name: getattr(row, name) for name in names}, "time": row.created_at}
+
+
+def facts_table(rows: Sequence[FactRow]) -> Table:
     """One line for each fact."""
     cells = [
-        (
-            row.fact.key,
-            row.state,
-            coloured(row.health, HEALTH_COLOURS),
-            "-" if row.revision is None else row.revision,
-            row.fact.description,
-        )
-        for row in rows
+        (r.fact.key, r.state, styled(r.health), styled(r.revision), FirstLine(r.fact.description))
+        for r in rows
     ]
     return table(("key", "state", "health", "revision", "description"), cells)
 
 
-def fact_lines(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRow]) -> list[str]:
+def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRow]) -> Parts:
     """All about one fact."""
-    fact = row.fact
-    checked = row.last_checked_revision
-    pairs = [
+    fact, checked = row.fact, row.last_checked_revision
+    fields = [
         ("key", fact.key),
         ("aliases", ", ".join(fact.aliases)),
         ("language", fact.lang),
         ("state", row.state + ("" if row.revision is None else f", revision {row.revision}")),
-        ("health", coloured(row.health, HEALTH_COLOURS)),
+        ("health", styled(row.health)),
         ("checked", "never" if checked is None else f"at revision {checked}"),
         ("margin", margin_text(row.margin)),
         ("source", fact.source or ""),
     ]
-    lines = [f"{label:<9} {value}" for label, value in pairs if value]
-    lines += ["", fact.description]
-    lines += _section("own prompts", fact.prompts) + _section("own paraphrases", fact.paraphrases)
-    if edits:
-        lines += ["", *edits_table(edits)]
-    return lines + (["", *results_table(results)] if results else [])
+    parts: Parts = [pairs([field for field in fields if field[1]]), "", styled(fact.description)]
+    for title, prompts in (("prompts", fact.prompts), ("paraphrases", fact.paraphrases)):
+        if prompts:
+            parts += ["", styled(f"{title} of its own", "bold"), *(f"  {one}" for one in prompts)]
+    parts += ["", edits_table(edits)] if edits else []
+    return parts + (["", results_table(results)] if results else [])
 
 
-def _section(title: str, items: Sequence[str]) -> list[str]:
-    return ["", click.style(title, bold=True), *(f"  {item}" for item in items)] if items else []
-
-
-def results_table(results: Sequence[ProbeRow]) -> list[str]:
+def results_table(results: Sequence[ProbeRow]) -> Table:
     """The latest probes of a fact."""
     cells = [
         (
             row.kind,
-            click.style("passed", fg="green") if row.passed else click.style("failed", fg="red"),
+            styled("passed" if row.passed else "failed"),
             margin_text(row.margin),
             row.protocol,
             row.prompt,
@@ -124,13 +133,13 @@ def results_table(results: Sequence[ProbeRow]) -> list[str]:
     return table(("probe", "result", "margin", "protocol", "prompt"), cells)
 
 
-def edits_table(edits: Sequence[EditRow]) -> list[str]:
-    """One line for each edit, with the reasons of those that were refused."""
+def edits_table(edits: Sequence[EditRow]) -> Table:
+    """One row for each edit, with the reasons of those that were refused."""
     cells = [
         (
-            "-" if edit.revision is None else edit.revision,
+            styled(edit.revision),
             edit.kind,
-            edit.state,
+            styled(edit.state),
             when(edit.finished_at or edit.started_at),
             in_words(edit.keys) + (f": {'; '.join(edit.reasons)}" if edit.reasons else ""),
         )
@@ -139,119 +148,43 @@ def edits_table(edits: Sequence[EditRow]) -> list[str]:
     return table(("revision", "kind", "outcome", "time (UTC)", "fact"), cells)
 
 
-def status_lines(fields: Mapping[str, Any]) -> list[str]:
+# --- the store -------------------------------------------------------------------------------
+
+
+def status_table(fields: Mapping[str, Any]) -> RenderableType:
     """Where the store stands."""
-    sizes = fields["bytes"]
-    pairs = [
+    last, unfinished, norm = (
+        fields[name] for name in ("last_edit_at", "unfinished_at", "relative_norm")
+    )
+    rows = [
         ("store", fields["path"]),
         ("model", f"{fields['model_name']} ({fields['dtype'] or 'dtype unknown'})"),
         ("fingerprint", (fields["model_fingerprint"] or "-")[:16]),
         ("revision", f"{fields['head']} (head)"),
-        ("facts", _counts(fields["facts"])),
-        ("health", _counts(fields["health"], HEALTH_COLOURS)),
-        ("edits", _counts(fields["edits"])),
-        ("last edit", f"{when(fields['last_edit_at'])} UTC" if fields["last_edit_at"] else "never"),
-        *_unfinished(fields["unfinished_at"]),
-        *_relative_norm(fields["relative_norm"]),
+        ("facts", counts_text(fields["facts"])),
+        ("health", counts_text(fields["health"])),
+        ("edits", counts_text(fields["edits"])),
+        ("last edit", f"{when(last)} UTC" if last else "never"),
+        ("unfinished", unfinished and _unfinished(unfinished)),
+        ("change", norm and _change(norm)),
         ("protected", f"{fields['protected']} texts"),
         ("checkpoints", fields["checkpoints"]),
-        ("size", ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())),
+        ("size", ", ".join(f"{name} {size_text(n)}" for name, n in fields["bytes"].items())),
     ]
-    return [f"{label:<12} {value}" for label, value in pairs]
+    return pairs([row for row in rows if row[1] is not None])
 
 
-def _unfinished(kept: str | None) -> list[tuple[str, str]]:
-    """A lesson that is being taught, or was broken off."""
-    told = f"a lesson, kept {when(kept)} UTC; if nothing runs, the same command goes on with it"
-    return [("unfinished", told)] if kept else []
+def _unfinished(saved: str) -> str:
+    """A training checkpoint, of a running command or of one that was interrupted."""
+    return f"training, saved {when(saved)} UTC; if it was interrupted, repeat the command"
 
 
-def _relative_norm(moved: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """How far the weights are from the base model's."""
-    if moved is None:
-        return []
-    parts = f"{moved['median']:.1%} of the length of a matrix (median of {moved['matrices']})"
-    return [("moved", f"{parts}, at most {moved['most']:.1%} ({moved['matrix']})")]
-
-
-def _counts(counts: Mapping[str, int], colours: Mapping[str, str] | None = None) -> str:
-    """Counts by name: '2 committed, 1 pending'."""
-    parts = [f"{number} {coloured(name, colours or {})}" for name, number in counts.items()]
-    return ", ".join(parts) or "none"
-
-
-def verify_fields(report: VerifyReport) -> dict[str, Any]:
-    """The summary of a verification."""
-    return {
-        "message_type": "summary",
-        "kind": "verify",
-        "revision": report.revision,
-        "checked": len(report.checks),
-        "passed": sum(check.passed for check in report.checks),
-        "generated": report.generated.to_json(),
-        "teacher_forced": report.score.to_json(),
-        "base": None if report.base is None else _base_fields(report.base),
-        "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
-        "seconds": round(report.seconds, 3),
-    }
-
-
-def _base_fields(base: BaseKnowledgeReport) -> dict[str, Any]:
-    return {
-        "generated": base.generated.to_json(),
-        "teacher_forced": base.score.to_json(),
-        "lost": list(base.lost),
-        "fluency": base.fluency,
-        "base_fluency": base.base_fluency,
-    }
-
-
-def verify_lines(report: VerifyReport, *, verbose: bool = False) -> list[str]:
-    """What a verification found: the facts that were lost first, then the scores."""
-    lost = [check for check in report.checks if not check.passed]
-    shown = report.checks if verbose else lost[:SHOWN_CHECKS]
-    lines = []
-    if shown:
-        cells = [(_result(one.passed), margin_text(one.margin), one.key) for one in shown]
-        lines += [*table(("result", "margin", "key"), cells), ""]
-    if not verbose and len(lost) > len(shown):
-        lines.append(f"... and {len(lost) - len(shown)} more; --json lists all")
-    for edit in report.repaired:
-        lines += edit_lines(edit)
-    if not report.checks and report.base is None:
-        return [*lines, "no committed facts to check"]
-    if report.base is not None:
-        lines += _lost_base_lines(report.base, verbose=verbose)
-    lines.append(f"revision {report.revision}, {seconds_text(report.seconds)}")
-    for score in (report.generated, report.score):
-        if score.n:
-            lines.append(f"  facts recalled (ERR)       {score_text(score)}")
-    for score in (report.base.generated, report.base.score) if report.base else ():
-        if score.n:
-            lines.append(f"  base knowledge kept (TRR)  {score_text(score)}")
-    return lines + (_fluency_lines(report.base) if report.base else [])
-
-
-def _fluency_lines(base: BaseKnowledgeReport) -> list[str]:
-    """How varied the answers are, beside the base model's."""
-    if base.fluency is None or base.base_fluency is None:
-        return []
-    own = f"{base.fluency:.2f} bits  (the base model's: {base.base_fluency:.2f})"
-    return [f"  fluency of these answers   {own}"]
-
-
-def _lost_base_lines(base: BaseKnowledgeReport, *, verbose: bool) -> list[str]:
-    """Questions that the base model could answer, and that are answered otherwise now."""
-    shown = base.lost if verbose else base.lost[:SHOWN_CHECKS]
-    if not shown:
-        return []
-    lines = ["answered otherwise than by the base model:", *(f"  {one}" for one in shown)]
-    left = len(base.lost) - len(shown)
-    return [*lines, *([f"  ... and {left} more; --json lists all"] if left else []), ""]
-
-
-def _result(passed: bool) -> str:
-    return click.style("recalled", fg="green") if passed else click.style("lost", fg="red")
+def _change(norm: Mapping[str, Any]) -> str:
+    """How far the weights are from the base model's, relative to their Frobenius norms."""
+    return (
+        f"{norm['median']:.1%} of the norm of a matrix (median of {norm['matrices']}), "
+        f"at most {norm['most']:.1%} ({norm['matrix']})"
+    )
 
 
 def finding_fields(finding: Finding) -> dict[str, str]:
@@ -259,37 +192,143 @@ def finding_fields(finding: Finding) -> dict[str, str]:
     return {"level": finding.level, "what": finding.what, "hint": finding.hint}
 
 
-def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """One line for each finding, its hint below, and a verdict."""
-    lines = []
+def finding_parts(findings: Sequence[Finding]) -> Parts:
+    """One row for each finding, its hint below, and a verdict."""
+    rows = []
     for finding in findings:
-        level = coloured(finding.level, LEVEL_COLOURS)
-        lines.append(f"{pad(level, 8)} {finding.what}")
+        rows.append((styled(finding.level), finding.what))
         if finding.hint and finding.level != "ok":
-            lines.append(f"{'':8} {finding.hint}")
-    counts = {level: sum(one.level == level for one in findings) for level in LEVEL_COLOURS}
-    if not counts["error"] and not counts["warning"]:
-        return [*lines, click.style("all is well", fg="green")]
-    return [*lines, f"{counts['error']} error(s), {counts['warning']} warning(s)"]
+            rows.append((styled(""), finding.hint))
+    errors, warnings = (sum(f.level == name for f in findings) for name in ("error", "warning"))
+    verdict = styled(f"{errors} error(s), {warnings} warning(s)", "")
+    if not errors and not warnings:
+        verdict = styled("no problems", "green")
+    return [*([pairs(rows)] if rows else []), verdict]
 
 
-def export_fields(report: ExportReport) -> dict[str, Any]:
-    """An export as a JSON document."""
+# --- many facts ------------------------------------------------------------------------------
+
+
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """The rows that cannot be ingested, the first ones by name."""
+    return first_of([f"invalid row: {clean(f'{one.where}: {one.reason}')}" for one in problems])
+
+
+def similar_keys_text(near: Sequence[Near]) -> str:
+    """'12 pairs of keys are similar: A and B (91), ...'."""
+    named = [f"{one.key} and {one.other} ({one.score:.0f})" for one in near[:SHOWN_SIMILAR]]
+    count = "2 keys are" if len(near) == 1 else f"{len(near)} pairs of keys are"
+    rest = ", ..." if len(near) > SHOWN_SIMILAR else ""
+    return f"{count} similar: {', '.join(named)}{rest}"
+
+
+def preflight_fields(preflight: Preflight) -> dict[str, int]:
+    """How the rows of an input were sorted."""
+    sorted_rows = (
+        preflight.new, preflight.unchanged, preflight.repeated, preflight.rejected_before,
+        preflight.problems,
+    )  # fmt: skip
+    return {"read": preflight.read, **dict(zip(PREFLIGHT, map(len, sorted_rows), strict=True))}
+
+
+def preflight_line(preflight: Preflight) -> str:
+    """The same in words; what there is none of is left out."""
+    fields = preflight_fields(preflight)
+    counts = {text: fields[name] for name, text in PREFLIGHT.items() if fields[name]}
+    rows = "1 row" if preflight.read == 1 else f"{preflight.read} rows"
+    return f"{rows}: {', '.join(f'{number} {text}' for text, number in counts.items())}"
+
+
+def ingest_fields(preflight: Preflight, report: IngestReport) -> dict[str, Any]:
+    """The summary of a run."""
+    counts = _outcome_counts(report)
+    tried = sum(counts.values())
     return {
-        "path": str(report.path),
+        "message_type": "summary",
+        "kind": "ingest",
+        "dry_run": False,
         "revision": report.revision,
-        "probes": report.probes.to_json(),
-        "mismatches": list(report.mismatches),
-        "rank": report.rank,
-        "error": report.error,
+        **preflight_fields(preflight),
+        **counts,
+        "invalid": len(preflight.problems) + report.count("invalid"),
+        "rejected_before": len(report.rejected_before),
+        "remaining": report.remaining,
+        "stopped": report.stopped or None,
+        "retention": report.retention.to_json(),
+        "lost": list(report.lost),
+        "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
+        "seconds": round(report.seconds, 3),
+        "seconds_per_fact": round(report.seconds / tried, 3) if tried else None,
     }
 
 
-def export_lines(report: ExportReport) -> list[str]:
-    """Where the model went and whether it answers as it should."""
-    lines = [f"exported revision {report.revision} to {report.path}"]
-    if report.rank is not None:
-        lines.append(f"  adapter       rank {report.rank}, leaves out {report.error:.2%}")
-    if report.probes.n:
-        lines.append(f"  same answers  {score_text(report.probes)}")
-    return [*lines, *(f"  differs: {prompt}" for prompt in report.mismatches[:SHOWN_CHECKS])]
+def _outcome_counts(report: IngestReport) -> dict[str, int]:
+    return {name: report.count(name) for name in ("committed", "rejected", "failed")}
+
+
+def ingest_parts(preflight: Preflight, report: IngestReport) -> Parts:
+    """The end of a run: counts, what is still recalled, refusals with reasons, time."""
+    parts: Parts = [preflight_line(preflight), _outcome_line(report)]
+    rows: list[tuple[object, object]] = []
+    if report.retention.n:
+        text = f"{score_text(report.retention)} of the earlier facts that were asked again"
+        rows.append(("retention", text))
+    rows += [(styled("lost"), key) for key in report.lost[:SHOWN]]
+    refused = [one for one in report.outcomes if one.outcome != "committed"]
+    for one in [*refused, *report.rejected_before][:SHOWN]:
+        reasons = "; ".join(one.reasons) or "reason unknown"
+        rows.append((styled(one.outcome), f"{one.fact.key}: {reasons}"))
+    parts += [pairs(rows, 2)] if rows else []
+    if report.stopped:
+        parts.append(f"{STOPPED[report.stopped]}; {report.remaining} left")
+    return parts
+
+
+def _outcome_line(report: IngestReport) -> str:
+    counts = _outcome_counts(report)
+    if not any(counts.values()):
+        return f"nothing was trained: revision {report.revision}"
+    refused = {name: n for name, n in counts.items() if n or name == "committed"}
+    each = seconds_text(report.seconds / sum(counts.values()))
+    time = f"{seconds_text(report.seconds)} ({each} a fact)"
+    return f"{counts_text(refused)}: revision {report.revision}, {time}"
+
+
+def plan_fields(
+    preflight: Preflight,
+    near: Sequence[Near],
+    pace: tuple[int, float],
+    new: int,
+    retrained: int,
+) -> dict[str, Any]:
+    """What a run would do: train ``new`` facts, the first group together with ``retrained`` earlier
+    ones; ``pace`` is facts and seconds measured in this store, without any there is no estimate.
+    """
+    each = pace[1] / pace[0] if pace[0] else None
+    return {
+        "message_type": "summary",
+        "kind": "ingest",
+        "dry_run": True,
+        **preflight_fields(preflight),
+        "would_train": new,
+        "would_retrain": retrained,
+        "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
+        "seconds_per_fact": None if each is None else round(each, 3),
+        "seconds_estimated": None if each is None else round(each * (new + retrained), 1),
+    }
+
+
+def plan_parts(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any]) -> Parts:
+    """What a run would do, for a person."""
+    each, total = fields["seconds_per_fact"], fields["seconds_estimated"]
+    if not fields["would_train"]:
+        time = "nothing to do"
+    elif each is None:
+        time = "no estimate of the time, because no fact was trained in this store yet"
+    else:
+        time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
+    retrained = fields["would_retrain"]
+    earlier = f" and retrain {retrained} earlier one{'s'[: retrained > 1]}" if retrained else ""
+    similar = [similar_keys_text(near)] if near else []
+    plan = f"would train {fields['would_train']} new facts{earlier}: {time}"
+    return [preflight_line(preflight), *similar, plan, "nothing was changed"]

@@ -70,7 +70,7 @@ class FakeExport(NamedTuple):
 
 
 class FakeBase:
-    """Answers as told by the class attributes, and remembers what it was asked to do."""
+    """Answers as the class attributes say, and remembers its calls."""
 
     report: ClassVar[EditReport] = COMMITTED
     verified: ClassVar[FakeVerify] = FakeVerify()
@@ -104,9 +104,9 @@ class FakeBase:
         self.store.close()
 
     def protect_for(self, facts: int) -> None:
-        """Not told among the calls: only ingest asks for it, before its first group."""
+        """Not counted among the calls: only ingest asks for it, before its first group."""
 
-    def _did(self, *call: Any) -> EditReport:
+    def _called(self, *call: Any) -> EditReport:
         self.calls.append(call)
         for event in self.events:
             if self.on_event is not None:
@@ -116,46 +116,46 @@ class FakeBase:
         return self.report
 
     def add(self, key: str, description: str, **options: Any) -> EditReport:
-        return self._did("add", key, description, options)
+        return self._called("add", key, description, options)
 
     def update(self, key: str, description: str, **options: Any) -> EditReport:
-        return replace(self._did("update", key, description, options), kind="update")
+        return replace(self._called("update", key, description, options), kind="update")
 
     def remove(self, key: str, **options: Any) -> EditReport:
-        return replace(self._did("remove", key, options), kind="remove")
+        return replace(self._called("remove", key, options), kind="remove")
 
     def rollback(self, revision: int) -> EditReport:
-        return replace(self._did("rollback", revision), kind="rollback", key="")
+        return replace(self._called("rollback", revision), kind="rollback", key="")
 
     def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
-        self._did("ask", prompt, at, max_new_tokens)
+        self._called("ask", prompt, at, max_new_tokens)
         return f"now: {prompt}"
 
-    def ask_base(self, prompt: str) -> str:
+    def ask_base(self, prompt: str, *, max_new_tokens: int = 256) -> str:
         return f"base: {prompt}"
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         return f"{len(messages)}: {messages[-1]['content']}"
 
     def verify(self, keys: Any = None, **options: Any) -> FakeVerify:
-        self._did("verify", keys, options)
+        self._called("verify", keys, options)
         return self.verified
 
     def export(
         self, directory: Path, *, dtype: str | None = None, max_shard_size: str | None = None
     ) -> FakeExport:
-        self._did("export", directory, dtype, max_shard_size)
+        self._called("export", directory, dtype, max_shard_size)
         return FakeExport(directory, mismatches=self.mismatches)
 
     def example_lines(self) -> list[str]:
         return ["prompt  'What is x?'", "answer  'A.<|end|>'"]
 
     def export_adapter(self, directory: Path) -> FakeExport:
-        self._did("export_adapter", directory)
+        self._called("export_adapter", directory)
         return FakeExport(directory, mismatches=self.mismatches, rank=4, error=0.125)
 
     def doctor(self, deep: bool = True) -> tuple[Finding, ...]:
-        self._did("doctor", deep)
+        self._called("doctor", deep)
         return self.findings
 
 

@@ -14,9 +14,9 @@ import pytest
 
 import kvedit
 from kvedit.cli import cli
-from kvedit.cli.docs import page
 from kvedit.errors import CorruptStoreError, LockedError, ModelMismatchError, StoreTooNewError
 from tests.cli.cli_fakes import ROOT, FakeBase, run
+from tests.docs.cli_page import page
 
 # --- the group -------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def test_command_bodies_are_thin() -> None:
 
 def test_the_reference_page_is_current() -> None:
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert written == page(), "run: python -m kvedit.cli.docs docs/cli.md"
+    assert written == page(), "run: python -m tests.docs.cli_page docs/cli.md"
 
 
 def test_the_reference_page_does_not_depend_on_the_terminal(
@@ -82,11 +82,11 @@ def test_a_command_that_is_stopped_ends_in_order(tmp_path: Path, number: signal.
     ) as process:  # fmt: skip
         assert process.stdin is not None and process.stderr is not None
         process.stdin.write('{"key": "a", "description": "b"}\n' * 20_000)  # more than a pipe holds
-        process.stdin.flush()  # so the command is at work reading it
+        process.stdin.flush()  # so the command is reading it
         process.send_signal(number)
-        said = process.stderr.read()
-        assert process.wait(30) == 130, said
-    assert "interrupted" in said
+        messages = process.stderr.read()
+        assert process.wait(30) == 130, messages
+    assert "interrupted" in messages
 
 
 def in_new_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -139,7 +139,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
     ],
     ids=lambda words: words[0],
 )
-def test_commands_that_look_load_no_torch(filled: Path, words: tuple[str, ...]) -> None:
+def test_commands_that_read_load_no_torch(filled: Path, words: tuple[str, ...]) -> None:
     status, modules = imported_by(*words, cwd=filled.parent)
     assert status == 0
     assert modules.isdisjoint(HEAVY)
@@ -155,7 +155,7 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [("verify",), ("ask", "x"), ("update", "k", "--text", "t"), ("remove", "k")]
 )
-def test_a_missing_store_is_told_without_loading_torch(
+def test_a_missing_store_is_reported_without_loading_torch(
     tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     status, modules = imported_by(*words, cwd=tmp_path)

@@ -25,23 +25,29 @@ def test_verify_names_what_was_lost(filled: Path, fake: type[FakeBase]) -> None:
     assert "1/2  50%  (95% interval 9-91%, generated)" in result.stdout
     assert "verify --repair" in result.stderr
     assert FakeBase.last is not None
-    assert FakeBase.last.calls == [("verify", None, {"sample": 5, "repair": False, "base": 0})]
+    assert FakeBase.last.calls == [
+        ("verify", None, {"sample": 5, "repair": False, "base_knowledge": 0})
+    ]
 
 
-def test_verify_asks_what_the_base_model_knew(filled: Path, fake: type[FakeBase]) -> None:
-    kept = FakeBaseReport(Score(99, 100), Score(98, 100, "generated"), ("Who was A?", "Who was B?"))
-    fake.verified = FakeVerify(base=kept)
-    said = run("verify", "--base").stdout
-    assert "base knowledge kept (TRR)  98/100  98%" in said and "Who was B?" in said
-    document = json.loads(run("verify", "--base", "100", "--json").stdout.splitlines()[-1])
-    assert document["base"]["generated"]["passed"] == 98
-    assert document["base"]["lost"] == ["Who was A?", "Who was B?"]
-    assert (document["base"]["fluency"], document["base"]["base_fluency"]) == (4.0, 4.5)
-    assert "fluency of these answers   4.00 bits  (the base model's: 4.50)" in said
-    assert FakeBase.last is not None and FakeBase.last.calls[-1][2]["base"] == 100
-    fake.verified = FakeVerify(base=kept._replace(lost=tuple(f"Q{i}" for i in range(90))))
-    said = run("verify", "--base", "100").stdout
-    assert "more; --json lists all" in said and "Q89" not in said
+def test_verify_asks_for_base_knowledge(filled: Path, fake: type[FakeBase]) -> None:
+    known = FakeBaseReport(
+        Score(99, 100), Score(98, 100, "generated"), ("Who was A?", "Who was B?")
+    )
+    fake.verified = FakeVerify(base=known)
+    text = run("verify", "--base-knowledge").stdout
+    assert "base knowledge kept (TRR)  98/100  98%" in text and "Who was B?" in text
+    assert FakeBase.last is not None and FakeBase.last.calls[-1][2]["base_knowledge"] == 300
+    lines = run("verify", "--base-knowledge", "100", "--json").stdout.splitlines()
+    document = json.loads(lines[-1])["base_knowledge"]
+    assert document["generated"]["passed"] == 98
+    assert document["lost"] == ["Who was A?", "Who was B?"]
+    assert (document["fluency"], document["base_fluency"]) == (4.0, 4.5)
+    assert "fluency of these answers   4.00 bits (base model: 4.50)" in text
+    assert FakeBase.last.calls[-1][2]["base_knowledge"] == 100
+    fake.verified = FakeVerify(base=known._replace(lost=tuple(f"Q{i}" for i in range(90))))
+    text = run("verify", "--base-knowledge", "100").stdout
+    assert "... and 40 more; --json lists all" in text and "Q89" not in text
 
 
 @pytest.mark.parametrize(("threshold", "code"), [("50", 0), ("50.1", 4), ("100", 4), ("0", 0)])
@@ -59,7 +65,7 @@ def test_verify_judges_by_free_generation(filled: Path, fake: type[FakeBase]) ->
 
 def test_verify_json_ends_with_a_summary(filled: Path, fake: type[FakeBase]) -> None:
     fake.verified = LOST
-    fake.events = LOST.checks[:1]  # told as it happened: not to be told twice
+    fake.events = LOST.checks[:1]  # reported as it happened: not to be reported twice
     result = run("verify", "--json", "--fail-under", "99")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["message_type"] for line in lines] == ["retention", "retention", "summary"]
@@ -84,7 +90,7 @@ def test_verify_writes_junit(filled: Path, fake: type[FakeBase], tmp_path: Path)
 
 
 def test_doctor(filled: Path, fake: type[FakeBase]) -> None:
-    assert "all is well" in run("doctor").stdout
+    assert "no problems" in run("doctor").stdout
     fake.findings = (Finding(level="warning", what="an orphan file", hint="delete it"),)
     assert run("doctor").exit_code == 0
     fake.findings = (Finding(level="error", what="a delta is missing", hint="restore it"),)
@@ -95,7 +101,9 @@ def test_doctor(filled: Path, fake: type[FakeBase]) -> None:
     assert document["findings"][0]["what"] == "a delta is missing"
 
 
-def test_doctor_tells_what_keeps_the_store_from_opening(filled: Path, fake: type[FakeBase]) -> None:
+def test_doctor_reports_what_keeps_the_store_from_opening(
+    filled: Path, fake: type[FakeBase]
+) -> None:
     fake.error = CorruptStoreError("delta 1 is altered", hint="restore it")
     result = run("doctor")
     assert result.exit_code == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from fake_knowledge import FakeEngine, FakeKnowledge, facts
 
-from kvedit.cli.ingest_progress import LiveIngest, PlainIngest, progress_line
+from kvedit.cli.progress import LiveReporter, PlainReporter, progress_line
 from kvedit.events import EditReport, IngestProgress, Score, Status, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.store.store import Store
@@ -19,7 +20,7 @@ from tests.cli.cli_fakes import FakeBase, run
 
 
 class LearningBase(FakeBase):
-    """A fake base that learns what it is taught."""
+    """A fake base that learns at once."""
 
     engine = FakeEngine()
     largest_group: ClassVar[int | None] = None
@@ -31,7 +32,7 @@ class LearningBase(FakeBase):
         knowledge = FakeKnowledge(self.store, self.on_event or (lambda e: None), self._before)
         knowledge.refuses = self.refuses
         reports = knowledge.add_group(group)
-        self.learned += knowledge.taught
+        self.learned += knowledge.trained
         return reports
 
     def _before(self, fact: Fact) -> None:
@@ -67,9 +68,9 @@ def test_a_file_goes_in_and_a_missing_store_is_made(base: type[LearningBase]) ->
     assert "no store at" in result.stderr
     assert "3/3 facts  3 committed" in result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "3 rows: 3 to teach"
+    assert lines[0] == "3 rows: 3 to train"
     assert lines[1].startswith("3 committed: revision 3")
-    assert "retention   3/3  100%" in lines[2]
+    assert "retention  3/3  100%" in lines[2]
     with Store.open(Path("store"), readonly=True) as store:
         assert len(store.facts("committed")) == 3
 
@@ -84,23 +85,23 @@ def test_the_same_command_again_does_nothing_and_needs_no_model(base: type[Learn
     assert FakeBase.last is None
 
 
-def test_bad_rows_are_told_before_anything_is_made(base: type[LearningBase]) -> None:
+def test_invalid_rows_are_named_before_anything_is_made(base: type[LearningBase]) -> None:
     conflict = json.dumps({"key": facts(1)[0].key, "description": "Something else."})
     write("f.jsonl", facts(2), "{", conflict)
     result = run("ingest", "f.jsonl")
     assert result.exit_code == 1
-    assert "bad row: f.jsonl, line 3: not valid JSON" in result.stderr
+    assert "invalid row: f.jsonl, line 3: not valid JSON" in result.stderr
     assert "line 4: " in result.stderr and "has another text at line 1" in result.stderr
-    assert "3 of 4 rows cannot go in; nothing was changed" in result.stderr
+    assert "3 of 4 rows are invalid; nothing was changed" in result.stderr
     assert "--skip-invalid" in result.stderr
     assert not Path("store").exists()
     skipped = run("ingest", "f.jsonl", "--skip-invalid")
     assert skipped.exit_code == 0
     assert "line 3: not valid JSON" in skipped.stderr
-    assert "4 rows: 1 to teach, 3 cannot go in" in skipped.stdout
+    assert "4 rows: 1 to train, 3 invalid" in skipped.stdout
 
 
-def test_a_text_too_long_for_the_model_is_told_by_its_line(base: type[LearningBase]) -> None:
+def test_a_text_too_long_for_the_model_is_named_by_its_line(base: type[LearningBase]) -> None:
     write("f.jsonl", [*facts(1), Fact.create("long", "x" * 101)])
     result = run("ingest", "f.jsonl")
     assert result.exit_code == 1
@@ -117,10 +118,10 @@ def test_rejected_facts_are_written_and_can_be_fed_in_again(base: type[LearningB
     write("f.jsonl", facts(4))
     result = run("ingest", "f.jsonl")
     assert result.exit_code == 3
-    assert f"rejected {bad.key}: recall probes" in result.stdout
+    assert re.search(f"rejected +{bad.key}: recall probes", result.stdout)
     path = Path("store/exports/rejected-f.jsonl")
-    assert f"refused facts and reasons: {path}" in result.stdout
-    assert f"ingest --retry {path}" in result.stderr
+    assert f"rejected facts and reasons: {path}" in result.stdout
+    assert f"ingest --retry-rejected {path}" in result.stderr
     (row,) = json_lines(path.read_text(encoding="utf-8"))
     assert row["reasons"] == ["recall probes: 1 of 10 passed, 100% needed"]
     assert row["where"] == "f.jsonl, line 3"
@@ -129,20 +130,20 @@ def test_rejected_facts_are_written_and_can_be_fed_in_again(base: type[LearningB
     assert "1 rejected before" in again.stdout
     assert json_lines(path.read_text(encoding="utf-8"))[0]["reasons"] == row["reasons"]
     base.refuses = set()
-    assert run("ingest", "--retry", str(path)).exit_code == 0
+    assert run("ingest", "--retry-rejected", str(path)).exit_code == 0
     assert run("ingest", "f.jsonl").exit_code == 0
     assert not path.exists()
 
 
 def test_the_rejected_file_can_be_named(base: type[LearningBase]) -> None:
     write("f.jsonl", facts(1))
-    assert run("ingest", "f.jsonl", "--rejected", "no/such/file").exit_code == 2
-    assert run("ingest", "f.jsonl", "--rejected", "./f.jsonl").exit_code == 2
-    assert run("ingest", "f.jsonl", "--rejected", "r.jsonl").exit_code == 0
+    assert run("ingest", "f.jsonl", "--rejected-file", "no/such/file").exit_code == 2
+    assert run("ingest", "f.jsonl", "--rejected-file", "./f.jsonl").exit_code == 2
+    assert run("ingest", "f.jsonl", "--rejected-file", "r.jsonl").exit_code == 0
     assert Path("r.jsonl").read_text() == ""
 
 
-def test_ctrl_c_ends_with_a_summary_and_the_next_run_goes_on(base: type[LearningBase]) -> None:
+def test_ctrl_c_ends_with_a_summary_and_the_next_run_continues(base: type[LearningBase]) -> None:
     write("f.jsonl", facts(5))
     base.stops_at = facts(5)[2].key
     result = run("ingest", "f.jsonl", "--group", "1")
@@ -200,17 +201,19 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(base: type[Learnin
     write("f.jsonl", facts(3), json.dumps(facts(1)[0].to_json()))
     result = run("ingest", "f.jsonl", "--dry-run")
     assert result.exit_code == 0
-    assert "4 rows: 3 to teach, 1 repeated" in result.stdout
-    assert "no fact was taught in this store yet" in result.stdout
+    assert "4 rows: 3 to train, 1 repeated" in result.stdout
+    assert "no fact was trained in this store yet" in result.stdout
     assert not Path("store").exists()
     run("ingest", "f.jsonl", "--limit", "1")
     write("f.jsonl", facts(3), '{"key": "x"}')
     result = run("ingest", "f.jsonl", "--dry-run")
     assert result.exit_code == 1
     assert "line 4" in result.stderr
-    assert "would teach 2, and once more 1 that is held: about 6.0 s, at 2.0 s" in result.stdout
+    assert (
+        "would train 2 new facts and retrain 1 earlier one: about 6.0 s, at 2.0 s" in result.stdout
+    )
     alone = run("ingest", "f.jsonl", "--dry-run", "--skip-invalid", "--group", "1")
-    assert "would teach 2: about 4.0 s, at 2.0 s a fact" in alone.stdout
+    assert "would train 2 new facts: about 4.0 s, at 2.0 s a fact" in alone.stdout
     assert base.learned == [facts(1)[0].key]
 
 
@@ -219,7 +222,7 @@ def test_a_dry_run_with_json(base: type[LearningBase]) -> None:
     result = run("ingest", "f.jsonl", "--dry-run", "--json")
     warning, summary = json_lines(result.stdout)
     assert (warning["message_type"], warning["code"]) == ("warning", "invalid")
-    assert summary["dry_run"] and summary["would_teach"] == 2
+    assert summary["dry_run"] and summary["would_train"] == 2
     assert summary["similar"][0] == {"key": "tide lantern", "other": "tide lanterns", "score": 96.0}
     assert (summary["seconds_per_fact"], summary["exit_code"]) == (None, 1)
 
@@ -253,7 +256,7 @@ def test_a_progress_line() -> None:
 
 
 def test_plain_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = PlainIngest()
+    reporter = PlainReporter(many=True)
     for number in range(200):
         reporter(Status(phase="learn", key="x", step=number, total=100))
         reporter(IngestProgress(done=number, total=200))
@@ -276,7 +279,7 @@ def test_live_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
-    with LiveIngest() as reporter:
+    with LiveReporter(many=True) as reporter:
         reporter(Status(phase="learn", key="夢中情爐", step=3, total=9))
         reporter(PROGRESS)
         reporter(EditReport(kind="add", outcome="rejected", key="x", reasons=("recall",)))

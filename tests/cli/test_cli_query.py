@@ -1,4 +1,4 @@
-"""Commands that ask and look."""
+"""Commands that ask the model or read the store."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def test_ask_prints_the_answer_alone(filled: Path) -> None:
     assert FakeBase.last.calls == [("ask", "What is Porto?", 1, 9)]
 
 
-def test_ask_before_shows_both(filled: Path) -> None:
-    lines = run("ask", "x", "--before").stdout.splitlines()
-    assert lines == ["base        base: x", "revision 2  now: x"]
+def test_ask_compare_base_shows_both(filled: Path) -> None:
+    lines = run("ask", "x", "--compare-base").stdout.splitlines()
+    assert lines == ["base model  base: x", "revision 2  now: x"]
 
 
 def test_ask_json(filled: Path) -> None:
-    document = json.loads(run("ask", "-", "--before", "--json", stdin="問\n").stdout)
-    assert document == {"prompt": "問", "revision": 2, "answer": "now: 問", "before": "base: 問"}
+    document = json.loads(run("ask", "-", "--compare-base", "--json", stdin="問\n").stdout)
+    answers = {"answer": "now: 問", "base_answer": "base: 問"}
+    assert document == {"prompt": "問", "revision": 2, **answers}
 
 
 def test_an_empty_prompt_is_a_usage_error(filled: Path) -> None:
@@ -56,7 +57,7 @@ def test_chat_json_is_one_document(filled: Path) -> None:
     ]
 
 
-# --- looking ---------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------
 
 
 def test_list(filled: Path) -> None:
@@ -121,11 +122,11 @@ def test_history_shows_why_an_edit_was_refused(filled: Path) -> None:
 
 def test_status(filled: Path) -> None:
     text = run("status").stdout
-    assert "kvedit-tiny" in text and "unfinished" not in text and "moved" not in text
+    assert "kvedit-tiny" in text and "unfinished" not in text and "change" not in text
     assert json.loads(run("status", "--json").stdout)["head"] == 2
     (filled / "cache").mkdir(exist_ok=True)
     (filled / "cache" / "training-5-0123456789abcdef.safetensors").write_bytes(b"kept")
-    assert "the same command goes on with it" in run("status").stdout
+    assert "if it was interrupted, repeat the command" in run("status").stdout
 
 
 def test_the_store_is_found_in_the_environment(
@@ -137,8 +138,8 @@ def test_the_store_is_found_in_the_environment(
 
 
 def test_report_writes_a_page_and_says_where(filled: Path, tmp_path: Path) -> None:
-    said = run("report", "-o", "page.html").stdout
-    assert said.startswith("wrote page.html: revision 2, ")
+    text = run("report", "-o", "page.html").stdout
+    assert text.startswith("wrote page.html: revision 2, ")
     assert "夢中情爐" in (tmp_path / "page.html").read_text(encoding="utf-8")
     document = json.loads(run("report", "--json").stdout)
     assert document["path"] == "kvedit-report.html" and document["bytes"] > 1000

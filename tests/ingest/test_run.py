@@ -66,7 +66,7 @@ def test_all_facts_are_taught_and_verified(knowledge: FakeKnowledge) -> None:
     given_facts = facts(20)
     report = run(knowledge, given_facts)
     assert counts(report) == (20, 0, 0)
-    assert sorted(knowledge.taught) == sorted(fact.key for fact in given_facts)
+    assert sorted(knowledge.trained) == sorted(fact.key for fact in given_facts)
     assert (report.stopped, report.remaining, report.revision) == ("", 0, 20)
     assert report.retention == Score(20, 20, "generated")
     assert {one.revision for one in report.outcomes} == set(range(1, 21))
@@ -75,9 +75,9 @@ def test_all_facts_are_taught_and_verified(knowledge: FakeKnowledge) -> None:
 
 def test_running_again_does_nothing(knowledge: FakeKnowledge) -> None:
     run(knowledge, facts(5))
-    knowledge.taught.clear(), knowledge.verified.clear()
+    knowledge.trained.clear(), knowledge.verified.clear()
     report = run(knowledge, facts(5))
-    assert (report.unchanged, report.outcomes, knowledge.taught) == (5, (), [])
+    assert (report.unchanged, report.outcomes, knowledge.trained) == (5, (), [])
     assert knowledge.verified == []
 
 
@@ -129,14 +129,14 @@ def test_refused_facts_have_reasons_and_are_let_be_until_asked(knowledge: FakeKn
     assert [(o.fact.key, o.reasons) for o in report.outcomes if o.outcome == "rejected"] == [
         (bad, ("recall probes: 1 of 10 passed, 100% needed",))
     ]
-    knowledge.refuses, knowledge.taught = set(), []
+    knowledge.refuses, knowledge.trained = set(), []
     again = run(knowledge, given_facts)
-    assert knowledge.taught == []
+    assert knowledge.trained == []
     assert [(o.fact.key, o.reasons) for o in again.rejected_before] == [
         (bad, ("recall probes: 1 of 10 passed, 100% needed",))
     ]
     third = run(knowledge, given_facts, retry_rejected=True)
-    assert (counts(third), third.rejected_before, knowledge.taught) == ((1, 0, 0), (), [bad])
+    assert (counts(third), third.rejected_before, knowledge.trained) == ((1, 0, 0), (), [bad])
 
 
 def test_one_fact_that_fails_does_not_stop_the_others(knowledge: FakeKnowledge) -> None:
@@ -195,7 +195,7 @@ def test_however_often_it_is_stopped_nothing_is_taught_twice(
             run(knowledge, given_facts, group=group)
         knowledge.before = lambda fact: None
         report = run(knowledge, given_facts, group=group)
-        assert sorted(knowledge.taught) == sorted(fact.key for fact in given_facts)
+        assert sorted(knowledge.trained) == sorted(fact.key for fact in given_facts)
         assert len(store.facts("committed")) == 12
         assert report.unchanged + report.count("committed") == 12
 
@@ -258,7 +258,7 @@ def test_nothing_is_edited_before_all_is_found_fit(knowledge: FakeKnowledge) -> 
     with pytest.raises(InvalidFactError, match="1 fact cannot go in") as caught:
         run(knowledge, [*facts(3), long], places={"the long one": "f, line 4"})
     assert "f, line 4: the text has too many tokens" in caught.value.hint
-    assert knowledge.taught == [] and knowledge.store.facts() == []
+    assert knowledge.trained == [] and knowledge.store.facts() == []
     report = run(knowledge, [*facts(3), long], skip_invalid=True)
     assert (counts(report), report.count("invalid"), report.remaining) == ((3, 0, 0), 1, 0)
     with pytest.raises(InvalidFactError, match="2 facts"):

@@ -1,4 +1,4 @@
-"""docs/cli.md, made from the help of the commands: `python -m kvedit.cli.docs > docs/cli.md`.
+"""docs/cli.md, made from the help of the commands: `python -m tests.docs.cli_page docs/cli.md`.
 
 Invariant: the page depends on the commands alone, not on the terminal or the environment.
 """
@@ -16,14 +16,13 @@ WIDTH = 80
 INTRODUCTION = """\
 # Command line
 
-This page is made from the commands' own help by `python -m kvedit.cli.docs > docs/cli.md`; a test
-fails when it is out of date.
+This page is made from the commands' own help by `make docs`; a test fails when it is out of date.
 
 Answers go to standard output; progress, warnings, hints and errors go to standard error. Every
 query takes `--json` and prints one document. `add`, `ingest`, `update`, `remove`, `rollback` and
 `verify` with `--json` print JSON Lines: objects with a `message_type` of `status`, `warning`,
-`retention`, `edit` or (`ingest`) `progress`, and as the last line a `summary`. Fields may be added
-in later versions; none is renamed.
+`retention`, `edit` or (`ingest`) `progress`, and as the last line a `summary`. Later versions may
+add fields but do not rename any.
 
 The store is the folder given by `--store`, else by the environment variable `KVEDIT_STORE`, else
 `./store`.
