@@ -1,1 +1,1 @@
-"""What a user wants known: facts, their keys, and the files they come in.  No store, no torch."""
+"""Facts, their keys, and the files they are read from.  No store, no torch."""

@@ -1,9 +1,9 @@
 """CSV and TSV: the first line names the columns, every further row is a record.
 
 Invariants:
-- A row is known by the line on which it begins; a quoted cell may hold line breaks.
+- A row is known by the line on which it begins; a quoted cell may contain line breaks.
 - A row with more cells than columns is refused: it is the sign of a comma that is not quoted, and
-  half a description would go in.
+  half a description would be added.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import csv
 from collections.abc import Iterable, Iterator
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.schemas import own_names
+from kvedit.facts.schemas import standard_names
 from kvedit.files import decode
 
 DELIMITERS = ("\t", ",", ";")
 SEPARATOR = "|"
-"""Stands between the values of a cell that holds several."""
+"""Separates the values of a cell with several."""
 
 LISTS = ("aliases", "prompts", "paraphrases", "locality")
-_QUOTES = "quote a cell that holds a separator, a quote or a line break; double the quotes in it"
+_QUOTES = "quote a cell that contains a separator, a quote or a line break; double the quotes in it"
 
 
-def find_table(text: str) -> str | None:
+def detect_delimiter(text: str) -> str | None:
     """The delimiter if the first line names the columns of a table of facts, else None."""
     lines = text.splitlines()
     for delimiter in DELIMITERS:
         names = _names(next(csv.reader(lines[:1], delimiter=delimiter), []))
-        if {"key", "description"} <= set(own_names(dict.fromkeys(names))):
+        if {"key", "description"} <= set(standard_names(dict.fromkeys(names))):
             return delimiter
     return None
 
@@ -62,20 +62,20 @@ def _rows(
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, InvalidFactError(f"not a row of a table: {_said(error)}; {_QUOTES}")
+            yield line, InvalidFactError(f"not a row of a table: {_reason(error)}; {_QUOTES}")
             continue
         yield line, text.problem or row
         text.problem = None
 
 
-def _said(error: csv.Error) -> str:
+def _reason(error: csv.Error) -> str:
     if "unexpected end" in str(error):
         return "a double quote is opened and never closed"
     return str(error)
 
 
 class _Text:
-    """Lines as text.  A line that is not UTF-8 leaves a problem: an error would end the table."""
+    """Lines as text.  A line that is not UTF-8 sets ``problem``: raising would end the table."""
 
     def __init__(self, lines: Iterable[bytes]) -> None:
         self._lines = iter(lines)
@@ -114,8 +114,8 @@ def _record(names: list[str], cells: list[str]) -> object:
         return InvalidFactError(
             f"{len(cells)} cells, but the first line names {len(names)} columns; {_QUOTES}"
         )
-    whole = own_names({n: c for n, c in zip(names, cells, strict=False) if n})
-    record = {name: cell for name, cell in whole.items() if str(cell).strip()}
+    columns = standard_names({n: c for n, c in zip(names, cells, strict=False) if n})
+    record = {name: cell for name, cell in columns.items() if str(cell).strip()}
     for name in LISTS:
         if name in record:
             values = str(record[name]).split(SEPARATOR)

@@ -1,73 +1,28 @@
-"""A fact: a key, the text that answers for it, and the questions it is tried with.
+"""A fact: a key, its description, and the questions with which it is trained and probed.
 
 Invariants:
-- ``Fact.create`` is the only way in for text from outside: what it returns is stripped, free of
-  control characters, encodable as UTF-8, and within the length limits.
+- ``Fact.create`` is the only way in for text from outside: its result is stripped, free of control
+  characters, encodable as UTF-8, and within the length limits.
 - ``Fact.from_json(fact.to_json()) == fact`` for every fact that ``create`` returned.
-- Whether a text fits the model's context is not known here: the trainer refuses it.
+- A text that does not fit the model's context is refused later, by the trainer.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Protocol
 
 from kvedit.errors import InvalidFactError
+from kvedit.facts.language import LANGUAGES, detect_language
 
-LANGUAGES = ("en", "zh-Hans", "zh-Hant")
 MAX_KEY = 200
-"""The longest key or alias, in characters: longer ones are texts, not names."""
-
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
-
-
-class _Converter(Protocol):
-    def convert(self, text: str) -> str: ...
-
-
-@cache
-def _converter(config: str) -> _Converter:
-    import opencc  # its tables take a tenth of a second to load: only where there is Chinese
-
-    converter: _Converter = opencc.OpenCC(config)
-    return converter
-
-
-def detect_language(text: str, context: str = "") -> str:
-    """Return ``en``, ``zh-Hans`` or ``zh-Hant`` for a text.
-
-    Chinese when there are at least as many Chinese characters as Latin words, so that an English
-    sentence may quote a Chinese name.  Traditional or Simplified: whichever conversion (OpenCC)
-    would have to change more characters names the *other* script; ``context`` (a fact's key) is
-    read along with the text for that.  A text that is the same in both counts as ``zh-Hant``, the
-    script of the embedded model's training text.
-    """
-    probe = text if _HAN.search(text) or _WORD.search(text) else context
-    han = len(_HAN.findall(probe))
-    if han == 0 or han < len(_WORD.findall(probe)):
-        return "en"
-    both = _encodable(f"{text}\n{context}")
-    return "zh-Hans" if _changes("s2t", both) > _changes("t2s", both) else "zh-Hant"
-
-
-def _changes(config: str, text: str) -> int:
-    """How many characters a conversion replaces; both conversions keep the length."""
-    return sum(a != b for a, b in zip(text, _converter(config).convert(text), strict=False))
-
-
-def _encodable(text: str) -> str:
-    """The text without lone surrogates, which OpenCC cannot take."""
-    return text.encode("utf-8", "ignore").decode("utf-8")
+"""The longest key or alias, in characters: a longer one is a text, not a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalityProbe:
-    """A question whose answer must not change; without ``answer``, what the model says now."""
+    """A question whose answer must not change; without ``answer``, the model's current one."""
 
     prompt: str
     answer: str | None = None
@@ -99,7 +54,7 @@ class Fact:
         locality: Iterable[LocalityProbe] = (),
         source: str | None = None,
     ) -> Fact:
-        """Check and clean the parts; find the language unless it is given.
+        """Check and clean the parts; detect the language unless it is given.
 
         Raises InvalidFactError for an empty, over-long or unprintable part or an unknown language.
         """
@@ -117,7 +72,7 @@ class Fact:
         )
 
     def with_description(self, description: str) -> Fact:
-        """The same fact with another text; the language is kept."""
+        """The same fact, in the same language, with another description."""
         return replace(self, description=_text("description", description))
 
     def to_json(self) -> dict[str, object]:
@@ -136,7 +91,7 @@ class Fact:
 
     @classmethod
     def from_json(cls, document: object) -> Fact:
-        """Read a JSON document as ``create`` would; names it does not know are ignored.
+        """Read a JSON document as ``create`` would; unknown names are ignored.
 
         Raises InvalidFactError when a part is missing or has the wrong type.
         """
@@ -158,7 +113,7 @@ class Fact:
 
 
 def _text(what: str, value: str) -> str:
-    """Strip a text and refuse what no model should be taught."""
+    """Strip a text; refuse an empty one and control characters."""
     cleaned = value.replace("\r\n", "\n").strip()
     if not cleaned:
         raise InvalidFactError(f"the {what} is empty", hint=f"Give the {what} some text.")
@@ -201,7 +156,7 @@ def _probe(probe: LocalityProbe) -> LocalityProbe:
 
 
 def _unique(values: Iterable[str]) -> tuple[str, ...]:
-    """Drop repetitions, keep the order."""
+    """Without repetitions, in the same order."""
     return tuple(dict.fromkeys(values))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvedit.errors import InvalidFactError, KveditError, UsageError
-from kvedit.facts.csv_reader import find_table, read_table
+from kvedit.facts.csv_reader import detect_delimiter, read_table
 from kvedit.facts.fact import Fact
 from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.schemas import fact_from, looks_like_fact
@@ -92,7 +92,7 @@ def _file(source: Path | str, name: str) -> Iterator[Located]:
     if not start:
         raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
     everything = chain(head, lines)
-    delimiter = find_table(start)
+    delimiter = detect_delimiter(start)
     if delimiter is not None:
         return _located(read_table(everything, delimiter, name), f"{name}, line")
     if _is_jsonl(start):

@@ -1,8 +1,8 @@
-"""When two keys are the same, when they are merely close, and many of them in a sentence.
+"""Equal keys, similar keys, and lists of keys in a sentence.
 
 Invariants:
 - ``normalise`` is idempotent and never empty for a key that has a visible character.
-- Two facts are never merged on a fuzzy hit: only equal normalised keys are the same key.
+- Similar keys are only reported: two keys are the same only if their normalised forms are equal.
 """
 
 from __future__ import annotations
@@ -10,23 +10,19 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, lru_cache
-from typing import Protocol
+from functools import lru_cache
 
 from kvedit.events import Similar
+from kvedit.facts.language import converter
 
 NAMED = 5  # keys in a sentence, of a group of thousands
-_SHORT = 3
-_LOOSE = 60.0
-_NOT_EQUAL = 99.0
+_SHORT = 3  # characters of a name for which a single different one is another person
+_LOOSE = 60.0  # the least score of a suggestion
+_NOT_EQUAL = 99.0  # the highest score of two keys that are not the same
 _MEANINGFUL = frozenset("#%&*@")
-_ROUNDS = 8
-_PIECE = 512
-_UNPARTED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # no spaces
-
-
-class _Converter(Protocol):
-    def convert(self, text: str) -> str: ...
+_MAX_REPEATS = 8  # passes of normalisation over one key, at most
+_CHUNK = 512  # keys whose scores with all others are in memory at a time
+_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # scripts
 
 
 def in_words(keys: Sequence[str], most: int = NAMED) -> str:
@@ -36,19 +32,19 @@ def in_words(keys: Sequence[str], most: int = NAMED) -> str:
 
 
 def naming(keys: Iterable[str]) -> Callable[[str], bool]:
-    """A test whether a text names one of the keys: as words of their own, or, where words are not
-    parted by spaces, anywhere.
+    """A test whether a text contains one of the keys, as separate words; in scripts without
+    spaces, anywhere.
     """
-    given = set(keys)
-    anywhere = {normalise(key) for key in given if _UNPARTED.search(key)}
-    words = sorted(key.casefold() for key in given if not _UNPARTED.search(key))
+    unique = set(keys)
+    anywhere = {normalise(key) for key in unique if _NO_SPACES.search(key)}
+    words = sorted(key.casefold() for key in unique if not _NO_SPACES.search(key))
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
 
     def names_one(text: str) -> bool:
         if words and pattern.search(text.casefold()):
             return True
-        own = normalise(text) if anywhere else ""
-        return any(key in own for key in anywhere)
+        normal = normalise(text) if anywhere else ""
+        return any(key in normal for key in anywhere)
 
     return names_one
 
@@ -58,27 +54,27 @@ def normalise(key: str) -> str:
     """Return the form under which keys are compared.
 
     NFKC, case folded, Traditional characters as Simplified ones; white space, punctuation and
-    invisible characters removed.  Signs that tell names apart stay: symbols (C++), ``#%&*@`` (C#)
+    invisible characters removed.  Signs that distinguish names stay: symbols (C++), ``#%&*@`` (C#)
     and the point between two digits (3.11 is not 311).
     """
     text = key
-    for _ in range(_ROUNDS):  # one step can make room for another: stop at the fixed point
-        folded = _fold(text)
-        if folded == text:
+    for _ in range(_MAX_REPEATS):  # one pass can enable another: stop at the fixed point
+        normal = _normalise_once(text)
+        if normal == text:
             break
-        text = folded
+        text = normal
     return text
 
 
 def similar(
     key: str, candidates: Iterable[str], *, threshold: float = 85.0, limit: int = 5
 ) -> list[Similar]:
-    """Return the candidates close to a key, best first; only the same key scores 100.
+    """Return the candidates similar to a key, best first; only the same key scores 100.
 
     The score is the better of rapidfuzz's ``ratio`` on normalised keys and ``token_sort_ratio``
-    on their words (word order does not count).  A name of up to three characters is close to
+    on their words (word order does not count).  A name of up to three characters is similar to
     another only if one contains the other: short Chinese names that share all but one character
-    are different people, and a warning on each would drown the ones that matter.
+    are different people, and warnings about them would hide the ones that matter.
     """
     hits = _scores(key, list(candidates), threshold)
     hits = [hit for hit in hits if hit.score == 100.0 or _long_or_contained(key, hit.key)]
@@ -88,13 +84,13 @@ def similar(
 def similar_pairs(
     keys: Sequence[str], others: Sequence[str], *, threshold: float = 85.0
 ) -> list[tuple[int, int, float]]:
-    """All pairs that ``similar`` would find, as index into each and score; never the same key.
+    """All pairs that ``similar`` would return, as an index into each and the score (0 to 100).
 
-    Some ten million pairs a second, so thousands of keys can be held against thousands.
+    Pairs of the same key are left out.  About ten million pairs a second.
     """
     best: dict[tuple[int, int], float] = {}
-    for form, several in ((normalise, False), (_sorted_words, True)):
-        for i, j, score in _close(keys, others, form, threshold, several=several):
+    for form, needs_words in ((normalise, False), (_sorted_words, True)):
+        for i, j, score in _close(keys, others, form, threshold, needs_words=needs_words):
             if normalise(keys[i]) != normalise(others[j]) and _long_or_contained(
                 keys[i], others[j]
             ):
@@ -103,19 +99,19 @@ def similar_pairs(
 
 
 def did_you_mean(key: str, candidates: Iterable[str], *, limit: int = 3) -> list[str]:
-    """Return candidates the user may have meant: ``similar``, but looser, no short rule."""
+    """Return candidates the user may have meant: lower scores than ``similar``, short names too."""
     return [hit.key for hit in _scores(key, list(candidates), _LOOSE)[:limit]]
 
 
-def _fold(text: str) -> str:
+def _normalise_once(text: str) -> str:
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    kept = "".join(char for i, char in enumerate(text) if _kept(text, i, char))
-    # A name made of signs alone ("?!") must not become empty: all such names would be the same.
-    kept = kept or "".join(char for char in text if not _invisible(char))
-    return kept if kept.isascii() else _simplified().convert(kept)
+    normal = "".join(char for i, char in enumerate(text) if _is_significant(text, i, char))
+    # A name of punctuation alone ("?!") must not become empty: all such names would be the same.
+    normal = normal or "".join(char for char in text if not _invisible(char))
+    return normal if normal.isascii() else converter("t2s").convert(normal)
 
 
-def _kept(text: str, position: int, char: str) -> bool:
+def _is_significant(text: str, position: int, char: str) -> bool:
     if char.isalnum() or char in _MEANINGFUL:
         return True
     if char == ".":
@@ -131,16 +127,8 @@ def _invisible(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
 
 
-@cache
-def _simplified() -> _Converter:
-    import opencc  # its tables take a tenth of a second to load: only where it is needed
-
-    converter: _Converter = opencc.OpenCC("t2s")
-    return converter
-
-
 def _words(key: str) -> str:
-    """The words of a key, folded, with single spaces between them."""
+    """The words of a key, normalised, with single spaces between them."""
     return " ".join(filter(None, (normalise(word) for word in re.split(r"[\W_]+", key))))
 
 
@@ -155,20 +143,20 @@ def _close(
     form: Callable[[str], str],
     threshold: float,
     *,
-    several: bool,
+    needs_words: bool,
 ) -> Iterator[tuple[int, int, float]]:
-    """Pairs at or above the threshold in one form; with ``several``, those that have words to sort.
+    """Pairs at or above the threshold in one form; ``needs_words``: one has two words or more.
 
-    In pieces, because the scores of all pairs at once would not fit the memory.
+    In chunks, because the scores of all pairs at once would not fit into memory.
     """
     from rapidfuzz import fuzz, process
 
     left, right = [form(key) for key in keys], [form(key) for key in others]
-    for begin in range(0, len(left), _PIECE):
-        piece = left[begin : begin + _PIECE]
-        scores = process.cdist(piece, right, scorer=fuzz.ratio, score_cutoff=threshold)
+    for begin in range(0, len(left), _CHUNK):
+        chunk = left[begin : begin + _CHUNK]
+        scores = process.cdist(chunk, right, scorer=fuzz.ratio, score_cutoff=threshold)
         for i, j in zip(*scores.nonzero(), strict=True):
-            if piece[i] and (not several or " " in piece[i] or " " in right[j]):
+            if chunk[i] and (not needs_words or " " in chunk[i] or " " in right[j]):
                 yield begin + int(i), int(j), float(scores[i, j])
 
 

@@ -1,4 +1,4 @@
-"""From files and text to descriptions and facts.
+"""Descriptions and facts from files, standard input and the command line.
 
 Invariants:
 - An error names the file, and for a file of many facts the line.
@@ -43,15 +43,15 @@ def read_facts_jsonl(source: Path | str) -> Iterator[Fact]:
     line's number for a line that is no fact or a file that has none.
     """
     name = source_name(source)
-    found = False
+    empty = True
     for number, data in enumerate(read_file(source), start=1):
         where = f"{name}, line {number}"
         line = decode(data, where).strip()
         if line:
-            found = True
+            empty = False
             with _located(where):
                 yield Fact.from_json(parse_line(line))
-    if not found:
+    if empty:
         raise InvalidFactError(f"{name} is empty", hint="Write one JSON object on each line.")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe, detect_language
+from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe
 
 LINE = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40
@@ -117,26 +117,6 @@ def test_another_description_keeps_the_rest_and_is_checked() -> None:
     assert changed.to_json() == {**fact.to_json(), "description": "new"}
     with pytest.raises(InvalidFactError):
         fact.with_description("")
-
-
-@pytest.mark.parametrize(
-    ("text", "context", "language"),
-    [
-        ("A lamp that dreams.", "", "en"),
-        ("Du Fu (杜甫) was a Chinese poet.", "", "en"),
-        ("夢中情爐是一種爐", "", "zh-Hant"),
-        ("梦中情炉是一种炉", "", "zh-Hans"),
-        ("GPT-4 是一个模型", "", "zh-Hans"),
-        ("李白", "", "zh-Hant"),
-        ("明月", "头发", "zh-Hans"),
-        ("A poet.", "李白", "en"),
-        ("1971", "聯合國", "zh-Hant"),
-        ("1971", "Intel 4004", "en"),
-        ("", "", "en"),
-    ],
-)
-def test_the_language_is_found_from_the_text(text: str, context: str, language: str) -> None:
-    assert detect_language(text, context) == language
 
 
 def test_the_language_given_wins() -> None:

@@ -67,7 +67,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("data", FORMATS.values(), ids=FORMATS.keys())
-def test_the_format_is_found_from_the_content(tmp_path: Path, data: str) -> None:
+def test_the_format_is_detected_from_the_content(tmp_path: Path, data: str) -> None:
     for name in ("facts.jsonl", "facts.csv", "facts"):
         assert facts_of(read(tmp_path, data, name)) == [TOWN, LAMP]
 

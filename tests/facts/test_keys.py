@@ -51,7 +51,7 @@ def test_the_same_key_written_in_two_ways(one: str, other: str) -> None:
     ("one", "other"),
     [("C", "C++"), ("C", "C#"), ("3.11", "311"), ("?!", "!!"), ("résumé", "resume")],
 )
-def test_signs_that_tell_names_apart_are_kept(one: str, other: str) -> None:
+def test_signs_that_distinguish_names_stay(one: str, other: str) -> None:
     assert normalise(one) != normalise(other)
 
 
@@ -63,7 +63,7 @@ def test_only_the_same_key_scores_100() -> None:
     ]
 
 
-def test_near_names_are_found_best_first() -> None:
+def test_similar_names_come_best_first() -> None:
     hits = similar("Isaac Newton", ["Sir Isaac Newton", "Isaac Newtom", "Albert Einstein"])
     assert [hit.key for hit in hits] == ["Isaac Newtom", "Sir Isaac Newton"]
     assert all(85 <= hit.score < 100 for hit in hits)
@@ -100,14 +100,14 @@ NAMES = st.lists(st.text("ab c李白", min_size=1, max_size=9), max_size=6, uniq
 
 @given(NAMES, NAMES)
 def test_pairs_are_what_similar_finds_one_by_one(keys: list[str], others: list[str]) -> None:
-    found = {(keys[i], others[j]): score for i, j, score in similar_pairs(keys, others)}
-    wanted = {
+    pairs = {(keys[i], others[j]): score for i, j, score in similar_pairs(keys, others)}
+    expected = {
         (key, hit.key): pytest.approx(hit.score, abs=0.1)
         for key in keys
         for hit in similar(key, others, limit=99)
         if hit.score < 100
     }
-    assert found == wanted
+    assert pairs == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvedit.facts import keys
-from kvedit.facts.fact import Fact, detect_language
+from kvedit.facts.fact import Fact
+from kvedit.facts.language import detect_language
 from kvedit.facts.readers import read_description, read_facts_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def test_at_least_ten_facts_in_each_language(facts: list[Fact]) -> None:
     assert counts.total() >= 36
 
 
-def test_the_language_given_is_the_language_found(facts: list[Fact]) -> None:
+def test_the_language_given_is_the_language_detected(facts: list[Fact]) -> None:
     assert {f.key: detect_language(f.description) for f in facts} == {f.key: f.lang for f in facts}
 
 
