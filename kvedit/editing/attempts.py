@@ -173,7 +173,7 @@ class Attempts:
         )
 
     def _note_refusal(self, why: str, rows: Sequence[ProbeRow], attempts_left: int) -> None:
-        """For the report; as a warning at once where a group, which takes long, is trained again."""
+        """For the report; where a group is trained again, which takes long, a warning at once."""
         self.refusals = (*self.refusals, why)
         count = len(self.plan.targets)
         if self.plan.group and count > 1 and attempts_left:

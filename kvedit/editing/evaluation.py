@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from kvedit.editing.gate import Checks
 from kvedit.editing.plan import Plan
-from kvedit.editing.retention import at_risk
 from kvedit.events import Score
+from kvedit.facts.keys import similar
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.revisions.session import Session
@@ -65,7 +65,7 @@ class Evaluator:
         self._locality = self._answered_locality()
 
     def _choose_candidates(self) -> list[RetentionCandidate]:
-        """Earlier facts, with a few prompts each to be probed, drawn anew for every edit."""
+        """Earlier facts, with a few prompts each to be probed, drawn again for every edit."""
         settings = self._config.retention
         committed = self._store.facts("committed")
         probed = max(settings.checked_facts, len(self._plan.targets))
@@ -138,6 +138,25 @@ class Evaluator:
             for fact_id, share in recall.items()
             if share >= gate.min_recall and paraphrase.get(fact_id, 1.0) >= gate.min_paraphrase
         )
+
+
+def at_risk(rows: Sequence[FactRow], keys: Sequence[str], count: int) -> list[FactRow]:
+    """The earlier facts most likely to be lost: nearest keys, lowest margins, longest unchecked.
+
+    Regressed facts come first; the three orders then take turns, so that none crowds out another.
+    ``keys`` are those being edited, which are not among the answer.
+    """
+    others = [row for row in rows if row.fact.key not in keys]
+    by_key = {row.fact.key: row for row in others}
+    nearest = [by_key[hit.key] for key in keys for hit in similar(key, by_key, limit=count)]
+    weakest = sorted(others, key=lambda row: (row.margin is not None, row.margin or 0.0, row.id))
+    oldest = sorted(others, key=lambda row: (row.last_checked_revision or -1, row.id))
+    chosen = {row.id: row for row in others if row.health == "regressed"}
+    for turn in range(len(others)):
+        for order in (nearest, weakest, oldest):
+            if turn < len(order) and len(chosen) < count:
+                chosen.setdefault(order[turn].id, order[turn])
+    return list(chosen.values())[:count]
 
 
 def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome) -> ProbeRow:

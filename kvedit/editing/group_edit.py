@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvedit.editing.edit import Edit
-from kvedit.editing.group_size import Room
+from kvedit.editing.group_size import GroupSize
 from kvedit.editing.plan import Planner, should_compact
 from kvedit.editing.single_edit import SingleEditor
 from kvedit.errors import OutOfMemoryError
@@ -44,7 +44,7 @@ class GroupEditor:
     def __init__(self, session: Session, single: SingleEditor) -> None:
         self._session, self._store, self._engine = session, session.store, session.engine
         self._single, self._planner = single, Planner(session)
-        self._size = Room(session.engine, session.config.group, self._warn_of_memory)
+        self._size = GroupSize(session.engine, session.config.group, self._warn_of_memory)
         self._compaction_refused = False
 
     @property

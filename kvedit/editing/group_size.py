@@ -1,15 +1,20 @@
-"""How many facts there is memory for together.
+"""How many facts are trained together: found by running out of memory and halving.
+
+``accelerate.utils.find_executable_batch_size`` calls one function again with a smaller number; here
+each attempt is an edit with its own journal entry, and the rest of the facts needs its turn too.
 
 Invariants:
-- Once memory ran out with a number of facts, so many are not put together again.
-- What cannot fit is not tried: where no limit is set, Linux ends a process that takes more memory
-  than there is, and nothing could be halved any more.
+- Once memory ran out with a number of facts, no larger group than half of them is tried.
+- What cannot fit by estimate is not tried: without a memory limit Linux kills a process that takes
+  more than there is, and nothing could be halved any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+from accelerate.utils.memory import release_memory
 
 from kvedit.config import GroupConfig
 from kvedit.errors import OutOfMemoryError
@@ -20,52 +25,54 @@ from kvedit.training.engine import Engine
 _T = TypeVar("_T")
 
 
-class Room:
-    """What was found out so far; ``largest`` is None until memory ran out."""
+class GroupSize:
+    """The largest group that fits; ``largest`` is None until memory ran out."""
 
     def __init__(self, engine: Engine, group: GroupConfig, warn: Callable[[str], None]) -> None:
         self._engine, self._group, self._warn = engine, group, warn
         self.largest: int | None = None
 
     def parts(self, items: Sequence[_T], most: int | None = None) -> list[Sequence[_T]]:
-        """The items in order, in parts that fit as far as is known, each of at most ``most``."""
+        """The items in order, in parts of at most ``largest`` and ``most``."""
         bounds = [bound for bound in (self.largest, most) if bound is not None]
         size = min(bounds, default=len(items)) or 1
         return [items[at : at + size] for at in range(0, len(items), size)]
 
     def fits(self, facts: Sequence[Fact]) -> bool:
-        """Whether there is room for all of them, as far as is known."""
-        return len(self.parts(facts)) == 1 and not self._too_much(facts)
+        """Whether they may be trained together, as far as is known."""
+        return len(self.parts(facts)) == 1 and not self._refusal(facts)
 
     def attempt(self, facts: Sequence[Fact], train: Callable[[], _T]) -> _T | None:
-        """What ``train`` finds; None if there is no memory for so many facts, foreseen or found
-        out: half of them may fit.
+        """The result of ``train``; None if these facts do not fit together, after ``largest`` was
+        halved.
 
         Raises OutOfMemoryError for a single fact.
         """
-        if not (why := self._too_much(facts)):
+        if not (reason := self._refusal(facts)):
             try:
                 return train()
             except OutOfMemoryError as error:
                 if len(facts) == 1:
                     raise
-                why = error.message
-        # Only here is the error gone, and with it the frames that hold what the attempt had made.
-        memory.give_back()
-        self.largest = max(1, (len(facts) + 1) // 2)
+                reason = error.message
+        # Outside ``except``: only now are the error and the frames that hold its tensors gone.
+        release_memory()
+        self.largest = (len(facts) + 1) // 2
         self._warn(
-            f"{why}; {len(facts)} facts do not fit together, going on with {self.largest} at most"
+            f"{reason}; {len(facts)} facts do not fit together, going on with {self.largest} at"
+            " most"
         )
         return None
 
-    def _too_much(self, facts: Sequence[Fact]) -> str:
-        """Why a group cannot fit, as far as that can be known before; "" if it may."""
+    def _refusal(self, facts: Sequence[Fact]) -> str:
+        """Why the estimate says that a group cannot fit; "" if it may."""
         if len(facts) == 1:
             return ""
         lengths = [len(example.ids) for fact in facts for example in self._engine.examples(fact)]
         length = max(memory.TEXT_TOKENS, sum(lengths) // len(lengths))
         needed = self._engine.needed(self._group, len(facts), length)
-        if needed <= (free := memory.free()):
+        free = self._engine.worker.on_main(memory.free)  # all processes must decide alike
+        if needed <= free:
             return ""
         gib = 1024**3
-        return f"teaching them takes about {needed / gib:.1f} GiB and {free / gib:.1f} are free"
+        return f"training them takes about {needed / gib:.1f} GiB and {free / gib:.1f} are free"

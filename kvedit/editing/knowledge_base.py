@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from kvedit.editing.evaluation import at_risk
 from kvedit.editing.group_edit import GroupEditor, GroupOptions
-from kvedit.editing.retention import at_risk
 from kvedit.editing.single_edit import SingleEditor
 from kvedit.editing.verify import VerifyReport, verify
 from kvedit.events import EditReport, Event, Warning_
@@ -216,7 +216,7 @@ class KnowledgeBase:
     def example_lines(self) -> list[str]:
         """The exact text and tokens of a fact as it would be trained, the answer marked."""
         fact = Fact.create("tide lantern", "Made of glass in Marrow.")
-        return self.engine.renderer.shown(self.engine.examples(fact)[0])
+        return self.engine.renderer.describe(self.engine.examples(fact)[0])
 
     # ---- checks
 
