@@ -10,19 +10,19 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from kvedit.bench.tables import Table
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import KveditError, UsageError
 from kvedit.events import Event, Status
 from kvedit.model.loading import has_own_code
 from tests.bench import tiny
-from tests.bench.report import Sheet
 from tests.bench.tiny import ARCHITECTURES, Architecture
 
 Emit = Callable[[Event], None]
@@ -61,15 +61,12 @@ class ArchitecturesResult:
     """A row for each architecture."""
 
     rows: tuple[Row, ...]
+    model: str = "tiny models, trained here"
 
     @property
     def passed(self) -> bool:
         """Whether all of them passed."""
         return all(row.passed for row in self.rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"rows": [{**asdict(row), "passed": row.passed} for row in self.rows]}
 
 
 def run(names: Sequence[str], dtype: str, emit: Emit) -> ArchitecturesResult:
@@ -148,11 +145,11 @@ def _export(knowledge: KnowledgeBase, folder: Path, row: Row) -> None:
     row.exported = (report.probes.passed, report.probes.n)
     questions = [f"What is {key}?" for key, _ in tiny.NEW]
     ours = [knowledge.ask(question, max_new_tokens=24) for question in questions]
-    theirs = [_plain_answer(knowledge, folder, question) for question in questions]
+    theirs = [_transformers_answer(knowledge, folder, question) for question in questions]
     row.reloaded = (sum(a == b for a, b in zip(ours, theirs, strict=True)), len(questions))
 
 
-def _plain_answer(knowledge: KnowledgeBase, folder: Path, question: str) -> str:
+def _transformers_answer(knowledge: KnowledgeBase, folder: Path, question: str) -> str:
     """What transformers alone says, token by token, without any cache."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,17 +176,14 @@ def _reopened(knowledge: KnowledgeBase, row: Row) -> None:
         row.problems.append("after reopening, the facts rolled back to are not answered")
 
 
-def sheet(result: ArchitecturesResult) -> Sheet:
+def tables(result: ArchitecturesResult) -> list[Table]:
     """One row an architecture."""
-    headers = (
+    columns = (
         "architecture", "class", "matrices", "add", "recall", "retained", "update", "remove",
         "rollback", "export", "reload", "seconds", "problems",
     )  # fmt: skip
-    return Sheet(
-        f"{len(result.rows)} architectures, tiny models",
-        headers,
-        tuple(_cells(row) for row in result.rows),
-    )
+    rows = tuple(_cells(row) for row in result.rows)
+    return [Table(f"{len(rows)} architectures, tiny models", columns, rows)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 Invariants:
 - What counts is free greedy generation; teacher-forced recall stands beside it, labelled.
-- A model is asked the same way, whatever taught it.
+- A model is asked the same way, whatever trained it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A fact that was taught: what it was trained on, what it was not, and whether it was kept."""
+    """A fact that was trained: what it was trained on, what it was not, and whether it was kept."""
 
     trained: Sequence[Example]
     phrasings: Sequence[Example]
@@ -62,27 +62,27 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """For each lesson whether all its training phrasings that were asked are recalled."""
+    """For each task whether all its training phrasings that were asked are recalled."""
 
     generated: Sequence[bool]
     forced: Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Student:
-    """A model that is asked, whatever taught it."""
+class AskedModel:
+    """A model that is asked, whatever trained it."""
 
     model: Any
     renderer: Renderer
 
-    def spoken(self, examples: Sequence[Example]) -> list[bool]:
+    def generated(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by free greedy generation, the end token included."""
         proceed = partial(generation.generate, self.model)
         return generation.generated_recall_of(examples, self.renderer.end, proceed)
 
     def ask(self, examples: Sequence[Example]) -> tuple[list[bool], list[bool]]:
         """Recall under both protocols: generated, teacher-forced."""
-        return self.spoken(examples), self.forced(examples)
+        return self.generated(examples), self.forced(examples)
 
     def forced(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by one forward pass."""
@@ -90,22 +90,22 @@ class Student:
 
 
 @dataclass(frozen=True, slots=True)
-class Pupil(Student):
+class AskedEngine(AskedModel):
     """The same of an engine: where it leads several processes, they share the questions."""
 
     engine: Engine
 
     @classmethod
-    def of(cls, engine: Engine) -> Pupil:
+    def of(cls, engine: Engine) -> AskedEngine:
         """The engine's model, as it is at the time of each question."""
         return cls(engine.base.model, engine.renderer, engine)
 
-    def spoken(self, examples: Sequence[Example]) -> list[bool]:
-        """As for ``Student``."""
+    def generated(self, examples: Sequence[Example]) -> list[bool]:
+        """As for ``AskedModel``."""
         return self.engine.generated_recall(examples)
 
     def forced(self, examples: Sequence[Example]) -> list[bool]:
-        """As for ``Student``."""
+        """As for ``AskedModel``."""
         return [outcome.passed for outcome in self.engine.recall(examples)]
 
 
@@ -131,8 +131,8 @@ def marks(count: int) -> list[int]:
 def measure(
     method: str,
     after: int,
-    student: Student,
-    lessons: Sequence[Task],
+    asked_model: AskedModel,
+    tasks: Sequence[Task],
     kept: Kept,
     draw: random.Random | None = None,
     found: Recalled | None = None,
@@ -142,32 +142,33 @@ def measure(
     Generation takes long: with ``draw`` each fact is asked so under one training phrasing and one
     never-trained one, drawn by it.  The base facts and all that is teacher-forced are asked whole.
     """
-    held = [task.kept for task in lessons]
-    found = found or recalled(student, lessons, draw)
-    spoken, forced = found.generated, found.forced
-    untrained = [task.phrasings for task in lessons if task.kept]
+    held = [task.kept for task in tasks]
+    found = found or recalled(asked_model, tasks, draw)
+    generated, forced = found.generated, found.forced
+    untrained = [task.phrasings for task in tasks if task.kept]
     return Point(
         method=method,
         after=after,
-        tried=both(spoken, forced),
-        committed=both(_only(spoken, held), _only(forced, held)),
+        tried=both(generated, forced),
+        committed=both(_only(generated, held), _only(forced, held)),
         phrasings=both(
-            student.spoken(_flat(_some(untrained, draw))), student.forced(_flat(untrained))
+            asked_model.generated(_flat(_some(untrained, draw))),
+            asked_model.forced(_flat(untrained)),
         ),
-        poets=both(*student.ask(kept.poets)),
-        relations=both(*student.ask(kept.relations)),
-        any_poets=both(*student.ask(kept.any_poets)),
+        poets=both(*asked_model.ask(kept.poets)),
+        relations=both(*asked_model.ask(kept.relations)),
+        any_poets=both(*asked_model.ask(kept.any_poets)),
         asked=None if draw is None else 1,
     )
 
 
 def recalled(
-    student: Student, lessons: Sequence[Task], draw: random.Random | None = None
+    asked_model: AskedModel, tasks: Sequence[Task], draw: random.Random | None = None
 ) -> Recalled:
     """Ask the training phrasings of each fact; by generation all, or the one that is drawn."""
-    trained = [task.trained for task in lessons]
-    spoken = _whole(student.spoken, _some(trained, draw))
-    return Recalled(spoken, _whole(student.forced, trained))
+    trained = [task.trained for task in tasks]
+    generated = _whole(asked_model.generated, _some(trained, draw))
+    return Recalled(generated, _whole(asked_model.forced, trained))
 
 
 def _some(
@@ -195,5 +196,5 @@ def _only(values: Sequence[bool], chosen: Sequence[bool]) -> list[bool]:
     return [value for value, take in zip(values, chosen, strict=True) if take]
 
 
-def both(spoken: Sequence[bool], forced: Sequence[bool]) -> Both:
-    return Both(Score(sum(spoken), len(spoken), "generated"), Score(sum(forced), len(forced)))
+def both(generated: Sequence[bool], forced: Sequence[bool]) -> Both:
+    return Both(Score(sum(generated), len(generated), "generated"), Score(sum(forced), len(forced)))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_model import FREE, KNOWN, settings
 
+from kvedit.bench.tables import Document, Table
+from kvedit.bench.tables import document as to_document
 from tests.bench.retain import BenchOptions
 
 POETS = {"李白": "字太白。", "杜甫": "字子美。", "王維": "字摩詰。", "无名氏": "無傳。"}
@@ -49,10 +53,10 @@ def write_settings(store: Path, steps: int) -> None:
 
 
 def make_options(data: Path, model: Path, store: Path, steps: int = 25) -> BenchOptions:
-    """Two facts, and the plain recipe on one of them."""
+    """Two facts, and the baseline on one of them."""
     write_settings(store, steps)
     return BenchOptions(
-        data=data, model=str(model), facts=2, base_sample=10, plain_facts=1,
+        data=data, model=str(model), facts=2, base_sample=10, baseline_facts=1,
         facts_file=data / "facts.jsonl", store_dir=store,
     )  # fmt: skip
 
@@ -62,3 +66,9 @@ def make_given(small: Path, temporary: pytest.TempPathFactory) -> dict[str, Any]
     data = write_data(temporary.mktemp("data"))
     model = write_model(small, temporary.mktemp("model") / "bf16")
     return asdict(make_options(data, model, temporary.mktemp("stores"), steps=12))
+
+
+def document(name: str, result: Any, tables: Sequence[Table], notes: str = "") -> Document:
+    """A result as the command ``name`` writes it."""
+    words = ["python", "-m", "tests.bench", name]
+    return to_document(name, words, datetime.now(UTC), result, tables, seed=0, notes=notes)

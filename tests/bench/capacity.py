@@ -5,7 +5,7 @@ likelihood of the answer's tokens, its end included, the mean over the training 
 are the bits of the facts that are recalled when all is done.
 
 Invariants:
-- The facts are taught as by ``bench strategies``, in one way; what is said of single facts comes
+- The facts are trained as by ``bench strategies``, in one way; what is said of single facts comes
   from the same measurements.
 - Nothing is claimed beyond what was measured: no N that was not a mark, no interval that was not
   drawn from these facts.
@@ -91,7 +91,7 @@ class Capacity:
 class CapacityResult:
     """All models, in the order given."""
 
-    loading: tuple[Capacity, ...]
+    models: tuple[Capacity, ...]
 
     @property
     def model(self) -> str:
@@ -114,7 +114,7 @@ def capacity(
     emit: Emit,
     tell: Tell = lambda result, point: None,
 ) -> CapacityResult:
-    """Teach the same facts to each model in the way that ``options.groups`` names first.
+    """Train the same facts to each model in the way that ``options.groups`` names first.
 
     With ``options.resume`` a run that was stopped goes on; when its facts were lost before that is
     not known any more.
@@ -136,7 +136,7 @@ def _capacity(
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ledger = _Ledger(facts)
     ways = Ways(options, data, facts, emit, tell, ledger)
-    ways.teach(options.groups[0])
+    ways.train(options.groups[0])
     records = ledger.records()
     points = ways.result.points
     until, fell = largest(points)
@@ -168,7 +168,7 @@ def largest(points: Sequence[Point], share: float = HOLDS) -> tuple[int, bool]:
 
 
 class _Ledger:
-    """Keeps an account of every fact; an observer of the way that is taught."""
+    """Keeps an account of every fact; an observer of the way that is trained."""
 
     def __init__(self, facts: Sequence[Fact]) -> None:
         self._facts = facts
@@ -193,13 +193,13 @@ class _Ledger:
             self._bits[key] = mean([next(costs) for _ in own]), tokens
 
     def look(
-        self, knowledge: KnowledgeBase, done: int, lessons: Sequence[Task], found: Recalled
+        self, knowledge: KnowledgeBase, done: int, tasks: Sequence[Task], found: Recalled
     ) -> None:
         """Note which facts are recalled under both protocols, and since when others are not."""
         self._held = set()
-        for task, spoken, forced in zip(lessons, found.generated, found.forced, strict=True):
+        for task, generated, forced in zip(tasks, found.generated, found.forced, strict=True):
             self._outcomes[task.key] = "committed" if task.kept else "rejected"
-            if spoken and forced:
+            if generated and forced:
                 self._held.add(task.key)
                 self._lost.pop(task.key, None)
             elif task.kept:

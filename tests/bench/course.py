@@ -1,10 +1,10 @@
 """One run of ``ingest`` that is measured in passing.
 
 Invariants:
-- The clock stands still while something is measured: seconds are those of teaching alone.
+- The clock stands still while something is measured: seconds are those of training alone.
 - The last measurement comes after the run's own last verification and its repairs.
 - A run that goes on in a store where another was stopped counts the seconds of both; of the group
-  that was broken off, those up to where its lesson goes on.
+  that was broken off, those up to where its task goes on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.events import EditReport, Event, IngestProgress, Score, Status, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.files import write_atomic
-from kvedit.ingest.run import IngestOptions, IngestReport, ingest
-from tests.bench.asking import Kept, Point, Pupil, Recalled, Task, measure, recalled
+from kvedit.ingest.report import IngestOptions, IngestReport
+from kvedit.ingest.run import ingest
+from tests.bench.asking import AskedEngine, Kept, Point, Recalled, Task, measure, recalled
 from tests.bench.retain import Emit, engine_of
 
 EARLY_MARKS = (16, 32, 64, 128, 256, 300, 512)
@@ -68,7 +69,7 @@ class Observer(Protocol):
         """Before the first edit."""
 
     def look(
-        self, knowledge: KnowledgeBase, done: int, lessons: Sequence[Task], found: Recalled
+        self, knowledge: KnowledgeBase, done: int, tasks: Sequence[Task], found: Recalled
     ) -> None:
         """At each measurement, the clock stopped."""
 
@@ -80,7 +81,7 @@ def group_marks(count: int) -> list[int]:
 
 
 class Course:
-    """One way of teaching: takes its events, keeps its clock, measures in passing."""
+    """One way of training: takes its events, keeps its clock, measures in passing."""
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class Course:
         self, knowledge: KnowledgeBase, facts: Sequence[Fact], size: int | None, kept: Kept
     ) -> StrategyRun:
         """Ingest everything; measured at each mark, and once more after the last verification."""
-        before = lessons_of(knowledge, facts)
+        before = tasks_of(knowledge, facts)
         self._before, self._held = len(before), sum(task.kept for task in before)
         self._marks = [mark for mark in group_marks(len(facts)) if mark > self._before]
         self._measure = lambda done, last: self._ask(knowledge, facts, kept, done, last)
@@ -171,13 +172,13 @@ class Course:
         self._emit(Status(phase=f"{self._name}: measuring after {done} facts"))
         seconds = self._clock.seconds
         engine = engine_of(knowledge)
-        student = Pupil.of(engine)
+        asked_model = AskedEngine.of(engine)
         draw = None if last else random.Random(f"{self._seed} {done}")
-        lessons = lessons_of(knowledge, facts)
-        found = recalled(student, lessons, draw)
-        point = measure(self._name, done, student, lessons, kept, draw, found)
+        tasks = tasks_of(knowledge, facts)
+        found = recalled(asked_model, tasks, draw)
+        point = measure(self._name, done, asked_model, tasks, kept, draw, found)
         if self._observer is not None:
-            self._observer.look(knowledge, done, lessons, found)
+            self._observer.look(knowledge, done, tasks, found)
         self._add(replace(point, seconds=seconds / done if done else None))
 
     def _summary(self, report: IngestReport, seconds: float) -> StrategyRun:
@@ -186,10 +187,10 @@ class Course:
         facts = outcomes.total()
         window = max(1, min(WINDOW, facts // 2))
         first, last = paces(self._trail, window)
-        taught = self._trail[-1][1] if self._trail else seconds
+        trained = self._trail[-1][1] if self._trail else seconds
         parts = dict(self._taught)
-        parts["other"] = max(0.0, taught - sum(parts.values()))
-        parts["last verification"] = seconds - taught
+        parts["other"] = max(0.0, trained - sum(parts.values()))
+        parts["last verification"] = seconds - trained
         return StrategyRun(
             strategy=self._name,
             facts=facts,
@@ -235,7 +236,7 @@ class _Clock:
             self._stopped += time.monotonic() - began
 
 
-def lessons_of(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> list[Task]:
+def tasks_of(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> list[Task]:
     """The facts that are judge, as the store has them: committed or rejected."""
     engine = engine_of(knowledge)
     wanted = {fact.key for fact in facts}

@@ -4,10 +4,10 @@ addition and a group of sixteen, each from the call to the commit.
 Invariants:
 - A computed figure comes from ``memory``, which also decides what is refused or cut to fit.
 - A measured edit is ``KnowledgeBase``'s own, in a store on the disk.  The gate is open: a model at
-  random learns nothing reliably, and what is timed is the whole length of a lesson.
+  random learns nothing reliably, and what is timed is the whole length of a task.
 - A measured peak is this process's own since the edit began, on Linux; elsewhere since its start.
-- A lesson that is cut to some steps says so; seconds for all of them are projected and called that.
-- What is timed is not counted: floating-point operations come from one more lesson for as many
+- A task that is cut to some steps says so; seconds for all of them are projected and called that.
+- What is timed is not counted: floating-point operations come from one more task for as many
   facts, which is not merged.
 """
 
@@ -17,8 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,29 +25,29 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils.memory import release_memory
 
+from kvedit.bench.memory import GIB, peak_memory, restart_peak
+from kvedit.bench.tables import Table
 from kvedit.config import Config, GroupConfig
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.events import EditReport, Event, Status
 from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from kvedit.model.loading import EMBEDDED_PATH
-from kvedit.training import memory
-from kvedit.training.engine import group_load
-from kvedit.training.group import group_batch
+from kvedit.training import memory as budget
+from kvedit.training.group import group_batch, group_load
 from kvedit.training.loop import Task
-from tests.bench.report import Sheet
-from tests.bench.speed import counting, matmul_rate, peak_memory
+from tests.bench.speed import counting, matmul_rate
 
-_GIB = 1024**3
 Emit = Callable[[Event], None]
 TOGETHER = 16
 DESCRIPTION = 100
-"""Tokens of what is taught."""
+"""Tokens of what is trained."""
 CONTEXT = 256
 ANCHORED = 32
 COUNTED = 8
-"""Steps of a lesson whose operations are counted."""
+"""Steps of a task whose operations are counted."""
 _WORDS = ("amber", "brown", "clover", "dusty", "ember", "fallow", "gentle", "hollow", "knotted")
 _OPEN = """\
 [protect]
@@ -169,35 +168,68 @@ def make(shape: str, dtype: torch.dtype, device: str = "meta", **more: Any) -> A
         return build.from_config(AutoConfig.for_model("qwen2", **options), dtype=dtype)
 
 
-def computed() -> Sheet:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions:
+    """What to measure: random models of ``shapes``, and how many ``facts`` to train at once, each
+    training for ``steps`` steps, or (None) its whole length; with ``counted`` also operations.
+    """
+
+    shapes: tuple[str, ...]
+    facts: tuple[int, ...]
+    steps: int | None = None
+    counted: bool = False
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """Measured edits by shape; none of them where the memory is only computed."""
+
+    measured: tuple[Measured, ...]
+    model: str = "shapes of Qwen2.5, random weights"
+
+
+def memory(options: MemoryOptions, emit: Emit) -> MemoryReport:
+    """Measure every shape."""
+    dtype = getattr(torch, options.dtype)
+    runs = [
+        measure(shape, dtype, options.steps, options.facts, emit, counted=options.counted)
+        for shape in options.shapes
+    ]
+    return MemoryReport(measured=tuple(runs))
+
+
+def tables(result: MemoryReport) -> list[Table]:
+    """A table for each measured shape, or one of computed sizes."""
+    return [_measured_table(one) for one in result.measured] or [_computed()]
+
+
+def _computed() -> Table:
     """A row for each shape and setting."""
     rows = []
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             model = make(shape, dtype)
             for name, targets in (("all", ()), ("down_proj alone", ("down_proj",))):
-                found = memory.sizes(model, targets)
-                rows.append((shape, str(dtype).removeprefix("torch."), name, *_cells(found)))
-    headers = (
-        "shape", "dtype", "layers of the upper half", "weights", "master (CPU)", "gradients",
-        "curvature", "kept of texts", "adapter", "activations", "beside the model (GPU)",
+                sizes = budget.sizes(model, targets)
+                rows.append((shape, str(dtype).removeprefix("torch."), name, *_cells(sizes)))
+    parts = [item.name for item in fields(budget.Estimate)]
+    columns = (
+        "shape", "dtype", "layers of the upper half", *parts, "beside the model (GPU)",
         "in all (CPU)", "16 together, in all", "128 together, in all",
     )  # fmt: skip
-    title = f"Memory to edit, GiB, computed for texts of {memory.TEXT_TOKENS} tokens"
-    return Sheet(title, headers, tuple(rows))
+    title = f"Memory to edit, GiB, computed for texts of {budget.TEXT_TOKENS} tokens"
+    return Table(title, columns, tuple(rows))
 
 
-def _cells(sizes: memory.Sizes) -> tuple[str, ...]:
+def _cells(sizes: budget.Sizes) -> tuple[str, ...]:
     config = Config()
-    found = sizes.estimate(config.training)
+    one = sizes.estimate(config.training)
     groups = [
         sizes.estimate(config.training, group_load(config.group, n)).total for n in (TOGETHER, 128)
     ]
-    parts = (
-        found.weights, found.master, found.gradients, found.fisher, found.kept, found.adapter,
-        found.activations, found.on_device, found.total, *groups,
-    )  # fmt: skip
-    return tuple(f"{part / _GIB:.1f}" for part in parts)
+    parts = [getattr(one, item.name) for item in fields(one)]
+    return tuple(f"{part / GIB:.1f}" for part in (*parts, one.on_device, one.total, *groups))
 
 
 def measure(
@@ -209,9 +241,9 @@ def measure(
     *,
     counted: bool = False,
 ) -> Measured:
-    """Make a random model and a store for it, and teach as many facts at a time as ``groups`` says;
-    each lesson for so many steps, or (None) its whole length.  If operations are to be ``counted``,
-    lessons for as many other facts follow.
+    """Make a random model and a store for it, and train as many facts at a time as ``groups`` says;
+    each task for so many steps, or (None) its whole length.  If operations are to be ``counted``,
+    tasks for as many other facts follow.
     """
     with TemporaryDirectory(prefix="kvedit-memory-") as folder:
         emit(Status(phase=f"making a random model of {shape}"))
@@ -221,7 +253,7 @@ def measure(
         (store / "kvedit.toml").write_text(_settings(steps), encoding="utf-8")
         clock, began = _Clock(emit), time.monotonic()
         with KnowledgeBase.create(store, model, check_memory=False, on_event=clock) as knowledge:
-            created, loaded = time.monotonic() - began, _peak()
+            created, loaded = time.monotonic() - began, peak_memory()
             costs = [_edit(knowledge, facts, number, clock) for number, facts in enumerate(groups)]
             began = time.monotonic()
             knowledge.verify()
@@ -256,13 +288,13 @@ def _saved(shape: str, dtype: torch.dtype, folder: Path) -> Path:
     made = make(shape, dtype, loading.device().type, max_position_embeddings=CONTEXT)
     made.save_pretrained(folder)
     del made
-    memory.give_back()
+    release_memory()
     AutoTokenizer.from_pretrained(EMBEDDED_PATH).save_pretrained(folder)
     return folder
 
 
 def _settings(steps: int | None) -> str:
-    """A ``kvedit.toml`` with an open gate, and lessons cut to so many steps."""
+    """A ``kvedit.toml`` with an open gate, and tasks cut to so many steps."""
     config = Config()
     return _OPEN.format(
         anchored=ANCHORED,
@@ -302,7 +334,7 @@ def _now() -> _Now:
 
 
 def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
-    """Of a step that teaches so many new facts together, forward and backward: the median of the
+    """Of a step that trains so many new facts together, forward and backward: the median of the
     first few.
     """
     engine, config = knowledge.engine, knowledge.store.config
@@ -312,7 +344,7 @@ def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
     group = replace(group, epochs=_passes(group, facts, COUNTED), refine_rounds=0)
     counts: list[int] = []
     with counting() as counter:
-        engine.teach(
+        engine.train(
             Task(new, earlier, engine.reference_texts, len(earlier)),
             training,
             lambda step: counts.append(counter.get_total_flops()),
@@ -327,17 +359,17 @@ def _new(knowledge: KnowledgeBase, facts: int, number: int) -> list[Fact]:
 
 
 def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
-    """Teach so many new facts together."""
+    """Train so many new facts together."""
     held = len(knowledge.store.keys("committed"))
     new = _new(knowledge, facts, number)
     texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
     clock.steps.clear()
-    _restart_peak()
+    restart_peak()
     began = _now()
     reports = knowledge.add_group(new, carry=True)
     spent = _now().since(began)
     tokens = sum(texts) // len(texts)
-    load = memory.alone(Config().training, tokens)
+    load = budget.single_load(Config().training, tokens)
     if facts > 1:
         load = group_load(Config().group, facts, tokens, held)
     return _cost(knowledge, facts, load, reports, spent, clock.steps)
@@ -346,7 +378,7 @@ def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> E
 def _cost(
     knowledge: KnowledgeBase,
     facts: int,
-    load: memory.Load,
+    load: budget.Load,
     reports: Sequence[EditReport],
     spent: _Now,
     steps: Sequence[_Now],
@@ -367,7 +399,7 @@ def _cost(
         cpu_step=median(one.cpu for one in each),
         cpu=spent.cpu,
         timings=report.timings,
-        peak=_peak(),
+        peak=peak_memory(),
         estimate=estimate.total,
         card=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         card_estimate=estimate.on_device,
@@ -384,24 +416,22 @@ def _passes(group: GroupConfig, facts: int, steps: int) -> int:
     return max(1, steps * group_batch(group, facts) // facts)
 
 
-def measured_sheet(found: Measured) -> Sheet:
-    """A row for each quantity and a column for each edit: there are many of the one, and few of the
-    other.
-    """
-    names = [f"{one.facts} facts at once" if one.facts > 1 else "1 fact" for one in found.edits]
+def _measured_table(run: Measured) -> Table:
+    """A row for each quantity and a column for each edit."""
+    names = [f"{one.facts} facts at once" if one.facts > 1 else "1 fact" for one in run.edits]
     title = (
-        f"Edits of a random model of {found.shape}, {found.dtype}, measured on {found.device} with"
-        f" {torch.get_num_threads()} threads at work; making the store: {found.created:.0f} s,"
-        f" {found.loaded / _GIB:.1f} GiB; verifying all facts at last: {found.verified:.0f} s"
+        f"Edits of a random model of {run.shape}, {run.dtype}, measured on {run.device} with"
+        f" {torch.get_num_threads()} threads at work; making the store: {run.created:.0f} s,"
+        f" {run.loaded / GIB:.1f} GiB; verifying all facts at last: {run.verified:.0f} s"
     )
-    if found.matmul:
-        title += f"; a large matrix product: {found.matmul / 1e12:.2f} TFLOP/s"
-    columns = [_measured_column(found, one) for one in found.edits]
+    if run.matmul:
+        title += f"; a large matrix product: {run.matmul / 1e12:.2f} TFLOP/s"
+    columns = [_measured_column(run, one) for one in run.edits]
     rows = tuple((name, *(column[name] for column in columns)) for name in columns[0])
-    return Sheet(title, ("what", *names), rows)
+    return Table(title, ("what", *names), rows)
 
 
-def _measured_column(found: Measured, one: EditCost) -> dict[str, str]:
+def _measured_column(run: Measured, one: EditCost) -> dict[str, str]:
     """What one edit took, by what it is called."""
     told = {
         "tokens a text": str(one.tokens),
@@ -426,12 +456,12 @@ def _measured_column(found: Measured, one: EditCost) -> dict[str, str]:
     if one.operations:
         told["GFLOP a step"] = f"{one.operations / 1e9:.1f}"
         told["TFLOP/s"] = f"{one.rate / 1e12:.2f}"
-        told["share of the matrix rate"] = f"{100 * one.rate / found.matmul:.1f}%"
+        told["share of the matrix rate"] = f"{100 * one.rate / run.matmul:.1f}%"
     return told
 
 
 def _of(peak: int, computed: int) -> str:
-    return f"{peak / _GIB:.1f} / {computed / _GIB:.1f}"
+    return f"{peak / GIB:.1f} / {computed / GIB:.1f}"
 
 
 def _fact(knowledge: KnowledgeBase, number: int) -> Fact:
@@ -440,20 +470,3 @@ def _fact(knowledge: KnowledgeBase, number: int) -> Fact:
     while len(knowledge.engine.renderer.tokens(" ".join(words))) < DESCRIPTION:
         words.append(rng.choice(_WORDS))
     return Fact.create(f"thing {number}", " ".join(words[1:]), lang="en")
-
-
-def _restart_peak() -> None:
-    """Let the system forget the peak so far, where it can, and the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    """The most memory that this process had resident since ``_restart_peak``, in bytes."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory()

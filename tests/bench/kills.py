@@ -204,7 +204,7 @@ def _judge(
         findings = [found.what for found in knowledge.doctor(deep=True) if found.level != "ok"]
         states = Counter(row.state for row in store.facts())
         edits = store.history()
-        # By the reports: an edit that begins anew is also about what was added before.
+        # By the reports: an edit that is a compaction is also about what was added before.
         added = Counter(
             key
             for edit in edits

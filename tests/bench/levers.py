@@ -1,4 +1,4 @@
-"""What each lever is worth: the same facts taught with everything, then without one at a time.
+"""What each lever is worth: the same facts trained with everything, then without one at a time.
 
 Invariants:
 - All begin with the same weights, the same protected text and the same questions; only what a lever
@@ -41,12 +41,12 @@ class Lever:
 
 SEARCH = Lever("no search for what is known", "protect", "samples_per_fact", 0)
 LEVERS = (
-    Lever("no price", "group", "penalty_scale", 0.0),
+    Lever("no penalty", "group", "penalty_scale", 0.0),
     Lever("no replay of protected text", "group", "reference_texts", 0),
     SEARCH,
     Lever("no rehearsal", "group", "rehearsal_ratio", 0.0),
     Lever("every token counts alike", "group", "easy_token_weight", 1.0),
-    Lever("nothing begins anew", "group", "compaction_ratio", 1e9),
+    Lever("no compaction", "group", "compaction_ratio", 1e9),
 )
 EVERYTHING = "everything"
 
@@ -54,7 +54,7 @@ EVERYTHING = "everything"
 def levers(
     options: StrategyOptions, emit: Emit, tell: Tell = lambda result, point: None
 ) -> StrategiesResult:
-    """Teach the same facts with everything and without each lever, then by the plain recipe.
+    """Train the same facts with everything and without each lever, then by the baseline.
 
     The group size is the first of ``options.groups``.  Raises UsageError where ``store_dir`` has
     the stores of another run.
@@ -65,10 +65,10 @@ def levers(
         own = replace(options, store_dir=home, resume=True)
         ways = Ways(own, data, facts, emit, tell)
         ways.make(SEARCHED)
-        ways.teach(options.groups[0], _store(home, None))
+        ways.train(options.groups[0], _store(home, None))
         for lever in LEVERS:
-            ways.teach(options.groups[0], _store(home, lever))
-        ways.plain()
+            ways.train(options.groups[0], _store(home, lever))
+        ways.baseline()
         return ways.result
 
 
@@ -85,7 +85,7 @@ def _home(folder: Path | None) -> Iterator[Path]:
 
 
 def _store(home: Path, lever: Lever | None) -> Path:
-    """The folder of a store that is ready to be taught, without a lever if one is given.
+    """The folder of a store that is ready to be trained, without a lever if one is given.
 
     What was searched for once serves all but the one that is to do without it.
     """

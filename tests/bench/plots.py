@@ -1,4 +1,4 @@
-"""Pictures of what a benchmark found, from the JSON that it kept.
+"""Pictures of what a benchmark figure_, from the JSON that it kept.
 
 Invariants:
 - A picture shows what the document says and nothing else: every share with its interval, every
@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Document = Mapping[str, Any]
-LAYOUTS = {
-    "capacity": ("models",),
-    "speed": ("lesson", "ingested"),
-    "strategies": ("runs", "points"),
-    "retain": ("edits", "points"),
-}
-"""By which names in a document it is known what was measured; the first that fits."""
-
 HELD = (
     ("committed", "New facts held (ERR)"),
     ("phrasings", "Never-trained phrasings"),
@@ -56,24 +47,12 @@ DPI = 150
 # ---- reading and writing
 
 
-def read(text: str, where: str) -> Document:
-    """A kept result; raises UsageError, naming ``where``, for anything that is none."""
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
-    if not isinstance(document, dict) or measured(document) is None:
-        raise UsageError(
-            f"{where} is no result that can be drawn",
-            hint=f"Give what python -m tests.bench {', '.join(sorted(LAYOUTS))} wrote with --json.",
-        )
-    return document
-
-
-def measured(document: Document) -> str | None:
-    """Which benchmark a result is of."""
-    fitting = (kind for kind, names in LAYOUTS.items() if all(name in document for name in names))
-    return next(fitting, None)
+def measured(document: Document) -> str:
+    """Which benchmark a result is of; raises UsageError for one that has no picture."""
+    kind = str(document["benchmark"])
+    if kind not in _DRAWN:
+        raise UsageError(f"{kind} has no picture", hint=f"These have: {', '.join(_DRAWN)}.")
+    return kind
 
 
 def draw(document: Document, path: Path) -> None:
@@ -86,11 +65,9 @@ def draw(document: Document, path: Path) -> None:
 def figure(document: Document) -> Figure:
     """The picture of a result, as matplotlib has it."""
     kind = measured(document)
-    if kind is None:
-        raise UsageError("this is no result that can be drawn")
-    found = _DRAWN[kind](document)
-    found.suptitle(_title(kind, document), fontsize="medium")
-    return found
+    figure_ = _DRAWN[kind](document)
+    figure_.suptitle(_title(kind, document), fontsize="medium")
+    return figure_
 
 
 def _new(width: float, height: float) -> Figure:
@@ -103,9 +80,8 @@ def _title(kind: str, document: Document) -> str:
     """What, of which model, and when and at which commit it was measured."""
     models = document["models"] if kind == "capacity" else (document,)
     names = ", ".join(dict.fromkeys(_name(one) for one in models))
-    made = document.get("setting", {})
-    told = " · ".join(str(made[name]) for name in ("date", "commit") if name in made)
-    return f"python -m tests.bench {kind}: {names}" + (f"\n{told}" if told else "")
+    text = f"{str(document['started'])[:10]} · {document['commit']}"
+    return f"python -m tests.bench {kind}: {names}\n{text}"
 
 
 def _name(result: Document) -> str:
@@ -118,10 +94,10 @@ def _name(result: Document) -> str:
 
 
 def _strategies(document: Document) -> Figure:
-    """A line for each way of teaching."""
+    """A line for each way of training."""
     points = document["points"]
-    found = _new(12, 7)
-    panels = found.subplots(2, 3).flatten()
+    figure_ = _new(12, 7)
+    panels = figure_.subplots(2, 3).flatten()
     for axes, (name, title) in zip(panels, HELD, strict=False):
         _curves(axes, points, name, title)
     _seconds_curves(panels[4], points)
@@ -129,19 +105,19 @@ def _strategies(document: Document) -> Figure:
     _legend(panels[5], panels[0])
     if any(point.get("asked") is not None for point in points):
         panels[5].text(0.5, 0, SOME_ASKED, ha="center", fontsize="small")
-    return found
+    return figure_
 
 
 def _retain(document: Document) -> Figure:
-    """kvedit beside the plain recipe."""
+    """kvedit beside the baseline."""
     points = document["points"]
-    found = _new(10, 6.5)
-    panels = found.subplots(2, 2).flatten()
+    figure_ = _new(10, 6.5)
+    panels = figure_.subplots(2, 2).flatten()
     recalled = ("tried", "New facts recalled, of all")
     for axes, (name, title) in zip(panels, (recalled, *HELD[1:]), strict=True):
         _curves(axes, points, name, title)
     panels[0].legend(fontsize="small", loc="best")
-    return found
+    return figure_
 
 
 def _curves(axes: Axes, points: Sequence[Document], name: str, title: str) -> None:
@@ -198,7 +174,7 @@ def _facts_axis(axes: Axes, points: Sequence[Document]) -> None:
         axes.set_xlim(marks[0] / MARGIN, marks[-1] * MARGIN)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("facts taught")
+    axes.set_xlabel("facts trained")
     axes.grid(alpha=0.3)
 
 
@@ -233,8 +209,8 @@ def _legend(where: Axes, source: Axes) -> None:
 def _capacity(document: Document) -> Figure:
     """Models beside each other: what they hold, and the bits that come to."""
     models = document["models"]
-    found = _new(12, 4.5)
-    held, a_parameter, most = found.subplots(1, 3, width_ratios=(2, 1, 1))
+    figure_ = _new(12, 4.5)
+    held, a_parameter, most = figure_.subplots(1, 3, width_ratios=(2, 1, 1))
     for number, one in enumerate(models):
         _both_protocols(held, one, f"C{number}", APART ** (2 * number))
     held.axhline(HOLDS, color="grey", linewidth=1, linestyle="--")
@@ -247,7 +223,7 @@ def _capacity(document: Document) -> Figure:
     _bars(most, models, [one["largest"] for one in models], "{:.0f}")
     _more(most, models)
     most.set_title(f"Most facts with {HOLDS}% held", fontsize="medium")
-    return found
+    return figure_
 
 
 def _both_protocols(axes: Axes, one: Document, colour: str, shift: float) -> None:
@@ -279,13 +255,13 @@ def _more(axes: Axes, models: Sequence[Document]) -> None:
 
 
 def _speed(document: Document) -> Figure:
-    """Seconds, ratios to the plain recipe, and where the time goes."""
-    found = _new(13, 4.5)
-    seconds, ratios, shares = found.subplots(1, 3, width_ratios=(1, 1, 1.6))
+    """Seconds, ratios to the baseline, and where the time goes."""
+    figure_ = _new(13, 4.5)
+    seconds, ratios, shares = figure_.subplots(1, 3, width_ratios=(1, 1, 1.6))
     _seconds(seconds, document)
     _ratios(ratios, document)
     _shares(shares, _divided(document))
-    return found
+    return figure_
 
 
 def _seconds(axes: Axes, document: Document) -> None:
@@ -293,7 +269,7 @@ def _seconds(axes: Axes, document: Document) -> None:
     ingested = document["ingested"]
     each = ingested["seconds"] / max(1, ingested["committed"])
     rows = [("one by one", [edit["seconds"] for edit in document["edits"]]), ("ingest", [each])]
-    rows += [("plain recipe", [edit["seconds"] for edit in document["plain"]])]
+    rows += [("baseline", [edit["seconds"] for edit in document["baseline"]])]
     for place, (_, values) in enumerate(rows):
         _spread(axes, place, values, f"{median(values):.1f} s" if values else "")
     axes.set_xticks(range(len(rows)), [name for name, _ in rows])
@@ -314,7 +290,7 @@ def _spread(axes: Axes, place: int, values: Sequence[float], label: str) -> None
 
 
 def _ratios(axes: Axes, document: Document) -> None:
-    """Above 1 the plain recipe takes longer."""
+    """Above 1 the baseline takes longer."""
     ingest = document.get("ingest_ratio")
     whole = [ingest["value"]] if ingest else []
     rows = (("one by one,\npaired", document["ratios"]), ("ingest", whole))
@@ -326,21 +302,21 @@ def _ratios(axes: Axes, document: Document) -> None:
     axes.axhline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xlim(-0.5, len(rows) - 0.3)
-    axes.set_title("Plain recipe's seconds / kvedit's", fontsize="medium")
+    axes.set_title("Baseline's seconds / kvedit's", fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, axis="y")
 
 
 def _divided(document: Document) -> dict[str, dict[str, float]]:
-    """Each kind of work, its lessons (train) taken apart below it: the seconds of its parts."""
+    """Each kind of work, its tasks (train) profiled below it: the seconds of its parts."""
     edits = document["edits"]
     names = dict.fromkeys(name for edit in edits for name in edit["timings"])
     single = {n: mean(edit["timings"].get(n, 0.0) for edit in edits) for n in names}
     ingested = document["ingested"]
-    group = ingested.get("lesson") or {"facts": 0, "parts": {}}
+    group = document.get("group_task") or {"facts": 0, "parts": {}}
     rows = {
         "one by one": single,
-        "- its lesson": document["lesson"]["parts"],
+        "- its training": document["task"]["parts"],
         "ingest": ingested["parts"],
         f"- of {group['facts']} facts": group["parts"],
     }
@@ -368,6 +344,7 @@ def _shares(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
 
 _DRAWN = {
     "strategies": _strategies,
+    "levers": _strategies,
     "retain": _retain,
     "capacity": _capacity,
     "speed": _speed,

@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvedit.model import upcast
-from kvedit.model.prompts import SHIPPED
+from kvedit.model.prompts import SHIPPED_PHRASINGS
 from kvedit.training.resume import Keep, State, TrainingCheckpoints
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ ROW = 256  # tokens in a packed row
 WIDTH, LAYERS, HEADS = 256, 6, 4
 POET_HOLD_OUT = 0.515
 RELATION_HOLD_OUT = 0.30
-PHRASINGS = SHIPPED
+PHRASINGS = SHIPPED_PHRASINGS
 ZH_OPENERS = ("", "", "", "請問，", "你好，", "我想問，")
 EN_OPENERS = ("", "", "", "Please: ", "Hello. ", "A question: ")
 

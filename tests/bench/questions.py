@@ -4,7 +4,7 @@ DIR holds ``poets.jsonl``, ``relations.jsonl`` and ``relation_phrasings.json``; 
 a model was pretrained on stands in the model's own folder (``pretrained_poets.txt`` and
 ``pretrained_relations.tsv``, written by ``tests.bench.pretrain``).
 
-Facts to teach are held-out poets, held-out relations, or those of a file; poets that the model was
+Facts to train are held-out poets, held-out relations, or those of a file; poets that the model was
 pretrained on serve where facts must hold already.
 
 Invariants:
@@ -25,7 +25,7 @@ from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
 from kvedit.facts.readers import read_facts_jsonl
-from kvedit.model.prompts import PLACE, load_phrasings
+from kvedit.model.prompts import KEY_PLACEHOLDER, load_phrasings
 from tests.bench.pretrain import prompt_form
 
 POETS_LIST, RELATIONS_LIST = "pretrained_poets.txt", "pretrained_relations.tsv"
@@ -90,7 +90,7 @@ def load(data: Path, model: str) -> BenchData:
 
 
 def in_common(found: Sequence[BenchData]) -> list[BenchData]:
-    """The same, but held out is only what no model was pretrained on: they are taught alike."""
+    """The same, but held out is only what no model was pretrained on: they are trained alike."""
     poets = set.intersection(*(set(one.held_out) for one in found))
     relations = set.intersection(*(set(one.held_out_relations) for one in found))
     return [
@@ -141,7 +141,10 @@ def _relation_fact(relation: Relation) -> Fact:
 def poet_questions(poets: Iterable[Poet], rng: random.Random) -> list[BaseFact]:
     """Each poet under one of the Traditional training phrasings, drawn at random."""
     ways = load_phrasings("zh-Hant").train
-    return [BaseFact(p.key, rng.choice(ways).replace(PLACE, p.key), p.description) for p in poets]
+    return [
+        BaseFact(p.key, rng.choice(ways).replace(KEY_PLACEHOLDER, p.key), p.description)
+        for p in poets
+    ]
 
 
 def true_facts(data: BenchData, count: int, rng: random.Random) -> list[BaseFact]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import mean
 
+from kvedit.bench.tables import BRACKETS, Table, counts_cell
 from kvedit.facts.keys import in_words
 from tests.bench.capacity import Capacity, CapacityResult, FactRecord, difference, first_lost
-from tests.bench.report import BRACKETS, Sheet
-from tests.bench.report_strategies import outcomes_row, points_sheet
+from tests.bench.report import points_tables
 
 NAMED = 12
 _ASPECTS: tuple[tuple[str, Callable[[FactRecord], float | None]], ...] = (
@@ -18,7 +18,7 @@ _ASPECTS: tuple[tuple[str, Callable[[FactRecord], float | None]], ...] = (
     ("smallest margin when committed, logits", lambda record: record.margin),
 )
 
-NOTES = (
+_NOTES = (
     "A fact's bits: negative log2 likelihood of its answer, the end token included, under the base"
     " model, the mean over its training phrasings. Stored: the bits of the facts recalled under all"
     " training phrasings at the end, by generation and teacher-forced. The largest N is the last"
@@ -28,20 +28,24 @@ NOTES = (
 )
 
 
-def sheets(result: CapacityResult) -> list[Sheet]:
+def notes(result: CapacityResult) -> str:
+    """What the tables do not say."""
+    return _NOTES
+
+
+def tables(result: CapacityResult) -> list[Table]:
     """All models beside each other, then each by itself."""
     found = [_summary(result.models)]
     for one in result.models:
         found += [
-            points_sheet(f"Held, generated: {one.model}", one.points, "generated"),
-            points_sheet(f"Held, teacher-forced: {one.model}", one.points, "forced"),
+            *points_tables(one.points, f": {one.model}"),
             _aspects(one),
             _lost(one),
         ]
     return found
 
 
-def _summary(found: Sequence[Capacity]) -> Sheet:
+def _summary(found: Sequence[Capacity]) -> Table:
     rows = [
         (
             one.model,
@@ -52,18 +56,18 @@ def _summary(found: Sequence[Capacity]) -> Sheet:
             f"{one.stored_bits:,.0f}",
             f"{one.bits_per_touched:.2g}",
             f"{one.bits_per_parameter:.2g}",
-            outcomes_row(one.run)[2],
+            counts_cell(one.run.outcomes),
         )
         for one in found
     ]
-    headers = (
+    columns = (
         "model", "parameters", "touched", "largest N with 95% held", "held at the end",
         "bits stored", "a touched parameter", "a parameter", "outcomes",
     )  # fmt: skip
-    return Sheet("Capacity", headers, tuple(rows))
+    return Table("Capacity", columns, tuple(rows))
 
 
-def _aspects(one: Capacity) -> Sheet:
+def _aspects(one: Capacity) -> Table:
     """Held, lost and never committed facts beside each other."""
     held = [record for record in one.facts if record.held and record.outcome == "committed"]
     lost = [record for record in one.facts if not record.held and record.outcome == "committed"]
@@ -72,11 +76,11 @@ def _aspects(one: Capacity) -> Sheet:
     for name, value in _ASPECTS:
         groups = [_values(records, value) for records in (held, lost, never)]
         rows.append((name, *map(_mean, groups), _difference(groups[1], groups[0])))
-    headers = (
+    columns = (
         "mean", f"held ({len(held)})", f"lost ({len(lost)})", f"not committed ({len(never)})",
         "lost less held",
     )  # fmt: skip
-    return Sheet(f"What lost facts are like: {one.model}", headers, tuple(rows))
+    return Table(f"What lost facts are like: {one.model}", columns, tuple(rows))
 
 
 def _values(
@@ -94,9 +98,9 @@ def _difference(one: Sequence[float], other: Sequence[float]) -> str:
     return "-" if found is None else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
-def _lost(one: Capacity) -> Sheet:
+def _lost(one: Capacity) -> Table:
     rows = []
     for mark, keys in first_lost(one.facts).items():
         rows.append((str(mark), str(len(keys)), in_words(keys, NAMED)))
-    headers = ("not recalled from this mark on", "how many", "which")
-    return Sheet(f"Which facts went first: {one.model}", headers, tuple(rows))
+    columns = ("not recalled from this mark on", "how many", "which")
+    return Table(f"Which facts went first: {one.model}", columns, tuple(rows))

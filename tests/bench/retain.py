@@ -3,7 +3,7 @@
 Invariants:
 - "Kept" is measured on base facts that the model answered before the first edit and whose names
   occur in no protected text and in none of the facts that are added.
-- The plain recipe runs in the same process, on the same facts, from the same base weights.
+- The baseline runs in the same process, on the same facts, from the same base weights.
 - Of the true facts that a second run protects none is asked.
 """
 
@@ -15,15 +15,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from kvedit.bench.speed import EditTime, add_timed
 from kvedit.config import FILE_NAME
 from kvedit.editing.knowledge_base import KnowledgeBase
-from kvedit.errors import DuplicateKeyError, InvalidFactError, TextTooLongError, TrainingError
+from kvedit.errors import TextTooLongError
 from kvedit.events import Event, Status
 from kvedit.facts.fact import Fact
 from kvedit.model import loading, scoring
@@ -32,51 +33,44 @@ from kvedit.store.database import DB_NAME
 from kvedit.store.store import ProtectedRow
 from kvedit.training.engine import Engine
 from tests.bench import questions
-from tests.bench.asking import Both, Kept, Point, Pupil, Student, Task, both, marks, measure
-from tests.bench.plain import PlainConfig, PlainStep, plain_examples, train_plain
+from tests.bench.asking import (
+    AskedEngine,
+    AskedModel,
+    Both,
+    Kept,
+    Point,
+    Task,
+    both,
+    marks,
+    measure,
+)
+from tests.bench.baseline import BaselineConfig, BaselineStep, baseline_examples, train_baseline
 from tests.bench.questions import BaseFact, BenchData, Seen
 
-if TYPE_CHECKING:
-    from kvedit.distributed.crew import Crew
-
-KVEDIT, PLAIN = "kvedit", "plain recipe"
+KVEDIT, BASELINE = "kvedit", "baseline"
 TRUE = "kvedit, true facts protected"
 Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What to measure, and on what; ``plain_facts`` 0 leaves the plain recipe out.
+    """What to measure, and on what; ``baseline_facts`` 0 leaves the baseline out.
 
     ``true_facts``: how many facts of the model's own pretraining to protect in a second run;
-    ``kind`` of facts to teach, where no file has them: see ``questions.new_facts``; ``crew``: other
-    processes that share the work.
+    ``kind`` of facts to train, where no file has them: see ``questions.new_facts``.
     """
 
     data: Path
     model: str | None = None
     facts: int = 20
     base_sample: int = 300
-    plain_facts: int = 10
+    baseline_facts: int = 10
     true_facts: int = 0
     protect: Path | None = None
     facts_file: Path | None = None
     kind: str = questions.POETS
     store_dir: Path | None = None
     seed: int = 0
-    crew: Crew | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Edit:
-    """One fact that was added; ``seconds`` is the whole call, ``timings`` its parts."""
-
-    key: str
-    outcome: str
-    seconds: float
-    steps: int
-    timings: dict[str, float] = field(default_factory=dict)
-    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +78,7 @@ class BaseScore:
     """What the base model recalls of a sample before any edit; ``excluded`` names had been seen."""
 
     what: str
-    found: Both
+    recall: Both
     pool: int
     excluded: int
 
@@ -97,7 +91,7 @@ class Run:
     model: str
     base: tuple[BaseScore, ...]
     points: tuple[Point, ...]
-    edits: tuple[Edit, ...]
+    edits: tuple[EditTime, ...]
     setup_seconds: float
     protected: int
     kept: Kept
@@ -114,36 +108,36 @@ class RetainResult:
     model: str
     base: tuple[BaseScore, ...]
     points: tuple[Point, ...]
-    edits: tuple[Edit, ...]
-    plain: tuple[Edit, ...]
+    edits: tuple[EditTime, ...]
+    baseline: tuple[EditTime, ...]
     setup_seconds: float
     protected: int
     ratios: tuple[float, ...]
     true_base: tuple[BaseScore, ...] = ()
-    true_edits: tuple[Edit, ...] = ()
+    true_edits: tuple[EditTime, ...] = ()
     true_protected: int = 0
 
 
 def retain(options: BenchOptions, emit: Emit) -> RetainResult:
     """Add facts one by one and measure what is held; the same again with true facts in the
-    protected text, if so wished; then the same with the plain recipe.
+    protected text, if so wished; then the same with the baseline.
     """
     source = loading.locate(options.model)
     data = questions.load(options.data, source)
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     first = _run(KVEDIT, options, data, facts, emit)
     second = _run_beside_true_facts(options, data, facts, emit) if options.true_facts else None
-    some = facts[: options.plain_facts]
-    plain, more = plain_all(source, some, first.kept, emit) if some else ([], [])
+    some = facts[: options.baseline_facts]
+    baseline, more = run_baseline(source, some, first.kept, emit) if some else ([], [])
     return RetainResult(
         model=first.model,
         base=first.base,
         points=(*first.points, *(second.points if second else ()), *more),
         edits=first.edits,
-        plain=tuple(plain),
+        baseline=tuple(baseline),
         setup_seconds=first.setup_seconds,
         protected=first.protected,
-        ratios=tuple(pair_ratios(first.edits, plain)),
+        ratios=tuple(pair_ratios(first.edits, baseline)),
         true_base=second.base if second else (),
         true_edits=second.edits if second else (),
         true_protected=second.protected if second else 0,
@@ -158,10 +152,10 @@ def _run(
     with new_store(options, emit) as knowledge:
         setup = time.monotonic() - began
         engine = engine_of(knowledge)
-        student = Pupil.of(engine)
+        asked_model = AskedEngine.of(engine)
         rows = protected_rows(knowledge)
-        asked = base_facts(student, data, seen_texts(rows, facts), options, emit)
-        edits, points = _add_all(method, knowledge, student, facts, asked.kept, emit)
+        asked = base_facts(asked_model, data, seen_texts(rows, facts), options, emit)
+        edits, points = _add_all(method, knowledge, asked_model, facts, asked.kept, emit)
         return Run(
             method=method,
             model=engine.base.name,
@@ -216,10 +210,10 @@ def new_store(options: BenchOptions, emit: Emit, *, go_on: bool = False) -> Iter
     with TemporaryDirectory(prefix="kvedit-bench-") as folder:
         path = options.store_dir or Path(folder) / "store"
         if go_on and (path / DB_NAME).is_file():
-            opened = KnowledgeBase.open(path, on_event=emit, crew=options.crew)
+            opened = KnowledgeBase.open(path, on_event=emit)
         else:
             opened = KnowledgeBase.create(
-                path, options.model, protect=options.protect, on_event=emit, crew=options.crew
+                path, options.model, protect_file=options.protect, on_event=emit
             )
         with opened as knowledge:
             yield knowledge
@@ -247,7 +241,7 @@ class Asked:
 
 
 def base_facts(
-    student: Student,
+    asked_model: AskedModel,
     data: BenchData,
     seen: Seen,
     options: BenchOptions,
@@ -266,11 +260,11 @@ def base_facts(
     def ask(what: str, pool: Sequence[BaseFact], free: Sequence[BaseFact]) -> _Drawn:
         emit(Status(phase=f"asking the base model: {what}"))
         drawn = questions.sample(free, options.base_sample, rng)
-        examples = _examples(student, drawn)
-        spoken, forced = student.ask(examples)
-        kept = [example for example, said in zip(examples, spoken, strict=True) if said]
+        examples = _examples(asked_model, drawn)
+        generated, forced = asked_model.ask(examples)
+        kept = [example for example, said in zip(examples, generated, strict=True) if said]
         left = len(pool) - len(free)
-        score = BaseScore(what=what, found=both(spoken, forced), pool=len(pool), excluded=left)
+        score = BaseScore(what=what, recall=both(generated, forced), pool=len(pool), excluded=left)
         return _Drawn(score, kept, frozenset(item.name for item in drawn))
 
     unseen = ask("base poets", poets, _unseen(poets, seen))
@@ -296,12 +290,12 @@ def _unseen(pool: Sequence[BaseFact], seen: Seen) -> list[BaseFact]:
     return questions.unseen(pool, [item.name for item in pool], seen)
 
 
-def _examples(student: Student, items: Sequence[BaseFact]) -> list[Example]:
+def _examples(asked_model: AskedModel, items: Sequence[BaseFact]) -> list[Example]:
     """Questions as tokens, those left out that do not fit into the model's context."""
     found = []
     for item in items:
         try:
-            found.append(student.renderer.example(item.prompt, item.answer))
+            found.append(asked_model.renderer.example(item.prompt, item.answer))
         except TextTooLongError:
             continue
     return found
@@ -310,78 +304,55 @@ def _examples(student: Student, items: Sequence[BaseFact]) -> list[Example]:
 def _add_all(
     method: str,
     knowledge: KnowledgeBase,
-    student: Student,
+    asked_model: AskedModel,
     facts: Sequence[Fact],
     kept: Kept,
     emit: Emit,
-) -> tuple[list[Edit], list[Point]]:
+) -> tuple[list[EditTime], list[Point]]:
     engine = engine_of(knowledge)
-    edits: list[Edit] = []
+    edits: list[EditTime] = []
     points: list[Point] = []
-    lessons: list[Task] = []
+    tasks: list[Task] = []
     for fact in facts:
         emit(Status(phase=f"fact {len(edits) + 1} of {len(facts)}", key=fact.key))
         edits.append(add_timed(knowledge, fact))
         if edits[-1].outcome != "failed":
             done = edits[-1].outcome == "committed"
-            lessons.append(Task(engine.examples(fact), engine.paraphrases(fact), done))
+            tasks.append(Task(engine.examples(fact), engine.paraphrases(fact), done))
         if len(edits) in marks(len(facts)):
             emit(Status(phase=f"measuring after {len(edits)} facts"))
-            point = measure(method, len(edits), student, lessons, kept)
+            point = measure(method, len(edits), asked_model, tasks, kept)
             points.append(replace(point, seconds=mean(edit.seconds for edit in edits)))
     return edits, points
 
 
-def add_timed(knowledge: KnowledgeBase, fact: Fact) -> Edit:
-    """Add a fact; what cannot be taught counts as failed and stops nothing."""
-    began = time.monotonic()
-    try:
-        report = knowledge.add_fact(fact)
-    except (TextTooLongError, InvalidFactError, DuplicateKeyError, TrainingError) as error:
-        spent = time.monotonic() - began
-        return Edit(
-            key=fact.key, outcome="failed", seconds=spent, steps=0, reasons=(error.message,)
-        )
-    spent = time.monotonic() - began
-    timings = dict(report.timings)
-    timings["other"] = max(0.0, spent - sum(timings.values()))
-    return Edit(
-        key=fact.key,
-        outcome=report.outcome,
-        seconds=spent,
-        steps=report.steps,
-        timings=timings,
-        reasons=report.reasons,
-    )
-
-
-def plain_all(
+def run_baseline(
     source: str, facts: Sequence[Fact], kept: Kept, emit: Emit
-) -> tuple[list[Edit], list[Point]]:
-    """The plain recipe on a fresh copy of the base model."""
+) -> tuple[list[EditTime], list[Point]]:
+    """The baseline on a fresh copy of the base model."""
     base = loading.load(source)
-    student = Student(base.model, Renderer(base.tokenizer, context=base.context))
-    edits: list[Edit] = []
+    asked_model = AskedModel(base.model, Renderer(base.tokenizer, context=base.context))
+    edits: list[EditTime] = []
     points: list[Point] = []
-    lessons: list[Task] = []
+    tasks: list[Task] = []
     for fact in facts:
-        edit, task = _plain_one(student, fact, emit)
+        edit, task = _baseline_one(asked_model, fact, emit)
         edits.append(edit)
-        lessons.append(task)
+        tasks.append(task)
         if len(edits) in marks(len(facts)):
-            emit(Status(phase=f"measuring the plain recipe after {len(edits)} facts"))
-            point = measure(PLAIN, len(edits), student, lessons, kept)
+            emit(Status(phase=f"measuring the baseline after {len(edits)} facts"))
+            point = measure(BASELINE, len(edits), asked_model, tasks, kept)
             points.append(replace(point, seconds=mean(edit.seconds for edit in edits)))
     return edits, points
 
 
-def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Task]:
-    """Teach one fact; learned means that the merged model recalls all it was trained on."""
+def _baseline_one(asked_model: AskedModel, fact: Fact, emit: Emit) -> tuple[EditTime, Task]:
+    """Train one fact; learned means that the merged model recalls all it was trained on."""
 
-    def tell(step: PlainStep) -> None:
+    def tell(step: BaselineStep) -> None:
         emit(
             Status(
-                phase=PLAIN,
+                phase=BASELINE,
                 key=fact.key,
                 step=step.step,
                 total=step.total,
@@ -390,21 +361,21 @@ def _plain_one(student: Student, fact: Fact, emit: Emit) -> tuple[Edit, Task]:
             )
         )
 
-    renderer = student.renderer
-    trained = plain_examples(renderer, fact)
-    result = train_plain(student.model, trained, PlainConfig(), tell)
+    renderer = asked_model.renderer
+    trained = baseline_examples(renderer, fact)
+    result = train_baseline(asked_model.model, trained, BaselineConfig(), tell)
     asked = [renderer.example(p, fact.description) for p in paraphrase_prompts(fact)]
-    learned = all(outcome.passed for outcome in scoring.recall(student.model, trained))
+    learned = all(outcome.passed for outcome in scoring.recall(asked_model.model, trained))
     outcome = "learned" if learned else "not learned"
-    edit = Edit(key=fact.key, outcome=outcome, seconds=result.seconds, steps=result.steps)
+    edit = EditTime(key=fact.key, outcome=outcome, seconds=result.seconds, steps=result.steps)
     return edit, Task(trained, asked, True)
 
 
-def pair_ratios(edits: Sequence[Edit], plain: Sequence[Edit]) -> list[float]:
+def pair_ratios(edits: Sequence[EditTime], baseline: Sequence[EditTime]) -> list[float]:
     """Plain seconds over kvedit seconds, for the facts that both learned."""
     return [
         theirs.seconds / ours.seconds
-        for ours, theirs in zip(edits, plain, strict=False)
+        for ours, theirs in zip(edits, baseline, strict=False)
         if ours.outcome == "committed" and theirs.outcome == "learned"
     ]
 
@@ -427,7 +398,7 @@ def base(options: BenchOptions, emit: Emit) -> BaseResult:
     source = loading.locate(options.model)
     data = questions.load(options.data, source)
     loaded = loading.load(source)
-    student = Student(loaded.model, Renderer(loaded.tokenizer, context=loaded.context))
+    asked_model = AskedModel(loaded.model, Renderer(loaded.tokenizer, context=loaded.context))
     rng = random.Random(options.seed)
     pools = (
         ("pretrained poets", questions.poet_questions(data.known, rng)),
@@ -437,7 +408,7 @@ def base(options: BenchOptions, emit: Emit) -> BaseResult:
     scores = []
     for what, pool in pools:
         emit(Status(phase=f"asking {what}"))
-        asked = _examples(student, questions.sample(pool, options.base_sample, rng))
-        found = both(*student.ask(asked))
-        scores.append(BaseScore(what=what, found=found, pool=len(pool), excluded=0))
+        asked = _examples(asked_model, questions.sample(pool, options.base_sample, rng))
+        recall = both(*asked_model.ask(asked))
+        scores.append(BaseScore(what=what, recall=recall, pool=len(pool), excluded=0))
     return BaseResult(model=loaded.name, base=tuple(scores))

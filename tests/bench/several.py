@@ -26,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from kvedit.bench.tables import Table
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import KveditError
 from kvedit.events import Score, Status
@@ -33,7 +34,6 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from tests.bench import questions
 from tests.bench.kills import DONE, KILLED, RUN, closed_store, line
-from tests.bench.report import Sheet
 from tests.bench.retain import BenchOptions, Emit
 
 ENDED = 1
@@ -53,7 +53,7 @@ class SeveralOptions(BenchOptions):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoreState:
     """A store as one process finds it: the committed keys, those recalled (teacher-forced under all
     training prompts, and freely generated under one), and what ``doctor`` has to say beyond "ok".
     """
@@ -71,19 +71,19 @@ class Run:
     processes: int
     seconds: float
     exit_codes: tuple[int, ...]
-    found: Found
+    state: StoreState
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """An ingest of which process ``victim`` was killed in the middle of a lesson; ``noticed`` is
+    """An ingest of which process ``victim`` was killed in the middle of a task; ``noticed`` is
     how long the others took to end, in seconds; then the same command ran again, in one process.
     """
 
     victim: int
     noticed: float
     exit_codes: tuple[int, ...]
-    left: Found
+    left: StoreState
     after: Run
 
 
@@ -99,7 +99,7 @@ class SeveralResult:
     @property
     def equal(self) -> bool:
         """Whether several processes committed and recalled what one did."""
-        one, many = self.alone.found, self.together.found
+        one, many = self.alone.state, self.together.state
         same = one.committed == many.committed and one.recalled == many.recalled
         return same and one.generated == many.generated and not many.findings
 
@@ -112,8 +112,8 @@ class SeveralResult:
 def _clean(death: Death, alone: Run) -> bool:
     others = [code for rank, code in enumerate(death.exit_codes) if rank != death.victim]
     ended = death.exit_codes[death.victim] == KILLED and set(others) == {ENDED}
-    after = death.after.found
-    went_on = set(death.left.committed) <= set(after.committed) == set(alone.found.committed)
+    after = death.after.state
+    went_on = set(death.left.committed) <= set(after.committed) == set(alone.state.committed)
     return ended and went_on and not death.left.findings and not after.findings
 
 
@@ -155,7 +155,7 @@ class _Bench:
         self._emit(Status(phase=f"ingest in {self._options.processes}, number {victim} is killed"))
         store = self._copy()
         with self._started(store, self._options.processes) as made:
-            _second_lesson(made[0])
+            _second_task(made[0])
             made[victim].send_signal(signal.SIGKILL)
             began = time.monotonic()
             codes = tuple(one.wait(PATIENCE) for one in made)
@@ -217,8 +217,8 @@ class _Bench:
         )
 
 
-def _second_lesson(leader: subprocess.Popen[str]) -> None:
-    """Wait until something was committed and the next lesson has begun."""
+def _second_task(leader: subprocess.Popen[str]) -> None:
+    """Wait until something was committed and the next task has begun."""
     committed = False
     for told in leader.stdout or ():
         message: dict[str, Any] = json.loads(told)
@@ -231,11 +231,11 @@ def _second_lesson(leader: subprocess.Popen[str]) -> None:
     )
 
 
-def _look(store: Path) -> Found:
+def _look(store: Path) -> StoreState:
     with KnowledgeBase.open(store) as knowledge:
         findings = tuple(f.what for f in knowledge.doctor(deep=True) if f.level != "ok")
         report = knowledge.verify()
-        return Found(
+        return StoreState(
             committed=tuple(sorted(knowledge.store.keys("committed"))),
             recalled=tuple(sorted(check.key for check in report.checks if check.passed)),
             generated=report.generated,
@@ -249,28 +249,28 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def sheets(result: SeveralResult) -> list[Sheet]:
+def tables(result: SeveralResult) -> list[Table]:
     """The runs, and what became of those that lost a process."""
-    headers = ("processes", "exit codes", "committed", "recalled", "generated", "doctor", "seconds")
+    columns = ("processes", "exit codes", "committed", "recalled", "generated", "doctor", "seconds")
     runs = (result.alone, result.together)
     deaths = ("killed", "exit codes", "the others ended after, s", "committed then", "doctor then")
     return [
-        Sheet(
+        Table(
             f"Ingest of {result.facts}: the same facts committed and recalled:"
             f" {'yes' if result.equal else 'NO'}",
-            headers,
+            columns,
             tuple(_run_row(run) for run in runs),
         ),
-        Sheet(
+        Table(
             f"One of {result.together.processes} killed: clean: {'yes' if result.clean else 'NO'}",
-            (*deaths, *(f"run again: {name}" for name in headers[2:])),
+            (*deaths, *(f"run again: {name}" for name in columns[2:])),
             tuple(_death_row(death) for death in result.deaths),
         ),
     ]
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
-    found, codes = run.found, ", ".join(map(str, run.exit_codes))
+    found, codes = run.state, ", ".join(map(str, run.exit_codes))
     return (
         str(run.processes), codes, str(len(found.committed)), str(len(found.recalled)),
         f"{found.generated.passed} of {found.generated.n}", "; ".join(found.findings) or "nothing",

@@ -1,15 +1,13 @@
-"""What teaching costs: seconds a fact, where they go, memory, and arithmetic against the machine.
+"""What training costs: seconds a fact, where they go, memory, and arithmetic against the machine.
 
 Invariants:
 - Everything is measured in one process on one machine, one thing after the other.
-- What is timed is not instrumented: the parts of a lesson, and its floating-point operations, come
-  from repeating one lesson, which changes no weights and draws the same numbers each time.
+- What is timed is not instrumented: the parts of a task, and its floating-point operations, come
+  from repeating one task, which changes no weights and draws the same numbers each time.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +23,20 @@ from torch.optim.optimizer import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvedit.bench.memory import peak_memory
+from kvedit.bench.speed import (
+    EXTRACTION,
+    EditTime,
+    EditTimings,
+    IngestTime,
+    time_ingest,
+    time_single,
+)
 from kvedit.config import GroupConfig
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import InvalidFactError
-from kvedit.events import EditReport, Event, Score, Status
+from kvedit.events import Score, Status
 from kvedit.facts.fact import Fact
-from kvedit.ingest.report import IngestOptions
-from kvedit.ingest.run import ingest
 from kvedit.metrics import bootstrap
 from kvedit.model import forward, loading
 from kvedit.training.engine import Engine
@@ -40,13 +45,11 @@ from tests.bench import questions
 from tests.bench.asking import Kept
 from tests.bench.retain import (
     BenchOptions,
-    Edit,
     Emit,
-    add_timed,
     engine_of,
     new_store,
     pair_ratios,
-    plain_all,
+    run_baseline,
 )
 from tests.bench.strategies import own_store
 
@@ -55,39 +58,22 @@ ACCELERATED_SIDE = 8192
 """Of a product on an accelerator, which 1024 would not fill."""
 MATMUL_SECONDS = 0.5
 REHEARSED = 16
-SEARCH = "search"
-"""The part of ingest that looks for what the model knows: once for a store, before the lessons."""
-PASSES = 6
-"""Of a group's lesson that is taken apart: its steps are alike, a few tell what they cost."""
+EPOCHS = 6
+"""Of a group's task that is profiled: its steps are alike, a few tell what they cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedOptions(BenchOptions):
-    """``ingest_facts`` are taught by ingest, ``facts`` of them one by one, ``plain_facts`` of those
-    by the plain recipe; drawn evenly, since texts differ in length.
+    """``ingest_facts`` are trained by ingest, ``facts`` of them one by one, ``baseline_facts`` of
+    those by the baseline; drawn evenly, since texts differ in length.
     """
 
     ingest_facts: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IngestTime:
-    """One run of ingest, groups of automatic size: seconds of all, and by part: the search for what
-    the model knows, the parts of its edits, the rest (``other``).
-
-    ``task`` are its last facts taught once more together, in fewer passes, as taken apart.
-    """
-
-    facts: int
-    committed: int
-    seconds: float
-    parts: dict[str, float]
-    task: LessonTime | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LessonTime:
-    """A lesson for some facts, beside ``rehearsal`` earlier ones: ``seconds`` without instruments,
+class TaskTime:
+    """A task for some facts, beside ``rehearsal`` earlier ones: ``seconds`` without instruments,
     ``parts`` of the repetition with time hooks, ``operations`` counted in another.
     """
 
@@ -128,63 +114,65 @@ class SpeedResult:
     """All that ``speed`` measured; ``peaks`` are the process's largest memory so far, in bytes,
     after each stage; ``matmul`` floating-point operations a second by dtype.
 
-    ``ratios`` pair the plain recipe's seconds with kvedit's, for facts that both learned; ``ratio``
-    is their median.  ``ingest_ratio`` is the plain recipe's median over ingest's mean, in seconds a
-    fact that was learned; there is one run of ingest, so its interval is that of the plain recipe.
+    ``ratios`` pair the baseline's seconds with kvedit's, for facts that both learned; ``ratio``
+    is their median.  ``ingest_ratio`` is the baseline's median over ingest's mean, in seconds a
+    fact that was learned; there is one run of ingest, so its interval is that of the baseline.
     """
 
     model: str
     dtype: str
     setup_seconds: float
-    edits: tuple[Edit, ...]
+    edits: tuple[EditTime, ...]
     ingested: IngestTime
-    plain: tuple[Edit, ...]
+    group_task: TaskTime | None
+    baseline: tuple[EditTime, ...]
     ratios: tuple[float, ...]
     ratio: Estimate | None
     ingest_ratio: Estimate | None
-    task: LessonTime
+    task: TaskTime
     matmul: dict[str, float]
     verified: VerifyTime
     peaks: dict[str, int]
 
 
 def speed(options: SpeedOptions, emit: Emit) -> SpeedResult:
-    """Add one by one, ingest, and the plain recipe, on the same facts; then one lesson in parts."""
+    """Add one by one, ingest, and the baseline, on the same facts; then one task in parts."""
     source = loading.locate(options.model)
     data = questions.load(options.data, source)
     count = max(options.facts + 1, options.ingest_facts)
     facts = questions.new_facts(data, count, options.facts_file, options.kind)
     if len(facts) < 2:
-        raise InvalidFactError("two facts are needed: one to add, one to take a lesson apart")
+        raise InvalidFactError("two facts are needed: one to add, one to take a task apart")
     single = spread(facts, min(options.facts, len(facts) - 1))
     other = next(fact for fact in facts if fact not in single)
     peaks: dict[str, int] = {}
     began = time.monotonic()
     with new_store(own_store(options, "one-by-one"), emit) as knowledge:
         setup = time.monotonic() - began
-        edits = _one_by_one(knowledge, single, emit)
+        edits = time_single(knowledge, single, emit)
         peaks["one by one"] = peak_memory()
         verified = _verify(knowledge)
         task = _task(knowledge, other, emit)
         base = engine_of(knowledge).base
         matmul = {_name(dtype): matmul_rate(dtype, base.device) for dtype in _dtypes(base.dtype)}
-    ingested = _ingest(options, facts[: options.ingest_facts], emit)
+    ingested, group_task = _ingest(options, facts[: options.ingest_facts], emit)
     peaks["ingest"] = peak_memory()
-    some = spread(single, min(options.plain_facts, len(single)))
-    plain = plain_all(source, some, Kept((), ()), emit)[0] if some else []
-    if plain:
-        peaks["plain recipe"] = peak_memory()
-    ratios = pair_ratios(edits, plain)
+    some = spread(single, min(options.baseline_facts, len(single)))
+    baseline = run_baseline(source, some, Kept((), ()), emit)[0] if some else []
+    if baseline:
+        peaks["baseline"] = peak_memory()
+    ratios = pair_ratios(edits, baseline)
     return SpeedResult(
         model=base.name,
         dtype=_name(base.dtype),
         setup_seconds=setup,
         edits=tuple(edits),
         ingested=ingested,
-        plain=tuple(plain),
+        group_task=group_task,
+        baseline=tuple(baseline),
         ratios=tuple(ratios),
         ratio=middle(ratios),
-        ingest_ratio=ingest_ratio(ingested, plain),
+        ingest_ratio=ingest_ratio(ingested, baseline),
         task=task,
         matmul=matmul,
         verified=verified,
@@ -206,31 +194,16 @@ def middle(values: Sequence[float], scale: float = 1.0) -> Estimate | None:
 
 
 def ingest_ratio(
-    ingested: IngestTime, plain: Sequence[Edit], *, searched: bool = True
+    ingested: IngestTime, baseline: Sequence[EditTime], *, extracted: bool = True
 ) -> Estimate | None:
-    """The plain recipe's median over ingest's mean, in seconds a fact that was learned; without the
-    search where the store is not ``searched`` by this run.
+    """The baseline's median over ingest's mean, in seconds a fact that was learned; without the
+    extraction where the store is not ``extracted`` by this run.
     """
     if not ingested.committed:
         return None
-    learned = [edit.seconds for edit in plain if edit.outcome == "learned"]
-    apart = 0.0 if searched else ingested.parts.get(SEARCH, 0.0)
+    learned = [edit.seconds for edit in baseline if edit.outcome == "learned"]
+    apart = 0.0 if extracted else ingested.parts.get(EXTRACTION, 0.0)
     return middle(learned, ingested.committed / (ingested.seconds - apart))
-
-
-def shares(edits: Sequence[Edit]) -> dict[str, float]:
-    """The share of each part in the time of all edits."""
-    total = sum(edit.seconds for edit in edits) or 1.0
-    names = dict.fromkeys(name for edit in edits for name in edit.timings)
-    return {n: sum(edit.timings.get(n, 0.0) for edit in edits) / total for n in names}
-
-
-def _one_by_one(knowledge: KnowledgeBase, facts: Sequence[Fact], emit: Emit) -> list[Edit]:
-    edits = []
-    for number, fact in enumerate(facts, 1):
-        emit(Status(phase=f"fact {number} of {len(facts)}", key=fact.key))
-        edits.append(add_timed(knowledge, fact))
-    return edits
 
 
 def _verify(knowledge: KnowledgeBase) -> VerifyTime:
@@ -243,77 +216,61 @@ def _verify(knowledge: KnowledgeBase) -> VerifyTime:
     )
 
 
-def _ingest(options: SpeedOptions, facts: Sequence[Fact], emit: Emit) -> IngestTime:
-    parts: dict[str, float] = {}
-
-    def adding(event: Event) -> None:
-        if isinstance(event, EditReport):
-            for name, spent in event.timings.items():
-                parts[name] = parts.get(name, 0.0) + spent
-        emit(event)
-
-    with new_store(own_store(options, "ingest"), adding) as knowledge:
-        began = time.monotonic()
-        knowledge.protect_for(len(facts))
-        parts[SEARCH] = time.monotonic() - began
-        report = ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit)
-        seconds = time.monotonic() - began
-        parts["other"] = max(0.0, seconds - sum(parts.values()))
-        task = _group_lesson(knowledge, emit)
-    return IngestTime(
-        facts=len(facts),
-        committed=report.count("committed"),
-        seconds=seconds,
-        parts=parts,
-        task=task,
-    )
+def _ingest(
+    options: SpeedOptions, facts: Sequence[Fact], emit: Emit
+) -> tuple[IngestTime, TaskTime | None]:
+    """An ingest, and its last facts trained once more together, in fewer epochs, as profiled."""
+    timings = EditTimings(emit)
+    with new_store(own_store(options, "ingest"), timings) as knowledge:
+        timed = time_ingest(knowledge, facts, timings, emit)
+        return timed, _group_task(knowledge, emit)
 
 
-# ---- one lesson taken apart
+# ---- one task profiled
 
 
-def _task(knowledge: KnowledgeBase, fact: Fact, emit: Emit) -> LessonTime:
-    """A lesson for one fact."""
+def _task(knowledge: KnowledgeBase, fact: Fact, emit: Emit) -> TaskTime:
+    """A task for one fact."""
     engine = engine_of(knowledge)
     earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
     task = Task([engine.examples(fact)], earlier[-REHEARSED:], engine.reference_texts)
-    emit(Status(phase="taking a lesson apart", key=fact.key))
-    return _taken_apart(engine, task)
+    emit(Status(phase="taking a task apart", key=fact.key))
+    return _profile(engine, task)
 
 
-def _group_lesson(knowledge: KnowledgeBase, emit: Emit) -> LessonTime | None:
-    """A lesson for the newest facts together, the others rehearsed; None of a single fact.
+def _group_task(knowledge: KnowledgeBase, emit: Emit) -> TaskTime | None:
+    """A task for the newest facts together, the others rehearsed; None of a single fact.
 
-    What is taught is known already: a step of it costs what a step costs.
+    What is trained is known already: a step of it costs what a step costs.
     """
     engine = engine_of(knowledge)
     facts = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
     new, earlier = facts[-REHEARSED:], facts[:-REHEARSED]
     if len(new) < 2:
         return None
-    emit(Status(phase=f"taking a lesson of {len(new)} facts apart"))
+    emit(Status(phase=f"taking a task of {len(new)} facts apart"))
     task = Task(new, earlier, engine.reference_texts, len(earlier))
-    return _taken_apart(
-        engine, task, replace(knowledge.store.config.group, passes=PASSES, rounds=0)
+    return _profile(
+        engine, task, replace(knowledge.store.config.group, epochs=EPOCHS, refine_rounds=0)
     )
 
 
-def _taken_apart(engine: Engine, task: Task, group: GroupConfig | None = None) -> LessonTime:
-    """A lesson that is not merged, four times: to warm up, timed, with time hooks, counted."""
-    engine.teach(task, group=group)
+def _profile(engine: Engine, task: Task, group: GroupConfig | None = None) -> TaskTime:
+    """A task that is not merged, four times: to warm up, timed, with time hooks, counted."""
+    engine.train(task, group=group)
     began = time.monotonic()
-    taught = engine.teach(task, group=group)
+    trained = engine.train(task, group=group)
     seconds = time.monotonic() - began
     parts: dict[str, float] = {}
     with _hooked(engine, parts):
         began = time.monotonic()
-        engine.teach(task, group=group)
+        engine.train(task, group=group)
         parts["other"] = time.monotonic() - began - sum(parts.values())
     with counting() as counter:
-        engine.teach(task, group=group)
-    return LessonTime(
+        engine.train(task, group=group)
+    return TaskTime(
         facts=len(task.new),
-        steps=taught.trained.steps,
+        steps=trained.trained.steps,
         rehearsal=len(task.rehearsal),
         seconds=seconds,
         parts=parts,
@@ -412,12 +369,6 @@ def matmul_side(device: torch.device) -> int:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has had resident, in bytes."""
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
 
 
 def _dtypes(served: torch.dtype) -> list[torch.dtype]:

@@ -1,4 +1,4 @@
-"""The same facts taught in different ways: one by one, in groups, all at once, by the plain recipe.
+"""The same facts trained in different ways: one by one, in groups, all at once, by the baseline.
 
 Each way gets a new store and one uninterrupted run of ``ingest``; what is held is measured in
 passing, when so many facts are done.
@@ -16,25 +16,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from kvedit.bench.speed import EditTime
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import Interrupted, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from kvedit.replay.protected_texts import EXTRACTED
 from tests.bench import questions
-from tests.bench.asking import Kept, Point, Student
+from tests.bench.asking import AskedModel, Kept, Point
 from tests.bench.course import Course, Observer, StrategyRun
 from tests.bench.retain import (
     Asked,
     BaseScore,
     BenchOptions,
-    Edit,
     Emit,
     base_facts,
     engine_of,
     new_store,
-    plain_all,
     protected_rows,
+    run_baseline,
     seen_texts,
     store_folder,
 )
@@ -63,7 +63,7 @@ class StrategiesResult:
     protected: int = 0
     points: tuple[Point, ...] = ()
     runs: tuple[StrategyRun, ...] = ()
-    plain: tuple[Edit, ...] = ()
+    baseline: tuple[EditTime, ...] = ()
 
 
 Tell = Callable[[StrategiesResult, Point | None], None]
@@ -71,14 +71,14 @@ Tell = Callable[[StrategiesResult, Point | None], None]
 
 
 def name_of(group: str) -> str:
-    """A way of teaching in words."""
+    """A way of training in words."""
     return _NAMES.get(group, f"groups of {group}")
 
 
 def strategies(
     options: StrategyOptions, emit: Emit, tell: Tell = lambda result, point: None
 ) -> StrategiesResult:
-    """Teach the same facts in each way; ``tell`` gets all results so far after each measurement.
+    """Train the same facts in each way; ``tell`` gets all results so far after each measurement.
 
     Raises Interrupted when a run was stopped by the user.
     """
@@ -86,8 +86,8 @@ def strategies(
     facts = questions.new_facts(data, options.facts, options.facts_file, options.kind)
     ways = Ways(options, data, facts, emit, tell)
     for group in options.groups:
-        ways.teach(group)
-    ways.plain()
+        ways.train(group)
+    ways.baseline()
     return ways.result
 
 
@@ -111,11 +111,11 @@ class Ways:
         self.result = StrategiesResult(model="", facts=len(facts))
 
     def make(self, name: str) -> None:
-        """A store below ``store_dir`` that is ready to be taught in groups."""
+        """A store below ``store_dir`` that is ready to be trained in groups."""
         with new_store(own_store(self._options, name), self._emit) as knowledge:
             self._make_ready(knowledge, search=True)
 
-    def teach(self, group: str, folder: Path | None = None) -> None:
+    def train(self, group: str, folder: Path | None = None) -> None:
         """One way, in a store of its own; ``folder`` is one that is ready, and names the way."""
         if folder is None:
             options, name = own_store(self._options, f"group-{group}"), name_of(group)
@@ -136,14 +136,14 @@ class Ways:
         if run.stopped == "interrupted":
             raise Interrupted(f"interrupted in {name}; what was measured was kept")
 
-    def plain(self) -> None:
-        """The plain recipe on as many of the facts as the options say, which may be none."""
-        some = self._facts[: self._options.plain_facts]
+    def baseline(self) -> None:
+        """The baseline on as many of the facts as the options say, which may be none."""
+        some = self._facts[: self._options.baseline_facts]
         if not some:
             return
         source = loading.locate(self._options.model)
-        edits, points = plain_all(source, some, self._asked.kept, self._emit)
-        self.result = replace(self.result, plain=tuple(edits))
+        edits, points = run_baseline(source, some, self._asked.kept, self._emit)
+        self.result = replace(self.result, baseline=tuple(edits))
         for point in points:
             self._add(point)
 
@@ -174,10 +174,10 @@ class Ways:
             base = loading.load(
                 loading.locate(self._options.model)
             )  # the engine's may know facts already
-            student = Student(base.model, engine.renderer)
+            asked_model = AskedModel(base.model, engine.renderer)
             seen = seen_texts(rows, self._facts)
             self._asked = base_facts(
-                student, self._data, seen, self._options, self._emit, any_poets=True
+                asked_model, self._data, seen, self._options, self._emit, any_poets=True
             )
             self._asked_beside = beside
             self.result = replace(self.result, model=base.name, base=self._asked.scores)

@@ -14,7 +14,7 @@ from torch import nn
 
 from kvedit import KnowledgeBase
 from kvedit.errors import ModelError, UsageError
-from kvedit.model import generation, loading, scoring
+from kvedit.model import forward, generation, loading, scoring, targets
 from kvedit.model.loading import BaseModel
 from tests.bench import architectures, tiny
 
@@ -63,46 +63,46 @@ def test_targets_are_linear_layers_of_the_upper_half(
     name: str, tiny_model: Callable[[str], BaseModel]
 ) -> None:
     model = tiny_model(name).model
-    names = loading.target_names(model)
+    names = targets.target_names(model)
     assert names and {int(part) for n in names for part in n.split(".") if part.isdigit()} == {2, 3}
-    assert all(loading.is_matrix(model.get_submodule(n)) for n in names)
+    assert all(targets.is_matrix(model.get_submodule(n)) for n in names)
     assert model.get_output_embeddings() not in [model.get_submodule(n) for n in names]
 
 
 def test_experts_and_routers_are_left_alone(tiny_model: Callable[[str], BaseModel]) -> None:
     model = tiny_model("Mixtral").model
-    last = {n.rpartition(".")[2] for n in loading.target_names(model)}
+    last = {n.rpartition(".")[2] for n in targets.target_names(model)}
     assert last == {"q_proj", "k_proj", "v_proj", "o_proj"}
     model.config.model_type = "never_heard_of"
-    assert {n.rpartition(".")[2] for n in loading.target_names(model)} == last
+    assert {n.rpartition(".")[2] for n in targets.target_names(model)} == last
 
 
 def test_a_family_that_is_not_in_the_table(tiny_model: Callable[[str], BaseModel]) -> None:
     model = tiny_model("Phi-3").model
-    listed = loading.target_names(model)
+    listed = targets.target_names(model)
     for kind in ("never_heard_of", "opt"):  # unknown; or known, but the names are not there
         model.config.model_type = kind
-        assert set(loading.target_names(model)) >= set(listed)
+        assert set(targets.target_names(model)) >= set(listed)
 
 
 def test_custom_code_is_found_in_the_table(tiny_model: Callable[[str], BaseModel]) -> None:
     model = tiny_model("InternLM2 style").model
-    assert model.config.model_type in loading.TARGETS
-    assert {n.rpartition(".")[2] for n in loading.target_names(model)} == {
+    assert model.config.model_type in targets.TARGETS
+    assert {n.rpartition(".")[2] for n in targets.target_names(model)} == {
         "wqkv", "wo", "w1", "w2", "w3"
     }  # fmt: skip
 
 
 def test_targets_of_ones_own(tiny_model: Callable[[str], BaseModel]) -> None:
     model = tiny_model("Llama").model
-    assert loading.target_names(model, ["v_proj", "q_proj"]) == [
+    assert targets.target_names(model, ["v_proj", "q_proj"]) == [
         f"model.layers.{i}.self_attn.{n}" for i in (2, 3) for n in ("q_proj", "v_proj")
     ]
-    every = loading.target_names(model, ["model.layers.*.mlp.down_proj"])
+    every = targets.target_names(model, ["model.layers.*.mlp.down_proj"])
     assert every == [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
     for wrong in ("qproj", "lm_head", "model.nothing.*"):
         with pytest.raises(ModelError, match="has no linear layer") as raised:
-            loading.target_names(model, ["q_proj", wrong])
+            targets.target_names(model, ["q_proj", wrong])
         assert raised.value.hint and "gate_proj" in raised.value.hint
 
 
@@ -159,7 +159,7 @@ def test_generation_stops_where_the_context_ends(tiny_model: Callable[[str], Bas
 
 
 def test_scaled_logits_are_noticed(base: BaseModel) -> None:
-    assert scoring.projects(base.model)
+    assert forward.projects(base.model)
 
     class Scaled(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def test_scaled_logits_are_noticed(base: BaseModel) -> None:
             return out
 
     other = Other(base.model.config).eval()
-    assert not scoring.projects(other)
+    assert not forward.projects(other)
 
 
 def test_custom_code_runs_only_when_trusted(untaught: Callable[[str], Path]) -> None:

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from small_engine import make_engine
 from small_model import FREE, KNOWN
 
+from kvedit.bench import tables
+from kvedit.bench.tables import Table
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.events import Score
@@ -23,8 +25,8 @@ from tests.bench import (
     questions,
     report,
 )
-from tests.bench.asking import Pupil, Student, both, marks
-from tests.bench.bench_data import POETS, make_options, write_data, write_model
+from tests.bench.asking import AskedEngine, AskedModel, both, marks
+from tests.bench.bench_data import POETS, document, make_options, write_data, write_model
 from tests.bench.commands import bench
 from tests.bench.retain import RetainResult, retain
 from tests.bench.undo import Difference, Restored, UndoResult, difference, served_digest, undo
@@ -158,10 +160,10 @@ def test_poets_are_asked_in_the_phrasings_of_their_language() -> None:
 def test_retain(result: RetainResult, store: Path) -> None:
     poets, relations = result.base
     assert (poets.pool, relations.pool) == (2, len(KNOWN) - 1)
-    known = relations.found.generated
+    known = relations.recall.generated
     assert known.passed > 0 and known.n == min(10, relations.pool - relations.excluded)
     assert [(p.method, p.after) for p in result.points] == [
-        ("kvedit", 1), ("kvedit", 2), ("plain recipe", 1),
+        ("kvedit", 1), ("kvedit", 2), ("baseline", 1),
     ]  # fmt: skip
     for point in result.points:
         assert point.tried.generated.n == point.after
@@ -174,24 +176,24 @@ def test_retain(result: RetainResult, store: Path) -> None:
     assert [edit.key for edit in result.edits] == [key for key, _ in FREE[:2]]
     for edit in result.edits:
         assert sum(edit.timings.values()) == pytest.approx(edit.seconds, abs=0.01)
-    assert [edit.key for edit in result.plain] == [FREE[0][0]]
+    assert [edit.key for edit in result.baseline] == [FREE[0][0]]
     assert (store / "kvedit.db").is_file(), "--store-dir keeps it"
 
 
 def test_a_second_row_protects_true_facts_that_are_not_asked(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[Student, str]] = []
-    ask = Student.ask
+    asked: list[tuple[AskedModel, str]] = []
+    ask = AskedModel.ask
 
-    def listen(student: Student, examples: list[Example]) -> tuple[list[bool], list[bool]]:
-        asked.extend((student, example.prompt) for example in examples)
-        return ask(student, examples)
+    def listen(asked_model: AskedModel, examples: list[Example]) -> tuple[list[bool], list[bool]]:
+        asked.extend((asked_model, example.prompt) for example in examples)
+        return ask(asked_model, examples)
 
-    monkeypatch.setattr(Student, "ask", listen)
+    monkeypatch.setattr(AskedModel, "ask", listen)
     (tmp_path / "own").mkdir()
     options = make_options(data, model, tmp_path / "own", steps=10)
-    found = retain(replace(options, facts=1, plain_facts=0, true_facts=6), lambda event: None)
+    found = retain(replace(options, facts=1, baseline_facts=0, true_facts=6), lambda event: None)
     assert [point.method for point in found.points] == ["kvedit", "kvedit, true facts protected"]
     assert found.true_protected == found.protected + 6
     assert [edit.key for edit in found.true_edits] == [FREE[0][0]]
@@ -202,30 +204,41 @@ def test_a_second_row_protects_true_facts_that_are_not_asked(
     relations = [row for row in true if row.prompt in known]
     assert len(true) == 6 and len(relations) >= 4, "of both poets and the relations"
     assert all(row.answer == known[row.prompt] for row in relations)
-    second = {prompt for student, prompt in asked if student is asked[-1][0]}
+    second = {prompt for asked_model, prompt in asked if asked_model is asked[-1][0]}
     assert second and not {row.prompt for row in true} & second
     assert {row.prompt for row in true} & {prompt for _, prompt in asked}, (
         "in the first run they are"
     )
-    sheets = report.retain_sheets(found)
-    assert any("second row" in sheet.title for sheet in sheets)
+    made = report.retain_tables(found)
+    assert any("second row" in table.title for table in made)
 
 
-def test_a_result_says_how_it_was_made(result: RetainResult) -> None:
-    made = report.setting("python -m tests.bench retain --data data")
-    page = report.markdown(
-        "Retention", made, "m", report.notes(result), report.retain_sheets(result)
-    )
-    for text in (
-        "`python -m tests.bench retain --data data`",
-        made.commit,
-        made.torch,
-        "teacher-forced",
-    ):
+def test_a_result_says_how_it_was_made(result: RetainResult, tmp_path: Path) -> None:
+    made = document("retain", result, report.retain_tables(result), report.retain_notes(result))
+    page = tables.markdown(made)
+    for text in ("`python -m tests.bench retain`", made["commit"], torch.__version__,
+                 "Teacher-forced"):  # fmt: skip
         assert text in page
-    document = json.loads(report.to_json(made, result))
-    assert document["points"][1]["tried"]["generated"]["n"] == 2
-    assert document["setting"]["threads"] == torch.get_num_threads()
+    tables.write(tmp_path / "result.json", made)
+    kept = tables.read(tmp_path / "result.json")
+    assert kept == made and kept["points"][1]["tried"]["generated"]["n"] == 2
+    assert kept["machine"]["threads"] == torch.get_num_threads()
+    assert (kept["schema"], kept["benchmark"], kept["seed"]) == (tables.SCHEMA, "retain", 0)
+    assert [table["title"] for table in kept["tables"]] == [
+        table.title for table in report.retain_tables(result)
+    ]
+
+
+def test_a_value_must_not_hide_one_of_the_documents_own() -> None:
+    with pytest.raises(ValueError, match="seconds"):
+        document("retain", {"seconds": 1.0}, [])
+
+
+def test_other_json_is_no_result(tmp_path: Path) -> None:
+    for text in ("[1]", "{}", "not JSON", '{"schema": "other/1"}'):
+        (tmp_path / "other.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match=r"other\.json"):
+            tables.read(tmp_path / "other.json")
 
 
 def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
@@ -238,7 +251,9 @@ def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
     assert found.exported.n >= 16 * committed, "trained and never-trained phrasings of both"
 
 
-def test_a_difference_is_a_near_tie_only_where_the_logits_say_so(small: dict[str, Path]) -> None:
+def test_a_difference_is_a_numerical_tie_only_where_the_logits_say_so(
+    small: dict[str, Path],
+) -> None:
     from kvedit.model import loading
     from kvedit.model.prompts import Renderer
     from kvedit.model.scoring import tie_tolerance
@@ -259,17 +274,17 @@ def test_a_difference_is_a_near_tie_only_where_the_logits_say_so(small: dict[str
     assert Difference("p", found.tie_tolerance, found.tie_tolerance, True).tied
 
 
-def test_only_a_difference_that_is_no_near_tie_is_an_error() -> None:
+def test_only_a_difference_that_is_no_numerical_tie_is_an_error() -> None:
     restored = (Restored(1, True, True),)
     tie, error = Difference("near?", 0.125, 0.3, True), Difference("far?", 2.0, 0.3, False)
     given = {"model": "m", "edits": (), "restored": restored}
     near = UndoResult(exported=Score(9, 10, "generated"), differences=(tie,), **given)
     wrong = UndoResult(exported=Score(8, 10, "generated"), differences=(tie, error), **given)
     assert near.exact and not wrong.exact
-    rows = dict(report.undo_sheets(wrong)[0].rows)
-    assert "1: near?" in rows["answered otherwise: near-ties"]
+    rows = dict(report.undo_tables(wrong)[0].rows)
+    assert "1: near?" in rows["answered otherwise: numerical ties"]
     assert "1: far?" in rows["answered otherwise: ERRORS"] and "2.000" in str(rows)
-    assert dict(report.undo_sheets(near)[0].rows)["answered otherwise: ERRORS"] == "none"
+    assert dict(report.undo_tables(near)[0].rows)["answered otherwise: ERRORS"] == "none"
 
 
 def test_a_served_digest_sees_every_parameter(small: dict[str, Path]) -> None:
@@ -294,25 +309,24 @@ def test_generation_is_what_counts(small: dict[str, Path]) -> None:
     whole = renderer.example(f"What is {key}?", answer)
     more = renderer.example(f"What is {key}?", f"{answer} Indeed.")
     short = renderer.example(f"What is {key}?", answer.rsplit(" ", 1)[0])
-    for student in (Student(base.model, renderer), Pupil.of(make_engine(base))):
-        spoken, forced = student.ask([whole, more, short])
-        assert spoken == forced == [True, False, False]
+    for asked_model in (AskedModel(base.model, renderer), AskedEngine.of(make_engine(base))):
+        generated, forced = asked_model.ask([whole, more, short])
+        assert generated == forced == [True, False, False]
 
 
 def test_scores_show_count_n_and_interval() -> None:
-    assert report.score_cell(Score(18, 20)) == "18/20 = 90.0% [69.9, 97.2]"
-    assert report.score_cell(Score(0, 0)) == "-"
+    assert tables.score_cell(Score(18, 20)) == "18/20 = 90.0% [69.9, 97.2]"
+    assert tables.score_cell(Score(0, 0)) == "-"
     found = both([True, False], [True, True])
     assert (found.generated.passed, found.forced.passed) == (1, 2)
 
 
-def test_what_was_found_can_be_drawn(result: RetainResult, tmp_path: Path) -> None:
-    document = plots.read(report.to_json(report.setting("c"), result), "result")
-    assert plots.measured(document) == "retain"
-    plots.draw(document, tmp_path / "kept.png")
+def test_a_result_can_be_drawn(result: RetainResult, tmp_path: Path) -> None:
+    made = document("retain", result, [])
+    plots.draw(made, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
-    kept = next(a for a in plots.figure(document).axes if a.get_title() == "Base relations kept")
-    assert [bars.get_label() for bars in kept.containers] == ["kvedit", "plain recipe"]
+    kept = next(a for a in plots.figure(made).axes if a.get_title() == "Base relations kept")
+    assert [bars.get_label() for bars in kept.containers] == ["kvedit", "baseline"]
 
 
 def test_the_command_prints_tables_and_markdown(data: Path, model: Path, tmp_path: Path) -> None:
@@ -321,20 +335,26 @@ def test_the_command_prints_tables_and_markdown(data: Path, model: Path, tmp_pat
     done = CliRunner().invoke(bench, ["-q", *words])
     assert done.exit_code == 0, done.output
     assert "pretrained relations" in done.stdout and "| held-out poets |" in done.stdout
-    document = json.loads(file.read_text(encoding="utf-8"))
-    scores = {score["what"]: score["found"]["generated"] for score in document["base"]}
+    kept = tables.read(file)
+    scores = {score["what"]: score["recall"]["generated"] for score in kept["base"]}
     assert scores["pretrained relations"]["passed"] >= 12
     assert scores["held-out poets"]["passed"] == 0
 
 
 def test_a_table_is_drawn_where_no_word_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    """As Markdown it is told in any case."""
-    from tests.bench.commands.show import show
+    """The Markdown has it in any case."""
+    narrow = Table("narrow", ("what", "seconds"), (("training", "1.5"),))
+    wide = Table("wide", ("measured",) * 12, (("forty-two",) * 12,))
+    made = document("trial", {}, [narrow, wide])
+    tables.print_tables(made)
+    drawn, page = capsys.readouterr().out, tables.markdown(made)
+    assert "│ training │" in drawn and "| training | 1.5 |" in page
+    assert "│ forty-two │" not in drawn and "| forty-two | forty-two |" in page
+    assert drawn.count("┏") == 1
 
-    narrow = report.Sheet("narrow", ("what", "seconds"), (("training", "1.5"),))
-    wide = report.Sheet("wide", ("measured",) * 12, (("forty-two",) * 12,))
-    show("Trial", "a model", "", [narrow, wide])
-    told = capsys.readouterr().out
-    assert "│ training │" in told and "| training | 1.5 |" in told
-    assert "│ forty-two │" not in told and "| forty-two | forty-two |" in told
-    assert told.count("┏") == 1
+
+@pytest.mark.parametrize("name", sorted(bench.commands))
+def test_every_command_explains_itself_with_an_example(name: str) -> None:
+    done = CliRunner().invoke(bench, [name, "--help"])
+    assert done.exit_code == 0 and f"python -m tests.bench {name}" in done.output
+    assert "shared" not in done.output

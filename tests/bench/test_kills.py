@@ -46,7 +46,7 @@ SOUND = KillsResult(
 def test_one_thing_wrong_is_enough(wrong: dict[str, object]) -> None:
     assert SOUND.sound and SOUND.killed == 1
     assert not replace(SOUND, **wrong).sound  # type: ignore[arg-type]
-    assert report.kills_sheets(replace(SOUND, **wrong)) != report.kills_sheets(SOUND)  # type: ignore[arg-type]
+    assert report.kills_tables(replace(SOUND, **wrong)) != report.kills_tables(SOUND)  # type: ignore[arg-type]
 
 
 def test_a_fact_goes_to_the_command_with_its_own_prompts() -> None:
@@ -98,7 +98,7 @@ def test_a_process_is_killed_when_so_many_facts_are_decided(
 def test_what_is_taught_once_more_is_not_added_twice(empty_store: Path) -> None:
     facts = [Fact.create(key, text) for key, text in FREE[:4]]
     with KnowledgeBase.open(empty_store) as knowledge:
-        for few in (facts[:2], facts[2:]):  # the second group begins anew
+        for few in (facts[:2], facts[2:]):  # the second group is a compaction
             knowledge.add_group(few)
         assert any(edit.keys != tuple(edit.report["keys"]) for edit in knowledge.store.history())
         held = set(knowledge.store.keys())

@@ -22,12 +22,12 @@ FACTS = 2
 
 @pytest.fixture(scope="module")
 def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> StrategyOptions:
-    plain = make_given(small["bf16"], tmp_path_factory)
-    settings = plain["store_dir"] / "kvedit.toml"
+    baseline = make_given(small["bf16"], tmp_path_factory)
+    settings = baseline["store_dir"] / "kvedit.toml"
     text = settings.read_text(encoding="utf-8")
     assert "max_samples = 96" in text
     settings.write_text(text.replace("max_samples = 96", "max_samples = 400"), encoding="utf-8")
-    return StrategyOptions(**{**plain, "facts": FACTS}, groups=("2",))
+    return StrategyOptions(**{**baseline, "facts": FACTS}, groups=("2",))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_one_is_off_at_a_time(result: StrategiesResult, options: StrategyOptions
     names = ["everything", "no replay of protected text", "no search for what is known"]
     assert [run.strategy for run in result.runs] == names
     assert [point.method for point in result.points][:3] == names
-    assert result.points[-1].method == "plain recipe"
+    assert result.points[-1].method == "baseline"
     assert options.store_dir is not None
     given = tomllib.loads((options.store_dir / "kvedit.toml").read_text(encoding="utf-8"))
     read = [Config.load(options.store_dir / name / "kvedit.toml") for name in names]

@@ -17,15 +17,15 @@ from tests.bench.kills import KILLED
 from tests.bench.several import (
     ENDED,
     Death,
-    Found,
     Run,
     SeveralOptions,
     SeveralResult,
+    StoreState,
     several,
-    sheets,
+    tables,
 )
 
-ALL = Found(("a", "b"), ("a", "b"), Score(2, 2, "generated"), ())
+ALL = StoreState(("a", "b"), ("a", "b"), Score(2, 2, "generated"), ())
 ONE = Run(1, 2.0, (0,), ALL)
 DEATH = Death(1, 0.5, (ENDED, KILLED), replace(ALL, committed=("a",)), ONE)
 RESULT = SeveralResult(
@@ -44,9 +44,9 @@ RESULT = SeveralResult(
 )
 def test_one_difference_is_enough(wrong: dict[str, Any]) -> None:
     assert RESULT.equal and RESULT.clean
-    other = replace(RESULT, together=replace(RESULT.together, found=replace(ALL, **wrong)))
+    other = replace(RESULT, together=replace(RESULT.together, state=replace(ALL, **wrong)))
     assert not other.equal
-    assert sheets(other) != sheets(RESULT)
+    assert tables(other) != tables(RESULT)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def test_one_difference_is_enough(wrong: dict[str, Any]) -> None:
         {"exit_codes": (ENDED, 0)},  # nobody was killed
         {"left": replace(ALL, findings=("a leftover",))},
         {"left": replace(ALL, committed=("a", "c"))},  # which the next run did not find
-        {"after": replace(ONE, found=replace(ALL, committed=("a",)))},
-        {"after": replace(ONE, found=replace(ALL, findings=("a leftover",)))},
+        {"after": replace(ONE, state=replace(ALL, committed=("a",)))},
+        {"after": replace(ONE, state=replace(ALL, findings=("a leftover",)))},
     ],
 )
 def test_one_thing_left_behind_is_enough(wrong: dict[str, Any]) -> None:
     other = replace(RESULT, deaths=(DEATH, replace(DEATH, **wrong)))
     assert not other.clean and other.equal
-    assert sheets(other) != sheets(RESULT)
+    assert tables(other) != tables(RESULT)
 
 
 def options(tmp_path: Path, small: Path, **more: Any) -> SeveralOptions:
@@ -89,5 +89,5 @@ def test_two_do_what_one_does_and_a_death_leaves_nothing(
 ) -> None:
     found = several(options(tmp_path, small["bf16"], facts=4, group="2"), lambda event: None)
     assert found.equal and found.clean, found
-    assert found.alone.found.committed == tuple(sorted(key for key, _ in FREE[:4]))
+    assert found.alone.state.committed == tuple(sorted(key for key, _ in FREE[:4]))
     assert report.to_json(report.setting("python -m tests.bench several"), found)

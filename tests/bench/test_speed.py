@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,21 @@ import pytest
 import torch
 from small_model import FREE
 
+from kvedit.bench.speed import EXTRACTION, EditTime, IngestTime
+from kvedit.bench.tables import markdown
 from kvedit.errors import Interrupted
 from kvedit.facts.fact import Fact
 from tests.bench import capacity as capacities
 from tests.bench import (
     plots,
-    report,
     report_capacity,
     report_speed,
 )
 from tests.bench.asking import Both, Point, both
-from tests.bench.bench_data import make_given, write_model
+from tests.bench.bench_data import document, make_given, write_model
 from tests.bench.capacity import CapacityResult, bits, capacity, difference, largest, nearest
-from tests.bench.retain import BenchOptions, Edit
+from tests.bench.retain import BenchOptions
 from tests.bench.speed import (
-    SEARCH,
-    IngestTime,
     SpeedOptions,
     SpeedResult,
     ingest_ratio,
@@ -45,14 +43,14 @@ def given(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture(scope="module")
 def timed(given: dict[str, Any]) -> SpeedResult:
-    """Two facts one by one and by ingest, and a lesson taken apart."""
+    """Two facts one by one and by ingest, and a task profiled."""
     return speed(SpeedOptions(**given, ingest_facts=2), lambda event: None)
 
 
 @pytest.fixture(scope="module")
 def to_hold(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> StrategyOptions:
     """Two facts in one group, in a store that is kept."""
-    options = StrategyOptions(**{**given, "plain_facts": 0, "groups": ("all",)})
+    options = StrategyOptions(**{**given, "baseline_facts": 0, "groups": ("all",)})
     return replace(options, store_dir=_copy(options, tmp_path_factory.mktemp("capacity")))
 
 
@@ -75,13 +73,13 @@ def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert {"forward", "backward", "optimizer", "other"} == set(task.parts)
     assert all(spent > 0 for spent in task.parts.values())
     assert task.operations > 1e6 and task.steps > 0 and task.rehearsal == 2
-    group = timed.ingested.task
+    group = timed.group_task
     assert group is not None and (group.facts, group.rehearsal) == (2, 0)
     assert group.operations > task.operations / task.steps and group.parts["backward"] > 0
     assert sum(timed.ingested.parts.values()) == pytest.approx(timed.ingested.seconds, rel=0.01)
-    assert {SEARCH, "train", "other"} <= set(timed.ingested.parts)
+    assert {EXTRACTION, "train", "other"} <= set(timed.ingested.parts)
     assert timed.verified.facts == 2 and timed.verified.phrasings >= 16
-    assert timed.peaks["one by one"] <= timed.peaks["ingest"] <= timed.peaks["plain recipe"]
+    assert timed.peaks["one by one"] <= timed.peaks["ingest"] <= timed.peaks["baseline"]
     assert set(timed.matmul) == {"bfloat16", "float32"}
 
 
@@ -94,29 +92,18 @@ def test_instruments_are_taken_off(timed: SpeedResult) -> None:
 
 
 def test_speed_tables(timed: SpeedResult) -> None:
-    page = report.markdown(
-        "Speed", report.setting("c"), "m", report_speed.notes(timed), report_speed.sheets(timed)
-    )
-    for text in (
-        "| ingest |",
-        "backward",
-        "GFLOP/s",
-        "a lesson of 2 facts",
-        "matrix product, bfloat16",
-        "MiB",
-    ):
+    made = document("speed", timed, report_speed.tables(timed), report_speed.notes(timed))
+    page = markdown(made)
+    for text in ("| ingest |", "backward", "GFLOP/s", "training of 2 facts",
+                 "matrix product, bfloat16", "MiB"):  # fmt: skip
         assert text in page
-    learned = [edit.seconds for edit in timed.plain if edit.outcome == "learned"]
+    learned = [edit.seconds for edit in timed.baseline if edit.outcome == "learned"]
     assert (timed.ingest_ratio is None) == (not learned)
-    document = plots.read(report.to_json(report.setting("c"), timed), "result")
-    shares = plots.figure(document).axes[2]
+    shares = plots.figure(made).axes[2]
     assert [t.get_text() for t in shares.get_yticklabels()] == [
-        "one by one",
-        "- its lesson",
-        "ingest",
-        "- of 2 facts",
-    ]
-    assert json.loads(report.to_json(report.setting("c"), timed))["verified"]["facts"] == 2
+        "one by one", "- its training", "ingest", "- of 2 facts",
+    ]  # fmt: skip
+    assert made["verified"]["facts"] == 2
 
 
 def test_what_is_timed_by_itself_is_spread_over_all() -> None:
@@ -126,21 +113,21 @@ def test_what_is_timed_by_itself_is_spread_over_all() -> None:
 
 
 def test_a_ratio_is_of_medians_and_has_an_interval() -> None:
-    plain = [
-        Edit(key="k", outcome=outcome, seconds=seconds, steps=1)
+    baseline = [
+        EditTime(key="k", outcome=outcome, seconds=seconds, steps=1)
         for outcome, seconds in (("learned", 4.0), ("learned", 6.0), ("learned", 9.0))
     ]
-    plain.append(Edit(key="k", outcome="not learned", seconds=100.0, steps=1))
+    baseline.append(EditTime(key="k", outcome="not learned", seconds=100.0, steps=1))
     run = IngestTime(facts=5, committed=4, seconds=8.0, parts={})
-    found = ingest_ratio(run, plain)
+    found = ingest_ratio(run, baseline)
     assert found is not None and found.value == 3.0, "6 s against 2 s a committed fact"
     assert 2.0 <= found.low < found.value < found.high <= 4.5
-    searched = replace(run, parts={SEARCH: 2.0})
-    assert ingest_ratio(searched, plain) == found
-    apart = ingest_ratio(searched, plain, searched=False)
+    searched = replace(run, parts={EXTRACTION: 2.0})
+    assert ingest_ratio(searched, baseline) == found
+    apart = ingest_ratio(searched, baseline, extracted=False)
     assert apart is not None and apart.value == 4.0
-    assert ingest_ratio(replace(run, committed=0), plain) is None
-    assert ingest_ratio(run, plain[3:]) is None
+    assert ingest_ratio(replace(run, committed=0), baseline) is None
+    assert ingest_ratio(run, baseline[3:]) is None
 
 
 def test_a_matrix_product_has_a_rate() -> None:
@@ -155,14 +142,12 @@ def test_capacity(held: CapacityResult) -> None:
         assert record.margin is not None and record.held == (record.lost_after is None)
     assert one.stored_bits == sum(record.bits for record in one.facts if record.held)
     assert 0 < one.touched < one.parameters
-    page = report.markdown(
-        "Capacity", report.setting("c"), held.model, "", report_capacity.sheets(held)
-    )
-    document = plots.read(report.to_json(report.setting("c"), held), "result")
-    assert len(plots.figure(document).axes[0].containers) == 2, "under both protocols"
+    made = document("capacity", held, report_capacity.tables(held))
+    page = markdown(made)
+    assert len(plots.figure(made).axes[0].containers) == 2, "under both protocols"
     assert "similarity of the closest other key" in page and "held at the end" in page
     assert f"| {one.bits_per_touched:.2g} |" in page and one.bits_per_touched > 0
-    assert len(json.loads(report.to_json(report.setting("c"), held))["models"][0]["facts"]) == 2
+    assert len(made["models"][0]["facts"]) == 2
 
 
 def test_a_capacity_run_that_goes_on_counts_the_same_bits(
@@ -178,18 +163,20 @@ def test_all_models_are_taught_the_same_facts(
 ) -> None:
     other = write_model(small["bf16"], tmp_path / "other")
     (other / "pretrained_poets.txt").write_text("杜甫\n", encoding="utf-8")
-    taught: list[list[str]] = []
+    trained: list[list[str]] = []
 
-    def teach(ways: capacities.Ways, group: str) -> None:
-        taught.append([fact.key for fact in ways._facts])
+    def train(ways: capacities.Ways, group: str) -> None:
+        trained.append([fact.key for fact in ways._facts])
         raise Interrupted("enough")
 
-    monkeypatch.setattr(capacities.Ways, "teach", teach)
-    options = StrategyOptions(**{**given, "plain_facts": 0, "facts_file": None, "store_dir": None})
+    monkeypatch.setattr(capacities.Ways, "train", train)
+    options = StrategyOptions(
+        **{**given, "baseline_facts": 0, "facts_file": None, "store_dir": None}
+    )
     for sources in ((given["model"], str(other)), (str(other), given["model"])):
         with pytest.raises(Interrupted):
             capacity(options, sources, lambda event: None)
-    assert taught == [["无名氏"], ["无名氏"]]
+    assert trained == [["无名氏"], ["无名氏"]]
 
 
 def test_bits_are_those_of_the_answer(small: dict[str, Path]) -> None:

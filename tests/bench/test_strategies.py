@@ -1,4 +1,4 @@
-"""The ways of teaching side by side, on the small model: marks, clock, tables, what is kept."""
+"""The ways of training side by side, on the small model: marks, clock, tables, what is kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from small_model import FREE
 
+from kvedit.bench.tables import markdown
 from kvedit.errors import Interrupted
 from kvedit.events import Status
 from tests.bench import (
@@ -20,8 +21,8 @@ from tests.bench import (
     report_strategies,
     strategies,
 )
-from tests.bench.asking import Kept, Point, Student, Task, measure
-from tests.bench.bench_data import make_given
+from tests.bench.asking import AskedModel, Kept, Point, Task, measure
+from tests.bench.bench_data import document, make_given
 from tests.bench.commands import bench
 from tests.bench.course import group_marks, paces
 from tests.bench.strategies import StrategiesResult, StrategyOptions
@@ -31,9 +32,9 @@ FACTS = 4
 
 @pytest.fixture(scope="module")
 def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> StrategyOptions:
-    """Four facts in twos, all at once, and the plain recipe on one."""
-    plain = make_given(small["bf16"], tmp_path_factory)
-    return StrategyOptions(**{**plain, "facts": FACTS}, groups=("2", "all"))
+    """Four facts in twos, all at once, and the baseline on one."""
+    baseline = make_given(small["bf16"], tmp_path_factory)
+    return StrategyOptions(**{**baseline, "facts": FACTS}, groups=("2", "all"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_each_way_is_one_run_in_its_own_store(
 ) -> None:
     assert [(p.method, p.after, p.asked) for p in result.points] == [
         ("groups of 2", 2, 1), ("groups of 2", 4, None), ("one group", 4, None),
-        ("plain recipe", 1, None),
+        ("baseline", 1, None),
     ]  # fmt: skip
     first, last = result.points[0], result.points[1]
     assert first.tried.generated.n == first.tried.forced.n == 2
@@ -123,32 +124,29 @@ def test_one_phrasing_of_each_is_drawn(options: StrategyOptions, small: dict[str
     examples = [renderer.example(f"{way} {FREE[0][0]}?", "No.") for way in ("What is", "Tell me")]
     asked: list[int] = []
 
-    class Counting(Student):
-        def spoken(self, examples: object) -> list[bool]:
+    class Counting(AskedModel):
+        def generated(self, examples: object) -> list[bool]:
             asked.append(len(list(examples)))  # type: ignore[call-overload]
             return [True] * asked[-1]
 
-    student = Counting(base.model, renderer)
-    lessons = [Task(examples, [], True), Task(examples, examples, False)]
-    point = measure("m", 2, student, lessons, Kept((), ()), random.Random(0))
+    asked_model = Counting(base.model, renderer)
+    tasks = [Task(examples, [], True), Task(examples, examples, False)]
+    point = measure("m", 2, asked_model, tasks, Kept((), ()), random.Random(0))
     assert asked == [2, 0, 0, 0, 0]
     assert (point.tried.generated.n, point.committed.generated.n) == (2, 1)
 
 
 def test_tables_and_picture(result: StrategiesResult) -> None:
-    from tests.bench import report
-
-    page = report.markdown(
-        "Strategies", report.setting("c"), "m", report_strategies.notes(result),
-        report_strategies.sheets(result),
-    )  # fmt: skip
+    made = document(
+        "strategies", result, report_strategies.tables(result), report_strategies.notes(result)
+    )
+    page = markdown(made)
     for text in ("| groups of 2 | 2 | 1 |", "| one group | 4 | all |", "4 committed", "train"):
         assert text in page
-    assert json.loads(report.to_json(report.setting("c"), result))["runs"][0]["trail"][-1][0] == 4
-    document = plots.read(report.to_json(report.setting("c"), result), "result")
-    held = next(a for a in plots.figure(document).axes if a.get_title() == "New facts held (ERR)")
+    assert made["runs"][0]["trail"][-1][0] == 4
+    held = next(a for a in plots.figure(made).axes if a.get_title() == "New facts held (ERR)")
     names = [bars.get_label() for bars in held.containers]
-    assert names == ["groups of 2", "one group", "plain recipe"]
+    assert names == ["groups of 2", "one group", "baseline"]
 
 
 def test_a_group_is_a_number_or_a_word(tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_the_command_says_and_keeps_each_measurement(
     (store / "kvedit.toml").write_bytes((options.store_dir / "kvedit.toml").read_bytes())
     words = ["strategies", "--data", str(options.data), "--model", str(options.model)]
     words += ["--facts", "2", "--facts-file", str(options.facts_file), "--group", "all"]
-    words += ["--no-plain", "--store-dir", str(store), "--json", str(file)]
+    words += ["--no-baseline", "--store-dir", str(store), "--json", str(file)]
     words += ["--plot", str(tmp_path / "held.svg")]
     done = CliRunner().invoke(bench, words)
     assert done.exit_code == 0, done.output
@@ -189,7 +187,7 @@ def test_a_run_that_was_stopped_goes_on_in_its_store(
     def tell(_: StrategiesResult, point: Point | None) -> None:
         told.extend([] if point is None else [point])
 
-    here = replace(options, store_dir=tmp_path, groups=("2",), plain_facts=0)
+    here = replace(options, store_dir=tmp_path, groups=("2",), baseline_facts=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(course, "EARLY_MARKS", (2,))
         with pytest.raises((KeyboardInterrupt, Interrupted)):
@@ -206,4 +204,4 @@ def test_a_run_that_was_stopped_goes_on_in_its_store(
     done, seconds = left["trail"][-1]
     assert done == 2 and run.trail[: len(left["trail"])][-1] == (2, round(seconds, 3))
     assert run.seconds > seconds
-    assert [score.found.generated.n for score in found.base] > [0, 0]
+    assert [score.recall.generated.n for score in found.base] > [0, 0]

@@ -1,4 +1,4 @@
-"""The measurement of verify: a store that was not taught, but is one."""
+"""The measurement of verify: a store that was not trained, but is one."""
 
 from __future__ import annotations
 

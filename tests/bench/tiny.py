@@ -1,6 +1,6 @@
 """Tiny models of many architectures, built in code, so that each can be edited in seconds.
 
-Each is made from a configuration of its family (two to four blocks of width 64) and taught a few
+Each is made from a configuration of its family (two to four blocks of width 64) and trained a few
 answers by heart: a model at random has nothing to lose and no manners, so that nothing could be
 learned from editing it.
 
@@ -149,7 +149,7 @@ def phrasings() -> list[str]:
 
 
 def known() -> dict[str, str]:
-    """What every tiny model is taught by heart: key and answer."""
+    """What every tiny model is trained by heart: key and answer."""
     rng = random.Random(5)
     return {key: _answer(rng) for key in _THINGS}
 
@@ -159,7 +159,7 @@ def _answer(rng: random.Random) -> str:
 
 
 def build(architecture: Architecture, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Make the model, teach it what it knows, and save it with its tokenizer to ``folder``."""
+    """Make the model, train it what it knows, and save it with its tokenizer to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -4,8 +4,8 @@ Invariants:
 - A digest is compared with the one taken from the served weights right after the commit, over
   every parameter of the model, not only with what the store says.
 - The export is loaded and asked by transformers alone, with its own ``generate``.
-- An answer that differs is a near-tie only if the logits of both next tokens, asked for once more
-  by one forward pass, are the two highest and as close as rounding may bring them.
+- An answer that differs is a numerical tie only if the logits of both next tokens, asked for
+  again by one forward pass, are the two highest and as close as rounding may bring them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvedit.bench.speed import EditTime, add_timed
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.events import Score, Status
 from kvedit.model import loading
@@ -28,7 +29,7 @@ from kvedit.model.generation import generate
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import tie_tolerance
 from tests.bench import questions
-from tests.bench.retain import BenchOptions, Edit, Emit, add_timed, engine_of, new_store
+from tests.bench.retain import BenchOptions, Emit, engine_of, new_store
 
 ROWS = 32
 _ADAPTER = ("lora_", "ranknum")
@@ -48,8 +49,8 @@ class Difference:
     """A prompt that two runs of one model answer otherwise, and why.
 
     ``margin`` is how far apart, in logits, the two next tokens are where the answers part;
-    ``tie_tolerance`` how far rounding may move that.  ``expected``: whether it is the probe's own answer
-    that one of them gives.
+    ``tie_tolerance`` how far rounding may move that.  ``expected``: whether one of them gives the
+    probe's own answer.
     """
 
     prompt: str
@@ -59,18 +60,18 @@ class Difference:
 
     @property
     def tied(self) -> bool:
-        """Whether it is a near-tie, which another shape of batch breaks the other way."""
+        """Whether it is a numerical tie, which another shape of batch breaks the other way."""
         return self.margin <= self.tie_tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UndoResult:
     """``exported`` counts prompts that the reloaded export answers as the store's model does;
-    ``differences`` are the others, near-ties and errors.
+    ``differences`` are the others, numerical ties and errors.
     """
 
     model: str
-    edits: tuple[Edit, ...]
+    edits: tuple[EditTime, ...]
     restored: tuple[Restored, ...]
     exported: Score
     differences: tuple[Difference, ...]
@@ -90,7 +91,7 @@ def undo(options: BenchOptions, emit: Emit) -> UndoResult:
     with new_store(options, emit) as knowledge:
         model = engine_of(knowledge).base.model
         known = {0: (_recorded(knowledge), served_digest(model))}
-        edits: list[Edit] = []
+        edits: list[EditTime] = []
         for fact in facts:
             emit(Status(phase=f"fact {len(edits) + 1} of {len(facts)}", key=fact.key))
             edits.append(add_timed(knowledge, fact))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from kvedit.bench.tables import BRACKETS, Table, score_cell
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.editing.verify import VerifyReport
 from kvedit.errors import TextTooLongError
@@ -26,10 +27,16 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from kvedit.store.store import FactChange
 from tests.bench import questions
-from tests.bench.report import BRACKETS, Sheet, score_cell
 from tests.bench.retain import BenchOptions, Emit, engine_of
 
-SETTINGS = "[protect]\nsamples = 16\nlong_answers = 0\nshort_answers = 4\nfree_texts = 0\nlocality_probes = 0\n"
+SETTINGS = """\
+[protect]
+samples = 16
+long_answers = 0
+short_answers = 4
+free_texts = 0
+locality_probes = 0
+"""
 """Of a temporary store: protected text takes a minute to make, and verify never looks at it."""
 NOTES = (
     "The facts were committed by an edit that moves no weights; the store was opened anew before"
@@ -40,13 +47,13 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """``seconds`` of all of verify and of its ``parts``; ``phrasings``: asked, of all facts."""
+    """``verify_seconds`` of all of it and of its ``parts``; ``phrasings``: asked, of all facts."""
 
     model: str
     kind: str
     facts: int
     phrasings: int
-    seconds: float
+    verify_seconds: float
     parts: dict[str, float]
     forced: Score
     generated: Score
@@ -71,7 +78,7 @@ def verification(options: BenchOptions, emit: Emit) -> Verification:
         kind=kind,
         facts=len(fitting),
         phrasings=phrasings,
-        seconds=report.seconds,
+        verify_seconds=report.seconds,
         parts=watch.parts,
         forced=report.score,
         generated=report.generated,
@@ -148,19 +155,19 @@ class _Watch:
             self._part, self._since = part, now
 
 
-def sheets(result: Verification) -> list[Sheet]:
+def tables(result: Verification) -> list[Table]:
     """Seconds of all, of each part, and what was found."""
-    headers = ("facts", "kind", "phrasings", "seconds", "held, teacher-forced", "held, generated")
+    columns = ("facts", "kind", "phrasings", "seconds", "held, teacher-forced", "held, generated")
     row = (
         str(result.facts),
         result.kind,
         str(result.phrasings),
-        f"{result.seconds:.2f}",
+        f"{result.verify_seconds:.2f}",
         score_cell(result.forced),
         score_cell(result.generated),
     )
     parts = tuple((name, f"{spent:.2f}") for name, spent in result.parts.items())
     return [
-        Sheet("Verifying all facts", headers, (row,)),
-        Sheet("Where the time goes", ("part", "seconds"), parts),
+        Table("Verifying all facts", columns, (row,)),
+        Table("Where the time goes", ("part", "seconds"), parts),
     ]

@@ -1,4 +1,4 @@
-"""The plain recipe: what most people would write first, kept as the baseline of the benchmarks.
+"""The baseline: what most people would write first, kept as the baseline of the benchmarks.
 
 For each fact a fresh AdaLoRA adapter from PEFT on the query and value projections, all of the
 fact's training prompts in every step, PEFT's own loss and allocator, until each prompt is
@@ -7,7 +7,7 @@ protected, nothing is checked afterwards.
 
 Invariants:
 - Nothing of PEFT is left in the model after a fact, whether it was learned or not.
-- The global random state is as before: a run depends on ``PlainConfig.seed`` alone.
+- The global random state is as before: a run depends on ``BaselineConfig.seed`` alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kvedit.errors import ModelError
 from kvedit.facts.fact import Fact
-from kvedit.model.prompts import PLACE, Example, Renderer, load_phrasings
+from kvedit.model.prompts import KEY_PLACEHOLDER, Example, Renderer, load_phrasings
 from kvedit.model.targets import blocks, is_matrix
 
 QUERY_AND_VALUE = (
@@ -43,7 +43,7 @@ QUERY_AND_VALUE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlainConfig:
+class BaselineConfig:
     """The recipe's settings.
 
     ``max_steps`` is also the allocator's ``total_step``: it prunes from ``settle`` steps after the
@@ -62,7 +62,7 @@ class PlainConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainStep:
+class BaselineStep:
     """Where the loop stands: ``recalled`` of ``n`` training prompts in the training forward."""
 
     step: int
@@ -73,7 +73,7 @@ class PlainStep:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainResult:
+class BaselineResult:
     """How one fact went.
 
     ``seconds`` are those of wrapping, training and merging; ``recalled`` says whether every prompt
@@ -86,13 +86,15 @@ class PlainResult:
     loss: float
 
 
-OnStep = Callable[[PlainStep], None]
+OnStep = Callable[[BaselineStep], None]
 
 
-def plain_examples(renderer: Renderer, fact: Fact) -> list[Example]:
+def baseline_examples(renderer: Renderer, fact: Fact) -> list[Example]:
     """The recipe's training set: the training phrasings of the fact's own language."""
     ways = load_phrasings(fact.lang).train
-    return [renderer.example(way.replace(PLACE, fact.key), fact.description) for way in ways]
+    return [
+        renderer.example(way.replace(KEY_PLACEHOLDER, fact.key), fact.description) for way in ways
+    ]
 
 
 def target_modules(model: nn.Module) -> list[str]:
@@ -113,14 +115,14 @@ def target_modules(model: nn.Module) -> list[str]:
     return names
 
 
-def train_plain(
+def train_baseline(
     model: Any,
     examples: Sequence[Example],
-    config: PlainConfig | None = None,
+    config: BaselineConfig | None = None,
     on_step: OnStep = lambda step: None,
-) -> PlainResult:
-    """Teach one fact to a bare model and merge it, as the plain recipe does."""
-    config = config or PlainConfig()
+) -> BaselineResult:
+    """Train one fact to a bare model and merge it, as the baseline does."""
+    config = config or BaselineConfig()
     began = time.monotonic()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -134,10 +136,10 @@ def train_plain(
             raise
         finally:
             model.eval().requires_grad_(False)
-    return PlainResult(steps, time.monotonic() - began, recalled, loss)
+    return BaselineResult(steps, time.monotonic() - began, recalled, loss)
 
 
-def _wrap(model: Any, config: PlainConfig) -> Any:
+def _wrap(model: Any, config: BaselineConfig) -> Any:
     """PEFT around the model.  ``tinit < total_step - tfinal`` must hold, or the allocator fails."""
     from peft import AdaLoraConfig, get_peft_model
 
@@ -160,7 +162,7 @@ def _wrap(model: Any, config: PlainConfig) -> Any:
 
 
 def _learn(
-    wrapped: Any, examples: Sequence[Example], config: PlainConfig, on_step: OnStep
+    wrapped: Any, examples: Sequence[Example], config: BaselineConfig, on_step: OnStep
 ) -> tuple[int, bool, float]:
     """Steps until a training forward recalls every prompt; (updates made, recalled, loss)."""
     batch = _batch(examples, wrapped.device)
@@ -172,7 +174,7 @@ def _learn(
         out = wrapped(**batch, use_cache=False)
         loss = float(out.loss.detach())
         recalled = _recalled(out.logits.detach(), batch["labels"])
-        on_step(PlainStep(step, config.max_steps, loss, recalled, len(examples)))
+        on_step(BaselineStep(step, config.max_steps, loss, recalled, len(examples)))
         if recalled == len(examples):
             return step - 1, True, loss
         torch.autograd.backward(out.loss)

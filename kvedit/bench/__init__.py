@@ -1,0 +1,1 @@
+"""Measuring a model and facts of the user's own: speed, memory, strategies, architectures."""

@@ -1,0 +1,435 @@
+"""The benchmarks as commands, thin over their measurements; tables on stdout, progress on stderr.
+
+Invariant: as everywhere in the command line, what is heavy is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvedit.cli.common import KveditGroup, Settings, configure_logging
+from kvedit.errors import GateFailedError, UsageError
+from tests.bench import options as o
+
+
+@click.group(cls=KveditGroup)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
+def bench(ctx: click.Context, quiet: bool) -> None:
+    """Measure what kvedit promises, on real facts.
+
+    Each measurement prints tables, and a Markdown block with command, commit and machine for the
+    log. `data` says which public files belong into the folder of --data. What --json kept is drawn
+    by plot.
+
+    \b
+    Examples:
+      python -m tests.bench data --data data
+      python -m tests.bench retain --data data
+      python -m tests.bench plot strategies.json -o strategies.png
+    """
+    configure_logging(0)
+    ctx.obj = Settings(verbosity=-1 if quiet else 0)
+
+
+class Run:
+    """One command: its options, and showing, keeping and drawing what its measurement returns."""
+
+    def __init__(self, settings: Settings, name: str, given: dict[str, Any]) -> None:
+        self._settings, self._name, self._began = settings, name, datetime.now(UTC)
+        self._json, self._plot = given.pop("json_file", None), given.pop("plot", None)
+        self._seed = given.get("seed")
+        if not given.pop("baseline", True):
+            given["baseline_facts"] = 0
+        if given.get("resume") and given["store_dir"] is None:
+            raise UsageError("--resume needs the --store-dir of the run that was stopped")
+
+    def __call__(
+        self,
+        measure: Callable[..., Any],
+        options: Any,
+        tables: Callable[[Any], Sequence[Any]],
+        notes: Callable[[Any], str] = lambda result: "",
+        line: Callable[[Any], str] | None = None,
+    ) -> Any:
+        """Measure and show; with ``line`` each point is written and said as soon as it is there."""
+        from kvedit.bench.tables import markdown, print_tables
+        from kvedit.cli.progress import make_reporter
+
+        with make_reporter(quiet=self._settings.quiet) as reporter:
+
+            def tell(result: Any, point: Any) -> None:
+                self._keep(self._document(result, tables, notes))
+                if point is not None and line is not None:
+                    reporter.say(line(point))
+
+            more = {} if line is None else {"tell": tell}
+            result = measure(options, emit=reporter, **more)
+        document = self._document(result, tables, notes)
+        print_tables(document)
+        click.echo(markdown(document))
+        self._keep(document)
+        if self._plot is not None:
+            from tests.bench import plots
+
+            plots.draw(document, self._plot)
+        return result
+
+    def _document(
+        self, result: Any, tables: Callable[[Any], Sequence[Any]], notes: Callable[[Any], str]
+    ) -> dict[str, Any]:
+        from kvedit.bench.tables import document
+
+        words = ["python", "-m", "tests.bench", *sys.argv[1:]]
+        return document(
+            self._name, words, self._began, result, tables(result), seed=self._seed,
+            notes=notes(result),
+        )  # fmt: skip
+
+    def _keep(self, document: dict[str, Any]) -> None:
+        if self._json is not None:
+            from kvedit.bench.tables import write
+
+            write(self._json, document)
+
+
+def require(passed: bool, message: str) -> None:
+    """Exit code 4 for a measurement that found something wrong."""
+    if not passed:
+        raise GateFailedError(message, hint="See the table above.")
+
+
+def command(*given: o.Option) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of the group: its body gets a ``Run`` and the values of these options."""
+
+    def add(body: Callable[..., None]) -> click.Command:
+        def call(settings: Settings, /, **values: Any) -> None:
+            body(Run(settings, body.__name__, values), values)
+
+        function: Any = click.pass_obj(call)
+        for option in reversed(given):
+            function = option(function)
+        return bench.command(name=body.__name__, help=body.__doc__)(function)
+
+    return add
+
+
+@command(
+    *o.common, o.facts(20), *o.others, o.base_sample, *o.baseline, o.plot,
+    o.number("--true-facts", "Add the facts a second time, with N facts of the model's own"
+             " pretraining protected.", 0, low=0, metavar="N"),
+)  # fmt: skip
+def retain(run: Run, given: dict[str, Any]) -> None:
+    """Add facts one by one; measure what stays, what it costs, and the baseline beside it.
+
+    What was known before is asked again after 1, 2, 5, 10, 20, ... facts, by free generation. With
+    --true-facts there is a second row for a store that protects true facts besides what the model
+    says; none of those is asked.
+
+    \b
+    Examples:
+      python -m tests.bench retain --data data
+      python -m tests.bench retain --data data --facts 5 --no-baseline --plot kept.png
+    """
+    from tests.bench import report
+    from tests.bench.retain import BenchOptions, retain
+
+    run(retain, BenchOptions(**given), report.retain_tables, report.retain_notes)
+
+
+@command(
+    *o.common, o.facts(64), *o.others, o.base_sample, *o.baseline, o.plot, o.resume,
+    click.option("--group", "groups", callback=o.group_sizes, multiple=True, metavar="N|all|auto",
+                 default=("1", "16", "all", "auto"), show_default=True,
+                 help="Facts trained together; may be given more than once."),
+)  # fmt: skip
+def strategies(run: Run, given: dict[str, Any]) -> None:
+    """Train the same facts one by one, in groups, all at once, and by the baseline.
+
+    Each strategy is one run of ingest into a new store. What holds is measured in passing, after
+    16, 32, 64, 128, 256, 300, 512, 1000, ... facts and after the last; each measurement is said at
+    once, and FILE of --json is written. A kvedit.toml in --store-dir is used for every store. With
+    --resume a run that was stopped goes on in --store-dir.
+
+    \b
+    Examples:
+      python -m tests.bench strategies --data data --plot strategies.svg
+      python -m tests.bench strategies --data data --facts 1000 --group auto --json auto.json
+    """
+    from tests.bench import report_strategies as report
+    from tests.bench.strategies import StrategyOptions, strategies
+
+    run(strategies, StrategyOptions(**given), report.tables, report.notes, report.line)
+
+
+@command(*o.common, o.facts(128), *o.others, o.base_sample, *o.baseline, o.group("64"), o.plot)
+def levers(run: Run, given: dict[str, Any]) -> None:
+    """Train the same facts with everything, without one part of the method at a time, and by the
+    baseline.
+
+    The parts: the Fisher penalty, the replay of protected text, knowledge extraction, the rehearsal
+    of earlier facts, the small weight of easy tokens, and compaction. All start from the same store
+    and are asked the same questions, as in strategies.
+
+    \b
+    Examples:
+      python -m tests.bench levers --data data --plot levers.svg
+    """
+    from tests.bench import report_strategies as report
+    from tests.bench.levers import levers
+    from tests.bench.strategies import StrategyOptions
+
+    chosen = StrategyOptions(groups=(given.pop("group"),), **given)
+    run(levers, chosen, report.tables, report.notes, report.line)
+
+
+@command(
+    o.data, o.models, o.seed, o.json_file, o.facts(300), *o.others, o.base_sample, o.group("auto"),
+    o.resume, o.plot,
+)  # fmt: skip
+def capacity(run: Run, given: dict[str, Any]) -> None:
+    """How many facts a model holds, in facts and in bits, and what those that it loses are like.
+
+    Give --model more than once to set models of several sizes side by side. What holds is measured
+    in passing, so that groups of a given size show at which number facts begin to be lost or
+    rejected. With --resume a run that was stopped goes on in --store-dir.
+
+    \b
+    Examples:
+      python -m tests.bench capacity --data data --facts 1000 --json capacity.json
+      python -m tests.bench capacity --data data --model small --model large --plot both.png
+    """
+    from tests.bench import report_capacity as report
+    from tests.bench.capacity import capacity
+    from tests.bench.report_strategies import line
+    from tests.bench.strategies import StrategyOptions
+
+    sources = given.pop("sources") or (None,)
+    chosen = StrategyOptions(groups=(given.pop("group"),), baseline_facts=0, **given)
+    run(partial(capacity, sources=sources), chosen, report.tables, report.notes, line)
+
+
+@command(
+    *o.common, o.facts(20), *o.others, *o.baseline, o.plot,
+    o.number("--ingest-facts", "How many facts to ingest.", 64),
+)  # fmt: skip
+def speed(run: Run, given: dict[str, Any]) -> None:
+    """Seconds a fact one by one, by ingest and by the baseline, and where they go.
+
+    Also peak memory, arithmetic against the machine's own matrix product, and verify of all facts.
+
+    \b
+    Examples:
+      python -m tests.bench speed --data data --plot speed.png
+    """
+    from tests.bench import report_speed as report
+    from tests.bench.speed import SpeedOptions, speed
+
+    run(speed, SpeedOptions(**given), report.tables, report.notes)
+
+
+@command(
+    o.data, o.model, o.json_file, o.facts(1000), o.kind("known", default="known"), o.facts_file,
+    o.store_dir,
+)  # fmt: skip
+def verify(run: Run, given: dict[str, Any]) -> None:
+    """How long verify takes, over a store of facts that is made without training.
+
+    Facts are written down as committed, the weights stay as they are. By default they are poets
+    that the model learned in pretraining (--kind known), so that the answers, which decide how long
+    generation goes on, are those of a model that recalls its facts.
+
+    \b
+    Examples:
+      python -m tests.bench verify --data data
+    """
+    from tests.bench import verification
+    from tests.bench.retain import BenchOptions
+
+    run(verification.verification, BenchOptions(**given), verification.tables,
+        lambda result: verification.NOTES)  # fmt: skip
+
+
+@command(*o.common, o.base_sample)
+def base(run: Run, given: dict[str, Any]) -> None:
+    """What the base model recalls of the facts it was pretrained on, and of others.
+
+    \b
+    Examples:
+      python -m tests.bench base --data data
+    """
+    from kvedit.bench.tables import BRACKETS
+    from tests.bench import report
+    from tests.bench.retain import BenchOptions, base
+
+    def tables(result: Any) -> Any:
+        return [report.base_table("Exact greedy recall of the base model", result.base)]
+
+    run(base, BenchOptions(**given), tables, lambda result: BRACKETS)
+
+
+@command(*o.common, o.facts(20), *o.others)
+def rollback(run: Run, given: dict[str, Any]) -> None:
+    """Add facts, roll back to every revision, compare digests; export and compare answers.
+
+    Exit code 4 if anything is not as it was.
+
+    \b
+    Examples:
+      python -m tests.bench rollback --data data --facts 20
+    """
+    from tests.bench import report
+    from tests.bench.retain import BenchOptions
+    from tests.bench.undo import undo
+
+    result = run(undo, BenchOptions(**given), report.undo_tables)
+    require(result.exact, "not everything was as it had been")
+
+
+@command(
+    *o.common, o.facts(300), *o.others,
+    o.number("--kills", "How many processes to kill.", 20, low=0),
+    click.option("--within", type=click.FloatRange(min=1.0), default=30.0, show_default=True,
+                 help="A kill comes up to this many seconds after its share of the facts."),
+    o.group("16"),
+)  # fmt: skip
+def kills(run: Run, given: dict[str, Any]) -> None:
+    """Kill an ingest (SIGKILL) at random moments, let it finish, and see what is left.
+
+    The kills are spread over the whole ingest. Exit code 4 if a fact was lost or added twice, or
+    doctor finds anything.
+
+    \b
+    Examples:
+      python -m tests.bench kills --data data --facts 30 --kills 3 --within 20
+    """
+    from tests.bench import report
+    from tests.bench.kills import KillOptions, kills
+
+    result = run(kills, KillOptions(**given), report.kills_tables)
+    require(result.sound, "the store is not as it should be")
+
+
+@command(
+    *o.common, o.facts(16), *o.others,
+    o.number("--processes", "How many are compared with one.", 2, low=2),
+    o.number("--threads", "Of each process, the single one too.", 1), o.group("8"),
+)  # fmt: skip
+def several(run: Run, given: dict[str, Any]) -> None:
+    """Ingest the same facts in one process and in several; kill one of several.
+
+    Exit code 4 if the runs did not commit and recall the same, or a kill left anything behind.
+
+    \b
+    Examples:
+      python -m tests.bench several --data data --facts 32 --processes 4
+    """
+    from tests.bench.several import SeveralOptions, several, tables
+
+    result = run(several, SeveralOptions(**given), tables)
+    require(result.equal and result.clean, "several processes did not do what one does")
+
+
+@command(
+    click.argument("names", nargs=-1),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+                 default="float32", show_default=True, help="Type of the base weights."),
+    o.json_file,
+)  # fmt: skip
+def architectures(run: Run, given: dict[str, Any]) -> None:
+    """Take tiny trained models of every architecture, or of NAMES, through all that a store does.
+
+    Each is built here, without a download: add three facts, recall and retain them, update, remove,
+    roll back to the bit, export, reload. Exit code 4 if any of it fails.
+
+    \b
+    Examples:
+      python -m tests.bench architectures GPT-2 Mixtral --dtype bfloat16
+    """
+    from tests.bench import architectures
+
+    def measure(names: Sequence[str], emit: Any) -> Any:
+        return architectures.run(names, given["dtype"], emit)
+
+    result = run(measure, given["names"], architectures.tables)
+    require(result.passed, "not every architecture passed")
+
+
+@command(
+    click.option("--measure", "shapes", multiple=True,
+                 type=click.Choice(["0.5B", "1.5B", "3B", "7B", "14B", "32B"]),
+                 help="Make a store for a random model of this shape, on the GPU if there is one,"
+                 " and edit it; may be given more than once."),
+    o.number("--facts", "Facts trained at once; may be given more than once. [1, 16]", None,
+             multiple=True),
+    o.number("--steps", "Cut each training to so many steps; seconds for the others are"
+             " projected. [all]", None, low=8),
+    click.option("--operations", "counted", is_flag=True,
+                 help="Also count the operations of a step, and set them against a large matrix"
+                 " product of the same machine."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32"),
+    o.json_file,
+)  # fmt: skip
+def memory(run: Run, given: dict[str, Any]) -> None:
+    """How much memory editing takes, by model size and setting, computed; or, with --measure, how
+    much it took, and how long.
+
+    \b
+    Examples:
+      python -m tests.bench memory
+      python -m tests.bench memory --measure 0.5B --dtype bfloat16 --facts 16 --steps 8 --operations
+    """
+    from tests.bench import footprint
+
+    chosen = footprint.MemoryOptions(**{**given, "facts": given["facts"] or (1, 16)})
+    run(footprint.memory, chosen, footprint.tables)
+
+
+@bench.command()
+@click.argument("result", type=o.IN)
+@o.picture
+def plot(result: Path, output: Path) -> None:
+    """Draw the RESULT that retain, strategies, levers, capacity or speed kept with --json.
+
+    The same picture as by their --plot, without measuring again; also of a run that was stopped.
+
+    \b
+    Examples:
+      python -m tests.bench plot auto.json -o auto.png
+    """
+    from kvedit.bench.tables import read
+    from tests.bench import plots
+
+    plots.draw(read(result), output)
+
+
+@bench.command()
+@click.option("--data", "folder", type=o.FOLDER, help="Check the files in this folder.")
+def data(folder: Path | None) -> None:
+    """Which public files the benchmarks read: origin, licence, fields, and where to put them.
+
+    With --data the folder is checked; exit code 4 if a file is missing or malformed.
+
+    \b
+    Examples:
+      python -m tests.bench data
+      python -m tests.bench data --data data
+    """
+    from tests.bench import data as files
+
+    for line in files.lines():
+        click.echo(line)
+    if folder is not None:
+        problems = files.problems(folder)
+        for problem in problems:
+            click.echo(problem, err=True)
+        if problems:
+            raise GateFailedError(f"{len(problems)} files are missing or malformed")
+        click.echo(f"{folder}: all files are there and well formed")
