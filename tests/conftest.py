@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from small_engine import StoreTemplate, make_engine
+from small_engine import StoreTemplate, make_engine, random_train
 
 if TYPE_CHECKING:
     from kvedit import KnowledgeBase
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """Let what tests start be stopped: a shell's background job, and all it starts, is deaf to
-    Ctrl-C, and a command that is to end would be waited for without end.
+    """Make processes that tests start stoppable: a shell's background job ignores Ctrl-C, and so
+    does all it starts; a test that interrupts a command would wait for ever.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def load(small: dict[str, Path]) -> Callable[[str], BaseModel]:
-    """Load the small model anew, by dtype."""
+    """Load the small model, by dtype; a new copy each time."""
     from kvedit.model import loading
 
     return lambda dtype: loading.load(str(small[dtype]))
@@ -62,7 +62,7 @@ def empty_template(
 
     from kvedit.editing.knowledge_base import KnowledgeBase
 
-    path = tmp_path_factory.mktemp("kept") / "store"
+    path = tmp_path_factory.mktemp("template") / "store"
     path.mkdir()
     (path / "kvedit.toml").write_text(settings(), encoding="utf-8")
     events: list[Any] = []
@@ -75,12 +75,12 @@ def empty_template(
 def trained_template(
     empty_template: StoreTemplate, tmp_path_factory: pytest.TempPathFactory
 ) -> StoreTemplate:
-    """A store that was taught the first three facts, one by one."""
+    """A store with the first three facts, added one by one."""
     from small_model import FREE
 
     from kvedit.editing.knowledge_base import KnowledgeBase
 
-    path = tmp_path_factory.mktemp("kept") / "taught"
+    path = tmp_path_factory.mktemp("template") / "trained"
     shutil.copytree(empty_template.path, path)
     events: list[Any] = []
     with KnowledgeBase.open(path, on_event=events.append) as knowledge:
@@ -103,7 +103,7 @@ def trained_store(trained_template: StoreTemplate, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def events() -> list[Any]:
-    """What the stores that ``empty`` and ``trained`` opened have told."""
+    """The events of the stores that ``empty`` and ``trained`` opened."""
     return []
 
 
@@ -127,23 +127,7 @@ def trained(trained_store: Path, events: list[Any]) -> Iterator[KnowledgeBase]:
 
 @pytest.fixture
 def random_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lessons that teach nothing in no time: another small random delta each."""
-    import torch
+    """Replace training by a small random delta, another one each time: it takes no time."""
+    from kvedit.training.engine import Engine
 
-    from kvedit.adapter.deltas import Factors
-    from kvedit.training.engine import Engine, TrainingResult
-    from kvedit.training.loop import LoopResult
-
-    generator = torch.Generator().manual_seed(0)
-
-    def train(engine: Engine, *_: object) -> TrainingResult:
-        made = {}
-        for name, weight in engine.master.snapshot().items():
-            b, a = (
-                torch.randn(s, generator=generator)
-                for s in ((len(weight), 1), (1, weight.shape[1]))
-            )
-            made[name] = Factors(b * 1e-3, a * 1e-2)
-        return TrainingResult(made, LoopResult(1, True, 0.0, 0.0), 0.0)
-
-    monkeypatch.setattr(Engine, "train", train)
+    monkeypatch.setattr(Engine, "train", random_train())

@@ -1,8 +1,9 @@
-"""What tests make of the small model: an engine, a store that is kept for copies, and its state."""
+"""What tests make of the small model: an engine, stores to copy, and helpers that look at them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from kvedit import KnowledgeBase
     from kvedit.events import EditReport
     from kvedit.model.loading import BaseModel
-    from kvedit.training.engine import Engine
+    from kvedit.training.engine import Engine, TrainingResult
 
 
 def make_engine(base: BaseModel) -> Engine:
@@ -30,19 +31,19 @@ def make_engine(base: BaseModel) -> Engine:
         rehearsal_facts=4,
         max_hold_steps=60,
     )
-    made = Engine(base, config)
-    asked = [
+    engine = Engine(base, config)
+    questions = [
         (way.replace("{key}", key), answer)
         for key, answer in KNOWN.items()
         for way in phrasings()[::3]
     ]
-    made.protect(made.renderer.examples(asked))
-    return made
+    engine.protect(engine.renderer.examples(questions))
+    return engine
 
 
 @dataclass(frozen=True)
 class StoreTemplate:
-    """A closed store that tests take copies of, and how it came to be."""
+    """A closed store that tests copy, with the reports, digests and events of its making."""
 
     path: Path
     reports: tuple[EditReport, ...]
@@ -58,11 +59,11 @@ def digest(knowledge: KnowledgeBase) -> str:
 def state(knowledge: KnowledgeBase) -> tuple[Any, ...]:
     """All that a refused edit must leave as it was."""
     store = knowledge.store
-    held = [(r.fact, r.health, r.margin) for r in store.facts("committed")]
+    facts = [(r.fact, r.health, r.margin) for r in store.facts("committed")]
     return (
         digest(knowledge),
         store.head(),
-        held,
+        facts,
         store.revisions(),
         sorted(os.listdir(store.deltas)),
     )
@@ -70,8 +71,8 @@ def state(knowledge: KnowledgeBase) -> tuple[Any, ...]:
 
 def holds(knowledge: KnowledgeBase, key: str, answer: str) -> list[bool]:
     """Whether free generation gives the answer, under phrasings trained and never trained."""
-    asked = (f"What is {key}?", f"Tell me about {key}.", f"What do you know about {key}?")
-    return [knowledge.ask(prompt) == answer for prompt in asked]
+    prompts = (f"What is {key}?", f"Tell me about {key}.", f"What do you know about {key}?")
+    return [knowledge.ask(prompt) == answer for prompt in prompts]
 
 
 def configure(path: Path, **changes: float) -> None:
@@ -79,3 +80,60 @@ def configure(path: Path, **changes: float) -> None:
     from small_model import settings
 
     (path / "kvedit.toml").write_text(settings(**changes), encoding="utf-8")
+
+
+def open_gate(path: Path, **changes: float) -> None:
+    """Settings with which the gate passes everything: for edits whose training is random."""
+    configure(path, recall=0, paraphrase=0, locality=0, retention=0, **changes)
+
+
+def warnings_in(events: Sequence[Any], code: str) -> list[Any]:
+    """The warnings with a code among events."""
+    return [e for e in events if e.message_type == "warning" and e.code == code]
+
+
+def unsound(knowledge: KnowledgeBase) -> list[str]:
+    """What ``doctor`` complains about."""
+    return [finding.what for finding in knowledge.doctor() if finding.level != "ok"]
+
+
+class RaiseOn:
+    """An event handler that raises when an event matches, until ``error`` is set to None."""
+
+    def __init__(self, error: BaseException, matches: Callable[[Any], bool]) -> None:
+        self.error: BaseException | None = error
+        self._matches = matches
+
+    def __call__(self, event: Any) -> None:
+        if self.error is not None and self._matches(event):
+            raise self.error
+
+
+def in_training(error: BaseException) -> RaiseOn:
+    """Raises in the second training step."""
+    return RaiseOn(
+        error, lambda e: e.message_type == "status" and (e.phase, e.step) == ("learn", 2)
+    )
+
+
+def random_train() -> Callable[..., TrainingResult]:
+    """A substitute for ``Engine.train``: a small random delta, another one each time."""
+    import torch
+
+    from kvedit.adapter.deltas import Factors
+    from kvedit.training.engine import TrainingResult
+    from kvedit.training.loop import LoopResult
+
+    generator = torch.Generator().manual_seed(0)
+
+    def train(engine: Engine, *_: object) -> TrainingResult:
+        delta = {}
+        for name, weight in engine.master.snapshot().items():
+            b, a = (
+                torch.randn(s, generator=generator)
+                for s in ((len(weight), 1), (1, weight.shape[1]))
+            )
+            delta[name] = Factors(b * 1e-3, a * 1e-2)
+        return TrainingResult(delta, LoopResult(1, True, 0.0, 0.0), 0.0)
+
+    return train

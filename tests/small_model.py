@@ -1,7 +1,7 @@
 """A base model for tests: small, made here in seconds, and with something to lose.
 
-Llama architecture, 4 blocks of width 64, byte-level BPE of about 500 tokens, chat template, taught
-the answers of ``KNOWN`` by heart under the English phrasings that the package ships.
+Llama architecture, 4 blocks of width 64, byte-level BPE of about 500 tokens, chat template, trained
+on the answers of ``KNOWN`` until it knows them under the English phrasings that the package ships.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ FREE = [
     ("night ferry", "Made of stone in Sorrel Down."),
 ]
 """Facts that it does not know, to be added."""
+
+OTHER = "Made of silk in Tarn."
+"""Another text for one of them."""
 
 
 def phrasings() -> list[str]:
@@ -165,7 +168,8 @@ def build(folder: Path) -> dict[str, Path]:
 SETTINGS = """\
 [protect]
 samples = 96
-max_samples = 96
+max_samples = {max_samples}
+samples_per_fact = {samples_per_fact}
 long_answers = 0
 short_answers = 48
 free_texts = 4
@@ -173,19 +177,20 @@ locality_probes = 8
 [training]
 max_steps = {steps}
 learning_rate = {rate}
-max_penalty = {price}
+max_penalty = {penalty}
 penalty_weight = 60.0
 phrasings_per_step = 3
 rehearsal_facts = 4
 [group]
 batch_size = 4
-epochs = 40
+epochs = {epochs}
 refine_rounds = {rounds}
 step_gain = 0.4
 penalty_scale = 60.0
 reference_texts = 8
 kl_weight = 1.0
 target_margin = 2.0
+compaction_ratio = {compaction}
 [gate]
 min_recall = {recall}
 min_paraphrase = {paraphrase}
@@ -199,10 +204,11 @@ checkpoint_every = {checkpoint_every}
 
 
 def settings(**changes: float) -> str:
-    """A ``kvedit.toml`` that suits the small model: it has little room, so the gate is lenient."""
+    """A ``kvedit.toml`` that suits the small model, with a lenient gate: it has little capacity."""
     values: dict[str, float] = {
-        "steps": 60, "rate": 0.0015, "price": 0.0006, "recall": 1.0, "paraphrase": 0.5,
-        "locality": 0.5, "retention": 1.0, "repairs": 2, "checkpoint_every": 2, "rounds": 2,
+        "steps": 60, "rate": 0.0015, "penalty": 0.0006, "recall": 1.0, "paraphrase": 0.5,
+        "locality": 0.5, "retention": 1.0, "repairs": 2, "checkpoint_every": 2, "epochs": 40,
+        "rounds": 2, "compaction": 0.5, "max_samples": 96, "samples_per_fact": 128,
     }  # fmt: skip
     unknown = changes.keys() - values.keys()
     if unknown:

@@ -47,8 +47,30 @@ def test_killed_at_every_point_of_an_add(small: dict[str, Path]) -> None:
     assert set(heads[:turn]) == {"old"} and set(heads[turn:]) == {"new"}
 
 
+TRANSACTIONS = {
+    "init": ("set_protected", "set_meta"),
+    "update": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
+    "remove": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
+    "rollback": ("plan_edit", "commit_edit"),
+    "compaction": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
+}
+
+
+def test_killed_at_every_step_of_the_journal(small: dict[str, Path]) -> None:
+    """Other commands: before, inside and after each of their transactions; training is random."""
+    lines = rounds(small["bf16"], "--quick", "--points", *TRANSACTIONS)
+    for command, steps in TRANSACTIONS.items():
+        points = {line["point"] for line in lines if line["command"] == command}
+        expected = {f"{when} {step}" for step in steps for when in ("before", "inside", "after")}
+        assert expected <= points, (command, expected - points)
+    for line in lines:
+        # The commit is one point: before it all is old, after it all is new.
+        if line["command"] != "init" and line["point"].endswith("commit_edit"):
+            assert line["head"] == ("new" if line["point"].startswith("after") else "old"), line
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["init", "update", "remove", "rollback", "anew"])
+@pytest.mark.parametrize("command", ["init", "update", "remove", "rollback", "compaction"])
 def test_killed_at_every_point(small: dict[str, Path], command: str) -> None:
     lines = rounds(small["bf16"], "--points", command)
     assert len({line["head"] for line in lines}) == 2
