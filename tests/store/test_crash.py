@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ import pytest
 DRIVER = Path(__file__).parents[1] / "crash_rounds.py"
 
 
-def rounds(model: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run the driver; every round it reports, after checking that none broke a promise."""
+def rounds(model: Path, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run the driver in a folder; every round, after checking that none broke a promise."""
     done = subprocess.run(
         [sys.executable, str(DRIVER), "--model", str(model), *arguments],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(folder)},
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines, done.stderr
@@ -28,8 +29,8 @@ def rounds(model: Path, *arguments: str) -> list[dict[str, Any]]:
     return lines[:-1]
 
 
-def test_killed_at_every_point_of_an_add(small: dict[str, Path]) -> None:
-    lines = rounds(small["bf16"], "--points", "add")
+def test_killed_at_every_point_of_an_add(small: dict[str, Path], ram_path: Path) -> None:
+    lines = rounds(small["bf16"], ram_path, "--points", "add")
     labels = " ".join(line["point"] for line in lines)
     # Before and after each step of the flow, and on both sides of the commit.
     for step in ("put_pending", "plan_edit", "mark_trained", "commit_edit", "add_checkpoint"):
@@ -56,9 +57,9 @@ TRANSACTIONS = {
 }
 
 
-def test_killed_at_every_step_of_the_journal(small: dict[str, Path]) -> None:
+def test_killed_at_every_step_of_the_journal(small: dict[str, Path], ram_path: Path) -> None:
     """Other commands: before, inside and after each of their transactions; training is random."""
-    lines = rounds(small["bf16"], "--quick", "--points", *TRANSACTIONS)
+    lines = rounds(small["bf16"], ram_path, "--quick", "--points", *TRANSACTIONS)
     for command, steps in TRANSACTIONS.items():
         points = {line["point"] for line in lines if line["command"] == command}
         expected = {f"{when} {step}" for step in steps for when in ("before", "inside", "after")}
@@ -71,16 +72,16 @@ def test_killed_at_every_step_of_the_journal(small: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["init", "update", "remove", "rollback", "compaction"])
-def test_killed_at_every_point(small: dict[str, Path], command: str) -> None:
-    lines = rounds(small["bf16"], "--points", command)
+def test_killed_at_every_point(small: dict[str, Path], ram_path: Path, command: str) -> None:
+    lines = rounds(small["bf16"], ram_path, "--points", command)
     assert len({line["head"] for line in lines}) == 2
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(
-    small: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    small: dict[str, Path], ram_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = rounds(small["bf16"], "--rounds", "100")
+    lines = rounds(small["bf16"], ram_path, "--rounds", "100")
     heads = [line["head"] for line in lines]
     with capsys.disabled():
         print(f"\n100 kills: {heads.count('old')} before the commit, {heads.count('new')} after")

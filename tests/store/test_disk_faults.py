@@ -78,14 +78,14 @@ def calls(where: Where, path: Path, code: int, work: Callable[[], object]) -> li
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
 @pytest.mark.parametrize("kind", WORK)
 def test_a_failing_call_leaves_the_store_sound(
-    template: Path, tmp_path: Path, kind: str, where: Where, code: int
+    template: Path, ram_path: Path, kind: str, where: Where, code: int
 ) -> None:
-    spare = copy_of(template, tmp_path / "0")
-    count = len(calls(where, tmp_path, code, lambda: command(spare, kind)))
+    spare = copy_of(template, ram_path / "0")
+    count = len(calls(where, ram_path, code, lambda: command(spare, kind)))
     assert count >= 4
     failures = 0
     for number in range(1, count + 1):
-        path = copy_of(template, tmp_path / str(number))
+        path = copy_of(template, ram_path / str(number))
         fault = Fault(number, code)
         failed = None
         with where(fault, path):
@@ -123,13 +123,13 @@ def check_and_go_on(path: Path, kind: str, label: str, *, whole: bool) -> None:
 
 @pytest.mark.parametrize("code", CODES, ids=NAMES)
 @pytest.mark.parametrize("where", WHERE.values(), ids=WHERE)
-def test_a_failing_call_leaves_no_half_made_store(tmp_path: Path, where: Where, code: int) -> None:
+def test_a_failing_call_leaves_no_half_made_store(ram_path: Path, where: Where, code: int) -> None:
     def create(path: Path) -> None:
         Store.create(path, META).close()
 
-    count = len(calls(where, tmp_path, code, lambda: create(tmp_path / "0")))
+    count = len(calls(where, ram_path, code, lambda: create(ram_path / "0")))
     for number in range(1, count + 1):
-        path = tmp_path / str(number)
+        path = ram_path / str(number)
         fault = Fault(number, code)
         with where(fault, path):
             try:

@@ -89,8 +89,8 @@ def all_broken(template: Path, folder: Path, kind: str) -> tuple[list[str], int]
 
 
 @pytest.mark.parametrize("kind", WORK)
-def test_after_a_power_cut_the_store_is_sound(template: Path, tmp_path: Path, kind: str) -> None:
-    wrong, count = all_broken(template, tmp_path, kind)
+def test_after_a_power_cut_the_store_is_sound(template: Path, ram_path: Path, kind: str) -> None:
+    wrong, count = all_broken(template, ram_path, kind)
     assert wrong == []
     assert count >= 8
 
@@ -99,23 +99,23 @@ def test_after_a_power_cut_the_store_is_sound(template: Path, tmp_path: Path, ki
     "call", ["sync_stream", "sync_directory"], ids=["bytes not synced", "names not synced"]
 )
 def test_a_missing_fsync_would_be_noticed(
-    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    template: Path, ram_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """The check itself: without the sync of a delta the commit names a file that is not there."""
     flush = {"sync_stream": lambda stream: stream.flush(), "sync_directory": lambda folder: None}
     monkeypatch.setattr(files, call, flush[call])
-    wrong, _ = all_broken(template, tmp_path, "add")
+    wrong, _ = all_broken(template, ram_path, "add")
     assert any("delta" in problem for problem in wrong)
 
 
-def test_a_store_that_is_being_made_is_there_or_not(tmp_path: Path) -> None:
-    root = tmp_path / "live"
+def test_a_store_that_is_being_made_is_there_or_not(ram_path: Path) -> None:
+    root = ram_path / "live"
     root.mkdir()
     with recorded(root) as disk:
         Store.create(root / "store", META).close()
     existed = []
     for number, moment in enumerate(disk.moments):
-        left = tmp_path / str(number)
+        left = ram_path / str(number)
         moment.write(left)
         existed.append(Store.exists(left / "store"))
         if not existed[-1]:
