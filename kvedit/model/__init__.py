@@ -1,1 +1,1 @@
-"""A causal language model: loaded, placed, asked, scored.  No store."""
+"""Loading, prompting, generating with and scoring a causal language model.  No store."""

@@ -1,12 +1,11 @@
-"""Where the parts of a model lie: on one device, over several, or in part in memory or on the disk.
+"""A model's devices: one, several, or in part offloaded to memory or the disk.
 
-transformers spreads a model by a device map, and accelerate's hooks carry what goes through it from
-device to device.  Those hooks stand in a module's own ``forward``, and a weight that is kept
-elsewhere until it is needed is on the meta device.
+transformers spreads a model by a device map, and accelerate's hooks carry activations from device
+to device.  Those hooks replace a module's ``forward``; an offloaded weight is on the meta device.
 
 Invariants:
-- What replaces a module's ``forward`` for a while puts back what stood there, hooks included.
-- A matrix that edits touch is real: one that is fetched at need cannot be changed in place.
+- A temporary replacement of a module's ``forward`` restores the earlier one, hooks included.
+- A matrix that edits touch is not offloaded: it could not be changed in place.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from torch import nn
 from kvedit.errors import ModelError
 
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
-_HOW = (
+_MAP_HINT = (
     f"Give one of {', '.join(MODES)}, a device such as cuda:1, or a JSON file of devices by module"
     ' name, such as {"model.embed_tokens": 0, "model.layers.0": "disk", ...}.'
 )
 
 
 def absolute(text: str, folder: Path) -> str:
-    """A device map as it was given; a file's name, found from ``folder``, in full."""
+    """A device map as it was given; a file name relative to ``folder`` as an absolute path."""
     path = folder / Path(text).expanduser()
     return str(path.resolve()) if text and text not in MODES and path.is_file() else text
 
@@ -45,31 +44,33 @@ def read(text: str) -> str | dict[str, int | str]:
     try:
         return {"": str(torch.device(text))}
     except RuntimeError as error:
-        raise ModelError(f"{text!r} is no device map", hint=_HOW) from error
+        raise ModelError(f"{text!r} is no device map", hint=_MAP_HINT) from error
 
 
 def _read_file(path: Path) -> dict[str, int | str]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"the device map {path} cannot be read: {error}", hint=_HOW) from error
-    if not isinstance(found, dict) or not found:
-        raise ModelError(f"the device map {path} is no table of devices", hint=_HOW)
-    if not all(type(device) in (int, str) for device in found.values()):
-        raise ModelError(f"the device map {path} names devices that are none", hint=_HOW)
-    return found
+        raise ModelError(
+            f"the device map {path} cannot be read: {error}", hint=_MAP_HINT
+        ) from error
+    if not isinstance(table, dict) or not table:
+        raise ModelError(f"the device map {path} is no table of devices", hint=_MAP_HINT)
+    if not all(type(device) in (int, str) for device in table.values()):
+        raise ModelError(f"the device map {path} names an unknown device", hint=_MAP_HINT)
+    return table
 
 
 def first_device(model: nn.Module) -> torch.device:
-    """Where tokens are handed in: that of the first parameter that is not kept elsewhere."""
-    found = (p.device for p in model.parameters() if p.device.type != "meta")
-    return next(found, torch.device("cpu"))
+    """The device that takes input tokens: that of the first parameter that is not offloaded."""
+    placed = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(placed, torch.device("cpu"))
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether a model lies on more than a CPU; one without weights, whether it would.
+    """Whether any of a model is on an accelerator; for one without weights, whether it would be.
 
-    Asked in every step: only a model that is spread is looked at as a whole.
+    Called in every step, so all parameters are checked only if the model is spread.
     """
     kinds = (p.device.type for p in model.parameters() if p.device.type != "meta")
     first = next(kinds, None)
@@ -79,25 +80,25 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 def generator(model: nn.Module, seed: int) -> torch.Generator:
-    """A source of random numbers where the model is: what is drawn from it need not travel."""
+    """A random generator on the model's device, so that random numbers need not be copied there."""
     return torch.Generator(first_device(model)).manual_seed(seed)
 
 
 def is_spread(model: Any) -> bool:
-    """Whether a model lies on more than one device."""
+    """Whether a model is on more than one device."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 def require_present(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise ModelError if a matrix that edits touch is kept elsewhere until it is needed."""
-    away = [n for n in names if model.get_submodule(n).weight.device.type == "meta"]
-    if away:
+    """Raise ModelError if a matrix that edits touch is offloaded."""
+    offloaded = [n for n in names if model.get_submodule(n).weight.device.type == "meta"]
+    if offloaded:
         raise ModelError(
-            f"{len(away)} of {len(names)} matrices that edits touch are offloaded to memory or the"
-            f" disk by the device map, {away[0]} among them: they cannot be edited there",
+            f"{len(offloaded)} of {len(names)} matrices that edits touch are offloaded to memory or"
+            f" the disk by the device map, {offloaded[0]} among them: they cannot be edited there",
             hint="Put the layers that edits touch on a device in the device map (the blocks below"
-            " them, the embeddings and the vocabulary projection may be offloaded), or name others"
-            " with --targets.",
+            " them, the embeddings and the vocabulary projection may be offloaded), or choose"
+            " others with --targets.",
         )
 
 

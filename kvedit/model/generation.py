@@ -1,10 +1,10 @@
-"""Letting a model go on: greedy or sampled, many texts at once, with a cache of keys and values.
+"""Generation, greedy or sampled, of many texts at once with a KV cache.
 
 Invariants:
-- Texts of different lengths are padded on the left; what a row says does not depend on the others,
-  but for near-ties (see ``probes``).
+- Texts of different lengths are padded on the left; a row does not depend on the others, except
+  for numerical ties (see ``scoring``).
 - A text never grows beyond the model's context.
-- A model without a cache, or with one that rows cannot be taken from, reads all again.
+- A model without a KV cache, or with one whose rows cannot be selected, recomputes the whole text.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import MAX_BATCH_ROWS
 
 MAX_KV_CACHE_BYTES = 1 << 30
-"""Of keys and values that are kept for rows that branch; more rows than fit read all again."""
+"""A round number.  Rows that branch beyond it are recomputed without a cache."""
 MAX_ACCELERATOR_ROWS = 1024
-"""In a batch on an accelerator, which a small model's rows do not fill."""
+"""In a batch on an accelerator, where a small model's rows would leave most of it idle."""
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continue each prefix by up to ``limit`` tokens; the end token, or any of them, is left out.
+    """Continue each prefix by up to ``limit`` tokens; the end tokens ``end`` are left out.
 
     Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
     left where they differ.  Decoding stops where the model's context ends.
@@ -48,10 +48,11 @@ def generate(
     texts: list[list[int]] = [[] for _ in prefixes]
     context = context_of(model)
     longest = max(map(len, prefixes), default=0) + limit
-    for part in _batches(model, prefixes, max_batch_rows(model, longest)):
-        room = min(limit, context - len(prefixes[part[-1]]))
-        run = Decoding(model, [prefixes[i] for i in part])
-        for index, row in zip(part, _finish(run, end, room, temperature, generator), strict=True):
+    for batch in _batches(model, prefixes, max_batch_rows(model, longest)):
+        tokens = min(limit, context - len(prefixes[batch[-1]]))
+        run = Decoding(model, [prefixes[i] for i in batch])
+        rows = _finish(run, end, tokens, temperature, generator)
+        for index, row in zip(batch, rows, strict=True):
             texts[index] = row
     return texts
 
@@ -63,43 +64,43 @@ def _finish(
     temperature: float,
     generator: torch.Generator | None,
 ) -> list[list[int]]:
-    """Decode until all rows have ended or have ``limit`` tokens; rows that have ended leave."""
+    """Decode until all rows have ended or have ``limit`` tokens; ended rows leave the batch."""
     ends = frozenset({end}) if isinstance(end, int) else end
-    alive = list(range(run.rows))
-    texts: list[list[int]] = [[] for _ in alive]
+    active = list(range(run.rows))
+    texts: list[list[int]] = [[] for _ in active]
     ended: set[int] = set()
     for _ in range(limit):
         chosen = _choose(run.next_logits(), temperature, generator)
-        for row, token in zip(alive, chosen.tolist(), strict=True):
+        for row, token in zip(active, chosen.tolist(), strict=True):
             if token in ends:
                 ended.add(row)
             elif row not in ended:
                 texts[row].append(token)
-        going = [at for at, row in enumerate(alive) if row not in ended]
-        if not going:
+        unfinished = [at for at, row in enumerate(active) if row not in ended]
+        if not unfinished:
             break
-        few = len(going) <= len(alive) * 3 // 4  # copying the cache costs: when it pays
-        if few and run.divisible:
-            kept = torch.tensor(going, device=chosen.device)
-            run.go_on(chosen[kept], kept)
-            alive = [alive[at] for at in going]
+        # Copying the KV cache costs: it pays once a quarter of the rows have ended.
+        if len(unfinished) <= len(active) * 3 // 4 and run.can_select_rows:
+            rows = torch.tensor(unfinished, device=chosen.device)
+            run.append(chosen[rows], rows)
+            active = [active[at] for at in unfinished]
         else:
-            run.go_on(chosen)
+            run.append(chosen)
     return texts
 
 
 def generated(
-    examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
+    examples: Sequence[Example], end: int, decode: Callable[..., list[list[int]]]
 ) -> list[list[int]]:
-    """What is answered by real greedy generation, as tokens, up to a little more than the longest
-    answer expected; ``proceed`` as ``generate`` of a model.
+    """Answers by greedy generation, as tokens, one token longer at most than the longest expected
+    answer; ``decode`` is ``generate`` with its model bound.
     """
     limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
-    return proceed([e.ids[: e.start] for e in examples], end=end, limit=limit)
+    return decode([e.ids[: e.start] for e in examples], end=end, limit=limit)
 
 
 def recalled(examples: Sequence[Example], rows: Sequence[Sequence[int]], end: int) -> list[bool]:
-    """Whether what was ``generated`` is exactly what is expected, tokens and end compared."""
+    """Whether each row of ``generated`` tokens is exactly the expected answer and its end."""
     return [
         (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
         for row, e in zip(rows, examples, strict=True)
@@ -107,24 +108,24 @@ def recalled(examples: Sequence[Example], rows: Sequence[Sequence[int]], end: in
 
 
 def generated_recall_of(
-    examples: Sequence[Example], end: int, proceed: Callable[..., list[list[int]]]
+    examples: Sequence[Example], end: int, decode: Callable[..., list[list[int]]]
 ) -> list[bool]:
-    """Exact recall by real greedy generation; ``proceed`` as ``generate`` of a model."""
-    return recalled(examples, generated(examples, end, proceed), end)
+    """Exact recall by greedy generation; ``decode`` is ``generate`` with its model bound."""
+    return recalled(examples, generated(examples, end, decode), end)
 
 
 def max_batch_rows(model: Any, tokens: int) -> int:
-    """How many texts of so many tokens go on together: on an accelerator more, where their keys and
-    values fit.
+    """The number of texts of ``tokens`` tokens in a batch; an accelerator takes more, as far as
+    their KV cache fits.
     """
     if not is_accelerated(model):
         return MAX_BATCH_ROWS
-    fitting = MAX_KV_CACHE_BYTES // max(1, tokens * _cached_a_token(model))
+    fitting = MAX_KV_CACHE_BYTES // max(1, tokens * _cache_bytes_per_token(model))
     return max(MAX_BATCH_ROWS, min(MAX_ACCELERATOR_ROWS, fitting))
 
 
-def _cached_a_token(model: Any) -> int:
-    """Bytes of keys and values, as the configuration says; taken for large where it does not."""
+def _cache_bytes_per_token(model: Any) -> int:
+    """Bytes of keys and values by the configuration; assumed to be large if it does not say."""
     config = model.config.get_text_config()
     try:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -135,13 +136,12 @@ def _cached_a_token(model: Any) -> int:
 
 
 def _batches(model: Any, prefixes: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
-    """Indices by length; of one length each for a model whose own code may not know padding."""
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    alike = has_own_code(model)
+    """Indices by length, of equal length for a model whose own code may not support padding."""
+    equal_length = has_own_code(model)
     batch: list[int] = []
-    for index in order:
-        other = alike and batch and len(prefixes[batch[0]]) != len(prefixes[index])
-        if batch and (other or len(batch) >= rows):
+    for index in sorted(range(len(prefixes)), key=lambda i: len(prefixes[i])):
+        longer = batch and len(prefixes[index]) > len(prefixes[batch[0]])
+        if batch and ((equal_length and longer) or len(batch) >= rows):
             yield batch
             batch = []
         batch.append(index)
@@ -150,7 +150,7 @@ def _batches(model: Any, prefixes: Sequence[Sequence[int]], rows: int) -> Iterat
 
 
 class Decoding:
-    """Texts that are continued together, a token at a time; rows may leave, or branch."""
+    """Texts that are continued together, one token at a time; rows may be dropped or repeated."""
 
     def __init__(self, model: Any, prefixes: Sequence[Sequence[int]]) -> None:
         self._model = model
@@ -163,29 +163,28 @@ class Decoding:
             mask[row, width - len(prefix) :] = 1
         self._padded = not bool(mask.all())
         self.ids, self._mask = ids.to(device), mask.to(device)
-        self._unread = self.ids
+        self._new_ids = self.ids  # not in the cache yet
         self._cache: Any = None
-        self._large = False  # too many rows to keep a cache of
+        self._uncached = False  # there are too many rows for a KV cache
 
     @property
     def rows(self) -> int:
-        """How many texts there are."""
+        """The number of texts."""
         return len(self.ids)
 
     @property
-    def divisible(self) -> bool:
-        """Whether some rows can go on without the others, with what is cached of them.
-
-        Of custom code's tuples which side is the row is not for us to guess.
+    def can_select_rows(self) -> bool:
+        """Whether rows can be selected from the KV cache: not from the tuples of custom code, of
+        which the row dimension is unknown.
         """
         return not self._cache or hasattr(self._cache, "batch_select_indices")
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
-        """(rows, vocabulary): what the model says after all that was chosen; asked for once before
-        each ``go_on``.
+        """(rows, vocabulary): logits of each text's next token; to be called once before each
+        ``append``.
         """
-        if self._large:
+        if self._uncached:
             parts = (
                 self.ids[at : at + MAX_BATCH_ROWS] for at in range(0, self.rows, MAX_BATCH_ROWS)
             )
@@ -193,38 +192,38 @@ class Decoding:
         extra: dict[str, Tensor] = {}
         if self._padded:
             extra["attention_mask"] = self._mask
-            if _takes_positions(type(self._model).forward):  # its own may be a hook
+            if _takes_positions(type(self._model).forward):  # the instance's may be a hook
                 positions = self._mask.cumsum(1).sub(1).clamp_min(0)
-                extra["position_ids"] = positions[:, -self._unread.shape[1] :]
+                extra["position_ids"] = positions[:, -self._new_ids.shape[1] :]
         out = self._model(
-            input_ids=self._unread, past_key_values=self._cache, use_cache=True, **extra
+            input_ids=self._new_ids, past_key_values=self._cache, use_cache=True, **extra
         )
         self._cache = getattr(out, "past_key_values", None)
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def go_on(self, tokens: Tensor, rows: Tensor | None = None) -> None:
-        """Let ``rows`` (N,), which may repeat, go on with ``tokens`` (N,); by default all."""
+    def append(self, tokens: Tensor, rows: Tensor | None = None) -> None:
+        """Continue ``rows`` (N,), which may repeat, by ``tokens`` (N,); by default all rows."""
         if rows is not None:
-            self._take(rows)
+            self._select(rows)
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        self._unread = tokens[:, None] if self._cache else self.ids
+        self._new_ids = tokens[:, None] if self._cache else self.ids
 
-    def _take(self, rows: Tensor) -> None:
-        more = len(rows) / self.rows
-        grown = more > 1 and self._bytes() * more > MAX_KV_CACHE_BYTES
-        still = self._large and len(rows) > MAX_BATCH_ROWS
-        self._large = not self._padded and (grown or still)
+    def _select(self, rows: Tensor) -> None:
+        growth = len(rows) / self.rows
+        too_large = growth > 1 and self._cache_bytes() * growth > MAX_KV_CACHE_BYTES
+        still_too_large = self._uncached and len(rows) > MAX_BATCH_ROWS
+        self._uncached = not self._padded and (too_large or still_too_large)
         self.ids, self._mask = self.ids[rows], self._mask[rows]
-        if self._cache and self.divisible and not self._large:
-            # A cache over several devices takes indices from the CPU alone.
+        if self._cache and self.can_select_rows and not self._uncached:
+            # A cache over several devices takes indices from the CPU only.
             self._cache.batch_select_indices(rows.cpu() if is_spread(self._model) else rows)
         else:
             self._cache = None
 
-    def _bytes(self) -> float:
-        """What is cached; infinite where that cannot be told."""
+    def _cache_bytes(self) -> float:
+        """Bytes of the KV cache; infinite for a cache of an unknown kind."""
         layers = getattr(self._cache, "layers", None)
         if not layers or not all(hasattr(layer, "keys") for layer in layers):
             return math.inf

@@ -6,7 +6,7 @@ Invariants:
   generation share ``Renderer.prefix``.
 - An answer ends with the token that ends the model's turns, so that recall includes knowing when
   to stop.
-- An answer's tokens are those of the whole text: what a tokenizer makes of it alone may be other.
+- An answer's tokens are those it has within the whole text, which may differ from its tokens alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kvedit.config import PromptsConfig
 from kvedit.errors import InvalidFactError, ModelError, TextTooLongError, UsageError
 from kvedit.facts.fact import Fact
 
-SHIPPED = Path(__file__).parents[1] / "data" / "phrasings"
-PLACE = "{key}"
+SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
+KEY_PLACEHOLDER = "{key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Phrasings:
-    """The ways to ask for a key in one language, and in others (``cross``)."""
+    """Phrasings of a question for a key, in the fact's language and in others (``cross``)."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -38,12 +38,16 @@ class Phrasings:
 
 @cache
 def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
-    """The phrasings of a language: a store's own file where it has one, the shipped ones else.
+    """The phrasings of a language: a store's own file if it has one, else the shipped one.
 
-    Raises UsageError for a file that is broken, empty, or asks without the key.
+    Raises UsageError for a file that is broken or empty, or a phrasing without the key.
     """
-    own = override / f"{language}.toml" if override else None
-    path = own if own is not None and own.is_file() else SHIPPED / f"{language}.toml"
+    custom = override / f"{language}.toml" if override else None
+    path = (
+        custom
+        if custom is not None and custom.is_file()
+        else SHIPPED_PHRASINGS / f"{language}.toml"
+    )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -51,45 +55,47 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     cross = table.get("cross", {})
     if not isinstance(cross, dict):
         raise UsageError(f"{path}: cross must be a table", hint="Write [cross] on its own line.")
-    found = Phrasings(
+    phrasings = Phrasings(
         *(_phrasings(path, table, name) for name in ("train", "held_out")),
         *(_phrasings(path, cross, name) for name in ("train", "held_out")),
     )
-    trained = {*found.train, *found.cross_train}
-    both = trained.intersection({*found.held_out, *found.cross_held_out})
+    trained = {*phrasings.train, *phrasings.cross_train}
+    both = trained.intersection({*phrasings.held_out, *phrasings.cross_held_out})
     if both:
         raise UsageError(f"{path} both trains and holds out {sorted(both)[0]!r}")
-    if not found.train or not found.held_out:
+    if not phrasings.train or not phrasings.held_out:
         raise UsageError(f"{path} needs `train` and `held_out`, each with a phrasing or more")
-    return found
+    return phrasings
 
 
 def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = table.get(name, [])
     for value in values:
-        if not isinstance(value, str) or PLACE not in value:
-            raise UsageError(f"{path}: {value!r} in {name} must be a text that contains {PLACE}")
+        if not isinstance(value, str) or KEY_PLACEHOLDER not in value:
+            raise UsageError(
+                f"{path}: {value!r} in {name} must be a text that contains {KEY_PLACEHOLDER}"
+            )
     return tuple(values)
 
 
 def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """The prompts a fact is trained on: the shipped phrasings of its names, then its own."""
-    ways = load_phrasings(fact.lang, override)
-    shipped = [_fill(way, fact.key) for way in (*ways.train, *ways.cross_train)]
-    aliases = [_fill(way, alias) for alias in fact.aliases for way in ways.train[:3]]
+    phrasings = load_phrasings(fact.lang, override)
+    shipped = [_fill(one, fact.key) for one in (*phrasings.train, *phrasings.cross_train)]
+    aliases = [_fill(one, alias) for alias in fact.aliases for one in phrasings.train[:3]]
     return _unique([*shipped, *aliases, *fact.prompts])
 
 
 def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """Prompts for the same fact that no edit ever trains on."""
-    ways = load_phrasings(fact.lang, override)
-    shipped = [_fill(way, fact.key) for way in (*ways.held_out, *ways.cross_held_out)]
+    phrasings = load_phrasings(fact.lang, override)
+    shipped = [_fill(one, fact.key) for one in (*phrasings.held_out, *phrasings.cross_held_out)]
     trained = set(training_prompts(fact, override))
     return tuple(p for p in _unique([*shipped, *fact.paraphrases]) if p not in trained)
 
 
-def _fill(way: str, key: str) -> str:
-    return way.replace(PLACE, key)
+def _fill(phrasing: str, key: str) -> str:
+    return phrasing.replace(KEY_PLACEHOLDER, key)
 
 
 def _unique(values: Iterable[str]) -> tuple[str, ...]:
@@ -107,7 +113,7 @@ class Example:
 
 
 class Renderer:
-    """Turns prompts and answers into tokens, in the form in which the model is asked.
+    """Turns prompts and answers into tokens by the model's template.
 
     That is its chat template; else the ``build_prompt`` of a tokenizer with its own code (ChatGLM);
     else ``[prompts] fallback_template``.
@@ -123,129 +129,130 @@ class Renderer:
         stops: Iterable[int] = (),
     ) -> None:
         """``context`` is the longest text in tokens; ``end`` the token that ends an answer;
-        ``stops`` are more tokens at which generation ends.
+        ``stops`` are further tokens at which generation ends.
         """
         self._tokenizer = tokenizer
         self._prompts = prompts or PromptsConfig()
         self.context = context
         self.chat = bool(getattr(tokenizer, "chat_template", None))
-        self._form = self._prompts.fallback_template.rstrip(
-            " "
-        )  # the space belongs to the answer's first token
-        if "{prompt}" not in self._form:
+        # A space at the end belongs to the answer's first token.
+        self._template = self._prompts.fallback_template.rstrip(" ")
+        if "{prompt}" not in self._template:
             raise UsageError("[prompts] fallback_template must contain {prompt}")
-        self._opening = [] if self.chat else self._added_before()
+        self._special_prefix = [] if self.chat else self._find_special_prefix()
         self.end: int = self._find_end() if end is None else end
         self.stops = frozenset({self.end, *stops})
 
-    def _added_before(self) -> list[int]:
-        """What the tokenizer itself puts before a text: a BOS for some, nothing for others."""
-        alone, whole = self.tokens("a"), list(self._tokenizer("a")["input_ids"])
-        for at in range(len(whole)):
-            if whole[at : at + len(alone)] == alone:
-                return whole[:at]
+    def _find_special_prefix(self) -> list[int]:
+        """Tokens that the tokenizer itself puts before a text: a BOS token for some, else none."""
+        bare, complete = self.tokens("a"), list(self._tokenizer("a")["input_ids"])
+        for at in range(len(complete)):
+            if complete[at : at + len(bare)] == bare:
+                return complete[:at]
         return []
 
     def _find_end(self) -> int:
-        """The special token after an assistant's turn; the end of sequence where there is none."""
-        found = self._end_of_turn() if self.chat else None
-        found = self._tokenizer.eos_token_id if found is None else found
-        if found is None:
+        """The special token after an assistant's turn, else the end of sequence."""
+        end = self._end_of_turn() if self.chat else None
+        end = self._tokenizer.eos_token_id if end is None else end
+        if end is None:
             raise ModelError(
                 "the tokenizer has no end-of-sequence token",
                 hint="Set eos_token in its tokenizer_config.json.",
             )
-        return int(found)
+        return int(end)
 
     def _end_of_turn(self) -> int | None:
-        mark = "kvedit"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        _, _, after = self._apply(turns, speak=False).rpartition(mark)
+        marker = "kvedit"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        _, _, after = self._apply_template(turns, generation_prompt=False).rpartition(marker)
         special = set(self._tokenizer.all_special_ids)
         special |= {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
         return next((token for token in self.tokens(after) if token in special), None)
 
     @cached_property
-    def pieces(self) -> list[str]:
-        """Every token as the tokenizer writes it, by its number; not always text by itself."""
+    def token_strings(self) -> list[str]:
+        """The tokenizer's string of every token id; not always text by itself."""
         tokenizer = self._tokenizer
-        found: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        return found
+        strings: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        return strings
 
     @property
     def begin(self) -> int:
-        """The token that free text begins after."""
-        found = self._tokenizer.bos_token_id
-        return int(self.end if found is None else found)
+        """The token that starts free text: the beginning of sequence, else the end token."""
+        begin = self._tokenizer.bos_token_id
+        return int(self.end if begin is None else begin)
 
     def empty_user_turn(self) -> tuple[list[int], int] | None:
-        """The tokens before a user's words and the first one after them; None without a template.
+        """The tokens before a user's message and the first one after it; None without a template.
 
-        A model that continues the first with what it would have a user say stops at the second.
+        A model that continues the former writes a user's message and then the latter.
         """
         if not self.chat:
             return None
-        mark = "kvedit"
-        rendered = self._written([{"role": "user", "content": mark}])
-        before, _, after = rendered.partition(mark)
+        marker = "kvedit"
+        rendered = self._render([{"role": "user", "content": marker}])
+        before, _, after = rendered.partition(marker)
         return self.tokens(before), self.tokens(after)[0]
 
     def tokens(self, text: str) -> list[int]:
-        """A piece of text as tokens, nothing added."""
+        """A text as tokens, without special tokens added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
-        """Tokens as text, special ones left out."""
+        """Tokens as text, without special tokens."""
         decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """A generated answer, without the space that parts it from the form."""
+        """A generated answer, without the space between template and answer."""
         text = self.text(ids)
-        return text.removeprefix(" ") if self._parted else text
+        return text.removeprefix(" ") if self._starts_with_space else text
 
     @property
-    def _parted(self) -> bool:
-        """Whether a space stands before answers: the form ends in a word or a colon."""
-        return not self.chat and not self._builds and not self._form[-1].isspace()
+    def _starts_with_space(self) -> bool:
+        """Whether answers start with a space: the template ends in a word or a colon."""
+        return not self.chat and not self._builds_prompts and not self._template[-1].isspace()
 
     @property
-    def _builds(self) -> bool:
+    def _builds_prompts(self) -> bool:
         return callable(getattr(self._tokenizer, "build_prompt", None))
 
     def prefix(self, prompt: str) -> list[int]:
-        """All that stands before the answer."""
+        """All tokens before the answer."""
         return self.dialogue([{"role": "user", "content": prompt}])
 
     def dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation up to where the model is to speak."""
-        return [*self._opening, *self.tokens(self._written(messages))]
+        """A conversation as tokens, up to the model's next turn."""
+        return [*self._special_prefix, *self.tokens(self._render(messages))]
 
-    def _written(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation as text, up to where the model is to speak."""
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as text, up to the model's next turn."""
         system = self._prompts.system
         turns = list(messages)
         if system and not (turns and turns[0]["role"] == "system"):
             turns.insert(0, {"role": "system", "content": system})
         if self.chat:
-            return self._apply(turns, speak=True)
+            return self._apply_template(turns, generation_prompt=True)
         *before, last = [turn["content"] for turn in turns]
-        if self._builds:
-            told = "" if turns[0]["role"] != "system" else before.pop(0) + "\n"
+        if self._builds_prompts:
+            system_text = "" if turns[0]["role"] != "system" else before.pop(0) + "\n"
             pairs = list(zip(before[::2], before[1::2], strict=False))
-            return told + str(self._tokenizer.build_prompt(last, pairs))
-        return "".join(f"{text}\n" for text in before) + self._form.replace("{prompt}", last)
+            return system_text + str(self._tokenizer.build_prompt(last, pairs))
+        return "".join(f"{text}\n" for text in before) + self._template.replace("{prompt}", last)
 
-    def _apply(self, turns: Sequence[Mapping[str, str]], *, speak: bool) -> str:
-        """The chat template; raises UsageError, with the template's words, when it refuses."""
+    def _apply_template(
+        self, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool
+    ) -> str:
+        """Apply the chat template; raises UsageError, with its message, when it refuses."""
         from jinja2 import TemplateError
 
         try:
             rendered: str = self._tokenizer.apply_chat_template(
                 list(turns),
                 tokenize=False,
-                add_generation_prompt=speak,
+                add_generation_prompt=generation_prompt,
                 **self._prompts.template_options,
             )
         except TemplateError as error:
@@ -256,49 +263,51 @@ class Renderer:
         return rendered
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
-        """The answer as the model would say it after the prompt.
+        """The answer as the model would generate it after the prompt.
 
-        Tokenised together with what stands before it: alone, a SentencePiece tokenizer would begin
-        it with a space.  Where both melt into one token at the border, the model could not say it,
-        and the answer is tokenised after a line break.
+        Tokenized together with the prompt: alone, a SentencePiece tokenizer would start it with a
+        space.  Where the two share a token at the border, the model could not generate the answer,
+        which is then tokenized after a line break.
         """
-        space = " " if self._parted and not _ideograph(answer[:1]) else ""
-        for before in (self._written([{"role": "user", "content": prompt}]), "\n"):
-            alone = self.tokens(before)
-            whole = self.tokens(before + space + answer)
-            if whole[: len(alone)] == alone:
-                return whole[len(alone) :]
+        space = " " if self._starts_with_space and not _is_ideograph(answer[:1]) else ""
+        for before in (self._render([{"role": "user", "content": prompt}]), "\n"):
+            prefix = self.tokens(before)
+            tokens = self.tokens(before + space + answer)
+            if tokens[: len(prefix)] == prefix:
+                return tokens[len(prefix) :]
         return self.tokens(space + answer)
 
-    def shown(self, example: Example) -> list[str]:
-        """An example for the eye: its text with the answer marked, and its tokens."""
-        ids = list(example.ids)
-        marked = [
-            self._tokenizer.decode(part) for part in (ids[: example.start], ids[example.start :])
-        ]
-        pieces = [repr(self._tokenizer.decode([token])) for token in ids]
+    def describe(self, example: Example) -> list[str]:
+        """An example for people: the texts of prompt and answer, and their tokens."""
+        parts = example.ids[: example.start], example.ids[example.start :]
+        prompt, answer = (self._tokenizer.decode(list(part)) for part in parts)
+        tokens = [" ".join(repr(self._tokenizer.decode([i])) for i in part) for part in parts]
         return [
-            f"prompt  {marked[0]!r}",
-            f"answer  {marked[1]!r}",
-            f"tokens  {' '.join(pieces[: example.start])}  |  {' '.join(pieces[example.start :])}",
+            f"prompt  {prompt!r}",
+            f"answer  {answer!r}",
+            f"tokens  {tokens[0]}  |  {tokens[1]}",
         ]
 
     def example(self, prompt: str, answer: str, *, ended: bool = True) -> Example:
-        """Raises TextTooLongError, which says how long is too long; InvalidFactError."""
+        """A prompt with its answer.
+
+        Raises TextTooLongError, with the length that fits, and InvalidFactError.
+        """
         before, after = self.prefix(prompt), self._answer_tokens(prompt, answer)
         if self.end in after:
-            mark = self._tokenizer.decode([self.end])
+            end = self._tokenizer.decode([self.end])
             raise InvalidFactError(
-                f"the text contains {mark!r}, with which the model ends every answer",
-                hint="Leave it out: nothing after it could ever be answered.",
+                f"the text contains {end!r}, with which the model ends every answer",
+                hint="Leave it out: nothing after it could ever be generated.",
             )
         after = [*after, self.end] if ended else after
         if len(before) + len(after) > self.context:
-            room = max(0, self.context - len(before) - 1)
+            available = max(0, self.context - len(before) - 1)
+            characters = int(len(answer) * available / max(1, len(after) - 1))
             raise TextTooLongError(
                 f"the text has {len(after) - 1} tokens, but after the prompt {prompt!r:.60} only"
-                f" {room} of the model's {self.context} are left",
-                hint=f"Shorten the text to about {_characters(answer, after, room)} characters.",
+                f" {available} of the model's {self.context} are left",
+                hint=f"Shorten the text to about {characters} characters.",
             )
         return Example((*before, *after), len(before), prompt, answer)
 
@@ -307,10 +316,6 @@ class Renderer:
         return [self.example(prompt, answer) for prompt, answer in pairs]
 
 
-def _ideograph(sign: str) -> bool:
-    """Whether a sign is Chinese or full-width: no space stands before it."""
-    return bool(sign) and "\u2e80" <= sign <= "\uffef"
-
-
-def _characters(answer: str, tokens: Sequence[int], room: int) -> int:
-    return int(len(answer) * room / max(1, len(tokens) - 1))
+def _is_ideograph(character: str) -> bool:
+    """Whether a character is Chinese or full-width: no space is written before it."""
+    return bool(character) and "\u2e80" <= character <= "\uffef"

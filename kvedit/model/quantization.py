@@ -1,16 +1,16 @@
-"""Bases in 4 or 8 bits (bitsandbytes): the layers that edits touch are unpacked, the rest stays so.
+"""Base models in 4 or 8 bits (bitsandbytes): the layers that edits touch are dequantized.
 
-A delta cannot be added to packed weights: at 4 bits a step of a weight is a hundred times what an
-edit moves.  So the touched matrices are replaced by plain ones that hold what the packed ones stand
-for, in the dtype that the model computes in.  That is exact, for it is what the packed layers
-multiply with, and everything that holds for a plain base (the merge, the gate on what is served,
-digests, undoing) holds for them without a second way of serving.  The alternative, a side path of
-low rank beside packed weights, would be gated in another arithmetic than a merge and would grow
-with every edit.  What it costs is the memory of the touched layers at their full width.
+A delta cannot be added to quantized weights: at 4 bits a step of a weight is a hundred times as
+large as an edit's change.  So the edited matrices are replaced by plain ones with the dequantized
+values, in the dtype that the model computes in.  That is exact, since quantized layers multiply
+with those values, and the merge, the gate on served weights, digests and rollback work as for a
+plain base.  The alternative, a low-rank path beside quantized weights, would be gated in another
+arithmetic than a merge and would grow with every edit.  The cost is memory: the edited layers at
+full width.
 
 Invariants:
-- Packed weights are never written to.
-- The untouched layers stay as they were loaded.
+- Quantized weights are never written to.
+- The layers that edits do not touch stay as they were loaded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kvedit.errors import ModelError, UsageError
 
 KINDS = ("4bit", "8bit")
 _METHOD = "bitsandbytes"
-_ABSMAX = 0.5
-"""Bits a weight that the scales of 4-bit blocks take: one fp32 number for 64 weights."""
+_SCALE_BITS = 0.5
+"""Bits per weight of the scales of 4-bit blocks: one fp32 number for 64 weights."""
 
 
-def options(source: str, load_in: str, **known: Any) -> dict[str, Any]:
-    """What transformers needs to pack a model while it loads it; nothing for "".
+def options(source: str, load_in: str, **location: Any) -> dict[str, Any]:
+    """Arguments with which transformers quantizes a model while it loads it; none for "".
 
-    ``load_in`` is one of ``KINDS``.  Raises ModelError where bitsandbytes is not installed.
+    ``load_in`` is one of ``KINDS``.  Raises ModelError if bitsandbytes is not installed.
     """
     if not load_in:
         return {}
@@ -40,15 +40,16 @@ def options(source: str, load_in: str, **known: Any) -> dict[str, Any]:
         raise ModelError(f"a model cannot be loaded in {load_in!r}", hint="Known: 4bit, 8bit.")
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    make: Any = BitsAndBytesConfig
+    config: Any = BitsAndBytesConfig
     try:
         if load_in == "8bit":
-            return {"quantization_config": make(load_in_8bit=True)}
-        dtype = AutoConfig.from_pretrained(source, **known).dtype or torch.float32
-        packed = make(
+            return {"quantization_config": config(load_in_8bit=True)}
+        dtype = AutoConfig.from_pretrained(source, **location).dtype or torch.float32
+        # The default would compute in fp32 instead of the model's own dtype.
+        four_bit = config(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )  # in its own dtype: the default would compute in fp32
-        return {"quantization_config": packed}
+        )
+        return {"quantization_config": four_bit}
     except ImportError as error:
         raise ModelError(
             f"loading in {load_in} needs bitsandbytes", hint="pip install bitsandbytes"
@@ -56,86 +57,86 @@ def options(source: str, load_in: str, **known: Any) -> dict[str, Any]:
 
 
 def method(model: Any) -> str:
-    """How a model is quantised, as transformers calls it; "" if it is not."""
+    """The quantization method by transformers' name; "" if the model is not quantized."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return "unknown" if getattr(model, "is_quantized", False) else ""
-    found = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-    return str(getattr(found, "value", found) or "unknown")
+    name = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(name, "value", name) or "unknown")
 
 
 def bits(config: Any, load_in: str) -> float | None:
-    """How many bits a packed weight takes, scales included; None if there are none.
+    """Bits of a quantized weight, scales included; None if the model is not quantized.
 
-    ``config`` is a model's configuration, which says so where the weights are stored packed.
+    ``config`` is the model's configuration, which says so if the weights are stored quantized.
     """
     settings = getattr(config, "quantization_config", None)
     stored = settings if isinstance(settings, dict) else vars(settings) if settings else {}
     four = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
     eight = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
     if load_in == "4bit" or four:
-        return 4 + _ABSMAX
+        return 4 + _SCALE_BITS
     return 8.0 if load_in == "8bit" or eight else None
 
 
 def refuse_unknown(source: str, model: Any) -> None:
-    """Raise ModelError for packed weights of a kind that cannot be unpacked here."""
+    """Raise ModelError for weights quantized by another method than bitsandbytes."""
     kind = method(model)
     if kind in ("", _METHOD):
         return
     raise ModelError(
-        f"the weights of {source} are quantised ({kind}): edits cannot be merged into them",
+        f"the weights of {source} are quantized ({kind}): edits cannot be merged into them",
         hint="Edit the model in float32, bfloat16 or float16 (or in 4 or 8 bits of bitsandbytes),"
-        " export it, and quantise the export; or export --format peft and put the adapter over the"
-        " quantised base.",
+        " export it, and quantize the export; or export --format peft and put the adapter over the"
+        " quantized base.",
     )
 
 
 def refuse_whole_export(model: Any) -> None:
-    """Raise UsageError: a folder of packed weights cannot hold edits."""
+    """Raise UsageError if the model is quantized: a folder of such weights cannot hold edits."""
     if kind := method(model):
         raise UsageError(
-            f"the base is quantised ({kind}): edits cannot be merged into packed weights",
-            hint="Write them as an adapter over the quantised base: kvedit export --format peft."
-            " For a whole model, make a store for the unquantised base.",
+            f"the base model is quantized ({kind}): edits cannot be merged into it",
+            hint="Write them as an adapter over the quantized base: kvedit export --format peft."
+            " For a whole model, make a store for the model that is not quantized.",
         )
 
 
-def unpack(model: nn.Module, names: Sequence[str]) -> None:
-    """Replace the packed layers among the named ones by plain ones, in place."""
+def dequantize(model: nn.Module, names: Sequence[str]) -> None:
+    """Replace the quantized layers among the named ones by plain ones, in place."""
     for name in names:
         layer = model.get_submodule(name)
-        weight = _unpacked(layer)
+        weight = _dequantized(layer)
         if weight is not None:
             parent, _, last = name.rpartition(".")
             plain = _plain(layer, weight.to(model.dtype))  # type: ignore[arg-type]
             setattr(model.get_submodule(parent), last, plain)
 
 
-def _unpacked(layer: Any) -> Tensor | None:
-    """(out, in): what a packed layer multiplies with; None for one that is not packed."""
+def _dequantized(layer: Any) -> Tensor | None:
+    """(out, in): the weight of a quantized layer; None for one that is not quantized."""
     kinds = {kind.__name__ for kind in type(layer).__mro__}
     weight = layer.weight
     if "Linear4bit" in kinds:
         from bitsandbytes.functional import dequantize_4bit
 
-        found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-        return found
-    if "Linear8bitLt" in kinds:  # codes from -127 to 127, a scale for each row
+        plain: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return plain
+    if "Linear8bitLt" in kinds:  # integers from -127 to 127, a scale for each row
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
-        whole: Tensor = weight.data.float() * (scales.float()[:, None] / 127)
-        return whole
+        scaled: Tensor = weight.data.float() * (scales.float()[:, None] / 127)
+        return scaled
     return None
 
 
 def _plain(layer: Any, weight: Tensor) -> nn.Linear:
-    """A linear layer that holds these weights and what else the packed one had."""
-    out, into = weight.shape
-    made = nn.Linear(into, out, bias=False, device="meta", dtype=weight.dtype)
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    made.bias = layer.bias
+    """A linear layer with these weights, and the bias and hook of the quantized one."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.bias = layer.bias
     if hook := getattr(layer, "_hf_hook", None):
         from accelerate.hooks import add_hook_to_module
 
-        add_hook_to_module(made, hook)
-    return made.eval()
+        add_hook_to_module(linear, hook)
+    return linear.eval()

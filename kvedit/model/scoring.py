@@ -112,7 +112,7 @@ class TokenMargins:
     rows: Tensor
 
     def margins(self, count: int) -> Tensor:
-        """(count,): the smallest margin of each of ``count`` examples; inf for one without tokens."""
+        """(count,): the smallest margin of each example, inf for one without tokens."""
         return self._smallest(self.token_margins, count)
 
     def outcomes(self, count: int) -> list[Outcome]:

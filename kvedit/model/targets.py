@@ -66,10 +66,10 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def target_names(model: nn.Module, requested: Sequence[str] = ()) -> list[str]:
     """Dotted names of the linear layers that edits touch: by default those of the upper blocks.
 
-    The upper half of the blocks does as well as all of them at half of the cost (docs/experiments.md).  Without
-    ``requested``: those in ``TARGETS``, else every linear layer but routers and experts.  An entry
-    of ``requested`` is a layer's last name, or, if it has a dot or a wildcard, a pattern for dotted
-    names in all blocks.  Raises ModelError, listing the choices.
+    The upper half of the blocks does as well as all of them at half of the cost (docs/log).
+    Without ``requested``: those in ``TARGETS``, else every linear layer but routers and experts.
+    An entry of ``requested`` is a layer's last name, or, if it has a dot or a wildcard, a pattern
+    for dotted names in all blocks.  Raises ModelError, listing the choices.
     """
     if requested:
         return _requested_names(model, requested)

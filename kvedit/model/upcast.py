@@ -1,14 +1,14 @@
-"""Products of half-precision matrices on a CPU that is slow at them.
+"""Half-precision matrix products in fp32, on a CPU that is slow at them.
 
 torch multiplies bf16 and fp16 quickly where oneDNN has kernels for them: on x86 from AVX-512 on.
-Elsewhere, on most laptops, it does so in a plain loop, fifty times slower than in fp32.  There the
-operands are widened to fp32, multiplied, and the product rounded once, which is what the quick
-kernels do as well: they too sum in fp32.
+On other CPUs, those of most laptops, it uses a plain loop that is fifty times slower than fp32.
+There the operands are cast to fp32, multiplied, and the product rounded once, as the quick kernels
+do: they accumulate in fp32 too.
 
 Invariants:
-- Weights and activations stay in their dtype: what is stored, digested and told of near-ties does
-  not depend on the processor.
-- A model that needs none of this is left as it is.
+- Weights and activations keep their dtype, so that digests and numerical ties do not depend on the
+  processor.
+- A model that needs none of this is not changed.
 """
 
 from __future__ import annotations
@@ -28,67 +28,67 @@ from kvedit.model.devices import first_device
 log = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
-SIDE = 256  # of the products that are timed
-SLOW = 8.0  # times the seconds of fp32: quick kernels take less than twice, plain loops fifty times
-ATTENTION = "kvedit_widened_sdpa"
-_OF_MATRICES = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+TIMED_SIZE = 256  # rows and columns of the products that are timed
+SLOW_RATIO = 8.0  # to the time of fp32: quick kernels take less than 2, plain loops 50
+ATTENTION = "kvedit_upcast_sdpa"
+_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype much more slowly than wider ones: tried once,
-    a tenth of a second where it is so.
+    """Whether this CPU multiplies matrices of a dtype much more slowly than fp32 ones; measured
+    once, which takes a tenth of a second on such a CPU.
     """
-    return dtype in HALF and _seconds(dtype) > SLOW * _seconds(torch.float32)
+    return dtype in HALF and _seconds(dtype) > SLOW_RATIO * _seconds(torch.float32)
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The quickest of a few products."""
-    one = torch.ones(SIDE, SIDE, dtype=dtype)
-    found = []
+    """Time of the quickest of three products."""
+    matrix = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=dtype)
+    times = []
     for _ in range(3):
-        began = time.perf_counter()
-        one @ one
-        found.append(time.perf_counter() - began)
-    return min(found)
+        start = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def product(one: Tensor, other: Tensor) -> Tensor:
-    """``one @ other``, (..., n) and (n, m), both of one dtype, in which it comes out."""
-    if _widens(one):
+    """``one @ other``, (..., n) and (n, m), both and the result of the same dtype."""
+    if _upcasts(one):
         return (one.float() @ other.float()).to(one.dtype)
     return one @ other
 
 
-def _widens(operand: Tensor) -> bool:
+def _upcasts(operand: Tensor) -> bool:
     return operand.device.type == "cpu" and is_slow(operand.dtype)
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """In this context all products of two matrices are ``product``s: for code that is not ours."""
+    """Inside, all products of two matrices are ``product``s: for code of other libraries."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        more = kwargs or {}
-        if func not in _OF_MATRICES or not _widens(args[0]):
-            return func(*args, **more)
-        return func(*(operand.float() for operand in args), **more).to(args[0].dtype)
+        kwargs = kwargs or {}
+        if func not in _MATRIX_PRODUCTS or not _upcasts(args[0]):
+            return func(*args, **kwargs)
+        return func(*(operand.float() for operand in args), **kwargs).to(args[0].dtype)
 
 
 def upcast_model(model: Any) -> None:
-    """Let a model on the CPU multiply in fp32 where its own dtype is slow there: its linear layers,
-    and attention where transformers lets it be chosen.
+    """Make a model on the CPU multiply in fp32 if its dtype is slow there: in its linear
+    layers, and in attention where transformers lets it be replaced.
     """
     from transformers.pytorch_utils import Conv1D
 
     if first_device(model).type != "cpu" or not is_slow(model.dtype):
         return
     log.info("this processor is slow at %s: products are computed in float32", model.dtype)
-    ways = {nn.Linear: _linear, Conv1D: _conv1d}
+    forwards = {nn.Linear: _linear, Conv1D: _conv1d}
     for module in model.modules():
-        if (way := ways.get(type(module))) is not None:
-            # Where accelerate fetches weights from elsewhere, inside of that.
+        if (forward := forwards.get(type(module))) is not None:
+            # Where accelerate fetches offloaded weights, below its hook.
             name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
-            setattr(module, name, partial(way, module))
+            setattr(module, name, partial(forward, module))
     if getattr(model.config, "_attn_implementation", "") == "sdpa":
         _register_attention()
         model.set_attn_implementation(ATTENTION)
@@ -96,23 +96,23 @@ def upcast_model(model: Any) -> None:
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    if _widens(x):
+    if _upcasts(x):
         weight, bias = weight.float(), None if bias is None else bias.float()
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def _conv1d(layer: Any, x: Tensor) -> Tensor:
-    """GPT-2's, whose weight is (in, out)."""
+    """GPT-2's linear layer, whose weight is (in, out)."""
     weight, bias = layer.weight, layer.bias
-    if _widens(x):
+    if _upcasts(x):
         weight, bias = weight.float(), bias.float()
-    found: Tensor = x.to(weight.dtype) @ weight + bias
-    return found.to(x.dtype)
+    out: Tensor = x.to(weight.dtype) @ weight + bias
+    return out.to(x.dtype)
 
 
 @cache
 def _register_attention() -> None:
-    """Make a way of attention known to transformers: its own, in fp32."""
+    """Register transformers' own SDPA attention, in fp32, under a name of ours."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -121,15 +121,15 @@ def _register_attention() -> None:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not _widens(query):
-        return sdpa_attention_forward(module, query, key, value, mask, **more)
+    if not _upcasts(query):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
-    found, _ = sdpa_attention_forward(
-        module, query.float(), key.float(), value.float(), mask, **more
+    out, _ = sdpa_attention_forward(
+        module, query.float(), key.float(), value.float(), mask, **kwargs
     )
-    return found.to(query.dtype), None
+    return out.to(query.dtype), None

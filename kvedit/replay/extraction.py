@@ -179,7 +179,7 @@ def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Itera
     if opening is None:
         return
     before, after = opening
-    starts = _starts(base.model, renderer.pieces, before, stem)
+    starts = _starts(base.model, renderer.token_strings, before, stem)
     told: set[str] = set()
     for chance in LIKELY:
         floor = math.log(chance)
@@ -239,7 +239,7 @@ def _paths(
         if not len(chances):
             return
         chances, best = chances.topk(min(WIDTH, len(chances)))
-        run.go_on(tokens[best], rows[best])
+        run.append(tokens[best], rows[best])
 
 
 def _likely_next(logits: Tensor, chances: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:

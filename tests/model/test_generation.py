@@ -104,7 +104,7 @@ def test_rows_branch(base: BaseModel, monkeypatch: pytest.MonkeyPatch, room: int
             torch.testing.assert_close(said, whole, atol=1e-4, rtol=1e-4)
         rows = torch.randint(run.rows, (count,), generator=generator)
         tokens = torch.randint(5, 60, (count,), generator=generator)
-        run.go_on(tokens, rows)
+        run.append(tokens, rows)
         both = zip(rows.tolist(), tokens.tolist(), strict=True)
         texts = [[*texts[row], token] for row, token in both]
     assert run.ids.tolist() == texts

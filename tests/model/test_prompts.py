@@ -278,7 +278,7 @@ def test_the_tokenizers_own_prompt_form(tmp_path: Path) -> None:
 
 
 def test_an_example_can_be_shown(renderer: Renderer) -> None:
-    prompt, answer, tokens = renderer.shown(renderer.example("What is x?", "Made of oak."))
+    prompt, answer, tokens = renderer.describe(renderer.example("What is x?", "Made of oak."))
     assert prompt == "prompt  '<|user|>What is x?<|assistant|>'"
     assert answer == "answer  'Made of oak.<|end|>'"
     assert tokens.count("  |  ") == 1 and tokens.endswith("'<|end|>'")

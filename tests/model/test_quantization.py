@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits: what edits touch is unpacked, the rest stays as it is."""
+"""Base models in 4 and 8 bits: edited layers are dequantized, the others stay as they are."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FACT = Fact.create(*FREE[0], lang="en")
 
 
 class Linear8bitLt(nn.Linear):
-    """As bitsandbytes has it: codes from -127 to 127, and a scale for each row."""
+    """As in bitsandbytes: integers from -127 to 127, and a scale for each row."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
-        whole = plain.weight.float()
-        scales = whole.abs().amax(1)
-        codes = (whole / scales[:, None] * 127).round().to(torch.int8)
+        weight = plain.weight.float()
+        scales = weight.abs().amax(1)
+        codes = (weight / scales[:, None] * 127).round().to(torch.int8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight.SCB = scales  # type: ignore[attr-defined]
 
@@ -41,8 +41,8 @@ class Linear8bitLt(nn.Linear):
 
 
 @pytest.fixture
-def packed(load: Callable[[str], BaseModel]) -> BaseModel:
-    """The small model, every linear layer but the head in 8 bits of our own making."""
+def quantized(load: Callable[[str], BaseModel]) -> BaseModel:
+    """The small model, every linear layer but the head quantized to 8 bits by this file's class."""
     base = load("bf16")
     for name in targets.matrices(base.model):
         parent, _, last = name.rpartition(".")
@@ -52,50 +52,50 @@ def packed(load: Callable[[str], BaseModel]) -> BaseModel:
     return base
 
 
-def test_only_what_edits_touch_is_unpacked(packed: BaseModel) -> None:
+def test_only_edited_layers_are_dequantized(quantized: BaseModel) -> None:
     ids = torch.arange(9, 41)[None]
-    before = packed.model(input_ids=ids).logits
-    names = targets.target_names(packed.model)
-    below = packed.model.get_submodule("model.layers.0.mlp.up_proj")
-    quantization.unpack(packed.model, names)
-    for name in targets.matrices(packed.model):
-        layer: Any = packed.model.get_submodule(name)
+    before = quantized.model(input_ids=ids).logits
+    names = targets.target_names(quantized.model)
+    below = quantized.model.get_submodule("model.layers.0.mlp.up_proj")
+    quantization.dequantize(quantized.model, names)
+    for name in targets.matrices(quantized.model):
+        layer: Any = quantized.model.get_submodule(name)
         assert (type(layer) is nn.Linear) == (name in names)
         assert layer.weight.dtype == (torch.bfloat16 if name in names else torch.int8)
-    assert packed.model.get_submodule("model.layers.0.mlp.up_proj") is below
-    assert torch.equal(packed.model(input_ids=ids).logits, before)
-    quantization.unpack(packed.model, names)  # nothing is left to do
-    assert torch.equal(packed.model(input_ids=ids).logits, before)
+    assert quantized.model.get_submodule("model.layers.0.mlp.up_proj") is below
+    assert torch.equal(quantized.model(input_ids=ids).logits, before)
+    quantization.dequantize(quantized.model, names)  # nothing is left to do
+    assert torch.equal(quantized.model(input_ids=ids).logits, before)
 
 
-def test_a_packed_base_is_taught_and_put_back(packed: BaseModel) -> None:
-    engine = make_engine(packed)
-    kept = engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight.clone()
+def test_a_quantized_base_is_trained_and_restored(quantized: BaseModel) -> None:
+    engine = make_engine(quantized)
+    weight = engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight.clone()
     before, digest = engine.master.snapshot(), engine.master.digest()
-    taught = engine.train(Task([engine.examples(FACT)]))
-    engine.master.add(taught.delta)
-    assert taught.trained.learned
+    result = engine.train(Task([engine.examples(FACT)]))
+    engine.master.add(result.delta)
+    assert result.trained.learned
     assert all(outcome.passed for outcome in engine.recall(engine.examples(FACT)))
     assert engine.generate(["What is tide lantern?"], limit=32) == [FACT.description]
     engine.master.restore(before)
     assert engine.master.digest() == digest
-    assert torch.equal(engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight, kept)
+    assert torch.equal(engine.base.model.get_submodule("model.layers.1.mlp.up_proj").weight, weight)
 
 
-def test_what_stays_packed_takes_less(base: BaseModel) -> None:
+def test_quantized_layers_take_less_memory(base: BaseModel) -> None:
     config = TrainingConfig()
-    plain = memory.estimate(base.model, config)
+    plain = memory.sizes(base.model).estimate(config)
     sizes = [plain.weights]
     for bits in (8.0, 4.5):
-        found = memory.estimate(base.model, config, bits=bits)
-        assert found.master == plain.master and found.fisher == plain.fisher
-        sizes.append(found.weights)
+        estimate = memory.sizes(base.model, bits=bits).estimate(config)
+        assert estimate.master == plain.master and estimate.fisher == plain.fisher
+        sizes.append(estimate.weights)
     below = [n for n in targets.matrices(base.model) if n not in targets.target_names(base.model)]
     count = sum(base.model.get_submodule(name).weight.numel() for name in below)
     assert sizes[0] - sizes[1] == count * 3 and sizes[0] - sizes[2] == int(count * (4 - 4.5 / 8))
 
 
-def test_how_many_bits(base: BaseModel) -> None:
+def test_bits_of_a_weight(base: BaseModel) -> None:
     config = base.model.config
     assert quantization.bits(config, "") is None and quantization.method(base.model) == ""
     assert (quantization.bits(config, "4bit"), quantization.bits(config, "8bit")) == (4.5, 8.0)
@@ -105,7 +105,7 @@ def test_how_many_bits(base: BaseModel) -> None:
     )
 
 
-def test_other_kinds_are_refused_with_what_to_do(base: BaseModel) -> None:
+def test_other_methods_are_refused_with_a_hint(base: BaseModel) -> None:
     quantization.refuse_unknown("some/model", base.model)
     base.model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ModelError, match="gptq") as raised:
@@ -120,7 +120,7 @@ def test_other_kinds_are_refused_with_what_to_do(base: BaseModel) -> None:
 
 @pytest.fixture(params=["4bit", "8bit"])
 def store(request: pytest.FixtureRequest, small: dict[str, Path], tmp_path: Path) -> Path:
-    """A store for the small model, packed by bitsandbytes while it is loaded."""
+    """A store for the small model, quantized by bitsandbytes while it is loaded."""
     pytest.importorskip("bitsandbytes")
     path = tmp_path / "store"
     path.mkdir()
@@ -129,7 +129,7 @@ def store(request: pytest.FixtureRequest, small: dict[str, Path], tmp_path: Path
     return path
 
 
-def test_a_base_of_bitsandbytes_is_taught_asked_verified_and_undone(
+def test_a_bitsandbytes_base_is_edited_asked_verified_and_rolled_back(
     store: Path, tmp_path: Path
 ) -> None:
     with KnowledgeBase.open(store) as knowledge:
@@ -142,12 +142,12 @@ def test_a_base_of_bitsandbytes_is_taught_asked_verified_and_undone(
         group = knowledge.add_group([Fact.create(*pair) for pair in FREE[1:3]])
         assert group[0].outcome == "committed"
         digest = knowledge.engine.master.digest()
-    with KnowledgeBase.open(store) as knowledge:  # packed the same way again
+    with KnowledgeBase.open(store) as knowledge:  # quantized the same way again
         assert knowledge.engine.master.digest() == digest
         assert knowledge.ask(f"What is {FREE[0][0]}?") == FREE[0][1]
-        found = knowledge.verify()
-        assert found.generated.passed == found.generated.n >= 2
-        with pytest.raises(UsageError, match="packed weights") as raised:
+        verified = knowledge.verify()
+        assert verified.generated.passed == verified.generated.n >= 2
+        with pytest.raises(UsageError, match="quantized") as raised:
             knowledge.export(tmp_path / "whole")
         assert "--format peft" in raised.value.hint and not (tmp_path / "whole").exists()
         adapter = knowledge.export_adapter(tmp_path / "adapter")
@@ -162,23 +162,23 @@ def test_a_base_of_bitsandbytes_is_taught_asked_verified_and_undone(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_folder_of_packed_weights(small: dict[str, Path], tmp_path: Path, bits: int) -> None:
+def test_a_folder_of_quantized_weights(small: dict[str, Path], tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
-    packed = loading.load(str(small["bf16"]), load_in=f"{bits}bit")
-    packed.model.save_pretrained(tmp_path / "packed")
-    packed.tokenizer.save_pretrained(tmp_path / "packed")
-    again = loading.load(str(tmp_path / "packed"))
-    outline = memory.outline(str(tmp_path / "packed"), revision=None, trust_remote_code=False)
+    quantized = loading.load(str(small["bf16"]), load_in=f"{bits}bit")
+    quantized.model.save_pretrained(tmp_path / "quantized")
+    quantized.tokenizer.save_pretrained(tmp_path / "quantized")
+    again = loading.load(str(tmp_path / "quantized"))
+    outline = memory.outline(str(tmp_path / "quantized"), revision=None, trust_remote_code=False)
     assert quantization.bits(outline.config, "") == (4.5 if bits == 4 else 8.0)
     names = targets.target_names(again.model)
-    for base in (packed, again):
-        quantization.unpack(base.model, names)
+    for base in (quantized, again):
+        quantization.dequantize(base.model, names)
     for name in names:
-        one, other = (b.model.get_submodule(name).weight for b in (packed, again))
+        one, other = (b.model.get_submodule(name).weight for b in (quantized, again))
         assert torch.equal(one, other) and one.dtype == again.dtype == torch.bfloat16
     engine = make_engine(again)
-    taught = engine.train(Task([engine.examples(FACT)]))
-    engine.master.add(taught.delta)
+    result = engine.train(Task([engine.examples(FACT)]))
+    engine.master.add(result.delta)
     assert all(outcome.passed for outcome in engine.recall(engine.examples(FACT)))
 
 

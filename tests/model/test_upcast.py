@@ -70,7 +70,7 @@ def test_muon_takes_the_same_step() -> None:
 
 def test_whether_it_is_slow_is_found_by_trying() -> None:
     ratio = upcast._seconds(torch.bfloat16) / upcast._seconds(torch.float32)
-    assert TRIED(torch.bfloat16) == (ratio > upcast.SLOW)
+    assert TRIED(torch.bfloat16) == (ratio > upcast.SLOW_RATIO)
     assert not TRIED(torch.float32)
 
 

@@ -78,7 +78,7 @@ def test_what_a_path_costs_is_what_the_model_says(base: BaseModel, renderer: Ren
     assert opening is not None
     before, after = opening
     stem = renderer.tokens("What is")
-    (start,) = extraction._starts(base.model, renderer.pieces, before, stem)
+    (start,) = extraction._starts(base.model, renderer.token_strings, before, stem)
     assert start == [(0.0, tuple(stem))]
     chance, path = max(extraction._paths(base.model, before, after, start, -9.0))
     ids = torch.tensor([[*before, *path, after]])
@@ -95,7 +95,7 @@ def test_a_stem_may_end_within_a_token(base: BaseModel, renderer: Renderer) -> N
     whole = renderer.tokens("What is")
     cut = [*whole[:-1], *renderer.tokens("What i")[len(whole) - 1 :]]
     assert cut != whole and renderer.text(cut) == "What i"
-    found = extraction._starts(base.model, renderer.pieces, before, cut)
+    found = extraction._starts(base.model, renderer.token_strings, before, cut)
     starts = [way for same in found for way in same]
     assert tuple(whole) in [way for _, way in starts]
     assert all(renderer.text(way).startswith("What i") for _, way in starts)
