@@ -2,7 +2,7 @@
 
 Invariants:
 - An error says what went wrong and where (``message``) and what to do next (``hint``).
-- The exit code belongs to the class, so the command line never has to look inside a message.
+- The exit code belongs to the class: the command line never parses a message.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class DuplicateKeyError(KveditError):
 
 
 class TextTooLongError(KveditError):
-    """The text does not fit what the model or a reader can take in."""
+    """The text is longer than the model's context, or than a reader allows."""
 
 
 class RejectedError(KveditError):
-    """The gate said no to an edit."""
+    """The gate rejected an edit."""
 
     exit_code = 3
 
@@ -117,14 +117,14 @@ class ProcessesDifferError(ProcessError):
 
 
 class OutOfMemoryError(KveditError):
-    """There was not enough memory for what was asked; nothing of it was kept."""
+    """There was not enough memory; nothing was changed."""
 
 
 class Interrupted(KveditError):
-    """The user stopped the program; nothing of the edit in flight was kept."""
+    """The user stopped the program; the edit in progress changed nothing."""
 
     exit_code = 130
 
 
 class OutOfTimeError(Interrupted):
-    """The time that was given is up; the lesson in flight goes on the next time."""
+    """The time limit is reached; the training in progress is resumed by the next command."""

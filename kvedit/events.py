@@ -1,9 +1,9 @@
-"""What an edit or a check tells the outside, as it happens and at its end.
+"""Events: what an edit or a check reports while it runs and at its end.
 
 Invariants:
-- An event is frozen and holds plain values only: it may cross threads and be stored.
-- ``to_json`` gives a document that strict JSON can carry (no NaN, no infinity); its
-  ``message_type`` names the kind.  Fields may be added, never renamed.
+- An event is frozen and contains plain values only: it may cross threads and be stored.
+- ``to_json`` returns a document of strict JSON (no NaN, no infinity) whose ``message_type`` names
+  the kind.  Fields may be added, never renamed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ JsonDict = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Similar:
-    """A key that is close to another; the score runs from 0 to 100 (the same)."""
+    """A key that is similar to another; the score goes from 0 to 100 (the same key)."""
 
     key: str
     score: float
@@ -56,7 +56,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Where a running edit stands."""
+    """The progress of a running edit: ``step`` of ``total``; counts are (passed, of how many)."""
 
     message_type: ClassVar[str] = "status"
     phase: str
@@ -75,7 +75,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warning_:
-    """Something the user should know that does not stop the work."""
+    """Something the user should know; the command continues."""
 
     message_type: ClassVar[str] = "warning"
     text: str
@@ -89,7 +89,7 @@ class Warning_:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionCheck:
-    """One earlier fact, re-checked at a revision; ``margin`` in logits, None if not measured."""
+    """One earlier fact, checked at a revision; ``margin`` in logits, None if not measured."""
 
     message_type: ClassVar[str] = "retention"
     key: str
@@ -105,13 +105,15 @@ class RetentionCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditReport:
-    """How one edit ended; times in seconds, ranks per matrix, keys in ``broke`` were forced.
+    """The result of one edit; times in seconds, ranks by matrix.
 
-    ``key`` is for showing; ``keys`` are those of all facts that the edit was about.  ``refused``
-    has what the gate said of each attempt that it refused; ``again`` earlier facts were taught once
-    more with these, from the base model on.  ``before`` are those of its ``seconds`` that processes
-    spent which ended in a lesson it went on with.  ``moved`` is how far each edited matrix is from
-    the base model's since then, as a share of its Frobenius norm.
+    ``key`` is for display, ``keys`` are those of all facts the edit changed.  ``not_learned`` are
+    the keys of a group's facts that were left out; ``broke`` are the keys of earlier facts that a
+    forced edit damaged.  ``refusals`` are the gate's reasons against each earlier attempt,
+    ``retrained`` counts the committed facts trained once more in a compaction.
+    ``resumed_seconds``, a part of ``seconds``, were spent by processes that ended before the edit
+    was resumed.  ``relative_norms`` are the Frobenius norms of the accumulated deltas, as shares of
+    the base matrices' norms.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -142,16 +144,16 @@ class EditReport:
     relative_norms: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> JsonDict:
-        """A JSON document of all fields, scores with rate and interval."""
+        """A JSON document of all fields; scores have their rate and interval."""
         return _document(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngestProgress:
-    """How far a run over many facts has come; ``total`` are those it set out to teach.
+    """The progress of an ingest: ``done`` of ``total`` facts.
 
-    ``unchanged`` were held before it began; ``retention`` is the latest measurement of earlier
-    facts; the times are in seconds, None while nothing is known.
+    ``unchanged`` facts were committed before it started; ``retention`` is the latest score of
+    earlier facts; times are in seconds, None before the first measurement.
     """
 
     message_type: ClassVar[str] = "progress"
@@ -172,7 +174,7 @@ class IngestProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The last message of a run: totals under the names the command chose."""
+    """The last message of a command: its totals, by name."""
 
     message_type: ClassVar[str] = "summary"
     fields: Mapping[str, object] = field(default_factory=dict)

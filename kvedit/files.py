@@ -1,10 +1,10 @@
-"""Files that are either whole or not there, and the lock of a store.
+"""Files that are either complete or absent, and the lock of a store.
 
 Invariants:
 - A file written here appears under its name only after its bytes are on the disk; a crash leaves
   at most a ``.tmp-*`` file, which ``clean_temporary`` removes.
-- What is read back by digest is what was written, or an error.
-- The lock belongs to the operating system: it is free the moment its holder dies.
+- Bytes read by digest are those that were written, or there is an error.
+- The lock belongs to the operating system: it is free as soon as its holder dies.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def now() -> str:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` that ``clean_temporary`` will recognise."""
+    """A name in the folder of ``path`` that ``clean_temporary`` recognises."""
     return path.with_name(f"{TEMPORARY}{path.name[:80]}-{secrets.token_hex(6)}")
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or quota into DiskFullError, and other write errors into a plain message."""
+    """Turn a full disk or quota into DiskFullError, any other OSError into a KveditError."""
     try:
         yield
     except OSError as error:
@@ -69,7 +69,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def disk_full(path: Path) -> DiskFullError:
-    """The error for a full disk while ``path`` was being written."""
+    """The error for a full disk while ``path`` is written."""
     return DiskFullError(
         f"no space left on the disk while writing {path}",
         hint=f"Free some space on the disk of {path.parent} and try again; nothing was changed.",
@@ -77,7 +77,7 @@ def disk_full(path: Path) -> DiskFullError:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable; where the platform has no such call, do nothing."""
+    """Make renames in a directory durable, on platforms that can."""
     if os.name != "posix":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -90,7 +90,7 @@ def sync_directory(directory: Path) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that it is complete or absent, and durable on return.
 
-    Raises DiskFullError when there is no space; the file that was there before is intact.
+    Raises DiskFullError when there is no space; the previous file is then intact.
     """
     temporary = temporary_path(path)
     with disk_errors(path):
@@ -112,7 +112,10 @@ def sync_stream(stream: BinaryIO) -> None:
 
 
 def put(directory: Path, data: bytes, suffix: str = "") -> str:
-    """Keep bytes under their SHA-256 and return it; a damaged file of that name is replaced."""
+    """Write bytes to a file named by their SHA-256; returns the digest.
+
+    A damaged file of that name is replaced.  Raises what ``write_atomic`` raises.
+    """
     digest = hashlib.sha256(data).hexdigest()
     path = directory / f"{digest}{suffix}"
     if not path.is_file() or sha256_file(path) != digest:
@@ -141,10 +144,10 @@ def read_verified(path: Path, digest: str) -> bytes:
         raise CorruptStoreError(
             f"cannot read {path}: {error.strerror}", hint=_RESTORE_HINT
         ) from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
         raise CorruptStoreError(
-            f"{path} was altered: its SHA-256 is {found[:12]}…, recorded was {digest[:12]}…",
+            f"{path} was altered: its SHA-256 is {actual[:12]}…, recorded was {digest[:12]}…",
             hint=_RESTORE_HINT,
         )
     return data
@@ -156,7 +159,7 @@ _RESTORE_HINT = "Run `kvedit doctor`; restore the file from a backup."
 def write_manifest(directory: Path, extra: Mapping[str, object] | None = None) -> str:
     """Write ``manifest.json`` (last: it makes the folder complete) and return its SHA-256.
 
-    It lists every file of the folder with its SHA-256, which are synced here, beside ``extra``.
+    It contains ``extra`` and the SHA-256 of every file in the folder; the files are synced first.
     """
     files: dict[str, str] = {}
     for path in sorted(directory.iterdir()):
@@ -194,17 +197,17 @@ def verify_manifest(directory: Path, digest: str) -> dict[str, object]:
 
 
 def clean_temporary(directory: Path) -> list[Path]:
-    """Remove what interrupted writers left in a directory; return what was removed."""
+    """Remove the temporary files that interrupted writers left in a directory; returns them."""
     if not directory.is_dir():
         return []
-    left = sorted(path for path in directory.iterdir() if path.name.startswith(TEMPORARY))
-    for path in left:
+    leftovers = sorted(path for path in directory.iterdir() if path.name.startswith(TEMPORARY))
+    for path in leftovers:
         remove(path)
-    return left
+    return leftovers
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; one that is already gone is no error."""
+    """Remove a file or a folder; a missing one is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -266,10 +269,11 @@ def decode(data: bytes, name: str) -> str:
 
 
 class StoreLock:
-    """The one writer's lock of a store; the same object may be entered again while held.
+    """The writer's lock of a store, for one process at a time; one object may be entered twice.
 
     An operating system lock on ``lock`` (never the soft kind, which outlives a killed process).
-    ``lock.json`` beside it only tells who holds it.
+    ``lock.json`` names its holder, for messages only.  Entering raises LockedError after
+    ``timeout`` seconds.
     """
 
     def __init__(self, directory: Path, *, timeout: float = 0.0, command: str | None = None):
@@ -281,14 +285,14 @@ class StoreLock:
         )
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this object holds the lock now."""
         return self._lock.is_locked
 
     def __enter__(self) -> StoreLock:
-        first = not self.held
+        first = not self.is_held
         with disk_errors(self._directory / "lock"):
-            try:  # inside: a Timeout is an OSError too
+            try:  # inside ``disk_errors``: a Timeout is an OSError too
                 self._lock.acquire(timeout=self._timeout)
             except Timeout as error:
                 raise LockedError(
@@ -311,7 +315,7 @@ class StoreLock:
         self._lock.release()
 
     def _announce(self) -> None:
-        """Say who holds the lock; give it back if even that cannot be written."""
+        """Write who holds the lock; release it if that fails."""
         holder = {"pid": os.getpid(), "command": self._command, "since": now()}
         try:
             write_atomic(self._directory / "lock.json", json.dumps(holder).encode())
@@ -321,13 +325,13 @@ class StoreLock:
 
 
 def _command_line() -> str:
-    """The program and its subcommand; never the arguments, which may hold somebody's text."""
+    """The program and its subcommand; never the arguments, which may contain private text."""
     words = [Path(sys.argv[0] or "python").name, *(w for w in sys.argv[1:] if w.isalpha())]
     return " ".join(words[:2])
 
 
 def _holder(directory: Path) -> str:
-    """Who holds the lock, for a message; empty when it cannot be told."""
+    """Who holds the lock, for a message; empty if that is unknown."""
     try:
         holder = json.loads((directory / "lock.json").read_text(encoding="utf-8"))
         return f" by process {holder['pid']} ({holder['command']}) since {holder['since'][:19]}"

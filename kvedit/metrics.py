@@ -1,7 +1,7 @@
-"""Scores without a model: intervals, exact match and the fluency of a text.
+"""Scores that need no model: intervals, exact match and the fluency of a text.
 
 Invariants:
-- Nothing here imports another module of kvedit.
+- Nothing in this module imports another module of kvedit.
 - Every function is total: an empty input has a defined value.
 """
 
@@ -21,9 +21,9 @@ _NGRAM_WEIGHTS = ((2, 2 / 3), (3, 4 / 3))
 
 
 def wilson(passed: int, n: int) -> tuple[float, float]:
-    """Return the Wilson 95% interval of a share, as fractions.
+    """Return the Wilson 95% interval of a share, as fractions; (0, 1) for ``n`` 0.
 
-    With ``n`` 0 nothing is known: (0, 1).  Raises ValueError unless 0 <= passed <= n.
+    Raises ValueError unless 0 <= passed <= n.
     Formula: E. B. Wilson, JASA 22 (1927) 209-212.
     """
     if not 0 <= passed <= n:
@@ -41,24 +41,24 @@ def wilson(passed: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap(
-    draw: Callable[[random.Random], float], seed: int = 0, rounds: int = 2000
+    draw: Callable[[random.Random], float], seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float]:
     """Return the percentile bootstrap 95% interval of a statistic.
 
-    ``draw`` computes it from one resample, made with the generator it is given.
+    ``draw`` computes the statistic of one resample, drawn with the generator it receives.
     """
     rng = random.Random(seed)
-    found = sorted(draw(rng) for _ in range(rounds))
-    return found[round(0.025 * rounds)], found[max(0, round(0.975 * rounds) - 1)]
+    values = sorted(draw(rng) for _ in range(resamples))
+    return values[round(0.025 * resamples)], values[max(0, round(0.975 * resamples) - 1)]
 
 
 def exact(answer: str, expected: str) -> bool:
-    """Tell whether an answer is the expected text, apart from white space around it."""
+    """Whether an answer is the expected text, apart from white space around it."""
     return answer.strip() == expected.strip()
 
 
 def ngram_entropy(text: str) -> float:
-    """Return the fluency of a text in bits: low when it repeats itself.
+    """Return the fluency of a text in bits: low for repetitive text.
 
     The mean of the bigram and trigram entropies, weighted 2/3 and 4/3, as in MEMIT,
     ``experiments/py/eval_utils_counterfact.py``.  A token is one Chinese character or one word.

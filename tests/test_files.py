@@ -222,7 +222,7 @@ def test_the_lock_keeps_others_out_and_names_its_holder(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock.json").exists()
     with StoreLock(tmp_path) as lock:
-        assert lock.held
+        assert lock.is_held
 
 
 def test_the_same_lock_may_be_entered_again_and_is_held_to_the_end(tmp_path: Path) -> None:
@@ -230,9 +230,9 @@ def test_the_same_lock_may_be_entered_again_and_is_held_to_the_end(tmp_path: Pat
     with lock:
         with lock:
             pass
-        assert lock.held
+        assert lock.is_held
         assert (tmp_path / "lock.json").exists()
-    assert not lock.held
+    assert not lock.is_held
 
 
 def test_a_damaged_note_of_the_holder_does_not_hide_the_lock(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_the_lock_is_free_the_moment_its_holder_is_killed(tmp_path: Path) -> Non
         child.communicate()
     started = time.monotonic()
     with StoreLock(tmp_path) as lock:
-        assert lock.held
+        assert lock.is_held
     assert time.monotonic() - started < 5
 
 
@@ -273,4 +273,4 @@ def test_a_lock_whose_note_cannot_be_written_is_given_back(
         with pytest.raises(DiskFullError), StoreLock(tmp_path):
             pass
     with StoreLock(tmp_path) as lock:
-        assert lock.held
+        assert lock.is_held

@@ -1,1 +1,1 @@
-"""The store on disk: database, journal, integrity, and the page about it.  No torch."""
+"""The store on disk: database, journal, revisions, integrity check and HTML report.  No torch."""

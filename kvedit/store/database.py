@@ -1,4 +1,4 @@
-"""The database of a store: opened safely, with its errors in the user's words.
+"""The database of a store: safe opening, transactions, and plain error messages.
 
 Invariants:
 - WAL, ``synchronous=FULL`` and foreign keys are on for every writing connection.
@@ -189,7 +189,7 @@ class StoreBase:
 
     @property
     def cache(self) -> Path:
-        """The folder of what saves time and can be made again."""
+        """The folder of files that save time and can be computed again."""
         return self.path / "cache"
 
     @property
@@ -211,7 +211,7 @@ class StoreBase:
         return self.checkpoints_path / f"{revision:08d}"
 
     def lock(self) -> StoreLock:
-        """The writer's lock, as a context manager; it may be entered again while held."""
+        """The writer's lock, a context manager; entering it twice is allowed."""
         return self._store_lock
 
     def close(self) -> None:

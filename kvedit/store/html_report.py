@@ -1,9 +1,9 @@
-"""One page about a store: what it holds, how well that is held, and how it came there.
+"""An HTML report about a store: its facts, their scores and health, and its edits.
 
 Invariants:
-- The page is one file that needs nothing beside it: no script, no font, no network.
-- It is read from the store alone; nothing is measured, and the store is not changed.
-- Every share stands with its protocol, its number and its interval.
+- The report is a single file without scripts, fonts or network access.
+- It is made from the store alone; nothing is measured, and the store is not changed.
+- Every share is given with its protocol, its number of probes and its interval.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ KINDS = {
     "portability": "Portability",
 }
 WEAKEST, LATEST = 30, 200
-"""So many facts, and so many edits, stand in the tables that are open at first."""
+"""The most facts and edits in the tables of the weakest facts and of the latest edits."""
 HEALTH = ("recalled", "regressed", "stale", "unchecked")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was found by the probes of one kind, in all checks and in the latest of them."""
+    """The scores of one kind of probe under one protocol: at its latest revision, and of all."""
 
     name: str
     protocol: str
@@ -50,7 +50,7 @@ class Measured:
 
 
 def write(store: Store, path: Path) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page; the file is complete or not there.  Raises DiskFullError or KveditError."""
     write_atomic(path, page(store).encode("utf-8"))
 
 
@@ -60,27 +60,25 @@ def page(store: Store) -> str:
     from markupsafe import Markup
 
     facts, edits, counts = store.facts(), store.history(), store.probe_counts()
-    held = [row for row in facts if row.state == "committed"]
+    committed = [row for row in facts if row.state == "committed"]
     refusals = store.refusals()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["share"] = share
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         status=store.status(),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         states=Counter(row.state for row in facts),
-        health=[(name, sum(row.health == name for row in held)) for name in HEALTH],
-        recalled=Score(sum(row.health == "recalled" for row in held), len(held)),
+        health=[(name, sum(row.health == name for row in committed)) for name in HEALTH],
+        recalled=Score(sum(row.health == "recalled" for row in committed), len(committed)),
         measured=latest(counts),
-        weakest=weakest(held)[:WEAKEST],
-        refused=[(row, why) for row in facts if (why := refusals.get(row.id))],
+        weakest=weakest(committed)[:WEAKEST],
+        rejected=[(row, reasons) for row in facts if (reasons := refusals.get(row.id))],
         edits=edits[::-1][:LATEST],
         earlier_edits=max(0, len(edits) - LATEST),
         facts=facts,
         seconds=seconds,
-        pictures=[
-            (title, Markup(drawn)) for title, drawn in _pictures(held, edits, counts) if drawn
-        ],
+        charts=[(title, Markup(svg)) for title, svg in _charts(committed, edits, counts) if svg],
     )
 
 
@@ -93,23 +91,23 @@ def share(score: Score) -> str:
 
 
 def latest(counts: Sequence[ProbeCount]) -> list[Measured]:
-    """What each kind of probe found, by protocol; the latest revision at which it was asked."""
-    found = []
+    """The scores of each kind of probe, by protocol, in the order of ``KINDS``."""
+    scores = []
     for kind, name in KINDS.items():
         for protocol in sorted({row.protocol for row in counts if row.kind == kind}):
-            own = [row for row in counts if (row.kind, row.protocol) == (kind, protocol)]
-            last = max(own, key=lambda row: row.revision)
-            whole = Score(sum(row.passed for row in own), sum(row.n for row in own), protocol)
-            here = Score(last.passed, last.n, protocol)
-            found.append(Measured(name, protocol, last.revision, here, whole))
-    return found
+            rows = [row for row in counts if (row.kind, row.protocol) == (kind, protocol)]
+            last = max(rows, key=lambda row: row.revision)
+            total = Score(sum(row.passed for row in rows), sum(row.n for row in rows), protocol)
+            at_last = Score(last.passed, last.n, protocol)
+            scores.append(Measured(name, protocol, last.revision, at_last, total))
+    return scores
 
 
-def weakest(held: Sequence[FactRow]) -> list[FactRow]:
-    """Committed facts, those first that need a look: regressed, unchecked, the smallest lead."""
+def weakest(committed: Sequence[FactRow]) -> list[FactRow]:
+    """Committed facts, weakest first: regressed, unchecked, stale, then by logit margin."""
     order = {name: place for place, name in enumerate(("regressed", "unchecked", "stale"))}
     return sorted(
-        held,
+        committed,
         key=lambda row: (
             order.get(row.health, len(order)),
             row.margin if row.margin is not None else float("-inf"),
@@ -118,34 +116,34 @@ def weakest(held: Sequence[FactRow]) -> list[FactRow]:
 
 
 def seconds(edit: EditRow) -> str:
-    """How long an edit took."""
+    """How long an edit took, in seconds, for a table."""
     spent = edit.report.get("seconds")
     return f"{spent:.1f}" if isinstance(spent, (int, float)) else "-"
 
 
-# ---- pictures
+# ---- charts
 
 
-def _pictures(
-    held: Sequence[FactRow], edits: Sequence[EditRow], counts: Sequence[ProbeCount]
+def _charts(
+    committed: Sequence[FactRow], edits: Sequence[EditRow], counts: Sequence[ProbeCount]
 ) -> list[tuple[str, str]]:
     checks = [row for row in counts if row.kind == "retention" and row.n]
-    margins = [row.margin for row in held if row.margin is not None]
+    margins = [row.margin for row in committed if row.margin is not None]
     return [
-        ("Facts in the model, by revision", _grown(held, edits)),
-        ("Earlier facts still recalled, at each check", _kept(checks)),
-        ("Smallest lead of each fact's answer, logits", _token_margins(margins)),
-        ("Distance of the edited matrices from the base model's", _distances(edits)),
+        ("Facts in the model, by revision", _growth(committed, edits)),
+        ("Earlier facts still recalled, at each check", _retention(checks)),
+        ("Smallest logit margin in each fact's answer", _margins(margins)),
+        ("Norm of the accumulated deltas, relative to the base matrices", _norms(edits)),
     ]
 
 
-def _grown(held: Sequence[FactRow], edits: Sequence[EditRow]) -> str:
-    """How many of the facts that are in the model now each revision brought."""
-    brought = Counter(row.revision for row in held if row.revision is not None)
+def _growth(committed: Sequence[FactRow], edits: Sequence[EditRow]) -> str:
+    """The facts of today that were in the model at each revision."""
+    added = Counter(row.revision for row in committed if row.revision is not None)
     revisions = sorted(edit.revision for edit in edits if edit.revision is not None)
     if len(revisions) < 2:
         return ""
-    heights = [sum(brought[r] for r in revisions[: i + 1]) for i in range(len(revisions))]
+    heights = [sum(added[r] for r in revisions[: i + 1]) for i in range(len(revisions))]
 
     def draw(axes: Axes) -> None:
         axes.step(revisions, heights, where="post")
@@ -154,7 +152,7 @@ def _grown(held: Sequence[FactRow], edits: Sequence[EditRow]) -> str:
     return _svg(draw)
 
 
-def _kept(checks: Sequence[ProbeCount]) -> str:
+def _retention(checks: Sequence[ProbeCount]) -> str:
     if not checks:
         return ""
     scores = [Score(row.passed, row.n) for row in checks]
@@ -174,29 +172,30 @@ def _kept(checks: Sequence[ProbeCount]) -> str:
     return _svg(draw)
 
 
-def _token_margins(margins: Sequence[float]) -> str:
+def _margins(margins: Sequence[float]) -> str:
     if len(margins) < 2:
         return ""
 
     def draw(axes: Axes) -> None:
         axes.hist(margins, bins=min(40, len(margins)))
         axes.axvline(0, linestyle=":", linewidth=1)
+        axes.set_xlabel("logits")
         axes.set_ylabel("facts")
 
     return _svg(draw)
 
 
-def _distances(edits: Sequence[EditRow]) -> str:
-    """How far the weights have moved, by revision; that they grow is how editors collapse."""
-    found = [(edit.revision, _shares(edit)) for edit in edits]
-    told = sorted((at, shares) for at, shares in found if at is not None and shares)
-    if len(told) < 2:
+def _norms(edits: Sequence[EditRow]) -> str:
+    """The largest and the median relative norm, by revision: growing norms precede a collapse."""
+    measured = [(edit.revision, _percentages(edit)) for edit in edits]
+    points = sorted((at, norms) for at, norms in measured if at is not None and norms)
+    if len(points) < 2:
         return ""
 
     def draw(axes: Axes) -> None:
-        revisions = [revision for revision, _ in told]
-        axes.plot(revisions, [max(shares) for _, shares in told], label="the farthest")
-        axes.plot(revisions, [median(shares) for _, shares in told], label="median")
+        revisions = [revision for revision, _ in points]
+        axes.plot(revisions, [max(norms) for _, norms in points], label="largest")
+        axes.plot(revisions, [median(norms) for _, norms in points], label="median")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("revision")
         axes.set_ylabel("% of a matrix's norm")
@@ -205,14 +204,14 @@ def _distances(edits: Sequence[EditRow]) -> str:
     return _svg(draw)
 
 
-def _shares(edit: EditRow) -> list[float]:
-    """How far each matrix was from the base model's after an edit, %; an older one does not say."""
-    moved = edit.report.get("relative_norms")
-    return [100 * share for share in moved.values()] if isinstance(moved, dict) else []
+def _percentages(edit: EditRow) -> list[float]:
+    """The relative norm of each matrix after an edit, %; reports of early versions have none."""
+    norms = edit.report.get("relative_norms")
+    return [100 * norm for norm in norms.values()] if isinstance(norms, dict) else []
 
 
 def _svg(draw: Any) -> str:
-    """A small picture as an element that HTML takes in."""
+    """A small chart as an ``svg`` element."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")

@@ -1,8 +1,8 @@
-"""Looking at a store as a whole: its status, its integrity, a copy of it.
+"""The status of a store, its integrity check and its backup.
 
 Invariants:
 - Nothing here changes the store.
-- A backup is complete or absent, and holds every delta and checkpoint its database names.
+- A backup is complete or absent, and contains every delta and checkpoint its database names.
 """
 
 from __future__ import annotations
@@ -74,42 +74,41 @@ def status(store: Store, query: Query) -> dict[str, object]:
 
 
 def _unfinished(store: Store) -> str | None:
-    """When a lesson that has not ended was last kept, so that it can go on from there."""
-    kept = max(
-        (found.st_mtime for found in _stats(store.cache.glob(TRAINING_CHECKPOINTS))), default=None
-    )
-    return None if kept is None else datetime.fromtimestamp(kept, UTC).isoformat()
+    """When the newest training checkpoint was written; None if no training can be resumed."""
+    files = _stats(store.cache.glob(TRAINING_CHECKPOINTS))
+    written = max((file.st_mtime for file in files), default=None)
+    return None if written is None else datetime.fromtimestamp(written, UTC).isoformat()
 
 
 def _largest_norm(query: Query) -> dict[str, object] | None:
-    """How far the edited matrices are from the base model's at the head, as shares of their norms:
-    the median, the most, and which that is.
+    """Norms of the accumulated deltas at the head, as shares of the base matrices' norms.
+
+    Their number, the median, the largest (``most``) and its matrix; None before the first edit.
     """
     latest = query("SELECT report FROM edits WHERE state = 'committed' ORDER BY id DESC LIMIT 1")
-    shares: dict[str, float] = (
+    norms: dict[str, float] = (
         json.loads(latest[0]["report"]).get("relative_norms") if latest else {}
     )
-    if not shares:
+    if not norms:
         return None
-    most = max(shares, key=shares.__getitem__)
+    matrix, most = max(norms.items(), key=lambda item: item[1])
     return {
-        "matrices": len(shares), "median": median(shares.values()), "most": shares[most],
-        "matrix": most,
+        "matrices": len(norms), "median": median(norms.values()), "most": most, "matrix": matrix,
     }  # fmt: skip
 
 
 def _size(path: Path) -> int:
     """The bytes of a file, or of all files in a folder; 0 if there is none."""
-    return sum(found.st_size for found in _stats([path, *path.rglob("*")]))
+    return sum(file.st_size for file in _stats([path, *path.rglob("*")]))
 
 
 def _stats(paths: Iterable[Path]) -> Iterator[os.stat_result]:
-    """What is known of those that are files; another process may take one away meanwhile."""
+    """The status of each regular file; one that another process removes meanwhile is left out."""
     for path in paths:
         with suppress(FileNotFoundError):
-            found = path.stat()
-            if stat.S_ISREG(found.st_mode):
-                yield found
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                yield status
 
 
 def integrity(store: Store, query: Query, *, deep: bool = True) -> list[Finding]:
@@ -123,8 +122,7 @@ def integrity(store: Store, query: Query, *, deep: bool = True) -> list[Finding]
     }
     findings: list[Finding] = []
     for name, problems in parts.items():
-        found = list(problems)
-        findings += found or [Finding("ok", f"{name}: sound")]
+        findings += list(problems) or [Finding("ok", f"{name}: sound")]
     return findings
 
 
@@ -166,7 +164,7 @@ def _deltas(store: Store, deep: bool) -> Iterator[Finding]:
 
 
 def _checkpoints(store: Store, deep: bool) -> Iterator[Finding]:
-    hint = "Deltas stand in for it; it may be deleted."
+    hint = "The deltas replace it; its folder may be deleted."
     for row in store.checkpoints():
         if not row.path.is_dir():
             what = f"the checkpoint of revision {row.revision} is missing: {row.path}"
@@ -180,7 +178,7 @@ def _checkpoints(store: Store, deep: bool) -> Iterator[Finding]:
 
 
 def _leftovers(store: Store, query: Query) -> Iterator[Finding]:
-    hint = "Unless a command is at work now, the next one that writes cleans up."
+    hint = "The next command that writes cleans up, unless one is running now."
     for row in query("SELECT id, kind FROM edits WHERE state IN ('planned', 'trained')"):
         yield Finding("warning", f"edit {row['id']} ({row['kind']}) was not ended", hint)
     for path in store.stray_files():
@@ -190,7 +188,7 @@ def _leftovers(store: Store, query: Query) -> Iterator[Finding]:
 def backup(store: Store, connection: sqlite3.Connection, target: Path) -> None:
     """Write the store into one tar file; complete or absent.
 
-    The database is copied first, so that deltas committed meanwhile are simply not named by it.
+    The database is copied first: deltas committed meanwhile are not named by the copy.
     Raises CorruptStoreError if a delta is missing, UsageError if the target's folder is,
     DiskFullError if there is no space.
     """
@@ -223,14 +221,14 @@ def _snapshot(connection: sqlite3.Connection, path: Path) -> list[str]:
 
 
 def _add_files(archive: tarfile.TarFile, store: Store, names: list[str], skip: set[Path]) -> None:
-    """Add what the database names, and the settings and texts that lie beside it."""
+    """Add the files that the database names, and settings and texts of the store's folder."""
     for name in names:
         if name.startswith("deltas/"):
             path = store.delta_path(name.removeprefix("deltas/"))
             if not path.is_file():
                 raise CorruptStoreError(f"the delta {path} is missing", hint=_RESTORE)
             archive.add(path, f"deltas/{path.name}")
-        elif (store.path / name).is_dir():  # a checkpoint saves time, no more
+        elif (store.path / name).is_dir():  # a missing checkpoint only costs time
             archive.add(store.path / name, name)
     skipped = {path.resolve() for path in skip}
     for path in sorted(store.path.iterdir()):

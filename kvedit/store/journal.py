@@ -49,7 +49,7 @@ _HEALTH_KINDS = "('recall', 'retention')"
 
 
 class Journal(Lineage):
-    """The part of a store that records edits."""
+    """The part of a store that records edits and appends revisions."""
 
     def plan_edit(
         self, kind: str, changes: Sequence[FactChange], config: Mapping[str, object]

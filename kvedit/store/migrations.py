@@ -2,8 +2,8 @@
 
 Invariants:
 - ``PRAGMA user_version`` is the format's version; a newer one is refused, never guessed at.
-- A released migration is never changed: a change of the schema is a new one, and a new
-  ``FORMAT_VERSION``.  ``store/schema.sql`` is what all of them together give.
+- A released migration is never changed: a change of the schema or of stored names is a new one,
+  with a new ``FORMAT_VERSION``.  ``store/schema.sql`` is the result of all of them.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def migrate(db: Database) -> None:
 def check_version(db: Database, where: str) -> int:
     """The format's version of a database; refuses one that this program cannot read.
 
-    Raises StoreTooNewError for a newer format, CorruptStoreError if it is not one of ours.
+    Raises StoreTooNewError for a newer format, CorruptStoreError if it is no store's database.
     """
     try:
         version = int(db.execute("PRAGMA user_version").fetchone()[0])

@@ -1,4 +1,4 @@
-"""The rows of a store as other layers see them.
+"""The rows of a store as other folders see them, and their conversion to database columns.
 
 Invariants:
 - Rows are frozen; a dict or a database row never leaves the store.
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FactRow:
-    """A fact and where it stands.
+    """A fact and its state.
 
-    ``revision`` is the last commit that touched it; ``health`` is ``recalled``, ``regressed``,
+    ``revision`` is the last commit that changed it; ``health`` is ``recalled``, ``regressed``,
     ``stale`` (checked too many revisions ago) or ``unchecked``; ``margin`` is in logits.
     """
 
@@ -55,7 +55,7 @@ class FactRow:
 
 @dataclass(frozen=True, slots=True)
 class FactChange:
-    """What an edit does to a fact; None means that the model does not hold it."""
+    """What an edit changes in a fact; None means that the model does not contain it."""
 
     fact_id: int
     before: Fact | None
@@ -64,7 +64,7 @@ class FactChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRow:
-    """One probe's outcome; the last three are filled in by the store when read back."""
+    """One probe's outcome, ``margin`` in logits; the store fills in the last three fields."""
 
     fact_id: int | None
     kind: str
@@ -92,7 +92,7 @@ class ProbeCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditRow:
-    """One journalled change; ``keys`` are those of the facts it was about."""
+    """One journalled change; ``keys`` are those of the facts that it changes."""
 
     id: int
     kind: str
@@ -141,7 +141,10 @@ class RevisionRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectedRow:
-    """A text that must stay: role ``control`` or ``locality``; ``prompt`` '' for free text."""
+    """A protected text: role ``control`` (trained on) or ``locality`` (probed only).
+
+    ``prompt`` is empty for free text; ``source`` says where the text came from.
+    """
 
     role: str
     prompt: str
@@ -152,7 +155,7 @@ class ProtectedRow:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow:
-    """The touched matrices folded up to a revision; ``digest`` is that of its manifest."""
+    """The edited matrices as of a revision; ``digest`` is the SHA-256 of its manifest."""
 
     revision: int
     path: Path
@@ -161,7 +164,7 @@ class CheckpointRow:
 
 @dataclass(frozen=True, slots=True)
 class InterruptedEdit:
-    """An edit that a killed process left behind, and its facts' keys."""
+    """An edit that a killed process left open, and its facts' keys."""
 
     edit_id: int
     kind: str

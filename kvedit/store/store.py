@@ -1,7 +1,7 @@
-"""The knowledge store: facts, their health and history, and what must stay, in one folder.
+"""The knowledge store: facts, their health and history, and protected texts, in one folder.
 
 Invariants:
-- One row for each normalised key; an alias leads to one fact only.
+- One row for each normalised key; an alias belongs to one fact only.
 - A committed fact changes by ``commit_edit`` alone (see ``journal``).
 - Nothing here imports torch: reading a store is quick.
 """
@@ -76,7 +76,7 @@ class Store(Journal):
 
     @classmethod
     def create(cls, path: Path, meta: Mapping[str, str]) -> Store:
-        """Make a store and open it; killed half-way, there is none.
+        """Make a store and open it.  If the process is killed meanwhile, there is no store.
 
         ``meta`` describes the model (``model_name``, ``model_fingerprint`` and so on);
         ``weights_digest``, if given, is that of the base revision.  Raises UsageError if there is
@@ -98,17 +98,18 @@ class Store(Journal):
 
     @classmethod
     def open(cls, path: Path, readonly: bool = False) -> Store:
-        """Open a store.
+        """Open a store; one of an older format is upgraded first, also for reading.
 
-        Raises NoStoreError, StoreTooNewError or CorruptStoreError.
+        Raises NoStoreError, StoreTooNewError or CorruptStoreError, and what ``database.upgrade``
+        raises.
         """
         return cls(path, readonly=readonly)
 
     def put_pending(self, fact: Fact) -> int:
-        """Insert a fact to be taught, or replace one the model does not hold; returns its id.
+        """Insert a fact to be trained, or replace one that is not committed; returns its id.
 
         Raises DuplicateKeyError if the key is a committed fact's, or if the key or an alias
-        leads to another fact.
+        belongs to another fact.
         """
         return self.put_pending_many([fact])[0]
 
@@ -131,23 +132,23 @@ class Store(Journal):
 
     def _insert_fact(self, fact: Fact) -> int:
         stamp = now()
+        state = {"norm_key": normalise(fact.key), "state": "pending"}
         times = {"created_at": stamp, "updated_at": stamp}
-        own = {"norm_key": normalise(fact.key), "state": "pending"}
-        return self._insert("facts", {**fact_columns(fact), **own, **times})
+        return self._insert("facts", {**fact_columns(fact), **state, **times})
 
-    def _refuse_taken(self, fact: Fact, own_id: int | None) -> None:
-        """Refuse a key or alias by which another living fact is found."""
+    def _refuse_taken(self, fact: Fact, fact_id: int | None) -> None:
+        """Refuse a key or alias of another pending or committed fact."""
         for name in (fact.key, *fact.aliases):
             row = self._named(name)
-            if row is None or row["id"] == own_id or row["state"] not in ("pending", "committed"):
+            if row is None or row["id"] == fact_id or row["state"] not in ("pending", "committed"):
                 continue
             raise DuplicateKeyError(
-                f"{name} already leads to the fact {row['key']}",
+                f"{name} already belongs to the fact {row['key']}",
                 hint="Choose another key or alias, or remove that fact first.",
             )
 
     def _named(self, name: str) -> Row | None:
-        """The row a name leads to: a committed fact before others, a key before an alias."""
+        """The row with this key or alias: a committed fact before others, a key before an alias."""
         norm = normalise(name)
         sql = f"""{_FACTS} WHERE f.id IN (SELECT id FROM facts WHERE norm_key = ?
             UNION SELECT fact_id FROM aliases WHERE norm_alias = ?)
@@ -160,10 +161,10 @@ class Store(Journal):
         return None if row is None else self._fact_row(row)
 
     def require(self, key: str) -> FactRow:
-        """Like ``find``; raises UnknownKeyError, with what may have been meant."""
-        found = self.find(key)
-        if found is not None:
-            return found
+        """Like ``find``; raises UnknownKeyError, with similar keys as a suggestion."""
+        row = self.find(key)
+        if row is not None:
+            return row
         names = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
         close = did_you_mean(key, names)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
@@ -192,14 +193,14 @@ class Store(Journal):
         return _fact_row(row, self.head(), self.config.retention.stale_after_revisions)
 
     def history(self, key: str | None = None) -> list[EditRow]:
-        """All edits, or those that touched a fact, newest first; raises UnknownKeyError."""
+        """All edits, or those of one fact, newest first; raises UnknownKeyError."""
         if key is None:
             return self._edits("")
         where = "WHERE id IN (SELECT edit_id FROM edit_facts WHERE fact_id = ?)"
         return self._edits(where, [self.require(key).id])
 
     def record_results(self, results: Sequence[ProbeRow], revision: int) -> None:
-        """Keep what a check of a revision found, and update the facts' health from it."""
+        """Store the probe results of a revision, and update the facts' health from them."""
         with self._transaction():
             self._add_results(results, edit_id=None, revision=revision)
 
@@ -209,7 +210,7 @@ class Store(Journal):
         return [probe_from(row) for row in self._rows(sql, [fact_id, limit])]
 
     def probe_counts(self) -> list[ProbeCount]:
-        """How the probes of each kind fared at each revision, oldest first."""
+        """How many probes of each kind passed at each revision, oldest first."""
         sql = """
             SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
             FROM probe_results WHERE revision IS NOT NULL
@@ -217,7 +218,7 @@ class Store(Journal):
         return [ProbeCount(**row) for row in self._rows(sql)]
 
     def pace(self, limit: int = 100) -> tuple[int, float]:
-        """How many facts the latest tries to teach were about, and the seconds that they took."""
+        """How many facts the latest ``limit`` adding edits had, and the seconds that they took."""
         sql = """
             SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
                 json_extract(e.report, '$.seconds') AS seconds
@@ -227,7 +228,7 @@ class Store(Journal):
         return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
 
     def refusals(self) -> dict[int, tuple[str, ...]]:
-        """Why each fact that is ``rejected`` was: the reasons of its latest edit, by its id."""
+        """The reasons why each ``rejected`` fact was rejected last, by the fact's id."""
         sql = """
             SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
                 WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
@@ -240,7 +241,7 @@ class Store(Journal):
         return [probe_from(row) for row in self._rows(sql, [edit_id])]
 
     def prior_answers(self, fact_id: int) -> dict[str, str]:
-        """What the model answered to a fact's prompts before the fact came."""
+        """What the model answered to a fact's prompts before the fact was added."""
         sql = "SELECT prompt, answer FROM prior_answers WHERE fact_id = ? ORDER BY rowid"
         return {str(row["prompt"]): str(row["answer"]) for row in self._rows(sql, [fact_id])}
 
@@ -250,13 +251,13 @@ class Store(Journal):
         return [ProtectedRow(**row) for row in rows]
 
     def set_protected(self, rows: Iterable[ProtectedRow]) -> None:
-        """Replace all protected texts, of both roles; their ids are given anew."""
+        """Replace all protected texts, of both roles; their ids are new."""
         with self._transaction():
             self._execute("DELETE FROM protected")
             self._insert_protected(rows)
 
     def add_protected(self, rows: Iterable[ProtectedRow]) -> None:
-        """Add protected texts to those that are there."""
+        """Add protected texts to the present ones."""
         with self._transaction():
             self._insert_protected(rows)
 
@@ -266,12 +267,12 @@ class Store(Journal):
             self._insert("protected", columns)
 
     def checkpoints(self) -> list[CheckpointRow]:
-        """The checkpoints, oldest revision first; whether one is valid is for its reader to see."""
+        """The checkpoints, oldest revision first; their reader has to verify each one."""
         rows = self._rows("SELECT * FROM checkpoints ORDER BY revision")
         return [CheckpointRow(r["revision"], self.path / r["path"], r["digest"]) for r in rows]
 
     def add_checkpoint(self, revision: int, path: Path, digest: str) -> None:
-        """Record a checkpoint that is complete on the disk; ``digest`` is its manifest's."""
+        """Record a checkpoint that is complete on the disk; ``digest`` is of its manifest."""
         relative = path.resolve().relative_to(self.path.resolve()).as_posix()
         row = {"revision": revision, "path": relative, "digest": digest}
         with self._transaction():
@@ -289,11 +290,14 @@ class Store(Journal):
         return integrity.status(self, self._rows)
 
     def backup(self, path: Path) -> None:
-        """Write a consistent copy of the store into one tar file; edits may go on meanwhile."""
+        """Write a consistent copy of the store into one tar file, also while edits run.
+
+        Raises CorruptStoreError, UsageError or DiskFullError, see ``integrity.backup``.
+        """
         integrity.backup(self, self._db.conn, path)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
-        """Check the database and every file; with ``deep`` false, digests are not computed."""
+        """Check the database and every file; without ``deep`` no digest is computed."""
         return integrity.integrity(self, self._rows, deep=deep)
 
 

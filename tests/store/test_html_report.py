@@ -1,4 +1,4 @@
-"""The page about a store: all of what it holds, escaped, in one file that needs nothing else."""
+"""The HTML report about a store: complete, escaped, in one file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from kvedit.store.store import FactChange, Store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    made = new_store(tmp_path / "s")
+    store = new_store(tmp_path / "s")
     for name in ("anvil", "bread", "candle"):
-        add(made, name, f"what a {name} is")
-    made.record_results(
+        add(store, name, f"what a {name} is")
+    store.record_results(
         [
-            check(made.require("anvil").id, margin=0.2, kind="retention"),
-            check(made.require("bread").id, passed=False, margin=-1.5, kind="retention"),
+            check(store.require("anvil").id, margin=0.2, kind="retention"),
+            check(store.require("bread").id, passed=False, margin=-1.5, kind="retention"),
         ],
-        made.head(),
+        store.head(),
     )
-    return made
+    return store
 
 
-class Outside(HTMLParser):
+class Loads(HTMLParser):
     """Collects whatever a page would load or run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "link", "iframe", "img"):
-            self.found.append(tag)
+            self.names.append(tag)
         loads = [value for name, value in attrs if name in ("src", "href", "xlink:href")]
-        self.found += [value for value in loads if value and not value.startswith("#")]
+        self.names += [value for value in loads if value and not value.startswith("#")]
 
 
 def text_of(page: str) -> str:
-    """What stands on a page, pictures and tags taken out."""
+    """What stands on a page, charts and tags taken out."""
     return re.sub(r"<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
 
 
-def test_it_says_what_is_held_and_what_was_lost(store: Store) -> None:
+def test_it_shows_what_is_recalled_and_what_regressed(store: Store) -> None:
     page = html_report.page(store)
     text = " ".join(text_of(page).split())
     assert "2 of 3 committed facts recalled" in text and "1 regressed" in text
@@ -60,10 +60,10 @@ def test_it_says_what_is_held_and_what_was_lost(store: Store) -> None:
     assert page.count("<figure>") == 4
 
 
-def test_a_page_needs_nothing_beside_it(store: Store) -> None:
-    found = Outside()
-    found.feed(html_report.page(store))
-    assert found.found == []
+def test_a_page_loads_nothing(store: Store) -> None:
+    loads = Loads()
+    loads.feed(html_report.page(store))
+    assert loads.names == []
 
 
 def test_what_facts_say_is_never_markup(store: Store) -> None:
@@ -73,7 +73,7 @@ def test_what_facts_say_is_never_markup(store: Store) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
 
 
-def test_refused_facts_stand_with_their_reasons(store: Store) -> None:
+def test_rejected_facts_have_their_reasons(store: Store) -> None:
     new = fact("dagger")
     fact_id = store.put_pending(new)
     edit = store.plan_edit("add", [FactChange(fact_id, None, new)], {})
@@ -91,7 +91,7 @@ def test_long_histories_are_cut_and_say_so(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(html_report, "LATEST", 2)
     remove(store, "anvil")
     text = " ".join(text_of(html_report.page(store)).split())
-    assert "2 earlier ones: kvedit history" in text
+    assert "2 earlier edits: kvedit history" in text
 
 
 def test_the_store_is_left_as_it_was(store: Store, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_store_is_left_as_it_was(store: Store, tmp_path: Path) -> None:
     assert before == after and (tmp_path / "page.html").stat().st_size > 1000
 
 
-def test_the_latest_check_of_each_kind_is_told_apart() -> None:
+def test_the_latest_check_of_each_kind_and_protocol() -> None:
     counts = [
         ProbeCount(1, "recall", "teacher-forced", 8, 10),
         ProbeCount(1, "recall", "generated", 1, 1),
@@ -118,6 +118,6 @@ def test_a_share_of_nothing_is_no_number() -> None:
     assert html_report.share(Score()) == "-"
 
 
-def test_what_needs_a_look_comes_first(store: Store) -> None:
+def test_the_weakest_facts_come_first(store: Store) -> None:
     keys = [row.fact.key for row in html_report.weakest(store.facts("committed"))]
-    assert keys == ["bread", "anvil", "candle"]  # regressed, a small lead, a larger one
+    assert keys == ["bread", "anvil", "candle"]  # regressed, a small margin, a larger one

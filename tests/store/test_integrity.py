@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from store_steps import add, check, fact, held, new_store, problems, remove
+from store_steps import add, check, committed_texts, fact, new_store, problems, remove
 
 from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.files import write_manifest
@@ -17,14 +17,14 @@ from kvedit.store.store import FactChange, Store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    made = new_store(tmp_path / "s")
-    add(made, "a")
-    add(made, "b")
-    folder = made.checkpoint_path(2)
+    store = new_store(tmp_path / "s")
+    add(store, "a")
+    add(store, "b")
+    folder = store.checkpoint_path(2)
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"w")
-    made.add_checkpoint(2, folder, write_manifest(folder))
-    return made
+    store.add_checkpoint(2, folder, write_manifest(folder))
+    return store
 
 
 def test_status_counts(store: Store) -> None:
@@ -44,7 +44,7 @@ def test_status_counts(store: Store) -> None:
     assert sizes["cache"] == 0
 
 
-def test_status_tells_of_a_lesson_that_was_broken_off(store: Store) -> None:
+def test_status_reports_training_that_can_be_resumed(store: Store) -> None:
     assert store.status()["unfinished_at"] is None
     store.cache.mkdir()
     (store.cache / "training-5-0123456789abcdef.safetensors").write_bytes(b"kept")
@@ -63,13 +63,13 @@ def test_a_training_checkpoint_of_an_older_version_is_a_leftover(store: Store) -
     assert not old.exists()
 
 
-def test_status_tells_how_far_the_weights_have_moved(store: Store, tmp_path: Path) -> None:
-    moved = {"matrices": 2, "median": 0.03, "most": 0.04, "matrix": "down"}
-    assert store.status()["relative_norm"] == pytest.approx(moved)
+def test_status_reports_the_norm_of_the_accumulated_deltas(store: Store, tmp_path: Path) -> None:
+    norms = {"matrices": 2, "median": 0.03, "most": 0.04, "matrix": "down"}
+    assert store.status()["relative_norm"] == pytest.approx(norms)
     assert new_store(tmp_path / "empty").status()["relative_norm"] is None
 
 
-def test_a_sound_store_has_no_problem_and_says_what_was_checked(store: Store) -> None:
+def test_a_sound_store_has_no_problem_and_lists_what_was_checked(store: Store) -> None:
     assert problems(store) == []
     assert len(store.integrity()) == 5
 
@@ -103,9 +103,9 @@ def test_leftovers_are_warnings_until_recovery(store: Store) -> None:
     new = fact("c")
     store.plan_edit("add", [FactChange(store.put_pending(new), None, new)], {})
     (store.deltas / ".tmp-half").write_bytes(b"")
-    found = problems(store)
-    assert found[0] == "edit 3 (add) was not ended"
-    assert ".tmp-half" in found[1]
+    leftovers = problems(store)
+    assert leftovers[0] == "edit 3 (add) was not ended"
+    assert ".tmp-half" in leftovers[1]
     store.recover()
     assert problems(store) == []
 
@@ -138,14 +138,14 @@ def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> Non
         archive.extractall(unpacked, filter="data")
     assert not {"lock", "lock.json", "exports", "backup.tar"} & set(names)
     with Store.open(unpacked) as copy:
-        assert (held(copy), copy.head()) == (held(store), store.head())
+        assert (committed_texts(copy), copy.head()) == (committed_texts(store), store.head())
         assert copy.config.retention.checked_facts == 3
         assert copy.lineage(2) == store.lineage(2)
         assert problems(copy) == []
     assert list(store.path.glob(".tmp-*")) == []
 
 
-def test_a_backup_that_cannot_be_whole_is_not_made(store: Store, tmp_path: Path) -> None:
+def test_a_backup_that_cannot_be_complete_is_not_written(store: Store, tmp_path: Path) -> None:
     target = tmp_path / "out" / "backup.tar"
     with pytest.raises(UsageError, match="there is no folder"):
         store.backup(target)

@@ -1,4 +1,4 @@
-"""Edits commit wholly or not at all; history is never rewritten; a kill loses nothing."""
+"""Edits commit completely or not at all; history is never rewritten; a kill loses nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from store_steps import (
     add,
     check,
+    committed_texts,
     delta_for,
     digest_of,
     fact,
-    held,
     new_store,
     problems,
     remove,
@@ -199,7 +199,7 @@ def test_recovery_ends_what_was_interrupted_and_cleans_up(store: Store, trained:
         assert again.edit(edit_id).state == "failed"
         assert again.edit(edit_id).reasons == ("interrupted",)
         assert again.require("k").state == "pending"
-        assert held(again) == {"kept": "some text"}
+        assert committed_texts(again) == {"kept": "some text"}
         assert not stray.exists()
         assert notes.exists()
         assert problems(again) == []
@@ -230,11 +230,11 @@ def test_a_rollback_restores_facts_aliases_and_health(store: Store) -> None:
     third = add(store, "c", aliases=["alpha"])
     store.record_results([check(third, passed=False)], store.head())
     assert roll_back(store, 1) == 6
-    assert held(store) == {"a": "old"}
+    assert committed_texts(store) == {"a": "old"}
     assert [row.id for row in store.lineage(6)] == [1]
-    found = store.find("alpha")
-    assert found is not None
-    assert (found.id, found.health, found.last_checked_revision) == (first, "recalled", 1)
+    row = store.find("alpha")
+    assert row is not None
+    assert (row.id, row.health, row.last_checked_revision) == (first, "recalled", 1)
     assert store.require("c").state == "removed"
     assert store.require("c").health == "unchecked"
     assert store.revision(6).weights_digest == store.revision(1).weights_digest
@@ -257,7 +257,7 @@ def test_after_a_rollback_a_check_of_the_same_weights_counts(store: Store) -> No
 def test_a_rollback_to_the_base_empties_the_model(store: Store) -> None:
     add(store, "a")
     roll_back(store, 0)
-    assert held(store) == {}
+    assert committed_texts(store) == {}
     assert store.lineage(2) == []
     assert store.rollback_changes(1)[0].after == store.changes(1)[0].after
 
@@ -277,9 +277,9 @@ def test_any_history_can_be_replayed(
         expected: list[tuple[dict[str, str], str]] = [({}, "base-digest")]
         for number, (kind, pick) in enumerate(steps):
             _one_step(store, kind, pick, number)
-            now_held = held(store)
+            now_committed = committed_texts(store)
             if len(expected) == store.head():
-                expected.append((now_held, store.revision(store.head()).weights_digest))
+                expected.append((now_committed, store.revision(store.head()).weights_digest))
         assert len(expected) == store.head() + 1
         for number, (facts, digest) in enumerate(expected):
             at = store.facts_at(number).values()
@@ -352,16 +352,18 @@ def test_killed_at_any_statement_an_edit_is_there_or_not(tmp_path: Path, kind: s
     statements, killed = 1, True
     while killed:
         with Store.open(path) as store:
-            head, before = store.head(), held(store)
+            head, before = store.head(), committed_texts(store)
         killed = run_and_die(path, statements, work[kind])
         with Store.open(path) as store:
             store.recover()
             assert problems(store) == []
             assert store.head() in (head, head + 1)
-            assert (held(store) == before) == (store.head() == head) or kind == "rollback"
+            assert (committed_texts(store) == before) == (
+                store.head() == head
+            ) or kind == "rollback"
             at = store.facts_at(store.head()).values()
             committed = {f.key: f.description for state, f in at if state == "committed"}
-            assert held(store) == committed
+            assert committed_texts(store) == committed
             assert digest_of(store) == store.revision(store.head()).weights_digest
         statements += killed
     assert statements > 30  # it was killed many times before it got through

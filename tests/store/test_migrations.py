@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from sqlite_utils import Database
-from store_steps import add, held, problems
+from store_steps import add, committed_texts, problems
 
 from kvedit.config import Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooNewError
@@ -158,7 +158,7 @@ def version_of(path: Path) -> int:
 @pytest.mark.parametrize("readonly", [False, True])
 def test_an_old_store_is_upgraded_when_it_is_opened(old: Path, readonly: bool) -> None:
     with Store.open(old, readonly=readonly) as store:
-        assert held(store) == {"anvil": "an iron block"}
+        assert committed_texts(store) == {"anvil": "an iron block"}
         failed, committed = store.history()
         new_names = {
             "not_learned": ["bread"], "refusals": ["recall 3 of 10"], "retrained": 4,

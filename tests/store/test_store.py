@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from store_steps import META, add, check, commit, fact, held, new_store, remove, update
+from store_steps import META, add, check, commit, committed_texts, fact, new_store, remove, update
 
 from kvedit.errors import (
     CorruptStoreError,
@@ -143,14 +143,14 @@ def test_a_database_that_another_program_holds_is_in_use(
 def test_a_read_only_store_reads_beside_a_writer_and_cannot_write(store: Store) -> None:
     add(store, "k")
     with Store.open(store.path, readonly=True) as reader:
-        assert held(reader) == {"k": "some text"}
+        assert committed_texts(reader) == {"k": "some text"}
         update(store, "k", "new")
-        assert held(reader) == {"k": "new"}
+        assert committed_texts(reader) == {"k": "new"}
         with pytest.raises(UsageError, match="readonly"):
             reader.put_pending(fact("x"))
     store.close()
     with Store.open(store.path, readonly=True) as reader:
-        assert held(reader) == {"k": "new"}
+        assert committed_texts(reader) == {"k": "new"}
 
 
 def test_a_fact_comes_back_with_all_its_parts(store: Store) -> None:
@@ -171,9 +171,9 @@ def test_a_fact_comes_back_with_all_its_parts(store: Store) -> None:
 @pytest.mark.parametrize("name", ["夢中情爐", "梦中情炉", " 夢中 情爐 ", "情炉"])
 def test_a_fact_is_found_by_key_and_alias_however_written(store: Store, name: str) -> None:
     fact_id = store.put_pending(Fact.create("夢中情爐", "一種爐", aliases=["情爐"]))
-    found = store.find(name)
-    assert found is not None
-    assert found.id == fact_id
+    row = store.find(name)
+    assert row is not None
+    assert row.id == fact_id
 
 
 def test_an_unknown_key_says_what_may_have_been_meant(store: Store) -> None:
@@ -195,13 +195,13 @@ def test_a_committed_key_is_not_added_again(store: Store) -> None:
     with pytest.raises(DuplicateKeyError) as caught:
         store.put_pending(fact("key", "other text"))
     assert "kvedit update Key" in caught.value.hint
-    assert held(store) == {"Key": "some text"}
+    assert committed_texts(store) == {"Key": "some text"}
 
 
-def test_a_key_or_alias_that_leads_elsewhere_is_refused(store: Store) -> None:
+def test_a_key_or_alias_of_another_fact_is_refused(store: Store) -> None:
     add(store, "Li Bai", aliases=["Taibai"])
     for new in (fact("taibai"), fact("other", aliases=["Li-Bai"]), fact("x", aliases=["TAIBAI"])):
-        with pytest.raises(DuplicateKeyError, match="already leads to the fact Li Bai"):
+        with pytest.raises(DuplicateKeyError, match="already belongs to the fact Li Bai"):
             store.put_pending(new)
     assert len(store.facts()) == 1
     remove(store, "Li Bai")
