@@ -2,6 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 STAMP := .venv/.complete
+# The site has an environment of its own: no test needs what builds it.
+SITE_STAMP := .venv-docs/.complete
+PAGES := build/pages
 # Processes that share the tests, one thread each: of matrices this small two threads do no more than
 # one, and threads that outnumber the cores wait for each other.
 JOBS ?= auto
@@ -10,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist w
 # Out of reach or empty is fine: pip then takes the version it finds elsewhere.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-slow test-gpu lint format docs clean
+.PHONY: help demo test test-slow test-gpu lint format docs picture site clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,13 +51,31 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-docs: $(STAMP)  ## write docs/cli.md, docs/configuration.md and store/schema.sql
-	$(PY) -m kvedit.cli.docs docs/cli.md
+docs: $(STAMP)  ## write the generated pages again, and store/schema.sql
+	$(PY) -m tests.docs.cli_page docs/cli.md
 	$(PY) -m kvedit.config_page > docs/.configuration.md
 	mv docs/.configuration.md docs/configuration.md
+	$(PY) -m tests.docs.results
 	$(PY) -m kvedit.store.migrations > store/.schema.sql
 	mv store/.schema.sql store/schema.sql
 
+picture: $(STAMP)  ## run the commands of the README's picture and draw it again
+	$(PY) -m tests.docs.picture
+
+$(SITE_STAMP): docs/requirements.lock
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --retries 1 -r docs/requirements.lock
+	touch $@
+
+# Copied with the folders that links between pages expect, so the same links hold on GitHub.
+site: $(SITE_STAMP)  ## build the documentation into site/, every link checked
+	rm -rf $(PAGES) site
+	mkdir -p $(PAGES)/store $(PAGES)/kvedit/data/kvedit-tiny
+	cp -r README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE docs $(PAGES)
+	cp store/README.md store/schema.sql $(PAGES)/store
+	cp kvedit/data/kvedit-tiny/README.md $(PAGES)/kvedit/data/kvedit-tiny
+	.venv-docs/bin/python -m mkdocs build --strict --config-file docs/mkdocs.yml
+
 clean:  ## remove the environment, caches and builds; never the store
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find kvedit tests -name __pycache__ -type d -prune -exec rm -rf {} +

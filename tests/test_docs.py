@@ -9,7 +9,8 @@ What the first line of a fenced block says decides what happens to it:
 - ``console``       every ``$ `` line must be a command that exists, with options that exist
 - ``console slow``  besides, the lines are run by a shell, in order, in such a folder
 
-Output shown in a console block is for the reader and is not compared.
+Output shown in a console block is for the reader and is not compared.  The log is history: its
+links are checked, its commands are those of their day.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import click
 import pytest
 
+import kvedit
 from kvedit.cli import cli
+from kvedit.config import Config
 from kvedit.store.migrations import schema_sql
+from tests.docs import picture, results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -40,11 +46,14 @@ PAGES = sorted(
         *ROOT.glob("kvedit/data/**/*.md"),
     ]
 )
+LOG = ROOT / "docs" / "log"
+CURRENT = [page for page in PAGES if page.parent != LOG]
 FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=fence)\s*$", re.M | re.S)
 TAGS = {"slow", "no-run"}
 LAUNCHERS = ("accelerate", "torchrun")  # ... -m kvedit COMMAND
 PLAIN_COMMANDS = {
-    "cat", "cd", "cp", "curl", "echo", "git", "ls", "mkdir", "pip", "printf", "transformers",
+    "cat", "cd", "cp", "curl", "echo", "git", "ls", "mkdir", "pip", "printf", "sqlite3",
+    "transformers",
 }  # fmt: skip
 
 
@@ -64,12 +73,12 @@ def name_of(page: Path) -> str:
 
 def blocks(page: Path, language: str) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = []
+    fenced = []
     for match in FENCE.finditer(text):
         words = match["info"].split() or [""]
         line = text.count("\n", 0, match.start("body")) + 1
-        found.append(Block(words[0], frozenset(words[1:]), match["body"], line))
-    return [block for block in found if block.language == language]
+        fenced.append(Block(words[0], frozenset(words[1:]), match["body"], line))
+    return [block for block in fenced if block.language == language]
 
 
 def prose(page: Path) -> str:
@@ -123,7 +132,7 @@ def check_command(words: list[str]) -> None:
         for target in (word for word in words[1:] if "=" not in word):
             assert re.search(rf"^{re.escape(target)}:", makefile, re.M), f"no target {target}"
     elif Path(program).name.startswith("python"):
-        if words[1:2] == ["-m"] and words[2].split(".")[0] == "kvedit":
+        if words[1:2] == ["-m"] and words[2].split(".")[0] in ("kvedit", "tests"):
             path = ROOT / words[2].replace(".", "/")
             assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), words[2]
     else:
@@ -195,7 +204,7 @@ def test_slow_console_examples(page: Path, folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_commands_named_in_the_text_exist(page: Path) -> None:
     for span in re.findall(r"`kvedit ([^`\n]+)`", prose(page)):
         words = [word for word in span.split() if not word.startswith("[")]
@@ -221,22 +230,22 @@ def slugs(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\[[^\]\n]*\]\(([^)\s]+)\)", prose(page)):
+    for target in re.findall(r"!?\[[^\]\n]*\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", target):
             continue
-        path, _, measure_reference = unquote(target).partition("#")
+        path, _, anchor = unquote(target).partition("#")
         other = (page.parent / path).resolve() if path else page
         assert other.exists(), f"{name_of(page)} links to {target}"
         assert other.is_relative_to(ROOT), f"{name_of(page)} links out of the project: {target}"
-        if measure_reference and other.suffix == ".md":
-            assert measure_reference in slugs(other), f"{name_of(page)} links to {target}"
+        if anchor and other.suffix == ".md":
+            assert anchor in slugs(other), f"{name_of(page)} links to {target}"
 
 
 def test_the_map_names_every_folder_and_nothing_absent() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     folders = re.findall(r"^\| `(kvedit/[a-z]+/)` \|", text, re.M)
-    there = [f"kvedit/{path.parent.name}/" for path in ROOT.glob("kvedit/*/__init__.py")]
-    assert sorted(folders) == sorted(there)
+    present = [f"kvedit/{path.parent.name}/" for path in ROOT.glob("kvedit/*/__init__.py")]
+    assert sorted(folders) == sorted(present)
 
 
 def test_every_guide_is_reachable_from_the_index() -> None:
@@ -248,3 +257,47 @@ def test_every_guide_is_reachable_from_the_index() -> None:
 def test_the_schema_file_is_current() -> None:
     written = (ROOT / "store" / "schema.sql").read_text(encoding="utf-8")
     assert written == schema_sql(), "run `make docs`"
+
+
+def test_the_results_page_is_current() -> None:
+    assert results.PAGE.read_text(encoding="utf-8") == results.page(), "run `make docs`"
+
+
+def test_the_log_index_names_every_entry() -> None:
+    index = (LOG / "index.md").read_text(encoding="utf-8")
+    for page in sorted(LOG.glob("2*.md")):
+        entries = re.findall(r"^## (.+)$", prose(page), re.M)
+        assert entries, f"{name_of(page)} has no entries"
+        for title in entries:
+            date, _, name = title.partition(": ")
+            assert date == page.stem, f"{title} stands in {name_of(page)}"
+            assert f"- [{name}]({page.name}#" in index, f"{title} is not in docs/log/index.md"
+
+
+def test_the_picture_shows_the_commands_that_were_run() -> None:
+    drawing = ElementTree.fromstring(picture.PICTURE.read_text(encoding="utf-8"))
+    shown = re.sub(r"\s+", " ", " ".join(drawing.itertext()))
+    for command in picture.COMMANDS:
+        assert f"$ {command}" in shown, "run `make picture`"
+
+
+def test_the_python_page_names_what_the_package_exports() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    paths = re.findall(r"^::: ([\w.]+)$", text, re.M)
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        assert getattr(kvedit, name) is getattr(import_module(module), name), path
+    exported = {name for name in kvedit.__all__ if not name.startswith("_")}
+    assert {path.rpartition(".")[2] for path in paths} == exported
+
+
+@pytest.mark.parametrize("page", [p for p in CURRENT if blocks(p, "toml")], ids=name_of)
+def test_settings_in_the_text_are_taken(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "toml"):
+        file = tmp_path / "kvedit.toml"
+        file.write_text(block.text, encoding="utf-8")
+        Config.load(file)
+
+
+def test_no_page_names_a_folder_outside_the_project() -> None:
+    assert [name_of(page) for page in CURRENT if "../shared" in page.read_text("utf-8")] == []
