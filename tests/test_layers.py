@@ -32,7 +32,8 @@ KNOWS: dict[str, tuple[str, ...]] = {
     "revisions": ("store", "distributed"),
     "editing": ("revisions",),
     "ingest": ("editing",),
-    "cli": ("ingest",),
+    "bench": ("ingest",),
+    "cli": ("bench",),
 }
 ROOMS_A_FOLDER = 13
 LINES_A_ROOM = 450
