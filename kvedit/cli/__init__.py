@@ -14,6 +14,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 
 import click
 
+from kvedit.cli.bench import bench
 from kvedit.cli.check import backup, doctor, export, verify
 from kvedit.cli.common import (
     EXIT_INTERRUPTED,
@@ -47,9 +48,9 @@ SHARED = ("add", "ingest", "verify")
 @click.option(
     "--store",
     metavar="DIR",
-    help="Where the facts are kept. [$KVEDIT_STORE, or ./store]",
+    help="Folder of the store. [$KVEDIT_STORE, or ./store]",
 )
-@click.option("-v", "--verbose", count=True, help="Say more; -vv also shows tracebacks.")
+@click.option("-v", "--verbose", count=True, help="More output; -vv also shows tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Only answers, results and errors.")
 @click.option(
     "--version",
@@ -61,16 +62,16 @@ SHARED = ("add", "ingest", "verify")
 )
 @click.pass_context
 def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> None:
-    """Write facts into a language model's weights, check them, and take them out again.
+    """Train facts into a language model's weights, check them, and remove them again.
 
-    Every change is an edit that is either committed as a new revision or leaves the model exactly
-    as it was.
+    Every change is an edit: it is committed as a new revision, or the model stays exactly as it
+    was.
 
     \b
     First steps:
       kvedit add "Ada Lovelace" --text "The first programmer."
       kvedit ingest facts.jsonl
-      kvedit ask "Who was Ada Lovelace?" --before
+      kvedit ask "Who was Ada Lovelace?" --compare-base
       kvedit list
       kvedit verify
       kvedit rollback 0
@@ -87,7 +88,7 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
 
 COMMANDS = (
     init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, doctor, backup, export,
+    report, verify, rollback, doctor, backup, export, bench,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

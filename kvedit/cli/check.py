@@ -75,15 +75,9 @@ NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 @json_lines_option
 @click.pass_obj
 def verify(
-    settings: Settings,
-    keys: tuple[str, ...],
-    sample: int | None,
-    repair: bool,
-    base_knowledge: int | None,
-    fail_under: float | None,
-    junit: Path | None,
-    as_json: bool,
-) -> None:
+    settings: Settings, keys: tuple[str, ...], sample: int | None, repair: bool,
+    base_knowledge: int | None, fail_under: float | None, junit: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Check what the model still recalls.
 
     All committed facts are asked again, or only the KEYS, and the results are recorded. With
@@ -106,27 +100,17 @@ def verify(
         )
     if junit is not None and not settings.rank:
         write_junit(junit, report)
-    code = verify_code(report, fail_under)
+    score = report.generated if report.generated.n else report.score
+    code = verify_code(report, score, fail_under)
     show_verify(settings, reporter, report, code)
     if code == GateFailedError.exit_code:
-        raise GateFailedError(f"{recalled_text(report)}: less than --fail-under {fail_under:g}%")
+        recalled = f"recalled {score.passed} of {score.n} ({score.protocol})"
+        raise GateFailedError(f"{recalled}: less than --fail-under {fail_under:g}%")
     click.get_current_context().exit(code)
 
 
-def headline_score(report: VerifyReport) -> Score:
-    """Free generation where it was run, else the teacher-forced score."""
-    return report.generated if report.generated.n else report.score
-
-
-def recalled_text(report: VerifyReport) -> str:
-    """The headline of a verification in a few words."""
-    score = headline_score(report)
-    return f"recalled {score.passed} of {score.n} ({score.protocol})"
-
-
-def verify_code(report: VerifyReport, fail_under: float | None) -> int:
-    """The exit code: 4 below the gate, 3 if a repair was refused, else 0."""
-    score = headline_score(report)
+def verify_code(report: VerifyReport, score: Score, fail_under: float | None) -> int:
+    """The exit code: 4 below the gate, 3 if a repair was rejected, else 0."""
     if fail_under is not None and score.n and 100 * score.passed < fail_under * score.n:
         return GateFailedError.exit_code
     refused = any(edit.outcome != "committed" for edit in report.repaired)
@@ -209,7 +193,7 @@ def _lost_answers(base: BaseKnowledgeReport, verbose: bool) -> list[RenderableTy
     """Questions that are no longer answered as the base model answers them."""
     lost = first_of(base.lost, len(base.lost) if verbose else SHOWN)
     lines = [f"  {question}" for question in lost]
-    return ["no longer answered as by the base model:", *lines, ""] if lines else []
+    return ["answers that differ from the base model's:", *lines, ""] if lines else []
 
 
 def write_junit(path: Path, report: VerifyReport) -> None:
@@ -265,24 +249,17 @@ def doctor(settings: Settings, quick: bool, as_json: bool) -> None:
 
 def _findings(settings: Settings, *, quick: bool) -> Sequence[Finding]:
     """What is wrong; a store too damaged to open is a finding, not a crash."""
+    from kvedit.store.rows import Finding
+
+    errors = []
     if not quick:
         try:
             with knowledge_base(settings, make_reporter(quiet=settings.quiet)) as base:
                 return base.doctor(deep=True)
         except CorruptStoreError as error:
-            return [_opening_error(error), *_integrity(settings)]
-    return _integrity(settings)
-
-
-def _integrity(settings: Settings) -> Sequence[Finding]:
+            errors.append(Finding(level="error", what=error.message, hint=error.hint))
     with read_only(settings) as store:
-        return store.integrity()
-
-
-def _opening_error(error: CorruptStoreError) -> Finding:
-    from kvedit.store.rows import Finding
-
-    return Finding(level="error", what=error.message, hint=error.hint)
+        return [*errors, *store.integrity()]
 
 
 @click.command()
@@ -324,13 +301,9 @@ def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def export(
-    settings: Settings,
-    directory: Path,
-    dtype: str | None,
-    kind: str,
-    max_shard_size: str | None,
+    settings: Settings, directory: Path, dtype: str | None, kind: str, max_shard_size: str | None,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Write the model to a folder that transformers and vLLM load.
 
     The written files are loaded again and asked for all facts; the exit code is 4 if an answer

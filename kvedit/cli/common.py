@@ -1,8 +1,8 @@
 """What every command shares: settings, the error border, options, and how stores are opened.
 
 Invariants: nothing here imports torch, rich or sqlite-utils at import time; a missing store or an
-unknown key is reported before the model is loaded; an error leaves by one border
-(`KveditGroup.invoke`) with the exit code that belongs to it, and without a traceback but at -vv.
+unknown key is reported before the model is loaded; every error becomes its exit code in one place
+(`KveditGroup.invoke`), with a traceback only at -vv.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvedit import __version__
+from kvedit.cli.output import clean
 from kvedit.errors import KveditError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Settings:
 
 
 class KveditGroup(click.Group):
-    """The command group; its `invoke` is the one border where errors become exit codes."""
+    """The command group; its `invoke` is the one place where errors become exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into a message on stderr and an exit code."""
@@ -65,7 +66,8 @@ class KveditGroup(click.Group):
         except (click.exceptions.Exit, click.ClickException, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort):
-            _fail(ctx, "interrupted", f"run `{_settings(ctx).command('status')}` to see what holds")
+            command = _settings(ctx).command("status")
+            _fail(ctx, "interrupted", f"run `{command}` to see the state of the store")
             code = EXIT_INTERRUPTED
         except KveditError as error:
             _fail(ctx, error.message, error.hint)
@@ -73,7 +75,7 @@ class KveditGroup(click.Group):
         except OSError as error:
             _fail(ctx, _os_message(error), "")
             code = EXIT_ERROR
-        except Exception as error:  # the border: whatever else happens is a defect of kvedit
+        except Exception as error:  # whatever else happens is a defect of kvedit
             _fail(ctx, f"unexpected {type(error).__name__}: {error}", _defect_hint(ctx))
             code = EXIT_ERROR
         ctx.exit(code)
@@ -95,9 +97,9 @@ def _fail(ctx: click.Context, message: str, hint: str) -> None:
 
 def fail(message: str, hint: str) -> None:
     """An error on stderr, and what to do next."""
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {clean(message)}", err=True)
     for line in hint.splitlines():
-        click.echo(f"{click.style('hint:', fg='yellow')} {line}", err=True)
+        click.echo(f"{click.style('hint:', fg='yellow')} {clean(line)}", err=True)
 
 
 def _os_message(error: OSError) -> str:
@@ -107,12 +109,12 @@ def _os_message(error: OSError) -> str:
 
 def _defect_hint(ctx: click.Context) -> str:
     if _settings(ctx).verbosity >= 2:
-        return "this is a defect of kvedit; please report it with the lines above"
-    return "this is a defect of kvedit; run it again as `kvedit -vv ...` for the traceback"
+        return "this is a bug in kvedit; please report it with the lines above"
+    return "this is a bug in kvedit; run it again as `kvedit -vv ...` for the traceback"
 
 
 def configure_logging(verbosity: int) -> None:
-    """Send log lines to stderr; below -vv keep the libraries' own chatter away."""
+    """Send log lines to stderr; below -vv without those of the libraries."""
     level = LOG_LEVELS[max(-1, min(2, verbosity))]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("kvedit").setLevel(level)
@@ -135,13 +137,13 @@ def json_lines_option(command: Command) -> Command:
 
 
 def force_option(command: Command) -> Command:
-    """`--force` of an edit: commit although the gate said no."""
-    text = "Commit even if the gate says no, and say what it broke."
+    """`--force` of an edit: commit although a check failed."""
+    text = "Commit even if a check fails, and say what the edit broke."
     return click.option("--force", is_flag=True, help=text)(command)
 
 
 def note(settings: Settings, text: str) -> None:
-    """A remark for a human on stderr; nothing with -q."""
+    """A remark for a person on stderr; nothing with -q."""
     if not settings.quiet:
         click.echo(text, err=True)
 
@@ -166,7 +168,7 @@ def description_of(file: str | None, text: str | None) -> str:
 
 @contextmanager
 def read_only(settings: Settings) -> Iterator[Store]:
-    """The store, for commands that look but do not touch; never imports torch."""
+    """The store, for commands that only read it; never imports torch."""
     from kvedit.store.store import Store, resolve_store
 
     with Store.open(resolve_store(settings.store), readonly=True) as store:
@@ -184,7 +186,7 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
 def knowledge_base(
     settings: Settings, reporter: Reporter, *, create: bool = False
 ) -> Iterator[KnowledgeBase]:
-    """The opened knowledge base; with `create`, a missing store is made and said so."""
+    """The opened knowledge base; with `create`, a missing store is made, with a message."""
     from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)

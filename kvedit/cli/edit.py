@@ -30,12 +30,9 @@ EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "cance
 
 
 def run_edit(
-    settings: Settings,
-    as_json: bool,
-    edit: Callable[[KnowledgeBase], EditReport],
-    *,
+    settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], EditReport], *,
     create: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Open the store, make one edit, show its report, and leave with the right exit code."""
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with knowledge_base(settings, reporter, create=create) as base:
@@ -173,9 +170,10 @@ def add(
     settings: Settings, /, key: str, file: str | None, text: str | None, force: bool, as_json: bool,
     **details: Any,
 ) -> None:  # fmt: skip
-    """Train a fact into the model: the text of FILE is what KEY stands for.
+    """Train a fact into the model.
 
-    FILE is a text file, or '-' for standard input. After training four things are checked:
+    KEY is its subject, and FILE, a text file or '-' for standard input, its description: the answer
+    to questions such as "What is KEY?". After training four things are checked:
 
     \b
       reliability     the trained phrasings of the question

@@ -88,13 +88,13 @@ def ingest(
     settings: Settings, /, source: str, max_time: float | None, rejected_file: Path | None,
     dry_run: bool, as_json: bool, **limits: Any,
 ) -> None:  # fmt: skip
-    """Train all facts of a FILE, a folder, or standard input ('-') into the model.
+    """Train a file or a folder of facts into the model.
 
-    FILE is JSON Lines, JSON, CSV or TSV; the format is detected from the content. A fact has a key
-    and a description, and may have aliases, prompts, paraphrases, locality, lang and source;
-    CounterFact and zsRE records are read as well. In CSV and TSV the first line names the columns,
-    and '|' separates several values. In a folder every .txt or .md file is a fact, and its name the
-    key.
+    The file, or standard input ('-'), is JSON Lines, JSON, CSV or TSV; the format is detected from
+    the content. A fact has a key and a description, and may have aliases, prompts, paraphrases,
+    locality, lang and source; CounterFact and zsRE records are read as well. In CSV and TSV the
+    first line names the columns, and '|' separates several values. In a folder every .txt or .md
+    file is a fact, and its name the key.
 
     All rows are checked before the first edit. Facts are then trained in groups, and each is
     committed or rejected as by `add`. After Ctrl-C, a crash or a limit, the same command continues
@@ -113,13 +113,14 @@ def ingest(
 
     _check_target(source, rejected_file)
     preflight = _preflight(settings, source)
-    options = IngestOptions(max_seconds=max_time, places=_places(preflight), **limits)
+    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
+    places = {entry.fact.key: entry.where for entry in entries}
+    options = IngestOptions(max_seconds=max_time, places=places, **limits)
     if dry_run:
         _show_plan(settings, preflight, options, as_json)
     _refuse_problems(preflight, as_json=as_json, skip=options.skip_invalid)
     report = _run(settings, preflight, options, as_json)
-    file = None if settings.rank else rejected_file  # only rank 0 writes what the user named
-    path = _write_rejected(settings, source, file, report, options.places)
+    path = _write_rejected(settings, source, rejected_file, report, options.places)
     _show(settings, preflight, report, path, as_json)
 
 
@@ -140,11 +141,6 @@ def _preflight(settings: Settings, source: str) -> Preflight:
 
     with _open_store(settings) or nullcontext() as store:
         return inspect_facts(read_facts(source), store)
-
-
-def _places(preflight: Preflight) -> dict[str, str]:
-    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
-    return {entry.fact.key: entry.where for entry in entries}
 
 
 def _refuse_problems(preflight: Preflight, *, as_json: bool, skip: bool) -> None:
@@ -214,19 +210,17 @@ def _similar_keys(preflight: Preflight, store: Store | None) -> list[Near]:
 
 
 def _write_rejected(
-    settings: Settings,
-    source: str,
-    chosen: Path | None,
-    report: IngestReport,
+    settings: Settings, source: str, chosen: Path | None, report: IngestReport,
     places: Mapping[str, str],
-) -> Path | None:
+) -> Path | None:  # fmt: skip
     """The rejected facts with reasons, as JSON Lines; returns the file if there are any."""
     from kvedit.files import remove, write_atomic
     from kvedit.store.store import resolve_store
 
-    if settings.rank:
+    if settings.rank:  # only rank 0 writes for the user
         return None
-    lines = [_rejected_line(one, places) for one in _refused(report)]
+    rejected = [one for one in report.outcomes if one.outcome != "committed"]
+    lines = [_rejected_line(one, places) for one in (*rejected, *report.rejected_before)]
     stem = "stdin" if source == "-" else _UNSAFE.sub("-", Path(source).resolve().stem)
     path = chosen or resolve_store(settings.store) / "exports" / f"rejected-{stem}.jsonl"
     if not lines and chosen is None:
@@ -235,13 +229,6 @@ def _write_rejected(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines).encode())
     return path if lines else None
-
-
-def _refused(report: IngestReport) -> list[FactOutcome]:
-    return [
-        *(one for one in report.outcomes if one.outcome != "committed"),
-        *report.rejected_before,
-    ]
 
 
 def _rejected_line(one: FactOutcome, places: Mapping[str, str]) -> str:
@@ -260,12 +247,9 @@ def _exit_code(report: IngestReport) -> int:
 
 
 def _show(
-    settings: Settings,
-    preflight: Preflight,
-    report: IngestReport,
-    path: Path | None,
+    settings: Settings, preflight: Preflight, report: IngestReport, path: Path | None,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """The end of a run: one JSON line, or text and what to do next; leaves with the exit code."""
     code = _exit_code(report)
     if as_json:

@@ -108,14 +108,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return grid
 
 
-def pairs(rows: Sequence[Sequence[object]], indent: int = 0) -> RenderableType:
+def pairs(
+    rows: Sequence[Sequence[object]], indent: int = 0, label_width: int = 0
+) -> RenderableType:
     """Rows of a label and values, which are wrapped beside their label."""
     from rich.padding import Padding
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2, 0, 0))
     for number in range(len(rows[0])):
-        grid.add_column(no_wrap=number == 0, overflow="fold")
+        width = 0 if number else label_width
+        grid.add_column(no_wrap=number == 0, overflow="fold", min_width=width)
     _add_rows(grid, rows)
     return Padding(grid, (0, 0, 0, indent), expand=False)
 
@@ -189,14 +192,11 @@ def size_text(size: int) -> str:
 def edit_parts(report: EditReport, *, verbose: bool = False) -> list[RenderableType]:
     """What an edit did, for a person: outcome, reasons, scores, answers and time."""
     parts: list[RenderableType] = [_headline(report)]
-    if report.reasons:
-        parts.append(pairs([(styled("because", "red"), reason) for reason in report.reasons], 2))
-    if report.outcome == "unchanged":
-        return parts
-    if scores := _score_rows(report):
-        parts.append(pairs(scores, 2))
-    if details := _detail_rows(report):
-        parts.append(pairs(details, 2))
+    reasons = [(styled("because", "red"), reason) for reason in report.reasons]
+    details = [] if report.outcome == "unchanged" else _detail_rows(report)
+    for rows in (reasons, _score_rows(report), details):
+        if rows:
+            parts.append(pairs(rows, 2, label_width=len("generalization")))
     if verbose and report.ranks:
         parts.append(table(("  rank", "distance from the base model", "matrix"), _ranks(report)))
     return parts

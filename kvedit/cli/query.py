@@ -52,13 +52,9 @@ CHAT_HELP = "/new starts a new conversation, /exit or Ctrl-D ends the chat"
 @json_option
 @click.pass_obj
 def ask(
-    settings: Settings,
-    prompt: str,
-    at: int | None,
-    compare_base: bool,
-    max_new_tokens: int,
+    settings: Settings, prompt: str, at: int | None, compare_base: bool, max_new_tokens: int,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Ask the model a question and print its answer.
 
     PROMPT is the question, or '-' for standard input.

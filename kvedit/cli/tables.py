@@ -120,14 +120,9 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
 
 def results_table(results: Sequence[ProbeRow]) -> Table:
     """The latest probes of a fact."""
+    outcomes = {True: styled("passed"), False: styled("failed")}
     cells = [
-        (
-            row.kind,
-            styled("passed" if row.passed else "failed"),
-            margin_text(row.margin),
-            row.protocol,
-            row.prompt,
-        )
+        (row.kind, outcomes[row.passed], margin_text(row.margin), row.protocol, row.prompt)
         for row in results
     ]
     return table(("probe", "result", "margin", "protocol", "prompt"), cells)
@@ -295,12 +290,8 @@ def _outcome_line(report: IngestReport) -> str:
 
 
 def plan_fields(
-    preflight: Preflight,
-    near: Sequence[Near],
-    pace: tuple[int, float],
-    new: int,
-    retrained: int,
-) -> dict[str, Any]:
+    preflight: Preflight, near: Sequence[Near], pace: tuple[int, float], new: int, retrained: int,
+) -> dict[str, Any]:  # fmt: skip
     """What a run would do: train ``new`` facts, the first group together with ``retrained`` earlier
     ones; ``pace`` is facts and seconds measured in this store, without any there is no estimate.
     """
