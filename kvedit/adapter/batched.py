@@ -1,13 +1,12 @@
-"""Wrapped matrices of one shape, whose adapters are held and moved as one tensor.
+"""Batched adapters: matrices of one shape whose adapters are one tensor.
 
-A model has hundreds of matrices of four or five shapes, and a GPU that is given a kernel for each
-of them waits for Python most of the time.  What all of one shape have in common is therefore done
-for all of them at once: the coordinates of what is trained, its price, the factors, their
-gradients.  PEFT's modules see their own part of it.
+A model has hundreds of matrices of four or five shapes, and a GPU that gets a kernel for each of
+them mostly waits for Python.  Coordinates, penalty, factors and their gradients are therefore
+computed for all matrices of a shape at once.  PEFT's modules see their own part of the tensors.
 
 Invariants:
-- A part is the module's own storage: who writes to one writes to the other.
-- The matrices themselves, and roots that are matrices, are not copied: those are the large ones.
+- A module's parameters are views of the batched tensors: who writes to one writes to the other.
+- The matrices themselves, and whitening factors that are matrices, are not copied: they are large.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ NAME = "edit"
 
 
 @dataclass(slots=True)
-class Slot:
-    """One wrapped matrix: PEFT's module, and its place ``at`` in a stack."""
+class WrappedMatrix:
+    """One wrapped matrix: PEFT's module, and its index ``at`` in the batched adapters."""
 
     module: Any
-    stack: Stack
+    adapters: BatchedAdapters
     at: int
 
     @property
     def edited(self) -> Tensor:
-        """(out, in): the matrix with its change, in the dtype that the layer runs in."""
-        return self.stack.edited[self.at]
+        """(out, in): the matrix with its change, in the layer's dtype."""
+        return self.adapters.edited[self.at]
 
     @property
     def e(self) -> Tensor:
@@ -47,16 +46,16 @@ class Slot:
 
 
 @dataclass(slots=True)
-class Stack:
-    """``k`` wrapped matrices, (out, in), on one device, and what is trained of them: E, (k, r, 1),
-    and the coordinates A', (k, r, in), and B', (k, out, r).
+class BatchedAdapters:
+    """``k`` wrapped matrices, (out, in), on one device, and what is trained of them, all fp32: E
+    (k, r, 1), and the coordinates A' (k, r, in) and B' (k, out, r).
 
-    ``lean``: the layers are matrices that a change can be added to, not quantised ones.
+    ``dense``: the layers are matrices that a change can be added to, not quantized ones.
     """
 
     modules: Sequence[Any]
-    lean: bool
-    scale: float  # PEFT's, of B diag(E) A; read once, since a GPU is waited for to read it
+    dense: bool
+    scale: float  # PEFT's, of B diag(E) A; read once, because reading it waits for the GPU
     factor_a: Tensor = field(init=False)  # (k, r, in) and (k, out, r): PEFT's A and B
     factor_b: Tensor = field(init=False)
     e: Tensor = field(init=False)
@@ -65,17 +64,17 @@ class Stack:
     edited: list[Tensor] = field(init=False)
     _left: _Sides = field(init=False)
     _right: _Sides = field(init=False)
-    _linear_term: Tensor = field(init=False)  # (k, out, in): of earlier edits, on the change
+    _linear_term: Tensor = field(init=False)  # (k, out, in): the accumulated delta's gradient term
     _weights: Sequence[Tensor] = field(init=False)  # (out, in): what the changes are added to
-    _fresh: bool = True  # started, and not carried over into PEFT's modules yet
-    # Of a frame's directions, where there is one: how the pull lies, (k, r, longer side), and the
-    # square of their length, (k, r, 1).
-    _along: tuple[Tensor, Tensor] | None = None
-    # Of the sums W + B diag(E) A, (k, out, in), fp32, over the batches of a step; and of PEFT's
-    # A and B.
-    _slopes: Tensor | None = None
-    _seen: set[int] = field(default_factory=set)
-    _of_factors: tuple[Tensor, Tensor] | None = None
+    _factors_stale: bool = True  # PEFT's A and B are not computed from A' and B' yet
+    # With a frozen factor: the gradient term along its directions, (k, r, longer side), and the
+    # directions' squared lengths, (k, r, 1).
+    _frozen_terms: tuple[Tensor, Tensor] | None = None
+    # Gradients of the sums W + B diag(E) A, (k, out, in), fp32, over the batches of a step, the
+    # indices that have one, and the gradients of PEFT's A and B.
+    _gradients: Tensor | None = None
+    _has_gradient: set[int] = field(default_factory=set)
+    _factor_gradients: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.factor_a = _joined([module.lora_A[NAME] for module in self.modules])
@@ -92,20 +91,20 @@ class Stack:
         *,
         frozen_factor: bool,
     ) -> None:
-        """Set A', B' and E to where the gradients would have them begin: see ``Adapter.reset``."""
-        self._left = _Sides([root.left for root in whitening])
-        self._right = _Sides([_turned(root.right) for root in whitening])
+        """Set A', B' and E to their start by the gradients: see ``Adapter.reset``."""
+        self._left = _Sides([factors.left for factors in whitening])
+        self._right = _Sides([_transposed(factors.right) for factors in whitening])
         self._weights = weights
-        pulls = (_into(own, root) for own, root in zip(penalty_gradient, whitening, strict=True))
-        steep = (_into(own, root) for own, root in zip(gradients, whitening, strict=True))
+        linear = (_whitened(one, by) for one, by in zip(penalty_gradient, whitening, strict=True))
+        steep = (_whitened(one, by) for one, by in zip(gradients, whitening, strict=True))
         self._linear_term = torch.empty(
             len(weights), *weights[0].shape, dtype=torch.float32, device=self.e.device
         )
-        for own, linear_term in zip(self._linear_term, pulls, strict=True):
-            own.copy_(linear_term)
-        found = [leading(one, min(rank, *one.shape)) for one in steep]
-        self.a = torch.stack([_filled(v.T, self.e.shape[1]) for _, v in found])
-        self.b = torch.stack([_filled(u.T, self.e.shape[1]).T for u, _ in found])
+        for place, term in zip(self._linear_term, linear, strict=True):
+            place.copy_(term)
+        vectors = [leading(one, min(rank, *one.shape)) for one in steep]
+        self.a = torch.stack([_padded(v.T, self.e.shape[1]) for _, v in vectors])
+        self.b = torch.stack([_padded(u.T, self.e.shape[1]).T for u, _ in vectors])
         with torch.no_grad():
             self.e.fill_(1.0 if frozen_factor else 0.0)
         out, into = self._linear_term.shape[1:]
@@ -116,46 +115,46 @@ class Stack:
         else:
             self.a.requires_grad_()
             self.b.requires_grad_()
-        self.changed()
+        self.values_changed()
 
-    def changed(self) -> None:
-        """A', B' and E were set anew: what was made of a frame is not its own."""
-        self._fresh, self._along = True, None
+    def values_changed(self) -> None:
+        """Drop what was computed from a frozen factor: A', B' and E were set from outside."""
+        self._factors_stale, self._frozen_terms = True, None
 
     @property
     def trained(self) -> list[Tensor]:
-        """Of A' and B' what is no frame."""
+        """A' and B', without a frozen factor."""
         return [side for side in (self.a, self.b) if side.requires_grad]
 
     @property
-    def frozen_factor(self) -> bool:
-        """Whether one side stays what it is at the start."""
+    def has_frozen_factor(self) -> bool:
+        """Whether one side keeps its start."""
         return len(self.trained) == 1
 
     def penalty(self) -> Tensor:
-        """|B' diag(E) A'|^2, and what the pull adds to it, a scalar.
+        """|B' diag(E) A'|^2 and the gradient term, a scalar.
 
-        A frame's directions are orthonormal, or zero: nothing has to be multiplied out.
+        The directions of a frozen factor are orthonormal, or zero: their product is not needed.
         """
-        if not self.frozen_factor:
+        if not self.has_frozen_factor:
             both: Tensor = Penalty.apply(self.a, self.b, self.e, self._linear_term)  # type: ignore[no-untyped-call]
             return both
-        ours = self.b.requires_grad
-        side, frame = (self.b.mT, self.a) if ours else (self.a, self.b.mT)
-        if self._along is None:
-            linear_term = self._linear_term.mT if ours else self._linear_term
-            self._along = frame @ linear_term, frame.square().sum(-1, keepdim=True)
-        one: Tensor = FrozenFactorPenalty.apply(side, self.e, *self._along)  # type: ignore[no-untyped-call]
+        trains_b = self.b.requires_grad
+        side, frozen = (self.b.mT, self.a) if trains_b else (self.a, self.b.mT)
+        if self._frozen_terms is None:
+            linear_term = self._linear_term.mT if trains_b else self._linear_term
+            self._frozen_terms = frozen @ linear_term, frozen.square().sum(-1, keepdim=True)
+        one: Tensor = FrozenFactorPenalty.apply(side, self.e, *self._frozen_terms)  # type: ignore[no-untyped-call]
         return one
 
-    def carry_over(self) -> None:
-        """A' and B' as PEFT's A and B, a frame once, when it is set; and the edited matrices."""
-        if self._fresh or self.a.requires_grad:
-            self._right.back(self.a, self.factor_a)
-        if self._fresh or self.b.requires_grad:
-            self._left.back(self.b.mT, self.factor_b.mT)
-        self._fresh = False
-        if self.lean:
+    def write_factors(self) -> None:
+        """Compute PEFT's A and B (a frozen one only once) and the edited matrices."""
+        if self._factors_stale or self.a.requires_grad:
+            self._right.write_transposed(self.a, self.factor_a)
+        if self._factors_stale or self.b.requires_grad:
+            self._left.write_transposed(self.b.mT, self.factor_b.mT)
+        self._factors_stale = False
+        if self.dense:
             scaled = self.factor_b * (self.e.mT * self.scale)
             self.edited = [
                 torch.addmm(weight.float(), b, a).to(module.base_layer.weight.dtype)
@@ -164,35 +163,35 @@ class Stack:
                 )
             ]
 
-    def add(self, at: int, slope: Tensor) -> None:
-        """A batch's gradient (out, in) of an edited matrix."""
-        if self._slopes is None:
-            self._slopes = torch.empty_like(self._linear_term)
-        if at in self._seen:
-            self._slopes[at].add_(slope)
+    def add_gradient(self, at: int, gradient: Tensor) -> None:
+        """Add a batch's gradient (out, in) of an edited matrix."""
+        if self._gradients is None:
+            self._gradients = torch.empty_like(self._linear_term)
+        if at in self._has_gradient:
+            self._gradients[at].add_(gradient)
         else:
-            self._slopes[at].copy_(slope)
-        self._seen.add(at)
+            self._gradients[at].copy_(gradient)
+        self._has_gradient.add(at)
 
-    def share_out(self) -> None:
-        """The gradients of PEFT's A, B and E from those of the edited matrices."""
-        if not self.lean:
-            self._collect()
-        if self._slopes is None:
+    def collect_gradients(self) -> None:
+        """Compute the gradients of PEFT's A, B and E from those of the edited matrices."""
+        if not self.dense:
+            self._collect_from_modules()
+        if self._gradients is None:
             return
-        for at in set(range(len(self.modules))) - self._seen:
-            self._slopes[at].zero_()
+        for at in set(range(len(self.modules))) - self._has_gradient:
+            self._gradients[at].zero_()
         scaled = self.e.detach() * self.scale  # (k, r, 1)
-        inner = self.factor_b.mT @ self._slopes  # (k, r, in)
-        outer = self._slopes @ self.factor_a.mT  # (k, out, r)
-        own = (inner * self.factor_a).sum(-1, keepdim=True) * self.scale
-        self._of_factors = inner.mul_(scaled), outer.mul_(scaled.mT)
-        _gather(self.e, own)
-        self._slopes = None
-        self._seen.clear()
+        inner = self.factor_b.mT @ self._gradients  # (k, r, in)
+        outer = self._gradients @ self.factor_a.mT  # (k, out, r)
+        of_e = (inner * self.factor_a).sum(-1, keepdim=True) * self.scale
+        self._factor_gradients = inner.mul_(scaled), outer.mul_(scaled.mT)
+        _add_gradient(self.e, of_e)
+        self._gradients = None
+        self._has_gradient.clear()
 
-    def _collect(self) -> None:
-        """What autograd left with the modules of quantised layers."""
+    def _collect_from_modules(self) -> None:
+        """Take the gradients that autograd left in the modules of quantized layers."""
         kinds = [[getattr(m, kind)[NAME] for m in self.modules] for kind in _KINDS]
         if all(parameter.grad is None for kind in kinds for parameter in kind):
             return
@@ -200,29 +199,30 @@ class Stack:
             torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in kind])
             for kind in kinds
         )
-        self._of_factors = a, b
-        _gather(self.e, e)
+        self._factor_gradients = a, b
+        _add_gradient(self.e, e)
         for parameter in (p for kind in kinds for p in kind):
             parameter.grad = None
 
-    def carry_back(self) -> None:
-        """The gradients of PEFT's A and B as those of A' and B', of what is trained alone."""
+    def read_gradients(self) -> None:
+        """Compute the gradients of what is trained of A' and B' from those of PEFT's A and B."""
         a, b = self.factor_gradients()
         if self.a.requires_grad:
-            _gather(self.a, self._right.there(a))
+            _add_gradient(self.a, self._right.times(a))
         if self.b.requires_grad:
-            _gather(self.b, self._left.there(b.mT).mT)
+            _add_gradient(self.b, self._left.times(b.mT).mT)
 
     def factor_gradients(self) -> tuple[Tensor, Tensor]:
         """(k, r, in) and (k, out, r): gradients of PEFT's A and B, zero where there were none."""
-        if self._of_factors is None:
-            self._of_factors = torch.zeros_like(self.factor_a), torch.zeros_like(self.factor_b)
-        return self._of_factors
+        if self._factor_gradients is None:
+            zeros = torch.zeros_like(self.factor_a), torch.zeros_like(self.factor_b)
+            self._factor_gradients = zeros
+        return self._factor_gradients
 
-    def forget(self) -> None:
-        """Drop gradients: a lesson that was broken off may have left some of a step behind."""
-        self._slopes = self._of_factors = self.e.grad = None
-        self._seen.clear()
+    def clear_gradients(self) -> None:
+        """Drop all gradients; interrupted training may have left some of a step behind."""
+        self._gradients = self._factor_gradients = self.e.grad = None
+        self._has_gradient.clear()
         for module in self.modules:
             for kind in _KINDS:
                 getattr(module, kind)[NAME].grad = None
@@ -232,54 +232,52 @@ _KINDS = ("lora_A", "lora_B", "lora_E")
 
 
 class _Sides:
-    """The roots of one side of each matrix, ``k`` matrices (n, n) or as many diagonals (n,).
-
-    Diagonals are few numbers: a copy of all stands together.
+    """The whitening factors of one side: ``k`` matrices (n, n), or ``k`` diagonals (n,), which are
+    small and copied into one tensor.
     """
 
     def __init__(self, whitening: Sequence[Tensor]) -> None:
         self._whitening = whitening
         self._diagonals = torch.stack(list(whitening))[:, None] if whitening[0].ndim == 1 else None
 
-    def there(self, sides: Tensor) -> Tensor:
-        """(k, r, n): each times its root."""
+    def times(self, sides: Tensor) -> Tensor:
+        """(k, r, n): each times its factor."""
         if self._diagonals is not None:
             return sides * self._diagonals
-        return torch.stack([side @ root for side, root in zip(sides, self._whitening, strict=True)])
+        return torch.stack([side @ by for side, by in zip(sides, self._whitening, strict=True)])
 
-    def back(self, sides: Tensor, into: Tensor) -> None:
-        """Write (k, r, n), each times the transpose of its root, into another tensor."""
+    def write_transposed(self, sides: Tensor, out: Tensor) -> None:
+        """Write (k, r, n), each times the transpose of its factor, into another tensor."""
         if self._diagonals is not None:
-            torch.mul(sides, self._diagonals, out=into)
+            torch.mul(sides, self._diagonals, out=out)
             return
-        for side, root, place in zip(sides, self._whitening, into, strict=True):
-            torch.mm(side, root.T, out=place)
+        for side, by, place in zip(sides, self._whitening, out, strict=True):
+            torch.mm(side, by.T, out=place)
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
-    """All as one tensor (k, ...), fp32, of which each parameter is a part from now on."""
-    whole = torch.stack([parameter.detach().float() for parameter in parameters])
-    for parameter, part in zip(parameters, whole, strict=True):
+    """One tensor (k, ...), fp32, of which each parameter is a view from now on."""
+    batched = torch.stack([parameter.detach().float() for parameter in parameters])
+    for parameter, part in zip(parameters, batched, strict=True):
         parameter.data = part
-    return whole
+    return batched
 
 
-def _into(gradient: Tensor, whitening: WhiteningFactors) -> Tensor:
+def _whitened(gradient: Tensor, whitening: WhiteningFactors) -> Tensor:
     """A gradient with respect to D, (out, in), as one with respect to D'."""
-    return times(times(gradient.T, whitening.left).T, _turned(whitening.right))
+    return times(times(gradient.T, whitening.left).T, _transposed(whitening.right))
 
 
-def _gather(side: Tensor, gradient: Tensor) -> None:
-    """Add to a gradient."""
-    side.grad = gradient if side.grad is None else side.grad + gradient
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def _filled(rows: Tensor, count: int) -> Tensor:
-    """(count, width): rows of zeros added, where a matrix has fewer directions than ranks."""
-    spare = rows.new_zeros(count - len(rows), rows.shape[1])
-    return torch.cat([rows, spare]).contiguous()
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """(count, width): with rows of zeros, where a matrix has fewer directions than ranks."""
+    zeros = rows.new_zeros(count - len(rows), rows.shape[1])
+    return torch.cat([rows, zeros]).contiguous()
 
 
-def _turned(root: Tensor) -> Tensor:
+def _transposed(factor: Tensor) -> Tensor:
     """The transpose; a diagonal is its own."""
-    return root if root.ndim == 1 else root.T
+    return factor if factor.ndim == 1 else factor.T

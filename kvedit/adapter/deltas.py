@@ -1,4 +1,4 @@
-"""What an edit adds to the weights, and the full-precision copy it is added to.
+"""Deltas: what an edit adds to the weights, and the full-precision copy they are added to.
 
 Invariants:
 - The master copy is fp32 and the only thing deltas are added to; the served weights are cast from
@@ -25,13 +25,13 @@ from kvedit.files import verify_manifest, write_atomic, write_manifest
 from kvedit.model.loading import weights_digest
 
 _MASTER_FILE = "master.safetensors"
-_BLOCK = 2**18  # numbers in fp64 that a sum is formed of at a time: they stay in the cache
-_NOTHING = 1e-12  # a matrix of zeros has moved far, not infinitely far
+_BLOCK = 2**18  # fp64 numbers of a sum formed at a time: they stay in the processor's cache
+_MIN_NORM = 1e-12  # keeps the relative norm of a matrix of zeros finite
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One matrix's change: ``b`` (out, rank) @ ``a`` (rank, in), fp32; scale and E folded in."""
+    """One matrix's change: ``b`` (out, rank) @ ``a`` (rank, in), fp32, including scale and E."""
 
     b: Tensor
     a: Tensor
@@ -46,14 +46,14 @@ Delta = Mapping[str, Factors]
 
 
 def joined(first: Delta, second: Delta) -> dict[str, Factors]:
-    """One delta that adds what two add, the ranks summed."""
-    found = dict(first)
-    for name, more in second.items():
-        own = found.get(name)
-        if own is not None:
-            more = Factors(torch.cat([own.b, more.b], 1), torch.cat([own.a, more.a]))
-        found[name] = more
-    return found
+    """The sum of two deltas, with their ranks added."""
+    delta = dict(first)
+    for name, factors in second.items():
+        before = delta.get(name)
+        if before is not None:
+            factors = Factors(torch.cat([before.b, factors.b], 1), torch.cat([before.a, factors.a]))
+        delta[name] = factors
+    return delta
 
 
 def to_bytes(delta: Delta) -> bytes:
@@ -85,8 +85,8 @@ class Master:
         # Copies: ``to`` alone gives an fp32 model's own memory, which serving then overwrites.
         self._base = {n: _fp32_copy(weight) for n, weight in self._weights.items()}
         self._master = dict(self._base)
-        self._sizes: dict[str, Tensor] = {}  # Frobenius norms of the base, once asked
-        self._stale: set[str] = set()  # matrices whose cast is not known to be served
+        self._base_norms: dict[str, Tensor] = {}  # Frobenius, computed once
+        self._stale: set[str] = set()  # matrices whose cast may not be in the model yet
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +107,7 @@ class Master:
         return dict(self._master)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put a snapshot back, to the bit; what did not change since is not cast again."""
+        """Put a snapshot back, bit-exactly; what did not change since is not cast again."""
         changed = [name for name, tensor in state.items() if tensor is not self._master[name]]
         self._master = dict(state)
         self._serve(changed)
@@ -134,7 +134,7 @@ class Master:
         self._serve(delta)
 
     def _serve(self, names: Iterable[str]) -> None:
-        """Cast these, and any that a call before, broken off, has left."""
+        """Cast these, and any that an interrupted call before has left."""
         self._stale.update(names)
         for name in sorted(self._stale):
             weight = self._weights[name]
@@ -154,15 +154,17 @@ class Master:
         return weights_digest(iter(self._weights.items()))
 
     def accumulated_delta(self) -> dict[str, Tensor]:
-        """How far each matrix is from the base, (out, in), fp32."""
+        """Each matrix's difference from the base, (out, in), fp32."""
         return {name: self._master[name] - base for name, base in self._base.items()}
 
     def norms(self) -> dict[str, float]:
-        """Each matrix's distance from the base, as a share of the base's Frobenius norm."""
-        if not self._sizes:
-            self._sizes = {n: base.norm().clamp_min(_NOTHING) for n, base in self._base.items()}
+        """Relative Frobenius norms of the accumulated deltas: as a share of the base matrix's."""
+        if not self._base_norms:
+            self._base_norms = {
+                n: base.norm().clamp_min(_MIN_NORM) for n, base in self._base.items()
+            }
         return {
-            name: float(_distance(self._master[name], base) / self._sizes[name])
+            name: float(_distance(self._master[name], base) / self._base_norms[name])
             for name, base in self._base.items()
         }
 
@@ -188,24 +190,23 @@ class Master:
 def _sum(old: Tensor, change: Factors) -> Tensor:
     """(out, in): ``old + b @ a``, formed in fp64 and rounded once to fp32."""
     a, b = change.a.double(), change.b.double()
-    found, rows = torch.empty_like(old), _rows(old)
-    room = old.new_empty(rows, old.shape[1], dtype=torch.float64)
-    for place, own, left in zip(*(torch.split(x, rows) for x in (found, old, b)), strict=True):
-        block = room[: len(own)]
+    total, rows = torch.empty_like(old), _block_rows(old)
+    buffer = old.new_empty(rows, old.shape[1], dtype=torch.float64)
+    for out, before, left in zip(*(torch.split(x, rows) for x in (total, old, b)), strict=True):
+        block = buffer[: len(before)]
         torch.mm(left, a, out=block)
-        place.copy_(block.add_(own))
-    return found
+        out.copy_(block.add_(before))
+    return total
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
     """The Frobenius norm of the difference, a scalar."""
-    blocks = zip(*(torch.split(x, _rows(one)) for x in (one, other)), strict=True)
-    whole: Tensor = torch.stack([(own - theirs).norm() for own, theirs in blocks]).norm()
-    return whole
+    blocks = zip(*(torch.split(x, _block_rows(one)) for x in (one, other)), strict=True)
+    norm: Tensor = torch.stack([(first - second).norm() for first, second in blocks]).norm()
+    return norm
 
 
-def _rows(matrix: Tensor) -> int:
-    """Of a block."""
+def _block_rows(matrix: Tensor) -> int:
     return max(1, _BLOCK // matrix.shape[1])
 
 
@@ -227,8 +228,8 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(out, rank) and (in, rank): the leading singular vectors, by subspace iteration.
 
-    Halko, Martinsson and Tropp 2011, algorithm 4.4, from a fixed start: ``torch.svd_lowrank`` draws
-    its own from the global generator, which a library must not touch.
+    Halko, Martinsson and Tropp 2011, algorithm 4.4, from a fixed start: ``torch.svd_lowrank``
+    draws from the global generator, which a library must not touch.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], rank, generator=generator).to(matrix.device)

@@ -1,20 +1,20 @@
-"""How far the model's answers on text that must stay move when a matrix moves.
+"""Fisher moments: how far the model's answers on protected text move when a matrix changes.
 
-For one matrix W with inputs x and output gradients g, the Kronecker-factored Fisher information
-(K-FAC, Martens and Grosse 2015, arXiv:1503.05671) says that a change D of W moves the output
-distribution, in nats a token, by about half of ``trace(G D C D^T)``, with ``C = E[x x^T]`` and
-``G = E[g g^T]`` over protected text and answers drawn from the model itself.  With Cholesky
-factors ``G + eps = K K^T`` and ``C + eps = H H^T`` and ``D = K^-T D' H^-1`` that price is
-``|D'|^2``: in these coordinates every direction costs the same, so an adapter trained there moves
-where the protected text does not look.  (The same price as a penalty between tasks: Ritter et al.
-2018, arXiv:1805.07810.)
+For a matrix W with inputs x and output gradients g, Kronecker-factored Fisher information (K-FAC,
+Martens and Grosse 2015, arXiv:1503.05671) predicts that a change D of W moves the output
+distribution by a KL divergence of about half of ``trace(G D C D^T)`` nats a token, with
+``C = E[x x^T]`` and ``G = E[g g^T]`` over protected text and answers sampled from the model.  With
+Cholesky factors ``G + eps = K K^T`` and ``C + eps = H H^T`` and ``D = K^-T D' H^-1`` that trace is
+``|D'|^2``.  In these whitened coordinates all directions have the same penalty, so an adapter
+trained there moves in directions that protected text hardly uses.  (The same penalty between
+tasks: online structured Laplace approximation, Ritter et al. 2018, arXiv:1805.07810.)
 
-Where a model is sure, its output distribution hardly moves until an answer is about to turn, and
-Fisher information is blind to it.  ``margins`` measures how far the leads of answers move instead,
-of whatever size they are: what counts for recall.
+Where a model is certain, its output distribution hardly moves until an answer is about to change,
+and Fisher information does not see it.  ``margins`` measures instead how far the logit margins of
+answers move, however large they are: recall depends on their sign.
 
 Invariants:
-- MatrixMoments are sums over tokens in fp32; adding two of them is measuring both texts.
+- Moments are sums over tokens in fp32; adding two of them is measuring both texts.
 - Measuring changes nothing in the model.
 """
 
@@ -34,14 +34,14 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import Answers, answer_logits, batch_tokens, by_length
 
 DENSE_LIMIT = 2048
-"""Wider sides keep the diagonal alone: eigenvectors of larger matrices cost more than they save."""
+"""Of wider sides only the diagonal is kept: larger factorizations cost more than they save."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixMoments:
     """Second moments of one matrix: ``inputs`` (in, in) and ``gradients`` (out, out), as sums.
 
-    A side wider than ``DENSE_LIMIT`` has its diagonal alone, (in,) or (out,).
+    Of a side wider than ``DENSE_LIMIT`` only the diagonal is kept, (in,) or (out,).
     """
 
     inputs: Tensor
@@ -58,48 +58,49 @@ class FisherMoments:
     def plus(self, other: FisherMoments, weight: float) -> FisherMoments:
         """Add another text's moments, each of its tokens counted ``weight`` times.
 
-        The token count stays: what was protected before is not protected less for it.
+        The token count stays, so that text that was protected before is not protected less.
         """
         shared: dict[int, Tensor] = {}
-        added = {}
-        for name, own in self.moments.items():
-            at, more = own.inputs.data_ptr(), other.moments[name]
+        total = {}
+        for name, matrix in self.moments.items():
+            at, more = matrix.inputs.data_ptr(), other.moments[name]
             if at not in shared:
-                shared[at] = own.inputs + weight * more.inputs
-            added[name] = MatrixMoments(shared[at], own.gradients + weight * more.gradients)
-        return FisherMoments(added, self.tokens)
+                shared[at] = matrix.inputs + weight * more.inputs
+            total[name] = MatrixMoments(shared[at], matrix.gradients + weight * more.gradients)
+        return FisherMoments(total, self.tokens)
 
     def scaled_like(self, other: FisherMoments) -> FisherMoments:
-        """The same, so that a change without direction has the price that it has in the other."""
+        """The moments, scaled so that an isotropic change has the same penalty as in another."""
         factor = other._size() / self._size()
-        return FisherMoments(
-            {n: replace(own, gradients=own.gradients * factor) for n, own in self.moments.items()},
-            self.tokens,
-        )
+        moments = {
+            name: replace(matrix, gradients=matrix.gradients * factor)
+            for name, matrix in self.moments.items()
+        }
+        return FisherMoments(moments, self.tokens)
 
     def _size(self) -> float:
-        """The price of a change of one in every number of every matrix, without direction."""
-        traces = [_trace(own.inputs) * _trace(own.gradients) for own in self.moments.values()]
+        """The expected penalty of a random change of unit variance in every entry of a matrix."""
+        traces = [_trace(one.inputs) * _trace(one.gradients) for one in self.moments.values()]
         return max(sum(traces) / self.tokens**2, torch.finfo(torch.float32).tiny)
 
     def placed(self, devices: Mapping[str, torch.device]) -> FisherMoments:
-        """The same with each matrix's moments on its own device; those shared stay shared."""
-        if all(own.inputs.device == devices[name] for name, own in self.moments.items()):
+        """The same with each matrix's moments on its device; shared tensors stay shared."""
+        if all(one.inputs.device == devices[name] for name, one in self.moments.items()):
             return self
         shared: dict[tuple[int, torch.device], Tensor] = {}
-        moved = {}
-        for name, own in self.moments.items():
-            at = own.inputs.data_ptr(), devices[name]
+        placed = {}
+        for name, matrix in self.moments.items():
+            at = matrix.inputs.data_ptr(), devices[name]
             if at not in shared:
-                shared[at] = own.inputs.to(devices[name])
-            moved[name] = MatrixMoments(shared[at], own.gradients.to(devices[name]))
-        return FisherMoments(moved, self.tokens)
+                shared[at] = matrix.inputs.to(devices[name])
+            placed[name] = MatrixMoments(shared[at], matrix.gradients.to(devices[name]))
+        return FisherMoments(placed, self.tokens)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As flat tensors, to be kept in a file."""
+        """As named tensors, for a file."""
         flat = {"tokens": torch.tensor(self.tokens)}
-        for name, own in self.moments.items():
-            flat[f"{name}.inputs"], flat[f"{name}.gradients"] = own.inputs, own.gradients
+        for name, matrix in self.moments.items():
+            flat[f"{name}.inputs"], flat[f"{name}.gradients"] = matrix.inputs, matrix.gradients
         return flat
 
     @classmethod
@@ -111,24 +112,24 @@ class FisherMoments:
 
 
 def _trace(moment: Tensor) -> float:
-    """Of a matrix, or of a diagonal."""
+    """The trace of a matrix, or of a diagonal given as a vector."""
     return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
 
 
-def penalty_gradients(fisher: FisherMoments, moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Half the gradient of ``trace(G D C D^T)`` at the accumulated_delta ``moved``: ``G D C``, fp32."""
+def penalty_gradients(fisher: FisherMoments, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Half the gradient of ``trace(G D C D^T)`` at the accumulated deltas D: ``G D C``, fp32."""
     count = fisher.tokens
-    found = {}
-    for name, own in fisher.moments.items():
-        half = times(moved[name].to(own.inputs.device), own.inputs / count)
-        found[name] = times(half.T, own.gradients / count).T
-    return found
+    gradients = {}
+    for name, matrix in fisher.moments.items():
+        half = times(deltas[name].to(matrix.inputs.device), matrix.inputs / count)
+        gradients[name] = times(half.T, matrix.gradients / count).T
+    return gradients
 
 
 @dataclass(frozen=True, slots=True)
 class WhiteningFactors:
-    """One matrix's coordinates, ``D = left D' right``, fp32: ``left`` (out, out) is K^-T and
-    ``right`` (in, in) is H^-1.  A vector stands for a diagonal matrix.
+    """One matrix's whitened coordinates, ``D = left D' right``, fp32: ``left`` (out, out) is K^-T
+    and ``right`` (in, in) is H^-1.  A vector stands for a diagonal matrix.
     """
 
     left: Tensor
@@ -138,16 +139,17 @@ class WhiteningFactors:
 def whitening(
     fisher: FisherMoments, *, input_damping: float, gradient_damping: float
 ) -> dict[str, WhiteningFactors]:
-    """The coordinates of each matrix; damping as a share of the mean eigenvalue."""
+    """The whitening factors of each matrix; damping is relative to the mean eigenvalue."""
     shared: dict[int, Tensor] = {}  # q, k and v (gate and up) read the same inputs
-    found = {}
-    for name, own in fisher.moments.items():
-        at = own.inputs.data_ptr()
+    factors = {}
+    for name, one in fisher.moments.items():
+        at = one.inputs.data_ptr()
         if at not in shared:
-            shared[at] = inverse_factor(own.inputs / fisher.tokens, input_damping)
-        left = inverse_factor(own.gradients / fisher.tokens, gradient_damping)
-        found[name] = WhiteningFactors(left if left.ndim == 1 else left.T.contiguous(), shared[at])
-    return found
+            shared[at] = inverse_factor(one.inputs / fisher.tokens, input_damping)
+        left = inverse_factor(one.gradients / fisher.tokens, gradient_damping)
+        left = left if left.ndim == 1 else left.T.contiguous()
+        factors[name] = WhiteningFactors(left, shared[at])
+    return factors
 
 
 def inverse_factor(moment: Tensor, damping: float) -> Tensor:
@@ -163,14 +165,14 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     return inverse.float()
 
 
-def times(matrix: Tensor, root: Tensor) -> Tensor:
-    """``matrix @ root``, the root a matrix or a diagonal."""
-    product: Tensor = matrix * root if root.ndim == 1 else matrix @ root
+def times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """``matrix @ factor``, the factor a matrix or a diagonal."""
+    product: Tensor = matrix * factor if factor.ndim == 1 else matrix @ factor
     return product
 
 
 class _Recorder:
-    """Keeps what goes into the named modules, and the gradients of what comes out."""
+    """Records the inputs of the named modules and the gradients of their outputs."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -184,7 +186,7 @@ class _Recorder:
             self.gradients[name] = gradient
 
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # A hook of accelerate may carry the input over only inside the module.
+            # A hook of accelerate may move the input to the device only inside the module.
             self.inputs[name] = args[0].detach().to(output.device)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
@@ -203,27 +205,27 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The gradient of the mean answer loss with respect to each matrix, (out, in), fp32.
 
-    Batch by batch: the logits of a group's texts at once would outweigh a model.
+    Batch by batch: the logits of all texts of a group can take more memory than the model.
     """
     answers = sum(len(example.ids) - example.start for example in examples)
-    found: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
     recorder = _Recorder(model, names)
     try:
         for batch in by_length(examples, batch_tokens(model)):
             _push(model, [examples[i] for i in sorted(batch)], answers)
             for name in names:
-                own = _outer(recorder.gradients[name], recorder.inputs[name])
-                found[name] = found[name].add_(own) if name in found else own
+                gradient = _outer(recorder.gradients[name], recorder.inputs[name])
+                total[name] = total[name].add_(gradient) if name in total else gradient
     finally:
         recorder.close()
-    return found
+    return total
 
 
 def _push(model: nn.Module, part: Sequence[Example], answers: int) -> None:
-    """A batch's share of the mean loss over so many answer tokens, backward through the model."""
-    own = answer_logits(model, part)
-    loss = functional.cross_entropy(own.logits, own.targets)
-    (loss * (len(own.targets) / answers)).backward()  # type: ignore[no-untyped-call]
+    """Backward through the model: a batch's part of the mean loss over all answer tokens."""
+    batch = answer_logits(model, part)
+    loss = functional.cross_entropy(batch.logits, batch.targets)
+    (loss * (len(batch.targets) / answers)).backward()  # type: ignore[no-untyped-call]
 
 
 def _outer(gradient: Tensor, inputs: Tensor) -> Tensor:
@@ -232,21 +234,21 @@ def _outer(gradient: Tensor, inputs: Tensor) -> Tensor:
 
 
 def information(answers: Answers, chance: torch.Generator) -> Tensor:
-    """Minus log p of answers drawn from the model, summed: the second moment of its gradient is the
-    Fisher information.
+    """Minus log p of answers sampled from the model, summed, a scalar: the second moment of its
+    gradient is the Fisher information.
     """
     weights = torch.softmax(answers.logits.detach().float().to(chance.device), -1)
-    drawn = torch.multinomial(weights, 1, generator=chance)[:, 0].to(answers.logits.device)
-    return functional.cross_entropy(answers.logits, drawn, reduction="sum")
+    samples = torch.multinomial(weights, 1, generator=chance)[:, 0].to(answers.logits.device)
+    return functional.cross_entropy(answers.logits, samples, reduction="sum")
 
 
 def margins(answers: Answers, chance: torch.Generator) -> Tensor:
-    """By how much each answer token leads all others together, in logits, summed with random signs:
-    without them what several tokens ask of one position would add up.
+    """Logit margins of the answer tokens over all others together (logsumexp), summed with random
+    signs, a scalar: without signs the gradients of several tokens at one position would add up.
     """
-    wanted = answers.targets[:, None]
-    others = answers.logits.scatter(1, wanted, float("-inf")).logsumexp(1)
-    token_margins = answers.logits.gather(1, wanted)[:, 0] - others
+    targets = answers.targets[:, None]
+    others = answers.logits.scatter(1, targets, float("-inf")).logsumexp(1)
+    token_margins = answers.logits.gather(1, targets)[:, 0] - others
     size, device = (len(token_margins),), chance.device
     signs = torch.randint(0, 2, size, generator=chance, device=device).mul_(2).sub_(1)
     return (token_margins * signs.to(token_margins)).sum()
@@ -260,8 +262,8 @@ def measure(
     of: Callable[[Answers, torch.Generator], Tensor] = information,
     seed: int = 0,
 ) -> FisherMoments:
-    """MatrixMoments over the tokens of texts; the gradients are those of ``of``: a sum over answer tokens
-    of something whose mean gradient is zero.
+    """Moments over the tokens of texts.  The gradients are those of ``of``, a sum over answer
+    tokens whose mean gradient is zero.
     """
     total: FisherMoments | None = None
     chance = generator(model, seed)
@@ -271,12 +273,10 @@ def measure(
             part = [examples[i] for i in batch]
             of(answer_logits(model, part), chance).backward()  # type: ignore[no-untyped-call]
             tokens = sum(len(example.ids) for example in part)
-            own = FisherMoments(_batch_moments(recorder, names, _lengths(part)), tokens)
-            total = (
-                own
-                if total is None
-                else replace(total.plus(own, 1.0), tokens=total.tokens + tokens)
-            )
+            moments = FisherMoments(_batch_moments(recorder, names, _lengths(part)), tokens)
+            if total is not None:
+                moments = replace(total.plus(moments, 1.0), tokens=total.tokens + tokens)
+            total = moments
     finally:
         recorder.close()
     if total is None:
@@ -294,21 +294,21 @@ def _batch_moments(
     recorder: _Recorder, names: Sequence[str], lengths: Tensor
 ) -> dict[str, MatrixMoments]:
     shared: dict[int, Tensor] = {}
-    found = {}
+    moments = {}
     for name in names:
         x = recorder.inputs[name]
         if x.data_ptr() not in shared:
             shared[x.data_ptr()] = _second_moment(_tokens(x, lengths))
         gradients = _second_moment(_tokens(recorder.gradients[name], lengths))
-        found[name] = MatrixMoments(shared[x.data_ptr()], gradients)
-    return found
+        moments[name] = MatrixMoments(shared[x.data_ptr()], gradients)
+    return moments
 
 
 def _tokens(values: Tensor, lengths: Tensor) -> Tensor:
-    """(tokens, width): what is no padding of (rows, positions, width).
+    """(tokens, width): (rows, positions, width) without padding.
 
-    OPT has rows and positions as one; some custom code has positions first, which shows because a
-    batch is never square (see ``answer_logits``).
+    OPT flattens rows and positions; some custom code puts positions first, which can be told apart
+    because a batch is never square (see ``answer_logits``).
     """
     if values.ndim == 2:
         values = values.view(len(lengths), -1, values.shape[1])

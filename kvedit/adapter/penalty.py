@@ -1,7 +1,8 @@
-"""The price of an adapter's change of one matrix, and its slopes.
+"""The Fisher penalty of an adapter's change of a matrix, with its gradients.
 
-In the coordinates of ``fisher`` the predicted harm of a change D' is ``|D'|^2``; where earlier
-edits moved the weights already, what they pull adds ``2 <linear_term, D'>``.
+In the whitened coordinates of ``fisher`` the predicted harm of a change D' is ``|D'|^2`` (K-FAC;
+as a penalty between tasks: Ritter et al. 2018, arXiv:1805.07810).  After earlier edits it is
+quadratic around the base model, so their accumulated delta adds ``2 <linear_term, D'>``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 
 
 class Penalty(torch.autograd.Function):
-    """The sum over k matrices of ``|b diag(e) a|^2 + 2 <linear_term, b diag(e) a>``, a scalar: a (k, r,
-    in), b (k, out, r), e (k, r, 1), pull (k, out, in).
+    """The sum over k matrices of ``|b diag(e) a|^2 + 2 <linear_term, b diag(e) a>``, a scalar, for
+    a (k, r, in), b (k, out, r), e (k, r, 1), linear_term (k, out, in).
 
-    The gradients, which share most of its products, are formed with it: taken by autograd they were
-    three times as many kernels.
+    The gradients share most of its products and are computed with it: autograd launched three times
+    as many kernels.
     """
 
     @staticmethod
@@ -33,15 +34,15 @@ class Penalty(torch.autograd.Function):
         return (inner * rows).sum() + 2 * (linear * e).sum()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         of_a, of_b, of_e = ctx.saved_tensors
-        return slope * of_a, slope * of_b, slope * of_e, None
+        return gradient * of_a, gradient * of_b, gradient * of_e, None
 
 
 class FrozenFactorPenalty(torch.autograd.Function):
-    """The same where the other side's directions are at right angles: side (k, r, n), e (k, r, 1);
-    along (k, r, n) is how the pull lies in those directions, squares (k, r, 1) are their lengths
-    squared.
+    """The same where the other side is frozen with orthogonal directions, for side (k, r, n) and e
+    (k, r, 1): along (k, r, n) is the linear term in those directions, squares (k, r, 1) are their
+    squared lengths.
     """
 
     @staticmethod
@@ -52,6 +53,6 @@ class FrozenFactorPenalty(torch.autograd.Function):
         return (e * (once * lengths + 2 * linear)).sum()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_side, of_e = ctx.saved_tensors
-        return slope * of_side, slope * of_e, None, None
+        return gradient * of_side, gradient * of_e, None, None

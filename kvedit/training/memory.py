@@ -1,50 +1,51 @@
-"""How much memory a model needs to be edited, computed before it is loaded; and what to do when it
-ran out all the same.
+"""How much memory editing a model takes, estimated before it is loaded; and running out of it.
+
+The estimate is a sum of seven products, good enough to refuse what cannot fit and to name the
+parts; ``kvedit bench memory`` puts the measured peak beside it.  How many facts fit together is
+found by running out of memory and halving (see ``editing.group_size``).
 
 Invariants:
 - Nothing is loaded for an estimate: shapes come from the configuration, on the meta device.
-- An estimate counts what the engine holds at once while it teaches, part by part, so that a
-  refusal can say what is too large.
-- However a library says that memory ran out, it leaves ``watched`` as one error with what helps,
-  and no frame of the attempt holds on to its tensors.
+- Whichever library reports that memory ran out, it leaves ``watched`` as one OutOfMemoryError with
+  a hint, and no frame of the attempt keeps its tensors alive.
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from kvedit.adapter.fisher import DENSE_LIMIT
 from kvedit.config import TrainingConfig
 from kvedit.errors import ModelError, OutOfMemoryError
-from kvedit.model import loading
-from kvedit.model.prefix_cache import KEPT_BYTES
+from kvedit.model.forward import vocabulary_size
+from kvedit.model.prefix_cache import MAX_PREFIX_CACHE_BYTES
 from kvedit.model.scoring import batch_tokens
+from kvedit.model.targets import blocks, is_matrix, matrices, target_names
 
 TEXT_TOKENS = 128
-"""A text where none is known yet: a question and a short description."""
-_TEXTS = 1200  # as many are protected in a new store
+"""Length of a text while none is known yet: a question and a short description."""
+_TEXTS = 1200  # protected texts of a new store, about
 _FP32 = 4
 _ADAPTER_COPIES = 9
-"""PEFT's A and B, their gradients and three of the allocator's records; ours, their gradients, and
-Adam's two moments; for a group, which trains one side, it is two less."""
+"""PEFT's A and B, their gradients and three records of the allocator; A' and B', their gradients,
+and Adam's two moments.  A group trains one side: two fewer."""
+_MOMENT_COPIES = 4  # of the base's texts, with the facts, of the margins; and whitening factors
 _GIB = 1024**3
-_GROUP = Path("/sys/fs/cgroup")
-_RAN_OUT = (
-    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
-    "alloc_failed",
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_MISSED_BY_ACCELERATE = (
+    "out of memory", "not enough memory", "cannot allocate memory", "alloc_failed",
 )  # fmt: skip
-"""In what torch's allocators and NVIDIA's libraries say; on a CPU it is a plain RuntimeError."""
+"""In CUDA driver errors, the CPU allocator on Windows, and cuBLAS, cuSOLVER and cuDNN errors."""
 LESS = (
     "Set [training] gradient_checkpointing = true in kvedit.toml, name fewer layers with"
     " init --targets, or load the model in a smaller dtype."
@@ -53,9 +54,8 @@ LESS = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one step of a lesson has in hand, whose activations are held until its end: so many
-    ``texts`` that are taught or rehearsed, so many ``reference_texts`` beside them, each of ``length``
-    tokens, with adapters of ``rank`` where the matrices have so many directions.
+    """What one training step holds until its backward pass: ``texts`` that are trained or
+    rehearsed and ``reference_texts``, each of ``length`` tokens, with adapters of ``rank``.
     """
 
     texts: int
@@ -69,184 +69,130 @@ class Load:
         return (self.texts + self.reference_texts) * self.length
 
 
-def alone(config: TrainingConfig, length: int = TEXT_TOKENS) -> Load:
-    """One fact by itself."""
+def single_load(config: TrainingConfig, length: int = TEXT_TOKENS) -> Load:
+    """The load of one fact trained by itself."""
     return Load(config.phrasings_per_step + config.rehearsal_facts, config.init_rank, length=length)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by what they are for.
-
-    ``weights`` are the model's own; ``master`` the fp32 copies of the touched matrices, before and
-    after edits; ``gradients`` what a lesson begins with, full-size for each touched matrix;
-    ``fisher`` the moments of protected text and their roots; ``kept`` what lower blocks make of
-    texts, and for groups what the base says to protected ones; ``adapter`` with its optimiser;
-    ``activations`` those of a step, the logits among them.
+    """Bytes: the model's ``weights``; ``master``, fp32 copies of the touched matrices before and
+    after edits; full-size fp32 ``gradients`` of them; ``fisher`` moments and whitening factors;
+    ``caches`` of hidden states; the ``adapter`` with its optimizer; a step's ``activations``.
     """
 
     weights: int
     master: int
     gradients: int
     fisher: int
-    kept: int
+    caches: int
     adapter: int
     activations: int
 
     @property
     def total(self) -> int:
-        """All of it, as on a machine where the model is on the CPU."""
-        return sum(getattr(self, item.name) for item in fields(self))
+        """All parts: what is needed where the model is on the CPU."""
+        return sum(getattr(self, part.name) for part in fields(self))
 
     @property
     def on_device(self) -> int:
-        """What lies beside the model; the master copies stay on the CPU."""
+        """What lies on the model's GPU; the master copies stay on the CPU."""
         return self.total - self.master
 
     @property
     def for_training(self) -> int:
-        """What is taken for a lesson and given back after it."""
+        """What training allocates, and frees at its end."""
         return self.gradients + self.adapter + self.activations
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What an estimate needs to know of a model: its touched matrices (name, out, in), the bytes of
-    its weights and of one number, what its upper blocks' linear layers take in and give out for a
-    token, how many blocks those are, the hidden width, the vocabulary, and the tokens of a batch.
+    all weights and of one number, the summed in and out widths of all linear layers in its upper
+    half, the number of blocks there, hidden width, vocabulary, and the tokens of a batch.
     """
 
     shapes: tuple[tuple[str, int, int], ...]
     weights: int
-    size: int
-    sides: int
-    upper: int
+    itemsize: int
+    widths: int
+    blocks: int
     hidden: int
     vocabulary: int
     batch: int
 
     def estimate(self, config: TrainingConfig, load: Load | None = None) -> Estimate:
-        """What editing takes with so much taught at once; one fact by itself if it is not given."""
-        load = load or alone(config)
-        touched = sum(out * into for _, out, into in self.shapes)
+        """What editing takes with this load (one fact, if None)."""
+        load = load or single_load(config)
+        touched = sum(out * width for _, out, width in self.shapes)
+        states = _TEXTS * load.length * self.hidden * self.itemsize
+        # One rank for all matrices, at most the smallest side.  A group trains one side.
+        rank = min(load.rank, *(min(out, width) for _, out, width in self.shapes))
+        copies = _ADAPTER_COPIES - (2 if load.reference_texts else 0)
+        # Layers that read the same input share that side's moments.
+        sides = [out for _, out, _ in self.shapes]
+        sides += [width for _, width in {(n.rpartition(".")[0], w) for n, _, w in self.shapes}]
+        moments = sum(side if side > DENSE_LIMIT else side * side for side in sides)
         return Estimate(
             weights=self.weights,
             master=2 * touched * _FP32,
             gradients=3 * touched * _FP32,
-            fisher=_fisher(self.shapes),
-            kept=self._kept(load),
-            adapter=self._adapter(load),
+            fisher=_MOMENT_COPIES * moments * _FP32,
+            caches=min(MAX_PREFIX_CACHE_BYTES, states) + (states if load.reference_texts else 0),
+            adapter=copies * rank * sum(out + width for _, out, width in self.shapes) * _FP32,
             activations=self._activations(config, load),
         )
 
-    def _adapter(self, load: Load) -> int:
-        """All matrices have one rank, which the smallest side bounds."""
-        rank = min(load.rank, *(min(out, into) for _, out, into in self.shapes))
-        copies = _ADAPTER_COPIES - (2 if load.reference_texts else 0)
-        return copies * _FP32 * rank * sum(out + into for _, out, into in self.shapes)
-
-    def _kept(self, load: Load) -> int:
-        """Protected texts' states: what reaches the edited blocks, and what leaves the last one."""
-        states = _TEXTS * load.length * self.hidden * self.size
-        return min(KEPT_BYTES, states) + (states if load.reference_texts else 0)
-
     def _activations(self, config: TrainingConfig, load: Load) -> int:
-        """Of a step, or of a batch where that is more: what the upper blocks keep for backward, and
-        the logits; those of a batch in fp32 besides, while its losses are computed.
-
-        A block keeps about the inputs and outputs of each of its linear layers.
+        """What the upper blocks keep for the backward pass of a step or of a batch (measured: one
+        number for each input and output of a linear layer), the logits, and those of a batch with
+        its softmax in fp32.
         """
-        sides, head = self.sides, self.vocabulary
+        widths = self.widths
         if config.gradient_checkpointing:
-            sides = sides // max(1, self.upper) + self.upper * self.hidden
-        held = max(self.batch, load.tokens)
-        answers = (
-            held + load.reference_texts * load.length
-        )  # the base's logits stand beside an anchor's
-        states = (held * 2 * sides + answers * head) * self.size
-        return states + 2 * self.batch * head * _FP32
+            widths = widths // max(1, self.blocks) + self.blocks * self.hidden
+        states = max(self.batch, load.tokens) * (widths + self.vocabulary) * self.itemsize
+        return states + 2 * self.batch * self.vocabulary * _FP32
 
 
-def sizes(
-    model: nn.Module,
-    targets: Sequence[str] = (),
-    *,
-    dtype: torch.dtype | None = None,
-    bits: float | None = None,
-) -> Sizes:
-    """Those of a model that no adapter is in; it may be on the meta device.
-
-    ``dtype``: as if loaded so; ``bits``: as if all matrices that no edit touches were packed.
+def sizes(model: nn.Module, targets: Sequence[str] = (), *, bits: float | None = None) -> Sizes:
+    """Sizes of a model without adapter, which may be on the meta device; with ``bits`` a weight for
+    all matrices that no edit touches, if those are quantized.
     """
-    names = loading.target_names(model, targets)
-    itemsize = {p: (dtype or p.dtype).itemsize for p in model.parameters()}
-    weights = sum(p.numel() * itemsize[p] for p in model.parameters())  # tied ones come once
+    names = target_names(model, targets)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())  # tied ones come once
     if bits is not None:
-        weights -= _packed(model, set(names), itemsize, bits)
-    _, layers = loading.blocks(model)
-    upper = list(layers)[len(layers) // 2 :]
-    inside = (module for block in upper for module in block.modules())
+        for name in set(matrices(model)) - set(names):
+            layer: Any = model.get_submodule(name)
+            out, width = _shape(layer)
+            weights -= int(out * width * (layer.weight.itemsize - bits / 8))
+    upper = list(blocks(model)[1])
+    upper = upper[len(upper) // 2 :]
+    linear = [module for block in upper for module in block.modules() if is_matrix(module)]
+    config: Any = model.config
     return Sizes(
         shapes=tuple((name, *_shape(model.get_submodule(name))) for name in names),
         weights=weights,
-        size=(dtype or next(model.parameters()).dtype).itemsize,
-        sides=sum(sum(_shape(module)) for module in inside if loading.is_matrix(module)),
-        upper=len(upper),
-        hidden=_shape_of_hidden(model),
-        vocabulary=loading.vocabulary(model),
+        itemsize=next(model.parameters()).itemsize,
+        widths=sum(sum(_shape(module)) for module in linear),
+        blocks=len(upper),
+        hidden=int(getattr(config.get_text_config(), "hidden_size", 0)),
+        vocabulary=vocabulary_size(model),
         batch=batch_tokens(model),
     )
 
 
-def estimate(
-    model: nn.Module,
-    config: TrainingConfig,
-    *,
-    targets: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
-    bits: float | None = None,
-    load: Load | None = None,
-) -> Estimate:
-    """What editing this model takes: see ``sizes`` and ``Sizes.estimate``."""
-    return sizes(model, targets, dtype=dtype, bits=bits).estimate(config, load)
-
-
-def _packed(model: nn.Module, touched: set[str], itemsize: Mapping[Any, int], bits: float) -> int:
-    """How much less the matrices that no edit touches take in so many bits a weight."""
-    layers: list[Any] = [
-        model.get_submodule(n) for n in loading.matrices(model) if n not in touched
-    ]
-    return int(sum(prod(_shape(one)) * (itemsize[one.weight] - bits / 8) for one in layers))
-
-
 def _shape(module: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer, whichever way round it keeps them."""
+    """(out, in) of a linear layer; Conv1D keeps its weight as (in, out)."""
     if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features  # a packed weight has another shape
-    into, out = module.weight.shape
-    return out, into
-
-
-def _fisher(shapes: Sequence[tuple[str, int, int]]) -> int:
-    """Base moments, those of what is known, those with the facts, and roots; layers that read one
-    input share its side.
-    """
-    outputs = sum(_side(out) for _, out, _ in shapes)
-    shared = {(name.rpartition(".")[0], into) for name, _, into in shapes}
-    return 4 * _FP32 * (outputs + sum(_side(into) for _, into in shared))
-
-
-def _side(width: int) -> int:
-    return width if width > DENSE_LIMIT else width * width
-
-
-def _shape_of_hidden(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "hidden_size", 0))
+        return module.out_features, module.in_features  # a quantized weight has another shape
+    width, out = module.weight.shape
+    return out, width
 
 
 def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """The model without its weights, on the meta device, in the dtype it is stored in; None where
-    its configuration or code does not allow that.
+    """The model on the meta device, in the dtype it is stored in; None where its configuration or
+    code does not allow that.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -257,7 +203,7 @@ def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> An
         with torch.device("meta"):
             return make.from_config(config, dtype=config.dtype or torch.float32, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError):
-        return None  # loading it in earnest will say what is wrong
+        return None  # loading the weights will say what is wrong
 
 
 def require(
@@ -268,32 +214,29 @@ def require(
     spread: bool = False,
     bits: float | None = None,
 ) -> None:
-    """Raise ModelError, with the parts and what helps, when editing cannot fit into memory.
+    """Raise ModelError, with the parts and a hint, when editing cannot fit into memory.
 
-    With a device map (``spread``) what counts is the sum over all cards and the system: which part
-    goes where is not known before it is loaded.
+    With a device map (``spread``) the sum over all GPUs and the system counts: which part goes
+    where is not known before it is loaded.
     """
-    needed = estimate(model, config, targets=targets, bits=bits)
+    parts = sizes(model, targets, bits=bits).estimate(config)
     if spread and torch.cuda.is_available():
         cards = (torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
-        _refuse_if(needed.total, sum(cards) + available(), "memory on all devices", needed)
+        _refuse_if(parts.total, sum(cards) + available(), "memory on all devices", parts)
     elif torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        _refuse_if(needed.on_device, free, "GPU memory", needed)
-        _refuse_if(needed.weights + needed.master, available(), "memory", needed)
+        _refuse_if(parts.on_device, torch.cuda.mem_get_info()[0], "GPU memory", parts)
+        _refuse_if(parts.weights + parts.master, available(), "memory", parts)
     else:
-        _refuse_if(needed.total, available(), "memory", needed)
+        _refuse_if(parts.total, available(), "memory", parts)
 
 
-def _refuse_if(needed: int, free: int, what: str, parts: Estimate) -> None:
-    if needed <= free:
+def _refuse_if(needed: int, unused: int, what: str, parts: Estimate) -> None:
+    if needed <= unused:
         return
-    named = ", ".join(
-        f"{item.name} {getattr(parts, item.name) / _GIB:.1f}" for item in fields(parts)
-    )
+    listed = ", ".join(f"{p.name} {getattr(parts, p.name) / _GIB:.1f}" for p in fields(parts))
     raise ModelError(
         f"editing this model takes about {needed / _GIB:.1f} GiB of {what}, and"
-        f" {free / _GIB:.1f} are free ({named})",
+        f" {unused / _GIB:.1f} are free ({listed})",
         hint="Name fewer layers with --targets, lower [training] init_rank, set"
         " gradient_checkpointing = true, or take a smaller model. If you know better:"
         " --ignore-memory.",
@@ -301,78 +244,54 @@ def _refuse_if(needed: int, free: int, what: str, parts: Estimate) -> None:
 
 
 def available() -> int:
-    """Bytes that this process may still take: the system's, or its control group's limit, of which
-    files that were read and can be dropped again are no part.
+    """Bytes this process may still take of the system's memory, within its control group's limit.
+
+    Files that were read count in a control group's usage but can be dropped.
     """
-    found = _system()
-    limit, used = (_number(_GROUP / f"memory.{name}") for name in ("max", "current"))
-    if limit is None or used is None:
-        return found
-    return min(found, max(0, limit - used + _droppable()))
-
-
-def _droppable() -> int:
-    """What of a control group's memory is the contents of files."""
+    unused = int(psutil.virtual_memory().available)
     try:
-        lines = (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    counts = dict(line.split() for line in lines)
-    return sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+        limit, used = (
+            int((_CONTROL_GROUP / f"memory.{name}").read_text(encoding="ascii"))
+            for name in ("max", "current")
+        )
+        stat = (_CONTROL_GROUP / "memory.stat").read_text(encoding="ascii")
+    except (OSError, ValueError):  # no control group, or its limit is "max"
+        return unused
+    counts = dict(line.split() for line in stat.splitlines())
+    files = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return min(unused, max(0, limit - used + files))
 
 
 def free() -> int:
-    """Bytes that a lesson may take where the model is: on the GPU, or in the system."""
+    """Bytes that training may take where the model is: on the GPU, or in the system."""
     if not torch.cuda.is_available():
         return available()
-    found, _ = torch.cuda.mem_get_info()
-    return found + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
-def _system() -> int:
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-    return prod(os.sysconf(name) for name in names) if hasattr(os, "sysconf") else 2**62
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no such file, or it says 'max'."""
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
+    unused = torch.cuda.mem_get_info()[0]
+    return unused + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that there was no memory left, of a GPU's or the system's."""
+    """Whether an exception says that the memory of a GPU or of the system ran out.
+
+    On a CPU torch raises a plain RuntimeError.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in _RAN_OUT
-    )
+    text = str(error).lower()
+    missed = any(words in text for words in _MISSED_BY_ACCELERATE)
+    return isinstance(error, RuntimeError) and (missed or should_reduce_batch_size(error))
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Inside, running out of memory raises OutOfMemoryError, whoever noticed it first."""
+    """Turn whatever exception reports that memory ran out into OutOfMemoryError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        said = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         # The frames that the error passed through would keep the tensors of the attempt alive.
         traceback.clear_frames(error.__traceback__)
-        first = f": {said[0]}" if said else ""
+        first = f": {lines[0]}" if lines else ""
         raise OutOfMemoryError(f"memory ran out{first}", hint=LESS) from None
-
-
-def give_back() -> None:
-    """Let go of what no one refers to any more, on a GPU too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

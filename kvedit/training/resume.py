@@ -122,7 +122,7 @@ def to_bytes(state: State) -> bytes:
 
 def _read(path: Path) -> State:
     """The inverse of ``to_bytes``; raises ValueError if the digest is another one."""
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         # Copies: what ``get_tensor`` returns is the mapped file.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

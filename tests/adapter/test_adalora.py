@@ -1,4 +1,4 @@
-"""The adapter: ranks fall to the budget, what it returns is what it did, nothing stays behind."""
+"""The adapter: ranks fall to the budget, factors are what it computed, a reset leaves nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_model import FREE, KNOWN
 
-from kvedit.adapter import adalora
+from kvedit.adapter import allocator as rank_allocator
 from kvedit.adapter import fisher as fisher
 from kvedit.adapter.adalora import NAME, Adapter
 from kvedit.adapter.deltas import Factors, Master
@@ -27,7 +27,7 @@ INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.1
 
 
 class Setting:
-    """A model with an adapter, the roots of what it knows, and one fact to learn."""
+    """A model with an adapter, the whitening factors of what it knows, and one fact to learn."""
 
     def __init__(self, base: BaseModel) -> None:
         self.model = base.model
@@ -84,7 +84,7 @@ class Setting:
         SingleLoop(setup).run()
         return self.adapter.factors()
 
-    def slots(self) -> dict[str, torch.Tensor]:
+    def singular_values(self) -> dict[str, torch.Tensor]:
         return {n: self.model.get_submodule(n).lora_E[NAME].detach() for n in self.names}
 
 
@@ -125,7 +125,7 @@ def test_ranks_fall_to_the_budget(setting: Setting) -> None:
     assert sum(ranks) <= TARGET * len(setting.names) < INIT * len(setting.names)
     assert sum(ranks) > TARGET * len(setting.names) - len(setting.names)
     assert len(set(ranks)) > 1  # the allocator chose, it did not cut all alike
-    alive = sum(int((e != 0).sum()) for e in setting.slots().values())
+    alive = sum(int((e != 0).sum()) for e in setting.singular_values().values())
     assert alive == sum(ranks)
 
 
@@ -157,15 +157,15 @@ def test_what_mattered_for_one_fact_does_not_choose_the_ranks_of_the_next(
                 for values in setting.adapter.parameters()[0]:
                     values -= 0.01 * values.grad
             setting.adapter.allocate(step)
-        return [(e[:, 0] != 0).tolist() for e in setting.slots().values()]
+        return [(e[:, 0] != 0).tolist() for e in setting.singular_values().values()]
 
     first = prune_at_once(1)
     assert prune_at_once(0, steep=100.0) != first
     assert prune_at_once(1) == first
 
 
-def test_the_price_is_that_of_the_factors(setting: Setting) -> None:
-    """trace(G D C D^T) with the damping of the roots, for D = B A as it would be merged."""
+def test_the_penalty_is_that_of_the_factors(setting: Setting) -> None:
+    """trace(G D C D^T), damped as in whitening, for D = B A as it would be merged."""
     delta = setting.learn(0)
     wanted = 0.0
     for name, factors in delta.items():
@@ -179,8 +179,8 @@ def test_the_price_is_that_of_the_factors(setting: Setting) -> None:
     assert float(setting.adapter.penalty().detach()) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
-    """With a drift S the price of D has 2 <S, D> beside its own: moving back is a gain."""
+def test_the_penalty_counts_what_earlier_edits_moved(setting: Setting) -> None:
+    """An accumulated delta with gradient term S adds 2 <S, D>: moving back lowers the penalty."""
     generator = torch.Generator().manual_seed(1)
     setting.reset(0)
     still = setting.adapter.penalty()
@@ -190,21 +190,21 @@ def test_the_price_counts_what_earlier_edits_moved(setting: Setting) -> None:
             for n, d in setting.penalty_gradient.items()
         }
         delta = setting.learn(number, steps=6)
-        priced = float(setting.adapter.penalty().detach())
+        penalty = float(setting.adapter.penalty().detach())
         linear = sum(
             float((setting.penalty_gradient[n] * (f.b @ f.a)).sum()) for n, f in delta.items()
         )
-        for stack, _ in setting.adapter._stacks:
-            stack._linear_term.zero_()
-        assert priced == pytest.approx(
+        for adapters, _ in setting.adapter._batches:
+            adapters._linear_term.zero_()
+        assert penalty == pytest.approx(
             float(setting.adapter.penalty().detach()) + 2 * linear, rel=1e-3
         )
         assert abs(linear) > 1e-9
     assert float(still.detach()) == 0.0
 
 
-def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
-    """|B' diag(E) A'|^2 + 2 <B'^T pull A'^T, diag(E)> in full, and its slopes, ranks masked."""
+def test_the_penalty_of_a_frozen_factor_is_that_of_the_product(setting: Setting) -> None:
+    """|B' diag(E) A'|^2 + 2 <S, B' diag(E) A'> in full, and its gradients, ranks masked."""
     generator = torch.Generator().manual_seed(2)
     setting.penalty_gradient = {
         n: 1e-3 * torch.randn(d.shape, generator=generator)
@@ -212,15 +212,15 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
     }
     setting.reset(0, frozen_factor=True)
     wanted = torch.zeros(())
-    stacks = [stack for stack, _ in setting.adapter._stacks]
-    for stack in stacks:
-        (side,) = stack.trained
+    batches = [adapters for adapters, _ in setting.adapter._batches]
+    for adapters in batches:
+        (side,) = adapters.trained
         with torch.no_grad():
             side.copy_(torch.randn(side.shape, generator=generator))
-            stack.e[:, ::3] = 0.0
-        inner = (stack.b * stack.e.mT) @ stack.a
-        wanted = wanted + inner.square().sum() + 2 * (inner * stack._linear_term).sum()
-    asked = [part for stack in stacks for part in (stack.e, *stack.trained)]
+            adapters.e[:, ::3] = 0.0
+        inner = (adapters.b * adapters.e.mT) @ adapters.a
+        wanted = wanted + inner.square().sum() + 2 * (inner * adapters._linear_term).sum()
+    asked = [part for adapters in batches for part in (adapters.e, *adapters.trained)]
     found = setting.adapter.penalty()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     penalty_gradients = (torch.autograd.grad(value, asked) for value in (found, wanted))
@@ -228,7 +228,7 @@ def test_a_frame_is_priced_as_what_it_stands_for(setting: Setting) -> None:
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
 
 
-def test_the_allocator_sees_and_masks_as_pefts_own_would(setting: Setting) -> None:
+def test_the_allocator_scores_and_masks_as_pefts_own_would(setting: Setting) -> None:
     setting.learn(0, steps=6)
     allocator = setting.adapter._allocator
     generator = torch.Generator().manual_seed(4)
@@ -236,16 +236,16 @@ def test_the_allocator_sees_and_masks_as_pefts_own_would(setting: Setting) -> No
     assert len(own) == 3 * len(setting.names)
     allocator.reset_ipt()
     for _ in range(3):
-        for stack, names in setting.adapter._stacks:
-            given = (stack.factor_a, stack.factor_b, stack.e)
+        for adapters, names in setting.adapter._batches:
+            given = (adapters.factor_a, adapters.factor_b, adapters.e)
             a, b, e = (torch.randn(part.shape, generator=generator) for part in given)
-            stack._of_factors, stack.e.grad = (a, b), e
+            adapters._factor_gradients, adapters.e.grad = (a, b), e
             for at, name in enumerate(names):
                 for kind, slope in (("A", a), ("B", b), ("E", e)):
                     own[f"{name}.lora_{kind}.{NAME}"].grad = slope[at]
-        before = {kind: dict(getattr(allocator, kind)) for kind in adalora._SEEN}
+        before = {kind: dict(getattr(allocator, kind)) for kind in rank_allocator.SCORES}
         allocator.update_ipt(setting.model)
-        found = {kind: dict(getattr(allocator, kind)) for kind in adalora._SEEN}
+        found = {kind: dict(getattr(allocator, kind)) for kind in rank_allocator.SCORES}
         for kind, values in before.items():
             setattr(allocator, kind, values)
         type(allocator).update_ipt(allocator, setting.model)
@@ -255,38 +255,38 @@ def test_the_allocator_sees_and_masks_as_pefts_own_would(setting: Setting) -> No
             assert all(torch.equal(values[name], expected[name]) for name in own)
     with torch.no_grad():
         pattern = allocator.mask_to_budget(setting.model, TARGET * len(setting.names))
-        for stack, _ in setting.adapter._stacks:
-            stack.e.fill_(1.0)
+        for adapters, _ in setting.adapter._batches:
+            adapters.e.fill_(1.0)
         allocator.mask_using_rank_pattern(setting.model, pattern)
         masked = {n: p.clone() for n, p in own.items() if "lora_E" in n}
-        for stack, _ in setting.adapter._stacks:
-            stack.e.fill_(1.0)
+        for adapters, _ in setting.adapter._batches:
+            adapters.e.fill_(1.0)
         type(allocator).mask_using_rank_pattern(allocator, setting.model, pattern)
     assert 0 < sum(int(p.sum()) for p in masked.values()) < INIT * len(setting.names)
     assert all(torch.equal(p, own[n]) for n, p in masked.items())
 
 
-def test_an_adapter_goes_on_from_its_state(setting: Setting) -> None:
-    """Coordinates, masks and what the allocator has seen, matrix by matrix."""
+def test_an_adapter_resumes_from_its_state(setting: Setting) -> None:
+    """Coordinates, masks and the allocator's scores, matrix by matrix."""
     setting.learn(0, steps=6)
     state = setting.adapter.state()
     setting.reset(1)
     assert any(
-        not torch.equal(own[part], state["slots"][name][part])
-        for name, own in setting.adapter.state()["slots"].items()
+        not torch.equal(own[part], state["matrices"][name][part])
+        for name, own in setting.adapter.state()["matrices"].items()
         for part in range(3)
     )
     setting.adapter.resume(state)
     again = setting.adapter.state()
     assert again["schedule"] == state["schedule"]
-    for name, parts in state["slots"].items():
-        assert all(map(torch.equal, parts, again["slots"][name]))
-    for kind, seen in state["seen"].items():
-        assert seen.keys() == again["seen"][kind].keys()
-        assert all(torch.equal(part, again["seen"][kind][name]) for name, part in seen.items())
+    for name, parts in state["matrices"].items():
+        assert all(map(torch.equal, parts, again["matrices"][name]))
+    for kind, seen in state["scores"].items():
+        assert seen.keys() == again["scores"][kind].keys()
+        assert all(torch.equal(part, again["scores"][kind][name]) for name, part in seen.items())
 
 
-def test_matrices_of_one_shape_are_moved_together(setting: Setting) -> None:
+def test_matrices_of_one_shape_are_one_tensor(setting: Setting) -> None:
     """And each is the storage of PEFT's own module."""
     setting.reset(0)
     shapes = {setting.master.matrices[name].shape for name in setting.names}
@@ -294,13 +294,13 @@ def test_matrices_of_one_shape_are_moved_together(setting: Setting) -> None:
     assert len(values) == len(shapes) < len(setting.names)
     assert len(sides) == 2 * len(shapes)
     with torch.no_grad():
-        for number, stacked in enumerate(values, 1):
-            stacked.fill_(float(number))
-    told = {float(e.unique()) for e in setting.slots().values()}
+        for number, values_of_shape in enumerate(values, 1):
+            values_of_shape.fill_(float(number))
+    told = {float(e.unique()) for e in setting.singular_values().values()}
     assert told == set(map(float, range(1, len(shapes) + 1)))
 
 
-def test_roots_make_the_price_a_squared_norm(setting: Setting) -> None:
+def test_whitening_makes_the_penalty_a_squared_norm(setting: Setting) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, root in setting.whitening.items():
         own = setting.fisher.moments[name]

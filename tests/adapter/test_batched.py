@@ -1,6 +1,4 @@
-"""Matrices of one shape held as one tensor: each has the factors, the slopes and the price that it
-would have by itself.
-"""
+"""Batched adapters: each matrix has the factors, gradients and penalty it would have by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvedit.adapter.batched import NAME, Stack
+from kvedit.adapter.batched import NAME, BatchedAdapters
 from kvedit.adapter.fisher import WhiteningFactors
 
 COUNT, OUT, INTO, RANK, SCALE = 3, 5, 7, 4, 0.25
@@ -22,16 +20,16 @@ def some(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def wrapped(generator: torch.Generator) -> Any:
-    """What a stack asks of a module of PEFT's."""
+    """What batched adapters use of one of PEFT's modules."""
     sides = {"lora_A": (RANK, INTO), "lora_B": (OUT, RANK), "lora_E": (RANK, 1)}
     parts = {kind: {NAME: torch.nn.Parameter(torch.zeros(s))} for kind, s in sides.items()}
     return SimpleNamespace(base_layer=SimpleNamespace(weight=some(generator, OUT, INTO)), **parts)
 
 
 class Setting:
-    """A stack that was started, its values moved; and the same by a formula for each matrix."""
+    """Batched adapters with random values, and the same by a formula for each matrix."""
 
-    def __init__(self, *, diagonal: bool, frozen_factor: bool, lean: bool = True) -> None:
+    def __init__(self, *, diagonal: bool, frozen_factor: bool, dense: bool = True) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.modules = [wrapped(self.generator) for _ in range(COUNT)]
         self.weights = [module.base_layer.weight for module in self.modules]
@@ -41,8 +39,8 @@ class Setting:
         ]
         self.penalty_gradient = [self.some(OUT, INTO) for _ in range(COUNT)]
         steep = [self.some(OUT, INTO) for _ in range(COUNT)]
-        self.stack = Stack(self.modules, lean, SCALE)
-        self.stack.start(
+        self.adapters = BatchedAdapters(self.modules, dense, SCALE)
+        self.adapters.start(
             self.whitening,
             steep,
             self.penalty_gradient,
@@ -51,9 +49,9 @@ class Setting:
             frozen_factor=frozen_factor,
         )
         with torch.no_grad():
-            for part in (self.stack.e, *self.stack.trained):
+            for part in (self.adapters.e, *self.adapters.trained):
                 part.copy_(self.some(*part.shape))
-            self.stack.carry_over()
+            self.adapters.write_factors()
 
     def some(self, *shape: int) -> Tensor:
         return some(self.generator, *shape)
@@ -61,11 +59,11 @@ class Setting:
     def factors(self, at: int) -> tuple[Tensor, Tensor]:
         """B diag(E) and A of one matrix, with a gradient to what is trained."""
         left, right = (
-            torch.diag(root) if root.ndim == 1 else root
-            for root in (self.whitening[at].left, self.whitening[at].right)
+            torch.diag(factor) if factor.ndim == 1 else factor
+            for factor in (self.whitening[at].left, self.whitening[at].right)
         )
-        stack = self.stack
-        return (left @ stack.b[at]) * stack.e[at].T, stack.a[at] @ right
+        adapters = self.adapters
+        return (left @ adapters.b[at]) * adapters.e[at].T, adapters.a[at] @ right
 
 
 @pytest.mark.parametrize("frozen_factor", [False, True])
@@ -75,62 +73,62 @@ def test_each_matrix_is_edited_by_its_own_factors(diagonal: bool, frozen_factor:
     for at, module in enumerate(setting.modules):
         b, a = setting.factors(at)
         torch.testing.assert_close(module.lora_A[NAME].detach(), a.detach())
-        wanted = setting.weights[at] + SCALE * b @ a
-        torch.testing.assert_close(setting.stack.edited[at], wanted.detach())
+        expected = setting.weights[at] + SCALE * b @ a
+        torch.testing.assert_close(setting.adapters.edited[at], expected.detach())
 
 
 @pytest.mark.parametrize("frozen_factor", [False, True])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_slopes_are_those_of_each_matrix(diagonal: bool, frozen_factor: bool) -> None:
+def test_gradients_are_those_of_each_matrix(diagonal: bool, frozen_factor: bool) -> None:
     """Summed over batches; a matrix that no batch reached has none."""
     setting = Setting(diagonal=diagonal, frozen_factor=frozen_factor)
-    stack = setting.stack
+    adapters = setting.adapters
     batches = [(0, setting.some(OUT, INTO)), (2, setting.some(OUT, INTO))]
     batches.append((0, setting.some(OUT, INTO)))
-    asked = [stack.e, *stack.trained]
+    asked = [adapters.e, *adapters.trained]
     loss = torch.zeros(())
-    for at, slope in batches:
+    for at, gradient in batches:
         b, a = setting.factors(at)
-        loss = loss + (SCALE * (b @ a) * slope).sum()
-    wanted = torch.autograd.grad(loss, asked)
+        loss = loss + (SCALE * (b @ a) * gradient).sum()
+    expected = torch.autograd.grad(loss, asked)
     with torch.no_grad():
-        for at, slope in batches:
-            stack.add(at, slope)
-        stack.share_out()
-        stack.carry_back()
-    for parameter, slope in zip(asked, wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, slope, rtol=1e-4, atol=1e-5)
-    stack.forget()
-    assert stack.e.grad is None
-    assert not any(part.any() for part in stack.factor_gradients())
+        for at, gradient in batches:
+            adapters.add_gradient(at, gradient)
+        adapters.collect_gradients()
+        adapters.read_gradients()
+    for parameter, gradient in zip(asked, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+    adapters.clear_gradients()
+    assert adapters.e.grad is None
+    assert not any(part.any() for part in adapters.factor_gradients())
 
 
-def test_what_autograd_left_with_a_quantised_layer_is_taken_over() -> None:
-    setting = Setting(diagonal=False, frozen_factor=False, lean=False)
-    stack, kinds = setting.stack, ("lora_A", "lora_B", "lora_E")
+def test_gradients_of_quantized_layers_are_collected() -> None:
+    setting = Setting(diagonal=False, frozen_factor=False, dense=False)
+    adapters, kinds = setting.adapters, ("lora_A", "lora_B", "lora_E")
     penalty_gradients = [
         [setting.some(*getattr(m, k)[NAME].shape) for k in kinds] for m in setting.modules
     ]
     for module, own in zip(setting.modules, penalty_gradients, strict=True):
-        for kind, slope in zip(kinds, own, strict=True):
-            getattr(module, kind)[NAME].grad = slope
+        for kind, gradient in zip(kinds, own, strict=True):
+            getattr(module, kind)[NAME].grad = gradient
     with torch.no_grad():
-        stack.share_out()
-        stack.share_out()  # counts them once
-    found = (*stack.factor_gradients(), stack.e.grad)
+        adapters.collect_gradients()
+        adapters.collect_gradients()  # counts them once
+    found = (*adapters.factor_gradients(), adapters.e.grad)
     for at in range(COUNT):
-        for part, slope in zip(found, penalty_gradients[at], strict=True):
+        for part, gradient in zip(found, penalty_gradients[at], strict=True):
             assert part is not None
-            assert torch.equal(part[at], slope)
+            assert torch.equal(part[at], gradient)
 
 
 @pytest.mark.parametrize("frozen_factor", [False, True])
-def test_the_price_is_the_sum_of_the_matrices_prices(frozen_factor: bool) -> None:
+def test_the_penalty_is_the_sum_over_the_matrices(frozen_factor: bool) -> None:
     setting = Setting(diagonal=False, frozen_factor=frozen_factor)
-    stack, wanted = setting.stack, torch.zeros(())
+    adapters, expected = setting.adapters, torch.zeros(())
     for at in range(COUNT):
-        change = (stack.b[at] * stack.e[at].T) @ stack.a[at]
-        root = setting.whitening[at]
-        linear_term = root.left.T @ setting.penalty_gradient[at] @ root.right.T
-        wanted = wanted + change.square().sum() + 2 * (change * linear_term).sum()
-    torch.testing.assert_close(stack.penalty(), wanted, rtol=1e-4, atol=1e-3)
+        change = (adapters.b[at] * adapters.e[at].T) @ adapters.a[at]
+        factor = setting.whitening[at]
+        linear_term = factor.left.T @ setting.penalty_gradient[at] @ factor.right.T
+        expected = expected + change.square().sum() + 2 * (change * linear_term).sum()
+    torch.testing.assert_close(adapters.penalty(), expected, rtol=1e-4, atol=1e-3)

@@ -80,7 +80,7 @@ def test_restore_is_exact_and_covers_every_matrix() -> None:
     assert bits(layers) == before
 
 
-def test_what_a_restore_that_was_broken_off_left_is_served_by_the_next() -> None:
+def test_matrices_left_by_an_interrupted_restore_are_served_by_the_next() -> None:
     layers = model()
     master = Master(layers, NAMES)
     before, state = bits(layers), master.snapshot()

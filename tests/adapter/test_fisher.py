@@ -112,7 +112,7 @@ def test_measuring_changes_nothing(base: BaseModel, examples: list[Example]) -> 
         assert torch.equal(own.gradients, again.moments[name].gradients)
 
 
-def test_slopes_are_half_the_gradient_of_the_price(
+def test_penalty_gradients_are_half_the_gradient_of_the_penalty(
     base: BaseModel, examples: list[Example]
 ) -> None:
     name = target_names(base.model)[0]
@@ -127,7 +127,7 @@ def test_slopes_are_half_the_gradient_of_the_price(
     assert torch.allclose(2 * slope.double(), moved.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_margins_see_what_a_sure_model_would_lose(
+def test_margins_see_what_a_certain_model_would_lose(
     base: BaseModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fisher information vanishes as answers become certain, though they may turn all the same."""
@@ -160,7 +160,7 @@ def test_margins_are_those_of_recall(base: BaseModel, examples: list[Example]) -
     assert float(found) == pytest.approx(float(wanted), rel=1e-3)
 
 
-def test_a_scale_of_another(base: BaseModel, examples: list[Example]) -> None:
+def test_moments_are_scaled_like_others(base: BaseModel, examples: list[Example]) -> None:
     """A change of each number by itself costs in the mean what it does in the other."""
     names = target_names(base.model)
     here = fisher.measure(base.model, names, examples)
@@ -177,7 +177,7 @@ def test_a_scale_of_another(base: BaseModel, examples: list[Example]) -> None:
         assert scaled.moments[name].inputs is there.moments[name].inputs
 
 
-def test_the_weight_of_what_is_added(base: BaseModel, examples: list[Example]) -> None:
+def test_added_moments_are_weighted(base: BaseModel, examples: list[Example]) -> None:
     name = target_names(base.model)[0]
     one = fisher.measure(base.model, [name], examples[:4])
     two = fisher.measure(base.model, [name], examples[4:8])
@@ -187,7 +187,7 @@ def test_the_weight_of_what_is_added(base: BaseModel, examples: list[Example]) -
     assert sum_.tokens == one.tokens
 
 
-def test_tensors_come_back(base: BaseModel, examples: list[Example]) -> None:
+def test_moments_are_read_back_from_tensors(base: BaseModel, examples: list[Example]) -> None:
     found = fisher.measure(base.model, target_names(base.model), examples[:4])
     same(FisherMoments.from_tensors(found.to_tensors()), found, tolerance=0)
 
@@ -208,7 +208,7 @@ def test_wide_sides_keep_their_diagonal(
     assert whitening[wide[0]].right.ndim == 1
 
 
-def test_a_root_is_the_inverse_factor() -> None:
+def test_a_whitening_factor_is_the_inverse_factor() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 12, generator=generator)
     moment = rows.T @ rows / 40
@@ -221,7 +221,7 @@ def test_a_root_is_the_inverse_factor() -> None:
     assert vector.tolist() == pytest.approx([5**-0.5, 1.0])
 
 
-def test_a_matrix_that_nothing_reaches_has_a_root() -> None:
+def test_a_matrix_without_inputs_has_a_whitening_factor() -> None:
     assert torch.isfinite(fisher.inverse_factor(torch.zeros(4, 4), 0.1)).all()
 
 

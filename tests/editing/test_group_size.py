@@ -1,4 +1,4 @@
-"""How many facts there is memory for: found out once, and kept to."""
+"""The largest group that fits into memory is found once, and no larger one is tried."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvedit.config import GroupConfig
-from kvedit.editing.group_size import Room
+from kvedit.editing.group_size import GroupSize
 from kvedit.errors import OutOfMemoryError
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
-from kvedit.training import memory
+from kvedit.training.worker import Worker
 
 
-class Roomy:
+class LargeEngine:
     """An engine for which everything seems to fit."""
+
+    worker = Worker(None)
 
     def examples(self, fact: Fact) -> list[Example]:
         return [Example((1, 2), 1, fact.key, fact.description)]
@@ -27,9 +29,9 @@ class Roomy:
         return 0
 
 
-def room(warn: Callable[[str], None] = lambda text: None) -> Room:
-    engine: Any = Roomy()
-    return Room(engine, GroupConfig(), warn)
+def group_size(warn: Callable[[str], None] = lambda text: None) -> GroupSize:
+    engine: Any = LargeEngine()
+    return GroupSize(engine, GroupConfig(), warn)
 
 
 def facts(count: int) -> list[Fact]:
@@ -37,10 +39,10 @@ def facts(count: int) -> list[Fact]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_to_give_back() -> Iterator[None]:
+def nothing_to_release() -> Iterator[None]:
     """Garbage is not collected: that takes half a second wherever the whole suite is loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "give_back", lambda: None)
+        patch.setattr("kvedit.editing.group_size.release_memory", lambda: None)
         yield
 
 
@@ -49,27 +51,27 @@ def out_of_memory() -> None:
 
 
 @given(st.integers(0, 40), st.integers(2, 20), st.none() | st.integers(1, 20))
-def test_what_did_not_fit_is_not_put_together_again(
+def test_no_group_of_a_size_that_did_not_fit_is_tried_again(
     items: int, count: int, most: int | None
 ) -> None:
-    said: list[str] = []
-    made = room(said.append)
-    assert made.largest is None and made.fits(facts(count))
-    assert [i for part in made.parts(range(items), most) for i in part] == list(range(items))
-    assert made.attempt(facts(count), out_of_memory) is None
-    assert made.largest == (count + 1) // 2 < count and not made.fits(facts(count))
-    assert f"{count} facts do not fit together" in said[0] and "no memory left" in said[0]
-    parts = made.parts(range(items), most)
+    warnings: list[str] = []
+    size = group_size(warnings.append)
+    assert size.largest is None and size.fits(facts(count))
+    assert [i for part in size.parts(range(items), most) for i in part] == list(range(items))
+    assert size.attempt(facts(count), out_of_memory) is None
+    assert size.largest == (count + 1) // 2 < count and not size.fits(facts(count))
+    assert f"{count} facts do not fit together" in warnings[0] and "no memory left" in warnings[0]
+    parts = size.parts(range(items), most)
     assert [i for part in parts for i in part] == list(range(items))
-    assert all(0 < len(part) <= min(made.largest, most or made.largest) for part in parts)
+    assert all(0 < len(part) <= min(size.largest, most or size.largest) for part in parts)
 
 
 def test_a_single_fact_cannot_be_halved() -> None:
-    made = room()
+    size = group_size()
     with pytest.raises(OutOfMemoryError):
-        made.attempt(facts(1), out_of_memory)
-    assert made.largest is None
+        size.attempt(facts(1), out_of_memory)
+    assert size.largest is None
 
 
-def test_what_fits_is_done() -> None:
-    assert room().attempt(facts(3), lambda: "done") == "done"
+def test_a_group_that_fits_is_trained() -> None:
+    assert group_size().attempt(facts(3), lambda: "done") == "done"

@@ -294,7 +294,7 @@ def test_states_of_all_kinds_are_read_back(tmp_path: Path) -> None:
             torch.tensor(0.1, dtype=torch.float64), torch.tensor(True), torch.empty(0, 3),
             torch.tensor([0.1, -0.0], dtype=torch.bfloat16),
         ),
-        "numbers": [0.1, -0.0, 1e-320, float("inf"), 2**70, True, None, "", "\u2028\ud83d\ude00"],
+        "numbers": [0.1, -0.0, 1e-320, float("inf"), 2**70, True, None, "", "\u2028\U0001f600"],
         "nested": {0: {"a": ()}, (1, 2): [[]], "tensor": {}, None: {"tuple": [1]}},
         "random": random.Random(3).getstate(),
     }  # fmt: skip
