@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import release_memory
 from torch import Tensor
 
 from kvedit import __version__
@@ -91,7 +92,7 @@ class Engine(KeptMoments):
         )
         names = target_names(base.model, targets)
         devices.require_present(base.model, names)
-        quantization.unpack(base.model, names)
+        quantization.dequantize(base.model, names)
         self._sizes = memory.sizes(base.model, targets)
         # The master comes before any wrapping: it keeps the weights without an adapter.
         master = Master(base.model, names)
@@ -132,7 +133,7 @@ class Engine(KeptMoments):
         self._drop_adapter()
         if self.worker.prefix_cache is not None:
             self.worker.prefix_cache.forget()
-        memory.give_back()
+        release_memory()
 
     def needed(self, group: GroupConfig, facts: int, length: int) -> int:
         """Bytes that training so many facts takes, in texts of so many tokens; an estimate."""
