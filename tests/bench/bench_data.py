@@ -47,8 +47,13 @@ def write_settings(store: Path, steps: int) -> None:
     """Little protected text, few steps, and a gate that lets everything through."""
     open_gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
     text = settings(steps=steps, repairs=0, rounds=0, **open_gate)
-    text = text.replace("short = 48", "short = 4").replace("locality = 8", "locality = 2")
-    text = text.replace("free = 4", "free = 0").replace("passes = 40", "passes = 12")
+    fewer = {
+        "short_answers = 48": "short_answers = 4", "locality_probes = 8": "locality_probes = 2",
+        "free_texts = 4": "free_texts = 0", "epochs = 40": "epochs = 12",
+    }  # fmt: skip
+    for line, shorter in fewer.items():
+        assert f"\n{line}\n" in text, line
+        text = text.replace(f"\n{line}\n", f"\n{shorter}\n")
     (store / "kvedit.toml").write_text(text, encoding="utf-8")
 
 

@@ -431,5 +431,5 @@ def data(folder: Path | None) -> None:
         for problem in problems:
             click.echo(problem, err=True)
         if problems:
-            raise GateFailedError(f"{len(problems)} files are missing or malformed")
+            raise GateFailedError(f"{len(problems)} file(s) missing or malformed")
         click.echo(f"{folder}: all files are there and well formed")
