@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,6 +31,7 @@ from xml.etree import ElementTree
 
 import click
 import pytest
+from packaging.requirements import Requirement
 
 import kvedit
 from kvedit.cli import cli
@@ -301,3 +303,11 @@ def test_settings_in_the_text_are_taken(page: Path, tmp_path: Path) -> None:
 
 def test_no_page_names_a_folder_outside_the_project() -> None:
     assert [name_of(page) for page in CURRENT if "../shared" in page.read_text("utf-8")] == []
+
+
+def test_the_lock_of_the_site_has_what_its_extra_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "docs" / "requirements.lock").read_text(encoding="utf-8").split()
+    pins = dict(line.split("==") for line in lines)
+    for need in map(Requirement, project["optional-dependencies"]["docs"]):
+        assert need.specifier.contains(pins[need.name]), need
