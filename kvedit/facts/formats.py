@@ -170,8 +170,8 @@ def parse_line(line: str) -> object:
         raise InvalidFactError(
             f"not valid JSON: {what}", hint="Write one JSON object on each line."
         ) from error
-    if error := repeated_name(document):
-        raise error
+    if repeated := repeated_name(document):
+        raise repeated
     return document
 
 
