@@ -20,7 +20,6 @@ from kvedit.events import Score, Status
 from kvedit.facts.fact import Fact
 from kvedit.ingest.report import IngestOptions
 from kvedit.ingest.run import ingest
-from kvedit.model.prompts import Example
 
 NOTES = (
     "Recalled: of all facts given, under all training phrasings. Unseen phrasings: of the committed"
@@ -76,7 +75,9 @@ def _run(
     engine, store = knowledge.engine, knowledge.store
     rows = store.facts("committed")
     last = max((row.revision or 0 for row in rows), default=0)
-    recalled = {row.fact.key: _all_recalled(knowledge, engine.examples(row.fact)) for row in rows}
+    recalled = {
+        row.fact.key: all(engine.generated_recall(engine.examples(row.fact))) for row in rows
+    }
     unseen = [example for row in rows for example in engine.paraphrases(row.fact)]
     probes = engine.renderer.examples((p.prompt, p.answer) for p in store.protected("locality"))
     earlier = [recalled[row.fact.key] for row in rows if (row.revision or 0) < last]
@@ -90,10 +91,6 @@ def _run(
         earlier=_score(earlier),
         ingest_seconds=report.seconds,
     )
-
-
-def _all_recalled(knowledge: KnowledgeBase, examples: Sequence[Example]) -> bool:
-    return all(knowledge.engine.generated_recall(examples))
 
 
 def _score(values: Sequence[bool]) -> Score:

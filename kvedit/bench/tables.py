@@ -57,7 +57,8 @@ def document(
     raw = plain(result)
     own = {
         "schema": SCHEMA, "benchmark": benchmark, "command": shlex.join(words), "commit": commit(),
-        "kvedit": __version__, "machine": machine(), "model": raw.pop("model", getattr(result, "model", None)), "seed": seed,
+        "kvedit": __version__, "machine": machine(),
+        "model": raw.pop("model", getattr(result, "model", None)), "seed": seed,
         "started": began.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - began).total_seconds(), 3),
         "notes": notes, "tables": plain(tables),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ from kvedit.cli.common import Settings, json_option
 from kvedit.cli.ingest import group_size
 from kvedit.errors import GateFailedError
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 model_option = click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]")
-config_option = click.option("--config", type=FILE, help="A kvedit.toml with settings to use.")
-facts_argument = click.argument("facts", metavar="FACTS")
+config_option = click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A kvedit.toml with settings to use.",
+)  # fmt: skip
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), default=32, show_default=True, metavar="N",
+    help="Take the first N facts.",
+)  # fmt: skip
 
 
-def limit_option(default: int) -> Callable[[Any], Any]:
-    """`--limit` of a benchmark over a file of facts."""
-    text = "Take the first N facts."
-    number = click.IntRange(min=1)
-    return click.option(
-        "--limit", type=number, default=default, show_default=True, metavar="N", help=text
-    )
+def _group_sizes(ctx: click.Context, option: click.Parameter, texts: Any) -> list[int | None]:
+    return [group_size(ctx, option, text) for text in texts]
 
 
 @click.group()
@@ -48,20 +49,17 @@ def bench() -> None:
 
 
 @bench.command()
-@facts_argument
+@click.argument("facts", metavar="FACTS")
 @model_option
 @config_option
-@limit_option(32)
+@limit_option
 @click.option(
     "--single", type=click.IntRange(min=0), default=4, show_default=True, metavar="N",
     help="How many of them to add one by one.",
 )  # fmt: skip
 @json_option
 @click.pass_obj
-def speed(
-    settings: Settings, facts: str, model: str | None, config: Path | None, limit: int, single: int,
-    as_json: bool,
-) -> None:  # fmt: skip
+def speed(settings: Settings, /, single: int, as_json: bool, **given: Any) -> None:
     """Seconds a fact, one by one and in groups, and where the time goes.
 
     \b
@@ -69,10 +67,9 @@ def speed(
       kvedit bench speed facts.jsonl
       kvedit bench speed facts.jsonl --model path/to/model --limit 64 --single 8
     """
-    from kvedit.bench import speed as measure
+    from kvedit.bench import speed as module
 
-    setup = measure.Setup(model=model, facts=measure.load_facts(facts, limit), config=config)
-    _run(settings, measure, "speed", lambda emit: measure.speed(setup, single, emit), as_json)
+    _run(settings, module, partial(module.speed, _setup(**given), single), as_json)
 
 
 @bench.command()
@@ -82,10 +79,7 @@ def speed(
 @click.option("--estimate", is_flag=True, help="Only estimate; do not load the model.")
 @json_option
 @click.pass_obj
-def memory(
-    settings: Settings, facts: str | None, model: str | None, config: Path | None, estimate: bool,
-    as_json: bool,
-) -> None:  # fmt: skip
+def memory(settings: Settings, /, estimate: bool, as_json: bool, **given: Any) -> None:
     """The memory that editing takes: estimated, then the measured peak of one edit.
 
     The edit is of the first of FACTS, or of one that is made up.
@@ -95,33 +89,28 @@ def memory(
       kvedit bench memory --model path/to/model
       kvedit bench memory --model path/to/model --estimate
     """
-    from kvedit.bench import memory as measure
-    from kvedit.bench.speed import Setup, load_facts
+    from kvedit.bench import memory as module
 
-    setup = Setup(model=model, facts=load_facts(facts, 1) if facts else (), config=config)
-    _run(settings, measure, "memory",
-         lambda emit: measure.memory(setup, emit, measured=not estimate), as_json)  # fmt: skip
+    measure = partial(module.memory, _setup(limit=1, **given), measured=not estimate)
+    _run(settings, module, measure, as_json)
 
 
 @bench.command()
-@facts_argument
+@click.argument("facts", metavar="FACTS")
 @model_option
 @config_option
-@limit_option(32)
+@limit_option
 @click.option(
     "--group", "groups", multiple=True, default=("1", "8", "auto"), show_default=True,
-    metavar="N|auto", callback=lambda context, option, values: [
-        group_size(context, option, value) for value in values
-    ],
+    metavar="N|auto", callback=_group_sizes,
     help="Facts that are trained together; may be given more than once.",
 )  # fmt: skip
 @json_option
 @click.pass_obj
 def strategies(
-    settings: Settings, facts: str, model: str | None, config: Path | None, limit: int,
-    groups: list[int | None], as_json: bool,
-) -> None:  # fmt: skip
-    """Train the same facts in groups of several sizes, and compare what is held.
+    settings: Settings, /, groups: list[int | None], as_json: bool, **given: Any
+) -> None:
+    """Train the same facts in groups of several sizes, and compare what is recalled.
 
     For each size: recall, phrasings never trained on, locality, facts committed before the last
     edit, and seconds a fact.
@@ -131,12 +120,9 @@ def strategies(
       kvedit bench strategies facts.jsonl
       kvedit bench strategies facts.jsonl --group 16 --group auto --limit 128
     """
-    from kvedit.bench import strategies as measure
-    from kvedit.bench.speed import Setup, load_facts
+    from kvedit.bench import strategies as module
 
-    setup = Setup(model=model, facts=load_facts(facts, limit), config=config)
-    _run(settings, measure, "strategies",
-         lambda emit: measure.strategies(setup, groups, emit), as_json)  # fmt: skip
+    _run(settings, module, partial(module.strategies, _setup(**given), groups), as_json)
 
 
 @bench.command()
@@ -159,30 +145,30 @@ def architectures(
       kvedit bench architectures --model path/to/model
       kvedit bench architectures llama qwen3 gpt2
     """
-    from kvedit.bench import architectures as measure
+    from kvedit.bench import architectures as module
 
-    def run(emit: Any) -> Any:
-        return measure.architectures(model, families, emit, trust=trust_remote_code)
-
-    result = _run(settings, measure, "architectures", run, as_json)
-    if not result.passed:
-        raise GateFailedError("not every architecture passed", hint="See the table above.")
+    measure = partial(module.architectures, model, families, trust=trust_remote_code)
+    if not _run(settings, module, measure, as_json).passed:
+        raise GateFailedError("not every architecture passed", hint="See the result above.")
 
 
-def _run(
-    settings: Settings, module: Any, name: str, measure: Callable[[Any], Any], as_json: bool
-) -> Any:
+def _setup(*, facts: str | None, limit: int, **given: Any) -> Any:
+    from kvedit.bench.speed import Setup, load_facts
+
+    return Setup(facts=load_facts(facts, limit) if facts else (), **given)
+
+
+def _run(settings: Settings, module: Any, measure: Callable[..., Any], as_json: bool) -> Any:
     """Measure, and print the result as tables or as one JSON document."""
     from kvedit.bench import tables
     from kvedit.cli.output import print_json
     from kvedit.cli.progress import make_reporter
 
-    began = datetime.now(UTC)
+    began, name = datetime.now(UTC), module.__name__.rpartition(".")[2]
     with make_reporter(quiet=settings.quiet) as reporter:
-        result = measure(reporter)
-    words = ["kvedit", *sys.argv[1:]]
-    made = module.tables(result)
-    document = tables.document(name, words, began, result, made, notes=module.NOTES)
+        result = measure(emit=reporter)
+    words, shown = ["kvedit", *sys.argv[1:]], module.tables(result)
+    document = tables.document(name, words, began, result, shown, notes=module.NOTES)
     if as_json:
         print_json(document)
     else:
