@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import os
-import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -61,6 +60,8 @@ def shared_store(option: str | None) -> Iterator[str]:
 
 def _replicate(store: Path, replica: Path) -> None:
     """Copy the database as it is now, and link every other file."""
+    import sqlite3
+
     from kvedit.store.database import DB_NAME
 
     for file in sorted(store.rglob("*")):

@@ -87,7 +87,7 @@ class ProcessGroup:
         if self._interrupted and failure is None:
             self._interrupted, failure = False, KeyboardInterrupt()
         with self._noticing():
-            messages: list[_Message] = gather_object([_Message(purpose, value, failure)])
+            messages = self._gather(_Message(purpose, value, failure))
         failures = [message.failure for message in messages if message.failure is not None]
         if failures:
             self._shared = failures[0]
@@ -105,6 +105,10 @@ class ProcessGroup:
                 )
             )
         return [message.value for message in messages]
+
+    def _gather(self, message: _Message) -> list[_Message]:
+        messages: list[_Message] = gather_object([message])
+        return messages
 
     def on_main(self, work: Callable[[], _T]) -> _T:
         """Do something on rank 0; all processes get its result or its failure."""

@@ -1,4 +1,4 @@
-"""Several processes as one: the same facts and recall, and a clean store when one is killed."""
+"""Several processes run one command: the same facts as alone, and a sound store if one dies."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from small_engine import make_engine
 from small_model import FREE, settings
 
-from kvedit.cli import several_processes
-from kvedit.distributed.crew import Crew
+from kvedit.distributed.launch import launched_rank, shared_store
+from kvedit.distributed.processes import ProcessGroup
+from kvedit.distributed.worker import ParallelWorker
+from kvedit.errors import ProcessesDifferError
 from kvedit.store.store import ProtectedRow, Store
-from tests.bench.bench_data import write_data, write_model, write_settings
+from kvedit.training.loop import _loss
+from kvedit.training.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240.0  # on a busy machine two processes take turns
-ROOM = settings(steps=160, rounds=8, repairs=4)
-"""For what is learned late: a fact that the passes left out goes on being taught.  The rounding of
-a sum depends on how it is shared, and so does the number of passes that a fact needs; whether it is
-learned must not.  Where all are learned at once this costs nothing."""
+ENOUGH = settings(steps=160, rounds=8, repairs=4)
+"""Enough for what is learned late.  The rounding of a sum depends on how it is shared, and so does
+the number of steps that a fact needs; whether it is learned must not."""
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def started(*arguments: str) -> list[subprocess.Popen[str]]:
@@ -58,20 +62,20 @@ def started(*arguments: str) -> list[subprocess.Popen[str]]:
 @contextmanager
 def pair(*arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
     """They do not outlive the test."""
-    made = started(*arguments)
+    processes = started(*arguments)
     try:
-        yield made
+        yield processes
     finally:
-        for one in made:
+        for one in processes:
             one.kill()
             one.wait()
 
 
 def run(*arguments: str) -> list[str]:
     """Let two processes end; the standard output of each."""
-    with pair(*arguments) as made:
-        ended = [one.communicate(timeout=SECONDS) for one in made]
-        assert [one.returncode for one in made] == [0, 0], ended
+    with pair(*arguments) as processes:
+        ended = [one.communicate(timeout=SECONDS) for one in processes]
+        assert [one.returncode for one in processes] == [0, 0], ended
     return [out for out, _ in ended]
 
 
@@ -79,7 +83,7 @@ def kvedit(store: Path, *arguments: str) -> list[str]:
     return ["kvedit", "--store", str(store), *arguments]
 
 
-def held(path: Path) -> dict[str, str]:
+def committed(path: Path) -> dict[str, str]:
     with Store.open(path, readonly=True) as store:
         return {row.fact.key: row.fact.description for row in store.facts("committed")}
 
@@ -96,7 +100,7 @@ def facts_file(tmp_path: Path) -> Path:
 
 
 def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path) -> None:
-    (empty_store / "kvedit.toml").write_text(ROOM, encoding="utf-8")
+    (empty_store / "kvedit.toml").write_text(ENOUGH, encoding="utf-8")
     question = f"Who has the {FREE[0][0]}?"
     naming = ProtectedRow(role="control", prompt=question, answer="Nobody.", source="own.jsonl")
     with Store.open(empty_store) as store:
@@ -111,29 +115,34 @@ def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path)
     from kvedit.editing.knowledge_base import KnowledgeBase
 
     with KnowledgeBase.open(empty_store) as knowledge:  # one process, digests compared
-        assert held(empty_store) == dict(FREE[:4])
+        assert committed(empty_store) == dict(FREE[:4])
         assert [f.what for f in knowledge.doctor() if f.level != "ok"] == []
         assert {edit.state for edit in knowledge.store.history()} <= {"committed", "rejected"}
         report = knowledge.verify()
         assert report.generated.passed == report.score.passed == 4
 
 
+def wait_for(process: subprocess.Popen[str], key: str) -> None:
+    """Read the events of a process until a fact is at work; steps are reported now and then."""
+    assert process.stdout is not None
+    line = ""
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["message_type"] == "status" and event.get("key") == key:
+            return
+    pytest.fail(f"{key} was never seen at work: {line}")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_killing_one_leaves_a_clean_store(empty_store: Path, facts_file: Path, victim: int) -> None:
-    with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as made:
-        assert made[0].stdout is not None
-        for line in made[0].stdout:  # until the second fact is at work; steps are told now and then
-            found = json.loads(line)
-            if found["message_type"] == "status" and found.get("key") == FREE[1][0]:
-                break
-        else:
-            pytest.fail("the second fact was never seen at work: " + line)
-        made[victim].send_signal(signal.SIGKILL)
-        _, said = made[1 - victim].communicate(timeout=60)
-        assert made[1 - victim].returncode == 1
+def test_killing_one_leaves_a_sound_store(empty_store: Path, facts_file: Path, victim: int) -> None:
+    with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as both:
+        wait_for(both[0], FREE[1][0])
+        both[victim].send_signal(signal.SIGKILL)
+        _, said = both[1 - victim].communicate(timeout=60)
+        assert both[1 - victim].returncode == 1
     assert "another process of the group has ended" in said
     assert "Run the same command again" in said
-    assert held(empty_store) == dict(FREE[:1])
+    assert committed(empty_store) == dict(FREE[:1])
 
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.facts.fact import Fact
@@ -146,41 +155,53 @@ def test_killing_one_leaves_a_clean_store(empty_store: Path, facts_file: Path, v
         assert report.outcome == "committed"
 
 
-def test_a_lesson_goes_on_in_all_processes(small: dict[str, Path], tmp_path: Path) -> None:
-    found = json.loads(run("lesson_calls", str(small["bf16"]), str(tmp_path))[0])
-    assert found["ended"] == "broken off"
-    assert found["first"] == list(range(1, 9)) and found["second"][0] == 8
-    assert found["second"] == list(range(8, found["second"][-1] + 1))
-    assert len(found["digest"]) == 64  # which ends in an error where processes differ
+def test_ctrl_c_is_journaled_as_canceled(empty_store: Path, facts_file: Path) -> None:
+    """A launcher and a terminal send it to all processes."""
+    with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as both:
+        wait_for(both[0], FREE[1][0])
+        for one in both:
+            one.send_signal(signal.SIGINT)
+        lines, errors = both[0].communicate(timeout=60)
+        assert both[0].returncode == 130, errors
+        assert both[1].wait(timeout=60) == 0
+    assert json.loads(lines.splitlines()[-1])["stopped"] == "interrupted"
+    assert committed(empty_store) == dict(FREE[:1])
+    with Store.open(empty_store, readonly=True) as store:
+        assert [edit.state for edit in store.history()] == ["canceled", "committed"]
 
 
-def test_calls_that_fail_leave_all_ready_for_the_next() -> None:
-    found = json.loads(run("crew_calls")[0])
-    assert found["theirs"] == "TrainingError: no number\nsmaller"
-    assert found["unexpected"].startswith("ProcessError: process 1 of 2 failed: ValueError: odd")
-    assert found["both"] == found["ours"].split("\n")[0] == "TrainingError: no number"
-    assert found["interrupted"].startswith("KeyboardInterrupt")
-    assert found["then"] == {
-        "told": ["from 0", "from 1"],
+def test_training_is_resumed_in_all_processes(small: dict[str, Path], tmp_path: Path) -> None:
+    first, second = (
+        json.loads(out)
+        for out in run("tests.distributed.training_calls", str(small["bf16"]), str(tmp_path))
+    )
+    for results in (first, second):
+        assert results["ended"] == "broken off"
+        assert results["first"] == list(range(1, 9)) and results["second"][0] == 8
+        assert results["second"] == list(range(8, results["second"][-1] + 1))
+        texts, weights = results["differ"]
+        assert "different texts" in texts and "same weights" in weights
+    assert first["digest"] == second["digest"]
+    assert len(first["files"]) == 1 and second["files"] == []  # rank 0 alone keeps a checkpoint
+
+
+def test_all_processes_get_what_happens_in_one() -> None:
+    first, second = (json.loads(out) for out in run("tests.distributed.group_calls"))
+    apart = first.pop("apart"), second.pop("apart")
+    assert first == second
+    assert first["theirs"] == first["ours"] == "TrainingError: no number\nsmaller"
+    assert first["unexpected"] == "ProcessError: process 1 of 2 failed: ValueError: odd"
+    assert first["memory"].startswith("OutOfMemoryError: memory ran out: CUDA")
+    assert first["late"] == "TrainingError: late" and first["both"] == "TrainingError: no number"
+    assert first["main"].startswith("OutOfTimeError") and first["differ"].startswith("Processes")
+    assert first["interrupted"].startswith("KeyboardInterrupt")
+    assert first["then"] == {
+        "values": ["from 0", "from 1"],
         "sums": [[[3.0, 3.0], [3.0, 3.0]], [20.0, 20.0, 20.0]],
         "start": [0.0, 0.0],
+        "main": "decided by 0",
     }
-
-
-def test_a_benchmark_is_shared(small: dict[str, Path], tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("data", "stores")]
-    for folder in folders:
-        folder.mkdir()
-    data, stores = write_data(folders[0]), folders[1]
-    write_settings(stores, steps=12)
-    model, found = write_model(small["bf16"], tmp_path / "model"), tmp_path / "found.json"
-    words = ["--data", str(data), "--model", str(model), "--facts-file", str(data / "facts.jsonl")]
-    words += ["--facts", "2", "--group", "all", "--no-plain", "--store-dir", str(stores)]
-    said, others = run("kvedit", "bench", "strategies", *words, "--json", str(found))
-    assert "2 processes, 1 thread each" in said and others == ""
-    document = json.loads(found.read_text(encoding="utf-8"))
-    assert document["setting"]["processes"] == 2
-    assert document["runs"][0]["outcomes"] == {"committed": 2}
+    assert all("different points (another, one thing)" in text for text in apart)
 
 
 def test_other_commands_run_in_one_process(empty_store: Path) -> None:
@@ -201,139 +222,149 @@ def test_accelerate_launch(empty_store: Path, facts_file: Path) -> None:
         capture_output=True, text=True, timeout=2 * SECONDS, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert held(empty_store) == dict(FREE[:2])
+    assert committed(empty_store) == dict(FREE[:2])
 
 
 # ---- one process
 
 
 @pytest.mark.parametrize(
-    ("environment", "several"),
+    ("environment", "rank"),
     [
-        ({}, False),
-        ({"WORLD_SIZE": "2"}, False),  # a scheduler's own, nothing was launched
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}, False),
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, True),
-        ({"PMI_RANK": "1", "PMI_SIZE": "4", "MASTER_ADDR": "x"}, True),
+        ({}, None),
+        ({"WORLD_SIZE": "2"}, None),  # a scheduler's own, nothing was launched
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, 1),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MASTER_ADDR": "x"}, 3),
     ],
 )
 def test_who_was_launched(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], several: bool
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], rank: int | None
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "PMI_RANK", "PMI_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert several_processes() is several
+    assert launched_rank() == rank
+
+
+def test_a_replica_reads_the_store_and_never_writes_it(
+    trained_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same facts and files; what is edited there does not happen in the store."""
+    from kvedit.distributed import processes
+    from kvedit.editing.knowledge_base import KnowledgeBase
+    from kvedit.facts.fact import Fact
+
+    def contents() -> dict[str, bytes]:
+        files = [file for file in trained_store.rglob("*") if file.is_file()]
+        return {str(file): file.read_bytes() for file in files}
+
+    before, expected = contents(), committed(trained_store)
+    monkeypatch.setattr(processes, "join", lambda: Threads(1).member(0, shown=1))
+    monkeypatch.setattr("sys.argv", ["kvedit"])
+    with shared_store(str(trained_store)) as replica:
+        assert Path(replica) != trained_store and committed(Path(replica)) == expected
+        with KnowledgeBase.open(replica) as knowledge:
+            assert [f.what for f in knowledge.doctor() if f.level != "ok"] == []
+            knowledge.add_fact(Fact.create("Nobody", "Nothing.", lang="en"), force=True)
+            knowledge.rollback(0)
+    assert contents() == before and not Path(replica).exists()
+
+
+class ThreadMember(ProcessGroup):
+    """One of several threads that stand for processes."""
+
+    def __init__(self, box: list[Any], barrier: threading.Barrier, rank: int, shown: int) -> None:
+        self.rank, self.count, self.lost = shown, len(box), False
+        self._in_step = self._alone = self._interrupted = False
+        self._shared = None
+        self._box, self._barrier, self._place = box, barrier, rank
+
+    def _gather(self, message: Any) -> list[Any]:
+        self._box[self._place] = message
+        self._barrier.wait()
+        messages = list(self._box)
+        self._barrier.wait()
+        return messages
 
 
 class Threads:
-    """Stands for a crew: its ranks are threads, each with a model of its own."""
+    """Stands for a group: its ranks are threads, each with a model of its own."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
         self._barrier = threading.Barrier(count, timeout=60)
         self._box: list[Any] = [None] * count
 
-    def member(self, rank: int) -> Any:
-        outer = self
+    def member(self, rank: int, shown: int | None = None) -> ThreadMember:
+        return ThreadMember(self._box, self._barrier, rank, rank if shown is None else shown)
 
-        class Member:
-            count = outer.count
-            require_alike = Crew.require_alike
-
-            def exchange(self, value: Any) -> list[Any]:
-                outer._box[self.rank] = value
-                outer._barrier.wait()
-                found = list(outer._box)
-                outer._barrier.wait()
-                return found
-
-        member = Member()
-        member.rank = rank  # type: ignore[attr-defined]
-        return member
-
-    def run(self, work: Callable[[Any], Any]) -> list[Any]:
-        found: list[Any] = [None] * self.count
+    def run(self, work: Callable[[ProcessGroup], Any]) -> list[Any]:
+        results: list[Any] = [None] * len(self._box)
 
         def one(rank: int) -> None:
-            found[rank] = work(self.member(rank))
+            results[rank] = work(self.member(rank))
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.count)]
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(self._box))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return found
+        return results
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], rows: int) -> None:
     """Loss, margins and the gradient of a weighted mean, with more processes than one row too."""
-    import torch
-    from small_engine import make_engine
-
-    from kvedit.distributed.share import Together
-    from kvedit.training.loop import _loss
-    from kvedit.training.share import Share
-
     base = load("fp32")
     examples = make_engine(base).renderer.examples(
         [(f"What is {key}?", text) for key, text in FREE[:rows]]
     )
 
-    def step(share: Share, model: Any) -> tuple[float, Sequence[float], Any]:
-        weight = model.model.layers[-1].mlp.down_proj.weight.requires_grad_()
-        scores = share.scores(model, examples, None)
+    def step(worker: Worker) -> tuple[float, Sequence[float], Any]:
+        weight = worker.model.model.layers[-1].mlp.down_proj.weight.requires_grad_()
+        scores = worker.scores(examples)
         loss = _loss(scores, (rows + 1) // 2, rows // 2, 2.0, 0.3, 1.5)
-        (loss + share.once((weight**2).sum())).backward()
+        (loss + worker.once((weight**2).sum())).backward()
         return float(loss.detach()), scores.margins(rows).tolist(), weight.grad
 
-    whole, margins, gradient = step(Share(), base.model)
+    alone, margins, gradient = step(Worker(base.model))
     models = [load("fp32").model for _ in range(2)]
-    crew = Threads(2)
-    parts = crew.run(lambda member: step(Together(member), models[member.rank]))
-    for loss, found, _ in parts:
-        assert loss == pytest.approx(whole, rel=1e-5)
-        assert found == pytest.approx(margins, rel=1e-3, abs=1e-3)
+    parts = Threads(2).run(lambda member: step(ParallelWorker(member, models[member.rank])))
+    for loss, shared_margins, _ in parts:
+        assert loss == pytest.approx(alone, rel=1e-5)
+        assert shared_margins == pytest.approx(margins, rel=1e-3, abs=1e-3)
     assert torch.allclose(parts[0][2] + parts[1][2], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_processes_that_draw_different_texts_do_not_go_on(load: Callable[[str], Any]) -> None:
-    from small_engine import make_engine
-
-    from kvedit.distributed.share import Together
-    from kvedit.errors import ProcessesDifferError
-
-    base = load("fp32")
-    examples = make_engine(base).renderer.examples(FREE)
+    examples = make_engine(load("fp32")).renderer.examples(FREE)
     models = [load("fp32").model for _ in range(2)]
 
-    def step(member: Any) -> str:
-        own = examples[member.rank : member.rank + 2]
-        with pytest.raises(ProcessesDifferError) as told:
-            Together(member).scores(models[member.rank], own, None)
-        return str(told.value)
+    def step(member: ProcessGroup) -> str:
+        drawn = examples[member.rank : member.rank + 2]
+        with pytest.raises(ProcessesDifferError) as raised:
+            ParallelWorker(member, models[member.rank]).scores(drawn)
+        return str(raised.value)
 
     assert all("different texts" in text for text in Threads(2).run(step))
 
 
-def test_answers_come_back_in_order(load: Callable[[str], Any]) -> None:
-    from small_engine import make_engine
-
-    from kvedit.distributed.share import Together
-    from kvedit.training.share import Share
-
+def test_answers_come_back_in_order(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvedit.distributed.worker.TEXTS_PER_EXCHANGE", 3)
     engine = make_engine(load("fp32"))
     examples = engine.renderer.examples([(f"What is {key}?", text) for key, text in FREE])
     prefixes = [example.ids[: example.start] for example in examples]
     others = [load("fp32").model for _ in range(2)]
 
-    def ask(share: Share, model: Any) -> tuple[list[float], list[list[int]]]:
-        outcomes = share.recall(model, examples, None)
-        rows = share.generate(model, prefixes, end=engine.renderer.end, limit=12)
+    def ask(worker: Worker) -> tuple[list[float], list[list[int]]]:
+        outcomes = worker.recall(examples)
+        rows = worker.generate(prefixes, end=engine.renderer.end, limit=12)
         return [outcome.margin for outcome in outcomes], rows
 
-    margins, rows = ask(Share(), engine.base.model)
-    for found in Threads(2).run(lambda member: ask(Together(member), others[member.rank])):
-        assert found[0] == pytest.approx(margins, abs=1e-3) and found[1] == rows
+    margins, rows = ask(Worker(engine.base.model))
+    workers = Threads(2).run(lambda member: ask(ParallelWorker(member, others[member.rank])))
+    for shared_margins, shared_rows in workers:
+        assert shared_margins == pytest.approx(margins, abs=1e-3) and shared_rows == rows
