@@ -34,10 +34,19 @@ class FakeRenderer:
         return []
 
 
+class FakeWorker:
+    """The worker of a single process."""
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Do it."""
+        return work()
+
+
 class FakeEngine:
     """An engine that can take texts of up to ``LONGEST`` characters."""
 
     renderer = FakeRenderer()
+    worker = FakeWorker()
 
     def examples(self, fact: Fact) -> list[Any]:
         """Nothing, or the error for a long text."""
