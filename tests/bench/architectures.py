@@ -170,7 +170,7 @@ def _transformers_answer(knowledge: KnowledgeBase, folder: Path, question: str) 
 
 
 def _reopened(knowledge: KnowledgeBase, row: Row) -> None:
-    """Opening again folds the journal anew: the rollback must have lasted."""
+    """Opening again rebuilds from the journal: the rollback must have lasted."""
     said = [knowledge.ask(f"What is {key}?") == text for key, text in tiny.NEW]
     if not all(said):
         row.problems.append("after reopening, the facts rolled back to are not answered")

@@ -98,7 +98,7 @@ class Course:
         self._taught: dict[str, float] = {}
         self._trail: list[tuple[int, float]] = []
         self._progress = IngestProgress(done=0, total=0)
-        self._before = self._held = 0  # judge, and committed, by a run that was stopped
+        self._before = self._held = 0  # decided, and committed, by a run that was stopped
         self._measure: Callable[[int, bool], None] | None = None
         self._marks: list[int] = []
         self._log: Path | None = None
@@ -237,7 +237,7 @@ class _Clock:
 
 
 def tasks_of(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> list[Task]:
-    """The facts that are judge, as the store has them: committed or rejected."""
+    """The facts that are decided, as the store has them: committed or rejected."""
     engine = engine_of(knowledge)
     wanted = {fact.key for fact in facts}
     rows = [row for row in knowledge.store.facts() if row.fact.key in wanted]
@@ -265,7 +265,7 @@ def paces(trail: Sequence[tuple[int, float]], window: int) -> tuple[float | None
 
 
 def _reached(trail: Sequence[tuple[int, float]], facts: int) -> float:
-    """After how many seconds so many facts were first done."""
+    """After how many seconds this number of facts was first done."""
     before, since = 0, 0.0
     for done, at in trail:
         if done >= facts:

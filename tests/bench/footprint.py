@@ -294,12 +294,12 @@ def _saved(shape: str, dtype: torch.dtype, folder: Path) -> Path:
 
 
 def _settings(steps: int | None) -> str:
-    """A ``kvedit.toml`` with an open gate, and tasks cut to so many steps."""
+    """A ``kvedit.toml`` with an open gate, and tasks cut to a number of steps."""
     config = Config()
     return _OPEN.format(
         anchored=ANCHORED,
         steps=steps or config.training.max_steps,
-        epochs=_passes(config.group, TOGETHER, steps) if steps else config.group.epochs,
+        epochs=_epochs(config.group, TOGETHER, steps) if steps else config.group.epochs,
         refine_rounds=0 if steps else config.group.refine_rounds,
     )
 
@@ -334,14 +334,14 @@ def _now() -> _Now:
 
 
 def _operations(knowledge: KnowledgeBase, facts: int, number: int) -> int:
-    """Of a step that trains so many new facts together, forward and backward: the median of the
+    """Of a step that trains new facts together, forward and backward: the median of the
     first few.
     """
     engine, config = knowledge.engine, knowledge.store.config
     earlier = [engine.examples(row.fact) for row in knowledge.store.facts("committed")]
     new = [engine.examples(fact) for fact in _new(knowledge, facts, number)]
     group, training = config.group, replace(config.training, max_steps=COUNTED)
-    group = replace(group, epochs=_passes(group, facts, COUNTED), refine_rounds=0)
+    group = replace(group, epochs=_epochs(group, facts, COUNTED), refine_rounds=0)
     counts: list[int] = []
     with counting() as counter:
         engine.train(
@@ -359,7 +359,7 @@ def _new(knowledge: KnowledgeBase, facts: int, number: int) -> list[Fact]:
 
 
 def _edit(knowledge: KnowledgeBase, facts: int, number: int, clock: _Clock) -> EditCost:
-    """Train so many new facts together."""
+    """Train this number of new facts together."""
     held = len(knowledge.store.keys("committed"))
     new = _new(knowledge, facts, number)
     texts = [len(example.ids) for fact in new for example in knowledge.engine.examples(fact)]
@@ -411,8 +411,8 @@ def _steps(group: GroupConfig, facts: int) -> int:
     return math.ceil(group.epochs * facts / group_batch(group, facts))
 
 
-def _passes(group: GroupConfig, facts: int, steps: int) -> int:
-    """The passes that so many steps make."""
+def _epochs(group: GroupConfig, facts: int, steps: int) -> int:
+    """The epochs that a number of steps makes."""
     return max(1, steps * group_batch(group, facts) // facts)
 
 

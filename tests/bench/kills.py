@@ -43,7 +43,7 @@ RUN = "from kvedit.cli import main; main()"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KillOptions(BenchOptions):
-    """``kills`` processes are killed, each when its share of the facts is judge, at a random
+    """``kills`` processes are killed, each when its share of the facts is decided, at a random
     moment of the next ``within`` seconds.
     """
 
@@ -157,7 +157,7 @@ def _run(
 
 
 def _process(command: Sequence[str], folder: Path, after: int | None, seconds: float) -> int:
-    """Run a command, and kill it so many seconds after so many facts are judge; its exit code."""
+    """Run a command, and kill it ``seconds`` after ``after`` facts were decided; its exit code."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while after is None or len(_keys(folder, "committed", "rejected")) < after:
@@ -173,7 +173,7 @@ def _process(command: Sequence[str], folder: Path, after: int | None, seconds: f
 
 
 def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """A process's exit code, if it ends within so many seconds."""
+    """A process's exit code, if it ends within these seconds."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -31,7 +31,8 @@ from tests.bench.pretrain import prompt_form
 POETS_LIST, RELATIONS_LIST = "pretrained_poets.txt", "pretrained_relations.tsv"
 POETS, RELATIONS, KNOWN = "poets", "relations", "known"
 OWN_PROMPTS = 4
-"""So many of a relation's phrasings are trained on besides the shipped ones, so many others not."""
+"""Number of a relation's phrasings that are trained besides the shipped ones, and of others that
+are not."""
 _Item = TypeVar("_Item")
 
 

@@ -6,7 +6,7 @@ threads as the single one has.
 Invariants:
 - Every run begins with a copy of one store, made once.
 - What a run came to is read from its store by one process, which replays the journal and asks for
-  every fact anew.
+  every fact again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PATIENCE = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeveralOptions(BenchOptions):
-    """``processes`` are compared with one, each with so many ``threads``."""
+    """``processes`` are compared with one, each with its number of ``threads``."""
 
     facts: int = 16
     processes: int = 2

@@ -1,7 +1,7 @@
 """The same facts trained in different ways: one by one, in groups, all at once, by the baseline.
 
 Each way gets a new store and one uninterrupted run of ``ingest``; what is held is measured in
-passing, when so many facts are done.
+passing, at certain numbers of facts.
 
 Invariants:
 - What was measured so far is told after every measurement, so that a run that ends early has left

@@ -86,7 +86,7 @@ def test_a_process_is_killed_when_so_many_facts_are_decided(
     sleeps, ends = "import time; time.sleep(60)", "raise SystemExit(3)"
     assert run(sleeps, 0) == KILLED
     assert run(ends, None) == 3
-    assert run(ends, 1) == 3, "nothing was judge: it comes to its own end"
+    assert run(ends, 1) == 3, "nothing was decided: it comes to its own end"
 
     def decide(folder: Path, *states: str) -> set[str]:
         return {"moss clock", "tide lantern"} if states == ("committed", "rejected") else set()

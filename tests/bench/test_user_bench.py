@@ -59,7 +59,7 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
 
 def test_facts_are_the_first_valid_ones_of_a_file(facts: Path, tmp_path: Path) -> None:
     assert [fact.key for fact in speed.load_facts(str(facts), 2)] == [key for key, _ in FREE[:2]]
-    (tmp_path / "bad.jsonl").write_text('{"description": "no key"}\n', encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"description": "no key"}\n' * 2, encoding="utf-8")
     with pytest.raises(UsageError, match="no facts"):
         speed.load_facts(str(tmp_path / "bad.jsonl"), 2)
 

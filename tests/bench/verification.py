@@ -1,4 +1,4 @@
-"""How long ``verify`` takes over so many facts, and where the time goes.
+"""How long ``verify`` takes over a number of facts, and where the time goes.
 
 The store is made without training: the facts are committed in one edit that moves no weights.  With
 facts that the model was pretrained on this is the state after an ingest that lost nothing; with
@@ -39,7 +39,7 @@ locality_probes = 0
 """
 """Of a temporary store: protected text takes a minute to make, and verify never looks at it."""
 NOTES = (
-    "The facts were committed by an edit that moves no weights; the store was opened anew before"
+    "The facts were committed by an edit that moves no weights; the store was opened again before"
     " verify began. Held, teacher-forced: under all training phrasings; generated: under one of"
     f" them, drawn. {BRACKETS}"
 )
