@@ -274,7 +274,10 @@ class Bench:
 
     def create(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
-        (open_gate if self.quick else configure)(path, checkpoint_every=1)
+        if self.quick:
+            open_gate(path, checkpoint_every=1, samples=12, max_samples=12)
+        else:
+            configure(path, checkpoint_every=1)
         KnowledgeBase.create(path, self.model).close()
 
     def copy(self) -> Path:

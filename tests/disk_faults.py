@@ -23,10 +23,12 @@ SQLITE_CODES = {
 
 
 class Fault:
-    """Counts calls; call number ``at`` (from 1) fails with ``code``, 0 never."""
+    """Counts calls; call number ``at`` (from 1) fails with ``code``, 0 never; with ``lasting`` all
+    calls after it do too, until ``armed`` is set to False.
+    """
 
-    def __init__(self, at: int = 0, code: int = errno.EIO) -> None:
-        self.at, self.code = at, code
+    def __init__(self, at: int = 0, code: int = errno.EIO, *, lasting: bool = False) -> None:
+        self.at, self.code, self.lasting = at, code, lasting
         self.labels: list[str] = []
         self.armed = True
 
@@ -35,7 +37,8 @@ class Fault:
         if not self.armed:
             return False
         self.labels.append(label)
-        return len(self.labels) == self.at
+        number = len(self.labels)
+        return number == self.at or (self.lasting and 0 < self.at < number)
 
     def os_error(self) -> OSError:
         """What the operating system would raise."""
@@ -109,6 +112,7 @@ def sqlite(fault: Fault) -> Iterator[None]:
             # Only a read that gets no answer from the disk can fail; a full disk stops writes.
             words = sql.split()
             counts = words[0] in WRITES or fault.code == errno.EIO
+            counts = counts and words[0] != "ROLLBACK"  # needs no disk, and ends by itself
             if counts and fault.reach(" ".join(words[:3])):
                 raise fault.sqlite_error()
             return super().execute(sql, *rest)

@@ -167,7 +167,7 @@ def build(folder: Path) -> dict[str, Path]:
 
 SETTINGS = """\
 [protect]
-samples = 96
+samples = {samples}
 max_samples = {max_samples}
 samples_per_fact = {samples_per_fact}
 long_answers = 0
@@ -208,7 +208,7 @@ def settings(**changes: float) -> str:
     values: dict[str, float] = {
         "steps": 60, "rate": 0.0015, "penalty": 0.0006, "recall": 1.0, "paraphrase": 0.5,
         "locality": 0.5, "retention": 1.0, "repairs": 2, "checkpoint_every": 2, "epochs": 40,
-        "rounds": 2, "compaction": 0.5, "max_samples": 96, "samples_per_fact": 128,
+        "rounds": 2, "compaction": 0.5, "samples": 96, "max_samples": 96, "samples_per_fact": 128,
     }  # fmt: skip
     unknown = changes.keys() - values.keys()
     if unknown:

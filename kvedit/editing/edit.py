@@ -42,6 +42,7 @@ class Edit:
         self._began = time.monotonic()
         self._timings = Timings()
         self._attempts: Attempts | None = None
+        self._put_back = False  # the weights are those from before the edit
         self._not_learned: tuple[str, ...] = ()
         self._retrained: tuple[FactChange, ...] = ()  # committed facts, trained again (compaction)
         self._training_checkpoints = TrainingCheckpoints(
@@ -58,9 +59,10 @@ class Edit:
         edit_id = self._store.plan_edit(self._plan.kind, self._plan.changes, self._config.to_json())
         try:
             report = self._carry_out(edit_id, head, snapshot)
-        finally:  # an interruption may come after the commit
-            committed = self._store.head() != head
-            self._session.checkout.revision = self._store.head() if committed else start
+        finally:
+            self._session.checkout.revision = start
+            if not self._put_back and self._store.head() != head:  # also interrupted after it
+                self._session.checkout.revision = self._store.head()
         if report.revision is not None and self._plan.restores is None:
             self._remember(report)
         self._session.emit(report)
@@ -90,12 +92,20 @@ class Edit:
             raise
 
     def _abandon(self, edit_id: int, outcome: str, reason: str, snapshot: Snapshot) -> bool:
-        """Put the model back and end the edit, unless it was committed; returns whether it was."""
-        if self._store.edit(edit_id).state == "committed":
-            return True
-        self._engine.master.restore(snapshot)
-        self._store.finish_edit(edit_id, outcome, [reason], {})
-        return False
+        """Put the model back and end the edit, unless it was committed; returns whether it was.
+
+        A journal that cannot be read must not leave weights in memory that no gate has passed.
+        """
+        committed = False
+        try:
+            committed = self._store.edit(edit_id).state == "committed"
+        finally:
+            if not committed:
+                self._engine.master.restore(snapshot)
+                self._put_back = True
+        if not committed:
+            self._store.finish_edit(edit_id, outcome, [reason], {})
+        return committed
 
     def _restore(self, edit_id: int, head: int, _: Snapshot) -> EditReport:
         """Give the model the weights of an earlier revision and commit them as a new one."""

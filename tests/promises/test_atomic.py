@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disk_faults import Fault, disk, sqlite
 from small_engine import (
     RaiseOn,
     StoreTemplate,
@@ -29,6 +31,7 @@ from kvedit.errors import (
     DuplicateKeyError,
     Interrupted,
     InvalidFactError,
+    KveditError,
     LockedError,
     NoStoreError,
     TextTooLongError,
@@ -160,6 +163,52 @@ def test_a_disk_that_is_full_after_the_commit_is_a_warning(
     with KnowledgeBase.open(trained_store) as knowledge:
         assert (knowledge.store.head(), digest(knowledge)) == (4, expected)
         assert unsound(knowledge) == []
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["one call", "all calls from then on"])
+@pytest.mark.parametrize("where", ["disk", "sqlite"])
+def test_whatever_call_fails_the_model_is_that_of_the_head(
+    trained_store: Path, ram_path: Path, random_training: None, where: str, lasting: bool
+) -> None:
+    """The same process can go on when the disk works again; ``tests/store`` tries every call."""
+    open_gate(trained_store, checkpoint_every=1)
+    path = Path(shutil.copytree(trained_store, ram_path / "store"))
+    watch = disk(fault := Fault(), ram_path) if where == "disk" else sqlite(fault := Fault())
+    fault.armed = False
+    with watch, KnowledgeBase.open(path) as knowledge:
+        number, failures = 0, 0
+        while True:
+            number += 2 if where == "disk" else 23
+            head, reason, before = knowledge.store.head(), None, weights_of_head(knowledge)
+            fault.at, fault.lasting, fault.armed = number, lasting, True
+            fault.labels.clear()
+            try:
+                knowledge.add(f"thing {number}", "Made of clay.")
+            except KveditError as error:
+                failures += 1
+                reason = error
+                assert error.hint
+            fault.armed = False
+            label = f"{number}: {fault.labels[number - 1 : number]}, {reason!r}"
+            committed = knowledge.store.head() == head + 1
+            assert knowledge.store.head() == head + committed, label
+            if committed and reason:  # the journal could not be read: the next edit looks again
+                assert digest(knowledge) in (before, weights_of_head(knowledge)), label
+            else:
+                assert digest(knowledge) == weights_of_head(knowledge), label
+            assert (f"thing {number}" in set(knowledge.store.keys())) == committed, label
+            assert committed or reason is not None, label
+            if len(fault.labels) < number:
+                break
+        assert failures > 3
+        assert knowledge.add(*FREE[3]).parent == head + committed
+        assert digest(knowledge) == weights_of_head(knowledge)
+        assert unsound(knowledge) == []
+
+
+def weights_of_head(knowledge: KnowledgeBase) -> str:
+    """The digest that the journal has for the head."""
+    return knowledge.store.revision(knowledge.store.head()).weights_digest
 
 
 # ---- more than one process
