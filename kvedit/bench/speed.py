@@ -5,7 +5,6 @@ Invariant: what is timed is ``KnowledgeBase`` at work in a temporary store; noth
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,19 +89,27 @@ def load_facts(source: str, limit: int) -> tuple[Fact, ...]:
     return tuple(facts.values())[:limit]
 
 
+def new_store(
+    folder: Path, model: str | None, emit: Emit, config: Path | str | None, *, trust: bool = False
+) -> KnowledgeBase:
+    """A store in a new folder; ``config`` is a ``kvedit.toml`` or its text."""
+    folder.mkdir()
+    if isinstance(config, Path):
+        config = config.read_text(encoding="utf-8")
+    (folder / FILE_NAME).write_text(config or "", encoding="utf-8")
+    return KnowledgeBase.create(folder, model, trust_remote_code=trust, on_event=emit)
+
+
 @contextmanager
 def temporary_store(
     model: str | None, emit: Emit, config: Path | str | None = None, *, trust: bool = False
 ) -> Iterator[KnowledgeBase]:
-    """A store that is gone afterwards; ``config`` is a ``kvedit.toml`` or its text."""
-    with TemporaryDirectory(prefix="kvedit-bench-") as folder:
-        if isinstance(config, Path):
-            shutil.copyfile(config, Path(folder) / FILE_NAME)
-        elif config:
-            (Path(folder) / FILE_NAME).write_text(config, encoding="utf-8")
-        made = KnowledgeBase.create(folder, model, trust_remote_code=trust, on_event=emit)
-        with made as knowledge:
-            yield knowledge
+    """The same, gone afterwards."""
+    with (
+        TemporaryDirectory(prefix="kvedit-bench-") as folder,
+        new_store(Path(folder) / "store", model, emit, config, trust=trust) as knowledge,
+    ):
+        yield knowledge
 
 
 class EditTimings:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from kvedit.bench.speed import Emit, Setup, temporary_store
+from kvedit.bench.speed import Emit, Setup, new_store
 from kvedit.bench.tables import BRACKETS, Table, number_cell, score_cell
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.events import Score, Status
@@ -55,11 +55,9 @@ def strategies(setup: Setup, groups: Sequence[int | None], emit: Emit) -> Strate
     runs = []
     with TemporaryDirectory(prefix="kvedit-bench-") as folder:
         original = Path(folder) / "store"
-        with temporary_store(setup.model, emit, setup.config) as knowledge:
+        with new_store(original, setup.model, emit, setup.config) as knowledge:
             knowledge.protect_for(len(setup.facts))
-            path, model = knowledge.store.path, knowledge.engine.base.name
-            knowledge.close()
-            shutil.copytree(path, original)
+            model = knowledge.engine.base.name
         for number, group in enumerate(groups, 1):
             emit(Status(phase=f"{_name(group)}: strategy {number} of {len(groups)}"))
             copy = shutil.copytree(original, Path(folder) / str(number))
