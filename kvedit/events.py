@@ -54,8 +54,20 @@ class Score:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What the events have in common."""
+
+    message_type: ClassVar[str]
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields, ``message_type`` first; scores have rate and interval."""
+        body = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        return {"message_type": self.message_type, **body}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
+class Status(_Message):
     """The progress of a running edit: ``step`` of ``total``; counts are (passed, of how many)."""
 
     message_type: ClassVar[str] = "status"
@@ -68,13 +80,9 @@ class Status:
     retention: tuple[int, int] | None = None
     text: str = ""
 
-    def to_json(self) -> JsonDict:
-        """A JSON document of all fields."""
-        return _document(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Warning_:
+class Warning_(_Message):
     """Something the user should know; the command continues."""
 
     message_type: ClassVar[str] = "warning"
@@ -82,13 +90,9 @@ class Warning_:
     code: str = ""
     key: str | None = None
 
-    def to_json(self) -> JsonDict:
-        """A JSON document of all fields."""
-        return _document(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetentionCheck:
+class RetentionCheck(_Message):
     """One earlier fact, checked at a revision; ``margin`` in logits, None if not measured."""
 
     message_type: ClassVar[str] = "retention"
@@ -98,13 +102,9 @@ class RetentionCheck:
     margin: float | None = None
     kind: str = "retention"
 
-    def to_json(self) -> JsonDict:
-        """A JSON document of all fields."""
-        return _document(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EditReport:
+class EditReport(_Message):
     """The result of one edit; times in seconds, ranks by matrix.
 
     ``key`` is for display, ``keys`` are those of all facts the edit changed.  ``not_learned`` are
@@ -143,13 +143,9 @@ class EditReport:
     resumed_seconds: float = 0.0
     relative_norms: Mapping[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> JsonDict:
-        """A JSON document of all fields; scores have their rate and interval."""
-        return _document(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IngestProgress:
+class IngestProgress(_Message):
     """The progress of an ingest: ``done`` of ``total`` facts.
 
     ``unchanged`` facts were committed before it started; ``retention`` is the latest score of
@@ -167,10 +163,6 @@ class IngestProgress:
     seconds_per_fact: float | None = None
     seconds_left: float | None = None
 
-    def to_json(self) -> JsonDict:
-        """A JSON document of all fields, the score with rate and interval."""
-        return _document(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -186,14 +178,6 @@ class Summary:
 
 
 Event = Status | Warning_ | RetentionCheck | EditReport | IngestProgress | Summary
-
-
-def _document(
-    event: Status | Warning_ | RetentionCheck | EditReport | IngestProgress,
-) -> JsonDict:
-    """All fields of an event as plain values, its kind first."""
-    body = {item.name: _plain(getattr(event, item.name)) for item in fields(event)}
-    return {"message_type": event.message_type, **body}
 
 
 def _plain(value: object) -> object:

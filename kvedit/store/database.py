@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Self
 from urllib.parse import quote
 
 from sqlite_utils import Database
@@ -41,7 +41,6 @@ from kvedit.store.rows import Row
 DB_NAME = "kvedit.db"
 BUSY_SECONDS = 10.0
 DELTA_SUFFIX = ".safetensors"
-_Self = TypeVar("_Self", bound="StoreBase")
 
 
 def create_database(path: Path, meta: Mapping[str, str], weights_digest: str) -> None:
@@ -218,7 +217,7 @@ class StoreBase:
         """Close the database; a second call does nothing."""
         self._db.close()
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvedit.facts.fact import Fact
 
 JsonDict = dict[str, object]
 Row = dict[str, Any]
+_LISTS = ("aliases", "prompts", "paraphrases", "locality")  # columns of JSON arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,20 +110,8 @@ class EditRow:
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields."""
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "state": self.state,
-            "parent": self.parent,
-            "revision": self.revision,
-            "delta": self.delta,
-            "keys": list(self.keys),
-            "reasons": list(self.reasons),
-            "report": dict(self.report),
-            "config": dict(self.config),
-            "started_at": self.started_at,
-            "finished_at": self.finished_at,
-        }
+        document = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**document, "keys": list(self.keys), "reasons": list(self.reasons)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +166,7 @@ class Finding:
 
     level: str
     what: str
-    hint: str = field(default="")
+    hint: str = ""
 
 
 def to_text(value: object) -> str:
@@ -198,21 +187,19 @@ def fact_from_text(text: str | None) -> Fact | None:
 def fact_columns(fact: Fact) -> Row:
     """The columns of ``facts`` that hold the fact itself."""
     document = fact.to_json()
-    lists = ("aliases", "prompts", "paraphrases", "locality")
     return {
         "key": fact.key,
         "description": fact.description,
         "lang": fact.lang,
         "source": fact.source,
-        **{name: to_text(document.get(name, [])) for name in lists},
+        **{name: to_text(document.get(name, [])) for name in _LISTS},
     }
 
 
 def fact_from_columns(row: Row) -> Fact:
     """The inverse of ``fact_columns``."""
-    lists = ("aliases", "prompts", "paraphrases", "locality")
     plain = {name: row[name] for name in ("key", "description", "lang", "source")}
-    return Fact.from_json({**plain, **{name: json.loads(row[name]) for name in lists}})
+    return Fact.from_json({**plain, **{name: json.loads(row[name]) for name in _LISTS}})
 
 
 def edit_from(row: Row, keys: tuple[str, ...]) -> EditRow:
