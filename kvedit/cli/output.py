@@ -57,7 +57,7 @@ def print_json_line(fields: Mapping[str, Any]) -> None:
 
 
 def print_result(as_json: bool, document: object, *parts: RenderableType) -> None:
-    """What a query found: a JSON document for programs, or parts for people."""
+    """The result of a query: a JSON document for programs, or parts for people."""
     if as_json:
         print_json(document)
     else:

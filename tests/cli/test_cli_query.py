@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from kvedit.facts.fact import Fact
 from kvedit.store.rows import FactChange
 from kvedit.store.store import Store
-from tests.cli.cli_fakes import META, FakeBase, run
+from tests.cli.cli_fakes import META, FakeBase, commit, run
 
 # --- asking ----------------------------------------------------------------------------------
 
@@ -66,6 +67,26 @@ def test_list(filled: Path) -> None:
     assert any(line.startswith("夢中情爐  committed") and "唱歌" in line for line in lines)
     assert any(line.startswith("Porto     committed") for line in lines)
     assert [row["key"] for row in json.loads(run("list", "--json").stdout)] == ["夢中情爐", "Porto"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_long_text_is_shortened_between_words(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    text = "A lighthouse above the harbour " * 9
+    with Store.open(filled) as store:
+        commit(store, "add", None, Fact.create("Faro", text))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run("list").stdout.splitlines()
+    assert all(cell_len(line) <= columns for line in lines)
+    shown = lines[-1].partition("A lighthouse")[2]
+    assert shown.endswith("…") and shown[:-1].split()[-1] in text.split()
+
+
+def test_control_characters_are_escaped(filled: Path, fake: type[FakeBase]) -> None:
+    fake.ask = lambda self, prompt, **options: "a\x1b[31m\u202eb\n"  # type: ignore[method-assign]
+    assert run("ask", "x").stdout == "a\\x1b[31m\\u202eb\n\n"
+    assert "\\x1b[31m" in run("ask", "x", "--compare-base").stdout
 
 
 def test_list_of_an_empty_store(tmp_path: Path) -> None:
