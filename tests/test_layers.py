@@ -28,7 +28,7 @@ KNOWS: dict[str, tuple[str, ...]] = {
     "adapter": ("model",),
     "replay": ("model",),
     "training": ("adapter", "replay"),
-    "distributed": ("training",),
+    "distributed": ("store", "training"),
     "revisions": ("store", "distributed"),
     "editing": ("revisions",),
     "ingest": ("editing",),
