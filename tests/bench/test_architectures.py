@@ -16,6 +16,7 @@ from kvedit import KnowledgeBase
 from kvedit.errors import ModelError, UsageError
 from kvedit.model import forward, generation, loading, scoring, targets
 from kvedit.model.loading import BaseModel
+from kvedit.model.prompts import Example
 from tests.bench import architectures, tiny
 
 NAMES = [one.name for one in tiny.ARCHITECTURES]
@@ -124,7 +125,7 @@ def test_the_answer_logits_are_the_models_own(
 ) -> None:
     base = tiny_model(name)
     ids = tuple(range(5, 25))
-    examples = [scoring.Example(ids, 8), scoring.Example(ids[:12], 3)]
+    examples = [Example(ids, 8), Example(ids[:12], 3)]
     found = scoring.answer_logits(base.model, examples)
     with torch.no_grad():
         whole = base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

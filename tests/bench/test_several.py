@@ -11,8 +11,7 @@ from small_model import FREE, settings
 
 from kvedit.errors import KveditError
 from kvedit.events import Score
-from tests.bench import report
-from tests.bench.bench_data import write_data, write_model
+from tests.bench.bench_data import document, write_data, write_model
 from tests.bench.kills import KILLED
 from tests.bench.several import (
     ENDED,
@@ -90,4 +89,4 @@ def test_two_do_what_one_does_and_a_death_leaves_nothing(
     found = several(options(tmp_path, small["bf16"], facts=4, group="2"), lambda event: None)
     assert found.equal and found.clean, found
     assert found.alone.state.committed == tuple(sorted(key for key, _ in FREE[:4]))
-    assert report.to_json(report.setting("python -m tests.bench several"), found)
+    assert document("several", found, tables(found))["deaths"]
