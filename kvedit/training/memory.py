@@ -151,8 +151,10 @@ class Sizes:
         widths = self.widths
         if config.gradient_checkpointing:
             widths = widths // max(1, self.blocks) + self.blocks * self.hidden
-        states = max(self.batch, load.tokens) * (widths + self.vocabulary) * self.itemsize
-        return states + 2 * self.batch * self.vocabulary * _FP32
+        tokens = max(self.batch, load.tokens)
+        # The base model's logits on reference texts stand beside the model's own.
+        logits = (tokens + load.reference_texts * load.length) * self.vocabulary
+        return (tokens * widths + logits) * self.itemsize + 2 * self.batch * self.vocabulary * _FP32
 
 
 def sizes(model: nn.Module, targets: Sequence[str] = (), *, bits: float | None = None) -> Sizes:

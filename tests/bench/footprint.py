@@ -61,7 +61,7 @@ locality_probes = 0
 max_steps = {steps}
 [group]
 epochs = {epochs}
-refine_rounds = {rounds}
+refine_rounds = {refine_rounds}
 compaction_ratio = 1e9
 min_retention = 0.0
 [gate]

@@ -236,12 +236,6 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
     assert len(cells_of) == len(sheet.rows) > 15
 
 
-def test_the_table_has_a_row_for_each_setting() -> None:
-    sheet = footprint.computed()
-    assert len(sheet.rows) == 4 * len(footprint.SHAPES)
-    assert all(len(row) == len(sheet.headers) for row in sheet.rows)
-
-
 @pytest.mark.parametrize(
     "error",
     [
