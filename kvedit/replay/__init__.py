@@ -1,1 +1,1 @@
-"""What must stay: protected texts, what the base model knows, KL to it."""
+"""Protected texts, knowledge extraction, and the KL to the base model."""

@@ -1,20 +1,20 @@
-"""What a model knows, looked for before many facts are taught: nearly all of it, not a sample.
+"""Knowledge extraction: what the base model knows, before many facts are trained; nearly all of it.
 
-Questions drawn at random repeat what is likely and miss what is rare: of what a model knows by
-heart 24,000 of them named two thirds.  But questions begin in few ways ("Do you know ..."), after
-which a name follows, so the names are read off the model itself: each such beginning, a *stem*, is
-followed through all that the model holds likely after it, nothing twice (a wide beam that keeps
-what has ended).  Stems and sampling race, a few questions at a time, for what has not been found:
-the next round is the one's whose last round found most.
+Sampled questions repeat what is likely and miss what is rare: 24,000 of them named two thirds of
+what a model knew by heart.  But questions begin in few ways ("Do you know ..."), followed by a
+name.  So a wide beam search follows each such beginning, a *stem*, through all continuations that
+the model holds likely, none of them twice.  The stems' searches and plain sampling race: each round
+of questions comes from the source whose latest round gave the most new answers.
 
 Invariants:
-- Every text is the model's own greedy answer; no two have the same, nor one that begins alike.
+- Every text is the model's own greedy answer; no two have the same answer or the same opening.
 - The same model, settings and seed give the same texts on the same machine.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,19 +33,19 @@ from kvedit.model.scoring import MAX_BATCH_ROWS, slices
 from kvedit.replay import protected_texts
 from kvedit.replay.protected_texts import EXTRACTED, Protected
 
-SKETCH = 3000  # questions drawn to see how questions begin
-SKETCH_TEMPERATURE = 0.8
-TEMPERATURES = (0.7, 0.8, 0.9)  # of sampling beside the stems; each names what the others do not
-STEMS = 96  # at most; there is no more than one for each ROUND of questions
-PILOT, ROUND = 32, 128  # questions in the first round of each, and in those after it
-LEAST_FAN = 5  # different tokens seen after a stem
-WIDTH = 4096  # beginnings of questions that are followed at once
-LIKELY = (1e-3, 1e-4, 1e-5)  # a question after its stem, at least; first the first of these
-LEAST_GAIN = 0.01  # of a round's questions lead to something new, or the search is over
-OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and which it is
-SAMPLES_PER_TEXT = 4  # without a chat template, where nothing can be asked
-JOINED = 3  # tokens at the end of a stem that may be joined with what follows
-_Path = tuple[float, tuple[int, ...]]  # the logarithm of its probability, its tokens
+STEM_SAMPLES = 3000  # questions sampled to see how questions begin
+STEM_TEMPERATURE = 0.8
+SAMPLING_TEMPERATURES = (0.7, 0.8, 0.9)  # each finds questions that the others do not
+MAX_STEMS = 96  # and no more than one for each ROUND_QUESTIONS of the budget
+FIRST_ROUND_QUESTIONS, ROUND_QUESTIONS = 32, 128
+MIN_NEXT_TOKENS = 5  # different tokens seen after a stem
+BEAM_WIDTH = 4096
+MIN_PROBABILITIES = (1e-3, 1e-4, 1e-5)  # of a question given its stem, searched in this order
+MIN_GAIN = 0.01  # new answers per question; the search ends below it
+OPENING_TOKENS = 12  # of an answer: enough to tell whether it is known, and from the others
+SAMPLES_PER_TEXT = 4  # without a chat template, where no questions can be sampled
+MAX_JOINED_TOKENS = 3  # at the end of a stem that a tokenizer may join with what follows
+_Path = tuple[float, tuple[int, ...]]  # log probability, tokens
 
 
 def extract_knowledge(
@@ -58,48 +58,49 @@ def extract_knowledge(
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Protected, ...]:
-    """Let the model say what it knows, looking at up to ``samples`` questions: a text an answer.
+    """One text for each answer that the model is confident of, from up to ``samples`` questions.
 
-    What is ``known`` already is left out, prompts and answers; of questions that are to be
-    ``unasked`` the answers are looked for under others, as all that the model knows.  A model
-    without a chat template writes freely instead, a text for ``SAMPLES_PER_TEXT`` drafts.
+    Prompts and answers in ``known`` are left out.  The prompts in ``unasked`` are not used, but
+    their answers may come from other questions.  A model without a chat template writes free text
+    instead, one text for each ``SAMPLES_PER_TEXT`` of the samples.
     """
-    chance = generator(base.model, seed)
-    progress("listening to how the model asks")
+    rng = generator(base.model, seed)
     if renderer.empty_user_turn() is None:
-        return tuple(
-            protected_texts.write_freely(base, renderer, samples // SAMPLES_PER_TEXT, chance)
-        )
-    count = min(samples, SKETCH)
-    sketch = protected_texts.draw_questions(base, renderer, count, chance, SKETCH_TEMPERATURE)
+        progress("sampling free text from the model")
+        return tuple(protected_texts.write_freely(base, renderer, samples // SAMPLES_PER_TEXT, rng))
+    count = min(samples, STEM_SAMPLES)
+    progress(f"sampling {count:,} questions to see how they begin")
+    sampled = protected_texts.draw_questions(base, renderer, count, rng, STEM_TEMPERATURE)
+    stems = _stems(sampled, samples // ROUND_QUESTIONS)
     sources = [
-        *(_Source(_followed(base, renderer, stem)) for stem in _stems(sketch, samples // ROUND)),
-        *(_Source(_sampled(base, renderer, warmth, chance)) for warmth in TEMPERATURES),
+        *(_Source(_beam_search(base, renderer, stem)) for stem in stems),
+        *(_Source(_sample(base, renderer, t, rng)) for t in SAMPLING_TEMPERATURES),
     ]
     search = _Search(base, renderer, known, unasked)
     search.race(sources, samples, progress)
-    progress(f"answering {len(search.found)} questions")
-    told = protected_texts.answer_all(base, renderer, search.found, EXTRACTED)
-    said = {text.answer for text in known}
-    return tuple(t for t in protected_texts.surely(base, renderer, told) if t.answer not in said)
+    progress(f"answering the {len(search.questions):,} questions whose answers the model knows")
+    texts = protected_texts.answer_all(base, renderer, search.questions, EXTRACTED)
+    answers = {text.answer for text in known}
+    confident = protected_texts.confident(base, renderer, texts)
+    return tuple(text for text in confident if text.answer not in answers)
 
 
 @dataclass(slots=True)
 class _Source:
-    """Questions to come, how many came, and what share of the latest led to something new."""
+    """Questions, how many were checked, and the new answers per question of the latest rounds."""
 
     questions: Iterator[str]
-    looked: int = 0
+    checked: int = 0
     gain: float = 1.0
 
-    def learn(self, new: int, count: int) -> None:
-        """Take note of a round; one without anything new does not mean that there is nothing."""
-        here = (new + 1) / (count + 2)  # Laplace's estimate
-        self.gain = (self.gain + here) / 2 if self.looked else here
+    def update(self, new: int, count: int) -> None:
+        """Update the gain by a round; halved, not zero, after a round without new answers."""
+        estimate = (new + 1) / (count + 2)  # Laplace's rule of succession
+        self.gain = (self.gain + estimate) / 2 if self.checked else estimate
 
 
 class _Search:
-    """The questions that were looked at so far, and those among them that are worth an answer."""
+    """Questions checked so far, and in ``questions`` those with a new answer of high confidence."""
 
     def __init__(
         self,
@@ -110,111 +111,115 @@ class _Search:
     ) -> None:
         self._base, self._renderer = base, renderer
         self._asked = {text.prompt for text in known} | set(unasked)
-        made = [protected_texts.example(renderer, text) for text in known]
-        # Without the end token, which an opening that is generated does not have either.
-        self._begun = {one.ids[one.start : -1][:OPENING_TOKENS] for one in made}
-        self._bound = protected_texts.sure_bound(protected_texts.costs_of(base, made))
-        self.found: list[str] = []
+        examples = [protected_texts.example(renderer, text) for text in known]
+        # Without the end token, which generated openings do not have either.
+        self._openings = {one.ids[one.start : -1][:OPENING_TOKENS] for one in examples}
+        losses = protected_texts.mean_losses(base, examples)
+        self._max_loss = protected_texts.max_confident_loss(losses)
+        self.questions: list[str] = []
 
     def race(
         self, sources: Sequence[_Source], samples: int, progress: Callable[[str], None]
     ) -> None:
-        """Look at ``samples`` questions, each round from the source whose last one found most."""
-        racing, looked = list(sources), 0
-        while looked < samples and racing:
-            best = max(racing, key=lambda source: (source.gain, -source.looked))
-            if best.gain < LEAST_GAIN:
+        """Check up to ``samples`` questions, each round from the source with the highest gain."""
+        racing, checked, start = list(sources), 0, time.monotonic()
+        while checked < samples and racing:
+            best = max(racing, key=lambda source: (source.gain, -source.checked))
+            if best.gain < MIN_GAIN:
                 break
-            count = PILOT if best.looked == 0 else ROUND
-            drawn = list(islice(best.questions, count))
-            if len(drawn) < count:
+            count = FIRST_ROUND_QUESTIONS if best.checked == 0 else ROUND_QUESTIONS
+            batch = list(islice(best.questions, count))
+            if len(batch) < count:
                 racing.remove(best)
-            best.learn(self._look(drawn), count)
-            best.looked += len(drawn)
-            looked += len(drawn)
-            progress(f"{looked} of {samples} questions, {len(self.found)} answers known")
+            best.update(self._check(batch), count)
+            best.checked += len(batch)
+            checked += len(batch)
+            left = (time.monotonic() - start) / max(1, checked) * max(0, samples - checked)
+            progress(
+                f"extracting what the model knows: {checked:,} of {samples:,} questions,"
+                f" {len(self.questions):,} answers, about {left:.0f} s left"
+            )
 
-    def _look(self, prompts: Sequence[str]) -> int:
-        """How many new answers begin surely, one for each beginning; they are noted."""
+    def _check(self, prompts: Sequence[str]) -> int:
+        """Add the prompts with a new answer opening of high confidence; returns their number."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._asked]
         self._asked.update(new)
         prefixes = [self._renderer.prefix(prompt) for prompt in new]
         openings = generate(
             self._base.model, prefixes, end=self._renderer.end, limit=OPENING_TOKENS
         )
-        begun = [
+        examples = [
             Example((*prefix, *ids), len(prefix), prompt)
             for prompt, prefix, ids in zip(new, prefixes, openings, strict=True)
             if ids
         ]
-        before = len(self.found)
-        costs = protected_texts.costs_of(self._base, begun)
-        for example, cost in zip(begun, costs.tolist(), strict=True):
-            beginning = example.ids[example.start :]
-            if cost < self._bound and beginning not in self._begun:
-                self._begun.add(beginning)
-                self.found.append(example.prompt)
-        return len(self.found) - before
+        before = len(self.questions)
+        losses = protected_texts.mean_losses(self._base, examples)
+        for example, loss in zip(examples, losses.tolist(), strict=True):
+            opening = example.ids[example.start :]
+            if loss < self._max_loss and opening not in self._openings:
+                self._openings.add(opening)
+                self.questions.append(example.prompt)
+        return len(self.questions) - before
 
 
-def _stems(sketch: Sequence[Sequence[int]], most: int) -> list[tuple[int, ...]]:
-    """Beginnings of questions after which many different things come, each of them seldom twice.
+def _stems(questions: Sequence[Sequence[int]], limit: int) -> list[tuple[int, ...]]:
+    """Beginnings of questions that many different tokens follow, few of them twice.
 
-    Ranked by the number of different next tokens, times how many of those that were seen were
-    different.
+    Ranked by the number of different next tokens times their ratio to all that were seen.
     """
-    after: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for question in {tuple(ids) for ids in sketch}:
+    following: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for question in {tuple(ids) for ids in questions}:
         for at in range(1, len(question)):
-            after[question[:at]].append(question[at])
-    fans = {stem: len(set(tokens)) for stem, tokens in after.items()}
-    wide = sorted(stem for stem, fan in fans.items() if fan >= LEAST_FAN)
-    wide.sort(key=lambda stem: fans[stem] ** 2 / len(after[stem]), reverse=True)
-    return wide[: min(most, STEMS)]
+            following[question[:at]].append(question[at])
+    distinct = {stem: len(set(tokens)) for stem, tokens in following.items()}
+    stems = sorted(stem for stem, count in distinct.items() if count >= MIN_NEXT_TOKENS)
+    stems.sort(key=lambda stem: distinct[stem] ** 2 / len(following[stem]), reverse=True)
+    return stems[: min(limit, MAX_STEMS)]
 
 
-def _followed(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Iterator[str]:
-    """All likely questions with a stem, the likelier first: most stems are left after those."""
-    opening = renderer.empty_user_turn()
-    if opening is None:
+def _beam_search(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Iterator[str]:
+    """All likely questions with a stem, likelier ones first: the race soon drops most stems."""
+    turn = renderer.empty_user_turn()
+    if turn is None:
         return
-    before, after = opening
+    before, after = turn
     starts = _starts(base.model, renderer.token_strings, before, stem)
-    told: set[str] = set()
-    for chance in LIKELY:
-        floor = math.log(chance)
-        found = (_paths(base.model, before, after, same, floor) for same in starts)
-        paths = sorted(chain.from_iterable(found), reverse=True)
+    seen: set[str] = set()
+    for probability in MIN_PROBABILITIES:
+        floor = math.log(probability)
+        searches = (_paths(base.model, before, after, part, floor) for part in starts)
+        paths = sorted(chain.from_iterable(searches), reverse=True)
         for text in protected_texts.readable(renderer, (ids for _, ids in paths)):
-            if text not in told:
-                told.add(text)
+            if text not in seen:
+                seen.add(text)
                 yield text
 
 
 @torch.no_grad()
 def _starts(
-    model: Any, pieces: Sequence[str], before: Sequence[int], stem: Sequence[int]
+    model: Any, strings: Sequence[str], before: Sequence[int], stem: Sequence[int]
 ) -> list[list[_Path]]:
-    """The ways to begin with the words of a stem, those of one length together.
+    """The tokenizations that start with a stem's text, grouped by length.
 
-    A tokenizer may join the end of a stem with what follows it, so beside the stem itself there is
-    all that spells it and more: its last few tokens taken off, and one that begins like them put in
-    their place.  Chances are logarithms, those of all ways together being one.
+    A tokenizer may join the end of a stem with what follows, so beside the stem there are variants
+    in which a longer token replaces its last few tokens; ``strings`` are those of all tokens.  The
+    log probabilities are normalized over all variants.
     """
     ids = torch.tensor([[*before, *stem]], device=first_device(model))
-    ways: list[_Path] = []
-    ahead = 0.0  # the chance of the stem's own tokens, from the first that may be joined
-    for at in range(max(0, len(stem) - JOINED), len(stem)):
+    variants: list[_Path] = []
+    score = 0.0  # log probability of the stem's tokens from the first that may be joined
+    for at in range(max(0, len(stem) - MAX_JOINED_TOKENS), len(stem)):
         table = next_logits(model, ids[:, : len(before) + at]).float().log_softmax(-1)[0]
-        rest = "".join(pieces[one] for one in stem[at:])
-        longer = [i for i, piece in enumerate(pieces) if piece != rest and piece.startswith(rest)]
-        ways += [(ahead + float(table[i]), (*stem[:at], i)) for i in longer]
-        ahead += float(table[stem[at]])
-    ways.append((ahead, tuple(stem)))
-    whole = math.log(sum(math.exp(chance) for chance, _ in ways))
+        rest = "".join(strings[token] for token in stem[at:])
+        longer = [i for i, text in enumerate(strings) if text != rest and text.startswith(rest)]
+        variants += [(score + float(table[i]), (*stem[:at], i)) for i in longer]
+        score += float(table[stem[at]])
+    variants.append((score, tuple(stem)))
+    total = math.log(sum(math.exp(score) for score, _ in variants))
     by_length: defaultdict[int, list[_Path]] = defaultdict(list)
-    for chance, way in ways:
-        by_length[len(way)].append((chance - whole, way))
+    for score, tokens in variants:
+        by_length[len(tokens)].append((score - total, tokens))
     return list(by_length.values())
 
 
@@ -222,47 +227,47 @@ def _starts(
 def _paths(
     model: Any, before: Sequence[int], after: int, starts: Sequence[_Path], floor: float
 ) -> Iterator[_Path]:
-    """Questions with one of the beginnings, which are of one length, as tokens, and the logarithm
-    of their probability, which is ``floor`` or more.
+    """Complete questions that continue ``starts``, which are of equal length, with a log
+    probability above ``floor``; ``after`` is the token that ends a question.
     """
-    begun = [(chance, way) for chance, way in starts if chance > floor]
-    if not begun:
+    beams = [(score, tokens) for score, tokens in starts if score > floor]
+    if not beams:
         return
-    run = Decoding(model, [[*before, *way] for _, way in begun])
-    chances = torch.tensor([chance for chance, _ in begun], device=run.ids.device)
+    run = Decoding(model, [[*before, *tokens] for _, tokens in beams])
+    scores = torch.tensor([score for score, _ in beams], device=run.ids.device)
     for _ in range(protected_texts.QUESTION_TOKENS):
-        rows, tokens, chances = _likely_next(run.next_logits(), chances, floor)
+        rows, tokens, scores = _expand(run.next_logits(), scores, floor)
         ended = tokens == after
         texts = run.ids[rows[ended], len(before) :].tolist()
-        yield from zip(chances[ended].tolist(), map(tuple, texts), strict=True)
-        rows, tokens, chances = rows[~ended], tokens[~ended], chances[~ended]
-        if not len(chances):
+        yield from zip(scores[ended].tolist(), map(tuple, texts), strict=True)
+        rows, tokens, scores = rows[~ended], tokens[~ended], scores[~ended]
+        if not len(scores):
             return
-        chances, best = chances.topk(min(WIDTH, len(chances)))
+        scores, best = scores.topk(min(BEAM_WIDTH, len(scores)))
         run.append(tokens[best], rows[best])
 
 
-def _likely_next(logits: Tensor, chances: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes on from texts of these ``chances`` (rows,), given ``logits`` (rows, vocabulary):
-    rows, next tokens, the chances they then have.
+def _expand(logits: Tensor, scores: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Continuations above ``floor`` of beams with log probabilities ``scores`` (rows,), given
+    ``logits`` (rows, vocabulary): rows, next tokens, new scores.
     """
-    found = []
-    for here in slices(logits):
-        table = logits[here].float()
-        ahead = chances[here] - table.logsumexp(-1)
-        rows, tokens = torch.where(table > (floor - ahead)[:, None])
-        found.append((rows + here.start, tokens, table[rows, tokens] + ahead[rows]))
-    rows, tokens, chances = (torch.cat(column) for column in zip(*found, strict=True))
-    return rows, tokens, chances
+    parts = []
+    for part in slices(logits):
+        table = logits[part].float()
+        offsets = scores[part] - table.logsumexp(-1)
+        rows, tokens = torch.where(table > (floor - offsets)[:, None])
+        parts.append((rows + part.start, tokens, table[rows, tokens] + offsets[rows]))
+    rows, tokens, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+    return rows, tokens, scores
 
 
-def _sampled(
-    base: BaseModel, renderer: Renderer, warmth: float, chance: torch.Generator
+def _sample(
+    base: BaseModel, renderer: Renderer, temperature: float, rng: torch.Generator
 ) -> Iterator[str]:
-    """Questions drawn at a temperature, for as long as there are any."""
+    """Questions sampled at a temperature, without end unless the model gives none."""
     while True:
-        drawn = protected_texts.draw_questions(base, renderer, MAX_BATCH_ROWS, chance, warmth)
-        texts = list(protected_texts.readable(renderer, drawn))
+        sampled = protected_texts.draw_questions(base, renderer, MAX_BATCH_ROWS, rng, temperature)
+        texts = list(protected_texts.readable(renderer, sampled))
         if not texts:
             return
         yield from texts

@@ -1,14 +1,14 @@
-"""What the base model says to protected text, word for word, and how far the model has left it.
+"""Reference texts, and the KL divergence of the edited model from the base model on them.
 
-The price of ``fisher`` is a quadratic guess that adds up over edits; the divergence measured
-here is the thing itself, on a sample of the text in every step.
+The Fisher penalty is a quadratic approximation whose errors add up over edits; here the divergence
+itself is measured, on a sample of the texts in every step.
 
-Few tokens diverge much: those that come out otherwise by now.  Their gradients are long and share
-no direction, so they drowned all others, and as noise they shortened every step.  ``robust_mean``
-keeps them in bounds, but not so small that what is lost is let go.
+Few tokens diverge much: those whose prediction has changed.  Their gradients are large and share no
+direction, so they drowned all others and, as noise, shortened every step.  ``robust_mean`` bounds
+them without letting go of what is lost.
 
 Invariants:
-- What is kept was said by the base model, whatever was edited since.
+- The reference states are the base model's, whatever was edited since.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import batches, padded, slices
 
 CAUCHY_SCALE = 1.0
-"""Nats: the divergence of a token from which on more of it counts for less and less."""
+"""Nats: the divergence of a token above which further divergence counts less and less."""
 
 
 def robust_mean(divergences: Tensor) -> Tensor:
-    """A scalar: the mean of the divergences d (N,), each as ``CAUCHY_SCALE log(1 + d / CAUCHY_SCALE)``.
+    """A scalar: the mean of ``c log(1 + d / c)`` over divergences d (N,); c is ``CAUCHY_SCALE``.
 
     Cauchy's robust loss (Holland and Welsch 1977), a divergence being the square of a distance.
     """
@@ -47,8 +47,8 @@ class ReferenceTexts:
         states: Sequence[Tensor],
         places: Sequence[int] | None = None,
     ) -> None:
-        """``states`` (answer length, hidden) for each example, in the model's dtype; ``places`` are
-        theirs among all that was measured.
+        """``states`` (answer length, hidden) for each example, in the model's dtype; ``places``
+        are the examples' indices among all that were measured.
         """
         self._examples, self._states = list(examples), list(states)
         self.places = list(range(len(examples)) if places is None else places)
@@ -65,9 +65,9 @@ class ReferenceTexts:
     def measure(
         cls, model: nn.Module, examples: Sequence[Example], prefix_cache: PrefixCache | None = None
     ) -> ReferenceTexts:
-        """Ask the model, which must be the base at this moment.
+        """Compute the states with ``model``, which must be the unedited base model.
 
-        A model whose logits are no projection of its last hidden states gets no anchors.
+        A model whose logits are no projection of its last hidden states gets no reference texts.
         """
         if not projects(model):
             return cls([], [])
@@ -81,16 +81,16 @@ class ReferenceTexts:
         return cls(examples, [states[i] for i in range(len(examples))])
 
     def without(self, names: Iterable[str]) -> ReferenceTexts:
-        """Those whose questions name none of these: what is edited must not be said as before."""
+        """The texts whose prompts mention none of ``names``: edited answers may change."""
         edited = naming(names)
         return self.at([i for i, one in enumerate(self._examples) if not edited(one.prompt)])
 
-    def at(self, kept: Sequence[int]) -> ReferenceTexts:
-        """Those at these indices."""
+    def at(self, indices: Sequence[int]) -> ReferenceTexts:
+        """The texts at these indices."""
         return ReferenceTexts(
-            [self._examples[i] for i in kept],
-            [self._states[i] for i in kept],
-            [self.places[i] for i in kept],
+            [self._examples[i] for i in indices],
+            [self._states[i] for i in indices],
+            [self.places[i] for i in indices],
         )
 
     def divergences(
@@ -99,10 +99,10 @@ class ReferenceTexts:
         """(N,): KL(base || model) at each answer token, nats, in no particular order."""
         parts = []
         for batch in batches(model, [self._examples[i] for i in chosen]):
-            own = [chosen[i] for i in batch]
-            hidden, _ = _answers(model, [self._examples[i] for i in own], prefix_cache)
+            indices = [chosen[i] for i in batch]
+            hidden, _ = _answers(model, [self._examples[i] for i in indices], prefix_cache)
             with torch.no_grad():
-                base = project(model, torch.cat([self._states[i] for i in own]))
+                base = project(model, torch.cat([self._states[i] for i in indices]))
             parts.append(_Divergence.apply(project(model, hidden), base))  # type: ignore[no-untyped-call]
         return torch.cat(parts)
 
@@ -113,7 +113,7 @@ def _answers(
     """The last hidden states at all answer positions, row by row, and the targets (rows, width)."""
     ids, targets = padded(examples)
     hidden = last_hidden(model, ids.to(first_device(model)), examples, prefix_cache)
-    rows, places = (targets >= 0).nonzero(as_tuple=True)  # here: an accelerator is not waited for
+    rows, places = (targets >= 0).nonzero(as_tuple=True)  # on the CPU: no wait for an accelerator
     return hidden[rows.to(hidden.device), places.to(hidden.device)], targets
 
 
@@ -122,19 +122,19 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, base: Tensor) -> Tensor:
-        found = torch.empty(len(logits), device=logits.device)
-        for here in slices(logits):
-            ours = logits[here].float().log_softmax(1)
-            theirs = base[here].float().log_softmax(1)
-            found[here] = (theirs.exp() * (theirs - ours)).sum(1)
+        divergences = torch.empty(len(logits), device=logits.device)
+        for rows in slices(logits):
+            model_log_p = logits[rows].float().log_softmax(1)
+            base_log_p = base[rows].float().log_softmax(1)
+            divergences[rows] = (base_log_p.exp() * (base_log_p - model_log_p)).sum(1)
         ctx.save_for_backward(logits, base)
-        return found
+        return divergences
 
     @staticmethod
-    def backward(ctx: Any, penalty_gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, divergence_gradients: Tensor) -> tuple[Tensor, None]:
         logits, base = ctx.saved_tensors
-        back = torch.empty_like(logits)
-        for here in slices(logits):
-            apart = logits[here].float().softmax(1) - base[here].float().softmax(1)
-            back[here] = apart * penalty_gradients[here, None]
-        return back, None
+        gradients = torch.empty_like(logits)
+        for rows in slices(logits):
+            difference = logits[rows].float().softmax(1) - base[rows].float().softmax(1)
+            gradients[rows] = difference * divergence_gradients[rows, None]
+        return gradients, None

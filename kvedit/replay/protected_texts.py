@@ -1,8 +1,8 @@
-"""The text that must stay: what the base model says by itself, made once when a store is made.
+"""Protected texts: control texts and locality probes from the base model, made with a store.
 
-Nobody has the training data of a model from a hub, so the model is asked instead: questions are
-drawn from it (it continues an empty user turn, as in Magpie, arXiv:2406.08464), it answers them and
-the shipped questions greedily, and it writes freely from its beginning-of-sequence token.
+Nobody has the training data of a model from a hub, so the texts come from the model: it samples
+questions (continuing an empty user turn, as in Magpie, arXiv:2406.08464), answers them and the
+shipped questions greedily, and samples free text after its beginning-of-sequence token.
 
 Invariants:
 - Locality probes and control texts are disjoint, and no two texts have the same prompt.
@@ -27,21 +27,22 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import recall, token_scores
 
-SHIPPED = Path(__file__).parents[1] / "data" / "protected_prompts.txt"
-QUESTION_TOKENS = 64
-QUESTION_TEMPERATURE = 0.7  # lower ones name more of what the model knows, but repeat themselves
-ANSWER_TOKENS = 256
-LONG = 16  # tokens from which on an answer counts as long
-EXTRACTED = "extracted"  # the source of what knowledge extraction brought; never measured again
-MADE = frozenset({"drawn", "shipped", "free", EXTRACTED})  # sources of what no user gave
-SURE = 0.1  # nats a token: an answer that costs the model less is one that it knows
-FIRM = 1.0  # logits by which a locality probe's answer must lead
-LOCALITY_LONG = 0.5  # the share of locality probes with a long answer
+SHIPPED_PROMPTS = Path(__file__).parents[1] / "data" / "protected_prompts.txt"
+QUESTION_TOKENS = 64  # at most; longer questions are left out
+QUESTION_TEMPERATURE = 0.7  # lower ones give more of what the model knows, but repeat themselves
+ANSWER_TOKENS = 256  # at most; longer answers are left out
+LONG_ANSWER_TOKENS = 16  # from which on an answer counts as long
+MAX_FREE_TOKENS = 128
+EXTRACTED = "extracted"  # the source of texts from knowledge extraction; never probed
+MODEL_SOURCES = frozenset({"drawn", "shipped", "free", EXTRACTED})  # texts that no user gave
+KNOWN_LOSS = 0.1  # nats a token: the model knows an answer whose mean loss is below it
+MIN_LOCALITY_MARGIN = 1.0  # logits: a smaller margin may be a guess that any edit changes
+LONG_LOCALITY_RATIO = 0.5  # of locality probes have a long answer
 
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """A text that must stay; ``prompt`` is empty for free text."""
+    """A prompt with the answer that must not change; ``prompt`` is empty for free text."""
 
     prompt: str
     answer: str
@@ -50,7 +51,7 @@ class Protected:
 
 @dataclass(frozen=True, slots=True)
 class ProtectedSet:
-    """Texts for the curvature, and others that are only ever probed."""
+    """Control texts, for the Fisher moments and the KL, and locality probes, only ever probed."""
 
     control: tuple[Protected, ...]
     locality: tuple[Protected, ...]
@@ -68,37 +69,36 @@ def make(
     seed: int = 0,
     progress: Progress = lambda text: None,
 ) -> ProtectedSet:
-    """Let the model say what it knows; ``extra`` are the user's own texts, all of them kept."""
-    chance = generator(base.model, seed)
-    progress("drawing questions from the model")
-    questions = draw_questions(base, renderer, config.samples, chance)
+    """Sample texts from the model; ``extra`` are the user's texts, all of which are included."""
+    draws = generator(base.model, seed)
+    progress(f"sampling {config.samples:,} questions from the model")
+    questions = draw_questions(base, renderer, config.samples, draws)
     drawn = list(dict.fromkeys(readable(renderer, questions)))
-    shipped = SHIPPED.read_text(encoding="utf-8").splitlines()
+    shipped = SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()
     taken = {text.prompt for text in extra}
-    progress(f"answering {len(drawn)} questions")
+    progress(f"answering {len(drawn):,} questions")
     answered = [t for t in answer_all(base, renderer, drawn, "drawn") if t.prompt not in taken]
-    long = [t for t in answered if len(renderer.tokens(t.answer)) >= LONG]
-    short = [t for t in answered if len(renderer.tokens(t.answer)) < LONG]
+    long = [t for t in answered if len(renderer.tokens(t.answer)) >= LONG_ANSWER_TOKENS]
+    short = [t for t in answered if len(renderer.tokens(t.answer)) < LONG_ANSWER_TOKENS]
     rng = random.Random(seed)
     rng.shuffle(long)
     rng.shuffle(short)
-    wanted = round(config.locality_probes * LOCALITY_LONG)
-    far = _robust(base, renderer, long, wanted)
-    near = _robust(base, renderer, short, config.locality_probes - len(far))
-    locality = (*far, *near)
-    long = [t for t in long if t not in far]
-    short = [t for t in short if t not in near]
-    progress("writing freely")
-    asked = answer_all(base, renderer, [p for p in shipped if p not in taken], "shipped")
-    known = {t.prompt for t in answered}
+    count = round(config.locality_probes * LONG_LOCALITY_RATIO)
+    long_probes = _robust(base, renderer, long, count)
+    short_probes = _robust(base, renderer, short, config.locality_probes - len(long_probes))
+    long = [t for t in long if t not in long_probes]
+    short = [t for t in short if t not in short_probes]
+    progress(f"answering {len(shipped):,} shipped questions and sampling free text")
+    shipped_texts = answer_all(base, renderer, [p for p in shipped if p not in taken], "shipped")
+    prompts = {t.prompt for t in answered}
     control = (
         *extra,
         *long[: config.long_answers],
         *short[: config.short_answers],
-        *(t for t in asked if t.prompt not in known),
-        *write_freely(base, renderer, config.free_texts, chance),
+        *(t for t in shipped_texts if t.prompt not in prompts),
+        *write_freely(base, renderer, config.free_texts, draws),
     )
-    return ProtectedSet(control, locality)
+    return ProtectedSet(control, (*long_probes, *short_probes))
 
 
 def example(renderer: Renderer, text: Protected) -> Example:
@@ -110,45 +110,44 @@ def example(renderer: Renderer, text: Protected) -> Example:
 
 
 def known(base: BaseModel, renderer: Renderer, texts: Sequence[Protected]) -> tuple[Protected, ...]:
-    """What the model says because it knows it: answers that it is sure of, one text for each.
+    """The user's texts, and of the model's own one for each answer that it is confident of.
 
-    Much of what is drawn from a model is made up, and to hold it to that costs more than holding it
-    to what it knows, since a guess hangs on near-ties.  A model that is sure of little is held to
-    the surer half; what a user gave is left as it is, and what is recited was looked at before.
+    Many sampled answers are guesses.  Protecting those costs more than protecting knowledge, since
+    a guess hangs on numerical ties.  Extracted texts were filtered when they were extracted.
     """
-    given = [text for text in texts if text.source not in MADE]
+    given = [text for text in texts if text.source not in MODEL_SOURCES]
     answers = {text.answer for text in given}
-    made = [text for text in texts if text.source in MADE and text.answer not in answers]
-    drawn = [text for text in made if text.source != EXTRACTED]
-    found = {text.answer: text for text in surely(base, renderer, drawn)}
-    for text in made:
+    rest = [text for text in texts if text.source in MODEL_SOURCES and text.answer not in answers]
+    sampled = [text for text in rest if text.source != EXTRACTED]
+    by_answer = {text.answer: text for text in confident(base, renderer, sampled)}
+    for text in rest:
         if text.source == EXTRACTED:
-            found.setdefault(text.answer, text)
-    return (*given, *found.values())
+            by_answer.setdefault(text.answer, text)
+    return (*given, *by_answer.values())
 
 
-def surely(
+def confident(
     base: BaseModel, renderer: Renderer, texts: Sequence[Protected]
 ) -> tuple[Protected, ...]:
-    """The texts whose answers the model is sure of, one for each answer."""
-    costs = costs_of(base, [example(renderer, text) for text in texts])
-    bound = sure_bound(costs)
-    found: dict[str, Protected] = {}
-    for text, cost in zip(texts, costs.tolist(), strict=True):
-        if cost < bound:
-            found.setdefault(text.answer, text)
-    return tuple(found.values())
+    """The texts whose answers the model is confident of, one for each answer."""
+    losses = mean_losses(base, [example(renderer, text) for text in texts])
+    bound = max_confident_loss(losses)
+    by_answer: dict[str, Protected] = {}
+    for text, loss in zip(texts, losses.tolist(), strict=True):
+        if loss < bound:
+            by_answer.setdefault(text.answer, text)
+    return tuple(by_answer.values())
 
 
-def sure_bound(costs: torch.Tensor) -> float:
-    """What an answer costs at most that the model is sure of; for a model that is sure of little,
-    the median.
+def max_confident_loss(losses: torch.Tensor) -> float:
+    """The mean loss below which an answer counts as confident: the median of ``losses`` for a model
+    that is confident of few answers.
     """
-    return max(SURE, float(costs.median())) if len(costs) else SURE
+    return max(KNOWN_LOSS, float(losses.median())) if len(losses) else KNOWN_LOSS
 
 
 @torch.no_grad()
-def costs_of(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
+def mean_losses(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
     """(N,): the mean cross-entropy of each answer's tokens, nats a token."""
     if not examples:
         return torch.empty(0)
@@ -157,20 +156,20 @@ def costs_of(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
     sums, counts = torch.zeros(2, len(examples))
     sums.index_add_(0, rows, losses)
     counts.index_add_(0, rows, torch.ones_like(losses))
-    found: torch.Tensor = sums / counts
-    return found
+    means: torch.Tensor = sums / counts
+    return means
 
 
 def _robust(
     base: BaseModel, renderer: Renderer, texts: Sequence[Protected], count: int
 ) -> list[Protected]:
-    """Up to ``count`` texts that the model is sure of, at most half of those there are.
+    """Up to ``count`` texts with a large margin, at most half of the given ones.
 
-    A made-up answer that hangs on a near-tie says nothing about what was lost when it changes.
+    A guess that hangs on a numerical tie may change without any loss of knowledge.
     """
     drawn = texts[: min(4 * count, len(texts) // 2)]
     outcomes = recall(base.model, [example(renderer, text) for text in drawn])
-    robust = [t for t, o in zip(drawn, outcomes, strict=True) if o.margin >= FIRM]
+    robust = [t for t, o in zip(drawn, outcomes, strict=True) if o.margin >= MIN_LOCALITY_MARGIN]
     return robust[:count]
 
 
@@ -178,30 +177,30 @@ def draw_questions(
     base: BaseModel,
     renderer: Renderer,
     count: int,
-    chance: torch.Generator,
+    rng: torch.Generator,
     temperature: float = QUESTION_TEMPERATURE,
 ) -> list[list[int]]:
-    """What the model would have a user ask, as tokens: its continuation of an empty user turn.
+    """Questions as tokens: the model's continuations of an empty user turn.
 
-    Those left out that did not come to an end; none at all without a chat template.
+    Unfinished ones are left out; there are none without a chat template.
     """
     opening = renderer.empty_user_turn()
     if opening is None:
         return []
     before, after = opening
-    found = generate(
+    questions = generate(
         base.model,
         [before] * count,
         end=after,
         limit=QUESTION_TOKENS,
         temperature=temperature,
-        generator=chance,
+        generator=rng,
     )
-    return [ids for ids in found if len(ids) < QUESTION_TOKENS]
+    return [ids for ids in questions if len(ids) < QUESTION_TOKENS]
 
 
 def readable(renderer: Renderer, questions: Iterable[Sequence[int]]) -> Iterator[str]:
-    """Questions as texts, in order; those left out that are no text."""
+    """Questions as texts, in order, without empty ones and those that are not valid text."""
     for ids in questions:
         text = renderer.text(ids).strip()
         if text and "\ufffd" not in text:
@@ -211,39 +210,40 @@ def readable(renderer: Renderer, questions: Iterable[Sequence[int]]) -> Iterator
 def answer_all(
     base: BaseModel, renderer: Renderer, prompts: Sequence[str], source: str
 ) -> list[Protected]:
-    """The model's greedy answers, those left out that did not come to an end."""
+    """The model's greedy answers, without unfinished ones."""
     prefixes = [renderer.prefix(prompt) for prompt in prompts]
     limit = min(ANSWER_TOKENS, renderer.context // 2)
     answers = generate(base.model, prefixes, end=renderer.end, limit=limit)
-    found = []
+    texts = []
     for prompt, ids in zip(prompts, answers, strict=True):
         text = renderer.answer_text(ids)
-        if 0 < len(ids) < limit and text and _says(renderer, prompt, text) == ids:
-            found.append(Protected(prompt, text, source))
-    return found
+        if 0 < len(ids) < limit and text and _answer_tokens(renderer, prompt, text) == ids:
+            texts.append(Protected(prompt, text, source))
+    return texts
 
 
-def _says(renderer: Renderer, prompt: str, text: str) -> list[int]:
-    """The tokens of an answer as an example of it would have them."""
-    made = renderer.example(prompt, text, ended=False)
-    return list(made.ids[made.start :])
+def _answer_tokens(renderer: Renderer, prompt: str, text: str) -> list[int]:
+    """The tokens of an answer in its example."""
+    answer = renderer.example(prompt, text, ended=False)
+    return list(answer.ids[answer.start :])
 
 
 def write_freely(
-    base: BaseModel, renderer: Renderer, count: int, chance: torch.Generator
+    base: BaseModel, renderer: Renderer, count: int, rng: torch.Generator
 ) -> list[Protected]:
+    """Up to ``count`` different texts sampled without a prompt."""
     if count == 0:
         return []
-    prefixes = [[renderer.begin]] * count
-    texts = generate(
-        base.model, prefixes, end=renderer.end, limit=128, temperature=1.0, generator=chance
-    )
-    kept = dict.fromkeys(text for ids in texts if (text := renderer.text(ids).strip()))
-    return [Protected("", text, "free") for text in kept]
+    rows = generate(
+        base.model, [[renderer.begin]] * count, end=renderer.end,
+        limit=MAX_FREE_TOKENS, temperature=1.0, generator=rng,
+    )  # fmt: skip
+    texts = dict.fromkeys(text for ids in rows if (text := renderer.text(ids).strip()))
+    return [Protected("", text, "free") for text in texts]
 
 
 def read_file(path: Path) -> list[Protected]:
-    """A user's own texts: JSON Lines with ``prompt`` and ``answer``, or plain text, a text a line.
+    """A user's texts: JSON Lines with ``prompt`` and ``answer``, or plain text, one text per line.
 
     Raises InvalidFactError, naming the line.
     """

@@ -1,4 +1,4 @@
-"""The blocks below the edited ones: kept once, handed on exactly, never trusted blindly."""
+"""The prefix cache: computed once, equal to the full model, checked before it is used."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import torch
 from small_model import KNOWN
 from torch import nn
 
+from kvedit.model.forward import backbone, last_hidden
 from kvedit.model.loading import BaseModel
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer
-from kvedit.model.scoring import recall, token_scores
+from kvedit.model.scoring import padded, recall
 from kvedit.model.targets import target_names
 
 
@@ -19,31 +20,54 @@ def examples(base: BaseModel) -> list[Example]:
     return make.examples((f"What is {key}?", answer * 2) for key, answer in KNOWN.items())
 
 
-def test_the_shortcut_says_what_the_whole_model_says(base: BaseModel) -> None:
+def hidden_states(
+    base: BaseModel, asked: list[Example], prefix_cache: PrefixCache | None = None
+) -> list[torch.Tensor]:
+    """The last hidden states of each example, padding left out."""
+    ids, _ = padded(asked)
+    with torch.no_grad():
+        hidden = last_hidden(base.model, ids, asked, prefix_cache)
+    return [row[: len(one.ids)] for row, one in zip(hidden, asked, strict=True)]
+
+
+def test_hidden_states_are_those_of_the_full_model(base: BaseModel) -> None:
+    """Three times: computing the cache, from the cache, and from it in another order and batch."""
     prefix_cache = PrefixCache(base.model, target_names(base.model))
     asked = examples(base)
-    short = token_scores(base.model, asked, prefix_cache)
-    whole = token_scores(base.model, asked)
+    expected = hidden_states(base, asked)
+    for part in (slice(None), slice(None), slice(7, 2, -1)):
+        states = hidden_states(base, asked[part], prefix_cache)
+        for ours, full in zip(states, expected[part], strict=True):
+            torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)
     assert prefix_cache.usable
-    torch.testing.assert_close(short.losses, whole.losses, atol=0.05, rtol=0.05)
-    again = token_scores(base.model, asked, prefix_cache)  # from what is kept
-    assert torch.equal(again.losses, short.losses)
+
+
+def test_cached_states_are_the_input_of_the_first_edited_block(base: BaseModel) -> None:
+    prefix_cache = PrefixCache(base.model, target_names(base.model))
+    asked = examples(base)
+    first = len(prefix_cache.below)
+    for _ in range(2):
+        states = prefix_cache.states(backbone(base.model), [one.ids for one in asked])
+        for one, state in zip(asked, states, strict=True):
+            with torch.no_grad():
+                out = base.model(torch.tensor([one.ids]), output_hidden_states=True)
+            torch.testing.assert_close(state, out.hidden_states[first][0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_text_is_computed_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix_cache = PrefixCache(base.model, target_names(base.model))
     asked = examples(base)
     recall(base.model, asked, prefix_cache)
-    reached: list[int] = []
-    whole = PrefixCache._reach
+    batches: list[int] = []
+    run_below = PrefixCache._run_below
 
     def counted(self: PrefixCache, run: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        reached.append(len(ids))
-        return whole(self, run, ids)
+        batches.append(len(ids))
+        return run_below(self, run, ids)
 
-    monkeypatch.setattr(PrefixCache, "_reach", counted)
+    monkeypatch.setattr(PrefixCache, "_run_below", counted)
     recall(base.model, asked, prefix_cache)
-    assert reached == []
+    assert batches == []
 
 
 def test_memory_is_bounded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,11 +76,11 @@ def test_memory_is_bounded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> 
     asked = examples(base)
     assert recall(base.model, asked, prefix_cache) == recall(base.model, asked, prefix_cache)
     assert prefix_cache._bytes <= 4096
-    assert prefix_cache._bytes == sum(state.nbytes for state in prefix_cache._kept.values())
+    assert prefix_cache._bytes == sum(state.nbytes for state in prefix_cache._states.values())
 
 
-def test_a_model_it_does_not_fit_is_run_whole(base: BaseModel) -> None:
-    """Here an edited block wants more of the ones below it than what they hand on."""
+def test_a_model_that_does_not_allow_it_is_run_in_full(base: BaseModel) -> None:
+    """Here the first edited block depends on more than the output of the blocks below it."""
     prefix_cache = PrefixCache(base.model, target_names(base.model))
     asked = examples(base)
     ran: list[bool] = []
@@ -64,24 +88,24 @@ def test_a_model_it_does_not_fit_is_run_whole(base: BaseModel) -> None:
     def note(module: nn.Module, args: object) -> None:
         ran.append(True)
 
-    def want(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        found = bool(ran)
+    def depend(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        below_ran = bool(ran)
         ran.clear()
-        return output if found else output + 10.0
+        return output if below_ran else output + 10.0
 
     handles = [
         prefix_cache._below[0].mlp.register_forward_pre_hook(note),
-        prefix_cache._first.register_forward_hook(want),
+        prefix_cache._first.register_forward_hook(depend),
     ]
     try:
-        whole = recall(base.model, asked)
-        assert recall(base.model, asked, prefix_cache) == whole
+        full = recall(base.model, asked)
+        assert recall(base.model, asked, prefix_cache) == full
     finally:
         for handle in handles:
             handle.remove()
     assert not prefix_cache.usable
 
 
-def test_nothing_below_the_first_edited_block_means_no_shortcut(base: BaseModel) -> None:
+def test_without_blocks_below_the_edited_ones_there_is_no_cache(base: BaseModel) -> None:
     names = ["model.layers.0.mlp.up_proj", *target_names(base.model)]
     assert not PrefixCache(base.model, names).usable

@@ -1,4 +1,4 @@
-"""ReferenceTexts: what the base model said, and how far a model has left it."""
+"""Reference texts of the base model and the KL divergence from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def texts(base: BaseModel) -> list[Example]:
     return make.examples((f"What is {key}?", answer) for key, answer in KNOWN.items())
 
 
-def test_the_base_model_has_left_nothing(base: BaseModel, texts: list[Example]) -> None:
+def test_the_base_model_has_no_divergence(base: BaseModel, texts: list[Example]) -> None:
     reference_texts = ReferenceTexts.measure(base.model, texts)
     assert len(reference_texts) == len(texts)
     assert float(
@@ -40,13 +40,15 @@ def test_the_divergence_is_kl_of_the_answer_tokens(engine: Engine) -> None:
     engine.master.add(engine.train(Task(fact)).delta)
     after = answer_logits(model, texts).logits.detach()
     theirs, ours = before.log_softmax(1), after.log_softmax(1)
-    wanted = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    found = reference_texts.divergences(model, range(len(texts)), engine.worker.prefix_cache).mean()
-    assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
-    assert float(found) > 1e-4
+    expected = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    measured = reference_texts.divergences(
+        model, range(len(texts)), engine.worker.prefix_cache
+    ).mean()
+    assert float(measured) == pytest.approx(float(expected), rel=0.1, abs=2e-3)
+    assert float(measured) > 1e-4
 
 
-def test_what_has_been_turned_does_not_drown_the_rest() -> None:
+def test_changed_tokens_do_not_drown_the_rest() -> None:
     little, much = torch.tensor(0.001, requires_grad=True), torch.tensor(5.0, requires_grad=True)
     robust_mean(torch.stack([little, much])).backward()
     assert little.grad is not None and much.grad is not None
@@ -54,7 +56,7 @@ def test_what_has_been_turned_does_not_drown_the_rest() -> None:
     assert float(much.grad) == pytest.approx(0.5 * CAUCHY_SCALE / (CAUCHY_SCALE + 5))
 
 
-def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:
+def test_its_gradient_is_that_of_the_kl(base: BaseModel, texts: list[Example]) -> None:
     logits = torch.randn(200, 30, requires_grad=True)
     base_logits = torch.randn(200, 30)
     from kvedit.replay.kl import _Divergence
@@ -62,15 +64,15 @@ def test_its_gradient_leads_back(base: BaseModel, texts: list[Example]) -> None:
     ours = _Divergence.apply(logits, base_logits).sum()  # type: ignore[no-untyped-call]
     (gradient,) = torch.autograd.grad(ours, logits)
     again = logits.detach().clone().requires_grad_()
-    wanted = functional.kl_div(
+    expected = functional.kl_div(
         again.log_softmax(1), base_logits.log_softmax(1), log_target=True, reduction="sum"
     )
-    (other,) = torch.autograd.grad(wanted, again)
-    torch.testing.assert_close(ours.detach(), wanted.detach(), rtol=1e-4, atol=1e-4)
+    (other,) = torch.autograd.grad(expected, again)
+    torch.testing.assert_close(ours.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_edited_is_left_out(base: BaseModel, texts: list[Example]) -> None:
+def test_texts_that_name_an_edited_key_are_left_out(base: BaseModel, texts: list[Example]) -> None:
     reference_texts = ReferenceTexts.measure(base.model, texts)
     name = texts[0].prompt.rstrip("?").split()[-1]
     naming = [text for text in texts if name in text.prompt]
@@ -81,7 +83,7 @@ def test_what_is_edited_is_left_out(base: BaseModel, texts: list[Example]) -> No
     )
 
 
-def test_a_model_whose_logits_are_no_projection_has_none(
+def test_a_model_whose_logits_are_no_projection_has_no_reference_texts(
     base: BaseModel, texts: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvedit.replay.kl.projects", lambda model: False)

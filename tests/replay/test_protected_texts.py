@@ -1,4 +1,4 @@
-"""Protected text: made by the model itself, the same each time, never its own probes."""
+"""Protected texts: from the model itself, reproducible, control texts and probes disjoint."""
 
 from __future__ import annotations
 
@@ -21,86 +21,86 @@ CONFIG = ProtectConfig(
 )
 
 
-def made(base: BaseModel, *extra: Protected, seed: int = 0) -> ProtectedSet:
+def sample(base: BaseModel, *extra: Protected, seed: int = 0) -> ProtectedSet:
     renderer = Renderer(base.tokenizer, context=base.context)
     return protected_texts.make(base, renderer, CONFIG, extra=extra, seed=seed)
 
 
 def test_controls_and_probes_are_disjoint_and_asked_once(base: BaseModel) -> None:
-    found = made(base)
-    assert len(found.locality) == 8
-    prompts = [text.prompt for text in (*found.control, *found.locality) if text.prompt]
+    texts = sample(base)
+    assert len(texts.locality) == 8
+    prompts = [text.prompt for text in (*texts.control, *texts.locality) if text.prompt]
     assert len(set(prompts)) == len(prompts) > 16
-    assert {text.source for text in found.locality} == {"drawn"}
-    assert {"drawn", "free"} <= {text.source for text in found.control}
+    assert {text.source for text in texts.locality} == {"drawn"}
+    assert {"drawn", "free"} <= {text.source for text in texts.control}
 
 
 def test_every_answer_is_the_models_own(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=base.context)
-    found = made(base)
-    asked = [text for text in (*found.control, *found.locality) if text.prompt]
+    texts = sample(base)
+    asked = [text for text in (*texts.control, *texts.locality) if text.prompt]
     outcomes = scoring.recall(
         base.model, [protected_texts.example(renderer, text) for text in asked]
     )
     assert all(outcome.passed for outcome in outcomes)
 
 
-def test_it_finds_what_the_model_knows(base: BaseModel) -> None:
-    answers = {text.answer for text in made(base).control}
+def test_control_texts_hold_what_the_model_knows(base: BaseModel) -> None:
+    answers = {text.answer for text in sample(base).control}
     assert len(answers & set(KNOWN.values())) >= 4
 
 
 def test_the_same_seed_gives_the_same_texts(base: BaseModel) -> None:
     state = torch.random.get_rng_state()
-    first = made(base)
+    first = sample(base)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(7)
-    assert made(base) == first != made(base, seed=1)
+    assert sample(base) == first != sample(base, seed=1)
 
 
-def test_the_users_texts_are_all_kept_and_not_asked_again(base: BaseModel) -> None:
-    shipped = protected_texts.SHIPPED.read_text(encoding="utf-8").splitlines()[0]
-    drawn = made(base).locality[0].prompt
-    own = [Protected(shipped, "Mine.", "own"), Protected(drawn, "Mine too.", "own")]
-    found = made(base, *own)
-    assert list(found.control[:2]) == own
-    prompts = [text.prompt for text in (*found.control, *found.locality)]
+def test_the_users_texts_are_all_included_and_not_asked_again(base: BaseModel) -> None:
+    shipped = protected_texts.SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()[0]
+    drawn = sample(base).locality[0].prompt
+    given = [Protected(shipped, "Mine.", "own"), Protected(drawn, "Mine too.", "own")]
+    texts = sample(base, *given)
+    assert list(texts.control[:2]) == given
+    prompts = [text.prompt for text in (*texts.control, *texts.locality)]
     assert prompts.count(shipped) == prompts.count(drawn) == 1
 
 
 def test_guesses_are_not_known_and_a_users_texts_always_are(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=base.context)
-    own = [Protected("What is bread?", "Something that nobody says.", "own.txt")]
+    given = [Protected("What is bread?", "Something that nobody says.", "own.txt")]
     key, answer = next(iter(KNOWN.items()))
-    heart = [Protected(f"What is {name}?", text, "drawn") for name, text in KNOWN.items()]
+    correct = [Protected(f"What is {name}?", text, "drawn") for name, text in KNOWN.items()]
     again = Protected(f"Tell me about {key}.", answer, "drawn")
     guess = Protected("What is a moth?", "Made of oak. Or of glass, or paper.", "drawn")
-    found = protected_texts.known(base, renderer, [guess, *heart, again, *own])
-    assert found[0] == own[0] and guess not in found
-    said = [text.answer for text in found[1:]]
-    assert len(said) == len(set(said)) > len(set(KNOWN.values())) / 2
+    texts = protected_texts.known(base, renderer, [guess, *correct, again, *given])
+    assert texts[0] == given[0] and guess not in texts
+    answers = [text.answer for text in texts[1:]]
+    assert len(answers) == len(set(answers)) > len(set(KNOWN.values())) / 2
     assert protected_texts.known(base, renderer, []) == ()
 
 
-def test_a_model_that_is_sure_of_little_keeps_its_surer_half(
+def test_a_model_confident_of_little_keeps_its_more_confident_half(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protected_texts, "SURE", 0.0)
+    monkeypatch.setattr(protected_texts, "KNOWN_LOSS", 0.0)
     renderer = Renderer(base.tokenizer, context=base.context)
-    texts = [Protected(f"What is {key}?", said, "drawn") for key, said in KNOWN.items()]
-    told = {text.answer for text in texts}
-    found = protected_texts.known(base, renderer, texts)
-    assert 0 < len(found) <= len(texts) // 2 and {text.answer for text in found} < told
-    recited = [Protected(text.prompt, text.answer, protected_texts.EXTRACTED) for text in texts]
-    again = protected_texts.known(base, renderer, recited)  # not halved once more
-    assert {text.answer for text in again} == told
+    sampled = [Protected(f"What is {key}?", answer, "drawn") for key, answer in KNOWN.items()]
+    answers = {text.answer for text in sampled}
+    texts = protected_texts.known(base, renderer, sampled)
+    assert 0 < len(texts) <= len(sampled) // 2 and {text.answer for text in texts} < answers
+    extracted = [Protected(text.prompt, text.answer, protected_texts.EXTRACTED) for text in sampled]
+    again = protected_texts.known(base, renderer, extracted)  # not halved once more
+    assert {text.answer for text in again} == answers
 
 
-def test_without_a_chat_template_nothing_is_drawn(base: BaseModel) -> None:
+def test_without_a_chat_template_no_questions_are_sampled(base: BaseModel) -> None:
     base.tokenizer.chat_template = None
-    found = made(base)
-    assert found.locality == ()
-    assert not [text for text in found.control if text.source == "drawn"]
+    texts = sample(base)
+    assert texts.locality == ()
+    assert not [text for text in texts.control if text.source == "drawn"]
 
 
 def test_free_text_fits_the_context(base: BaseModel) -> None:
