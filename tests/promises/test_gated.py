@@ -14,7 +14,7 @@ from small_model import FREE, KNOWN, OTHER
 
 from kvedit import KnowledgeBase
 from kvedit.adapter.deltas import Factors
-from kvedit.events import RetentionCheck, Warning_
+from kvedit.events import RetentionCheck, Score, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.model import scoring
 from kvedit.training.engine import Engine, TrainingResult
@@ -170,11 +170,11 @@ def test_force_commits_and_says_what_it_broke_and_verify_finds_it(trained_store:
         assert {row.health for row in knowledge.store.facts("committed")} == {"regressed"}
         found = knowledge.verify()
         assert [check.passed for check in found.checks] == [False] * 4
-        assert (found.score.passed, found.score.n) == (0, 4)
-        assert (found.generated.passed, found.generated.protocol) == (0, "generated")
+        assert found.score == Score(0, 4, "teacher-forced")
+        assert found.generated == Score(0, 4, "generated")
         knowledge.rollback(3)
         after = knowledge.verify()
-        assert (after.score.passed, after.generated.passed, after.score.n) == (3, 3, 3)
+        assert after.score == Score(3, 3) and after.generated == Score(3, 3, "generated")
         assert {row.health for row in knowledge.store.facts("committed")} == {"recalled"}
 
 

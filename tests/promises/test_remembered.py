@@ -124,12 +124,9 @@ def test_an_edit_from_the_base_model_counts_the_margins_of_what_it_knows(
         return train(engine, *task)
 
     def margins(engine: Engine, texts: Any) -> None:
-        assert digest_of_engine(engine) == base
+        assert engine.master.digest() == base
         measured.append(len(texts))
         measure(engine, texts)
-
-    def digest_of_engine(engine: Engine) -> str:
-        return engine.master.digest()
 
     monkeypatch.setattr(Engine, "train", watched)
     monkeypatch.setattr(Engine, "measure_margins", margins)
