@@ -56,7 +56,7 @@ them (2026-11-26)."""
 FEW_FAILING = 0.1
 """Of the facts: when fewer fail, those recalled by a numerical tie are refined too."""
 PRUNE_AT, PRUNE_FOR = 0.6, 0.1
-"""When pruning begins and how long it takes, as shares of the epochs' steps: a third of the steps is
+"""When pruning begins and how long it takes, as shares of the epochs' steps: a third of them is
 left to train with the final ranks."""
 MIN_EARLIER_WEIGHT, MAX_EARLIER_WEIGHT = 0.5, 2.0
 """Of earlier facts' loss against that of the new ones: a small group on top of a large store would

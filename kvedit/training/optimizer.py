@@ -1,11 +1,11 @@
-"""Gradient descent with momentum, one length of step for all matrices, as long as there is to gain.
+"""Momentum with a Polyak step: one step length for all matrices, in units of the loss.
 
-Adam gives every number a step of the same length, so what is noise moves as far as what is needed.
-In the coordinates of ``fisher`` distance is harm to what must stay, and such steps cost a group
-of facts three times what it needed.  Here the gradient as a whole sets the direction.  The length
-is Polyak's (B. T. Polyak, Introduction to Optimization, 1987): what there is to gain over how steep
-the way is at the beginning, so a model that holds facts already, in which the same loss is further
-away, is taught in longer steps.  They shrink as the gradient does, and where the way grows steeper.
+Adam gives every number a step of the same length, so noise moves as far as signal.  In whitened
+coordinates distance is harm to protected text, and Adam's steps cost a group of facts three times
+the harm that it needed.  Here the gradient as a whole sets the direction.  The length is Polyak's
+(B. T. Polyak, Introduction to Optimization, 1987): the loss to be gained over the steepness at the
+start, so a model that holds facts already, where the same loss is further away, takes longer steps.
+They shrink as the gradient does, and where it becomes steeper.
 
 Invariants:
 - The result depends on nothing but the gradients, in their order.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.9
-REMEMBERED = 0.9  # of the mean squared norm, a step
+NORM_DECAY = 0.9  # of the running mean of the squared norm, at each step
 
 
 class PolyakMomentum(torch.optim.Optimizer):
@@ -40,11 +40,11 @@ class PolyakMomentum(torch.optim.Optimizer):
         moved = [(g["lr"], p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not moved:
             return
-        steep = self._steepness([p.grad for _, p in moved])
+        steepness = self._steepness([p.grad for _, p in moved])
         for rate, parameter in moved:
             mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
             mean.lerp_(parameter.grad, 1 - MOMENTUM)
-            parameter.sub_(mean * (rate / steep.to(mean.device)))
+            parameter.sub_(mean * (rate / steepness.to(mean.device)))
 
     def _steepness(self, gradients: list[Tensor]) -> Tensor:
         """The norm of all gradients together at first, times the largest so far, which is smoothed
@@ -52,13 +52,13 @@ class PolyakMomentum(torch.optim.Optimizer):
         """
         home = gradients[0].device
         square = torch.stack([g.square().sum().to(home) for g in gradients]).sum()
-        # Of all parameters; kept with the first one's state, for ``state_dict`` to tell.
-        kept = self.state[self.param_groups[0]["params"][0]]
+        # Of all parameters; kept in the first one's state, so that it is in ``state_dict``.
+        norms = self.state[self.param_groups[0]["params"][0]]
         first, steep, peak = (
-            kept.get(part, square).to(home) for part in ("first", "steep", "peak")
+            norms.get(part, square).to(home) for part in ("first", "steep", "peak")
         )
-        steep = steep.lerp(square, 1 - REMEMBERED)
+        steep = steep.lerp(square, 1 - NORM_DECAY)
         peak = torch.maximum(peak, steep)
-        kept.update(first=first, steep=steep, peak=peak)
+        norms.update(first=first, steep=steep, peak=peak)
         first = torch.where(first > 0, first, peak)
         return (first * peak).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
