@@ -285,12 +285,11 @@ def _section(path: Path, document: dict[str, Any], name: str, kind: type[_Sectio
 
 def _refuse_old_names(path: Path, section: str, table: dict[str, Any]) -> None:
     """Refuse a setting that was renamed or removed."""
+    renamed = {old: new for old, new in RENAMED.get(section, {}).items() if old in table}
+    for old, new in renamed.items():
+        others = ", ".join(f"{new} instead of {old}" for old, new in renamed.items())
+        raise UsageError(f"{path}: [{section}] {old} is now called {new}", hint=f"Write {others}.")
     for old in table:
-        if new := RENAMED.get(section, {}).get(old):
-            raise UsageError(
-                f"{path}: [{section}] {old} is now called {new}",
-                hint=f"Write {new} instead of {old}.",
-            )
         if hint := REMOVED.get(section, {}).get(old):
             raise UsageError(f"{path}: [{section}] {old} was removed", hint=hint)
 

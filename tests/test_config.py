@@ -57,6 +57,11 @@ def test_json_holds_every_section() -> None:
             "Did you mean min_recall?",
         ),
         ("[gate]\nrecall = 1.0\n", r"\[gate\] recall is now called min_recall", "Write min_recall"),
+        (
+            "[gate]\nlocality = 0.9\nrecall = 1.0\n",
+            r"\[gate\] recall is now called min_recall",
+            "Write min_recall instead of recall, min_locality instead of locality.",
+        ),
         ("[gate]\nzzz = 1.0\n", "unknown setting", "Known: min_recall"),
         ("[model]\nshard = true\n", r"\[model\] shard was removed", "Delete the line"),
         ("gate = 3\n", "gate must be a table", r"Write [gate]"),
