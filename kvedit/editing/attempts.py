@@ -108,10 +108,7 @@ class Attempts:
         return config
 
     def _train(
-        self,
-        lost: Sequence[RetentionCandidate],
-        config: TrainingConfig,
-        group: GroupConfig | None,
+        self, lost: Sequence[RetentionCandidate], config: TrainingConfig, group: GroupConfig | None
     ) -> Delta:
         """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
         lost_ids = {candidate.row.id for candidate in lost}

@@ -147,12 +147,7 @@ class Edit:
         return self._commit(edit_id, head, delta, evaluation, reasons)
 
     def _commit(
-        self,
-        edit_id: int,
-        head: int,
-        delta: Delta,
-        evaluation: Evaluation,
-        reasons: Sequence[str],
+        self, edit_id: int, head: int, delta: Delta, evaluation: Evaluation, reasons: Sequence[str]
     ) -> EditReport:
         """Write the delta, then the one transaction that makes the merged weights the head."""
         with self._timings.measure("journal"):

@@ -255,11 +255,7 @@ class KnowledgeBase:
     # ---- exports
 
     def export(
-        self,
-        directory: str | Path,
-        *,
-        dtype: str | None = None,
-        max_shard_size: str | None = None,
+        self, directory: str | Path, *, dtype: str | None = None, max_shard_size: str | None = None
     ) -> ExportReport:
         """Write the head as a folder that transformers loads, then reload and re-probe it."""
         examples = self._all_examples()

@@ -78,10 +78,7 @@ def reference_batch(group: GroupConfig, facts: int) -> int:
 
 
 def group_load(
-    group: GroupConfig,
-    facts: int,
-    length: int = memory.TEXT_TOKENS,
-    earlier: int | None = None,
+    group: GroupConfig, facts: int, length: int = memory.TEXT_TOKENS, earlier: int | None = None
 ) -> memory.Load:
     """The load of a step that trains a group, beside so many ``earlier`` facts (None: beside as
     many as a step rehearses at most).
