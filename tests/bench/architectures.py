@@ -2,7 +2,7 @@
 
 Invariants:
 - What a row claims was done by ``KnowledgeBase`` on a model saved to and loaded from a folder.
-- A row that breaks off keeps what was found before, and says why; the others go on.
+- A row that breaks off keeps what was measured before, and says why; the others go on.
 """
 
 from __future__ import annotations

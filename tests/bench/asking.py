@@ -135,16 +135,16 @@ def measure(
     tasks: Sequence[Task],
     kept: Kept,
     draw: random.Random | None = None,
-    found: Recalled | None = None,
+    training_answers: Recalled | None = None,
 ) -> Point:
-    """Ask a model all that it should still know; ``found`` if the training phrasings were.
+    """Ask a model all that it should still know; ``training_answers``: the training phrasings'.
 
     Generation takes long: with ``draw`` each fact is asked so under one training phrasing and one
     never-trained one, drawn by it.  The base facts and all that is teacher-forced are asked whole.
     """
     held = [task.kept for task in tasks]
-    found = found or recalled(asked_model, tasks, draw)
-    generated, forced = found.generated, found.forced
+    training_answers = training_answers or recalled(asked_model, tasks, draw)
+    generated, forced = training_answers.generated, training_answers.forced
     untrained = [task.phrasings for task in tasks if task.kept]
     return Point(
         method=method,

@@ -106,10 +106,10 @@ def target_modules(model: nn.Module) -> list[str]:
     names = [
         f"{stack}.{name}" for name, module in layers.named_modules() if name and is_matrix(module)
     ]
-    for wanted in QUERY_AND_VALUE:
-        found = [name for name in names if name.rsplit(".", 1)[-1] in wanted]
-        if found:
-            return found
+    for suffixes in QUERY_AND_VALUE:
+        projections = [name for name in names if name.rsplit(".", 1)[-1] in suffixes]
+        if projections:
+            return projections
     if not names:
         raise ModelError(f"{type(model).__name__} has no linear layers in its blocks")
     return names
@@ -195,8 +195,8 @@ def _batch(examples: Sequence[Example], device: torch.device) -> dict[str, Tenso
         ids[row, :size] = torch.tensor(example.ids)
         mask[row, :size] = 1
         labels[row, example.start : size] = torch.tensor(example.ids[example.start :])
-    found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in found.items()}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _recalled(logits: Tensor, labels: Tensor) -> int:

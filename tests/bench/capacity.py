@@ -120,14 +120,14 @@ def capacity(
     not known any more.
     """
     folders = [questions.load(options.data, loading.locate(source)) for source in sources]
-    found = []
+    capacities = []
     for number, (source, data) in enumerate(
         zip(sources, questions.in_common(folders), strict=True), 1
     ):
         own = replace(options, model=source)
         own = own_store(own, f"model-{number}") if len(sources) > 1 else own
-        found.append(_capacity(own, data, emit, tell))
-    return CapacityResult(models=tuple(found))
+        capacities.append(_capacity(own, data, emit, tell))
+    return CapacityResult(models=tuple(capacities))
 
 
 def _capacity(
@@ -193,11 +193,11 @@ class _Ledger:
             self._bits[key] = mean([next(costs) for _ in own]), tokens
 
     def look(
-        self, knowledge: KnowledgeBase, done: int, tasks: Sequence[Task], found: Recalled
+        self, knowledge: KnowledgeBase, done: int, tasks: Sequence[Task], answers: Recalled
     ) -> None:
         """Note which facts are recalled under both protocols, and since when others are not."""
         self._held = set()
-        for task, generated, forced in zip(tasks, found.generated, found.forced, strict=True):
+        for task, generated, forced in zip(tasks, answers.generated, answers.forced, strict=True):
             self._outcomes[task.key] = "committed" if task.kept else "rejected"
             if generated and forced:
                 self._held.add(task.key)
@@ -257,14 +257,14 @@ def bits(model: torch.nn.Module, examples: Sequence[Example]) -> list[float]:
 def margins(knowledge: KnowledgeBase) -> dict[str, float]:
     """For each fact its smallest margin over the training phrasings when it was committed."""
     store = knowledge.store
-    found: dict[int, float] = {}
+    smallest: dict[int, float] = {}
     for edit in store.history():
         if edit.kind != "add" or edit.state != "committed":
             continue
         for row in store.edit_results(edit.id):
             if row.kind == "recall" and row.fact_id is not None and row.margin is not None:
-                found[row.fact_id] = min(row.margin, found.get(row.fact_id, math.inf))
-    return {row.fact.key: found[row.id] for row in store.facts() if row.id in found}
+                smallest[row.fact_id] = min(row.margin, smallest.get(row.fact_id, math.inf))
+    return {row.fact.key: smallest[row.id] for row in store.facts() if row.id in smallest}
 
 
 def nearest(keys: Sequence[str]) -> dict[str, float]:
@@ -272,12 +272,12 @@ def nearest(keys: Sequence[str]) -> dict[str, float]:
     from rapidfuzz import fuzz, process
 
     forms = [normalise(key) for key in keys]
-    found = {}
+    similarities = {}
     for at, key in enumerate(keys):
         others = [*forms[:at], *forms[at + 1 :]]
         hit = process.extractOne(forms[at], others, scorer=fuzz.ratio)
-        found[key] = float(hit[1]) if hit is not None else 0.0
-    return found
+        similarities[key] = float(hit[1]) if hit is not None else 0.0
+    return similarities
 
 
 def difference(
@@ -295,9 +295,9 @@ def difference(
 
 
 def first_lost(records: Sequence[FactRecord]) -> dict[int, list[str]]:
-    """The keys that were lost, by the mark at which they were first found so."""
-    found: dict[int, list[str]] = defaultdict(list)
+    """The keys that were lost, by the mark at which they were first missing."""
+    lost: dict[int, list[str]] = defaultdict(list)
     for record in records:
         if record.lost_after is not None:
-            found[record.lost_after].append(record.key)
-    return dict(sorted(found.items()))
+            lost[record.lost_after].append(record.key)
+    return dict(sorted(lost.items()))

@@ -101,7 +101,7 @@ class Run:
 
 
 def require(passed: bool, message: str) -> None:
-    """Exit code 4 for a measurement that found something wrong."""
+    """Exit code 4 for a measurement that failed."""
     if not passed:
         raise GateFailedError(message, hint="See the table above.")
 

@@ -43,7 +43,7 @@ class StrategyRun:
     them (``other``: checks at intervals, choosing), and the last verification with its repairs.
     ``first`` and ``last`` are seconds a fact over the first and the last ``window`` facts (what a
     group took is shared evenly by its facts).  ``trail`` are the facts done and the seconds so far.
-    ``retention`` and ``lost`` are what the last verification found, after its repairs.
+    ``retention`` and ``lost`` are what the last verification counted, after its repairs.
     """
 
     strategy: str
@@ -69,7 +69,7 @@ class Observer(Protocol):
         """Before the first edit."""
 
     def look(
-        self, knowledge: KnowledgeBase, done: int, tasks: Sequence[Task], found: Recalled
+        self, knowledge: KnowledgeBase, done: int, tasks: Sequence[Task], answers: Recalled
     ) -> None:
         """At each measurement, the clock stopped."""
 
@@ -95,7 +95,7 @@ class Course:
         self._name, self._seed, self._emit, self._add = name, seed, emit, add
         self._clock = _Clock()
         self._parts: dict[str, float] = {}
-        self._taught: dict[str, float] = {}
+        self._after_training: dict[str, float] = {}
         self._trail: list[tuple[int, float]] = []
         self._progress = IngestProgress(done=0, total=0)
         self._before = self._held = 0  # decided, and committed, by a run that was stopped
@@ -154,7 +154,7 @@ class Course:
         )
         self._progress = event
         self._trail.append((event.done, self._clock.seconds))
-        self._taught = dict(self._parts)  # the last verification's repairs come after the last
+        self._after_training = dict(self._parts)  # the repairs of the last verification follow
         if self._log is not None:
             left = {"trail": self._trail, "parts": self._parts}
             write_atomic(self._log, json.dumps(left).encode())
@@ -175,10 +175,10 @@ class Course:
         asked_model = AskedEngine.of(engine)
         draw = None if last else random.Random(f"{self._seed} {done}")
         tasks = tasks_of(knowledge, facts)
-        found = recalled(asked_model, tasks, draw)
-        point = measure(self._name, done, asked_model, tasks, kept, draw, found)
+        answers = recalled(asked_model, tasks, draw)
+        point = measure(self._name, done, asked_model, tasks, kept, draw, answers)
         if self._observer is not None:
-            self._observer.look(knowledge, done, tasks, found)
+            self._observer.look(knowledge, done, tasks, answers)
         self._add(replace(point, seconds=seconds / done if done else None))
 
     def _summary(self, report: IngestReport, seconds: float) -> StrategyRun:
@@ -188,7 +188,7 @@ class Course:
         window = max(1, min(WINDOW, facts // 2))
         first, last = paces(self._trail, window)
         trained = self._trail[-1][1] if self._trail else seconds
-        parts = dict(self._taught)
+        parts = dict(self._after_training)
         parts["other"] = max(0.0, trained - sum(parts.values()))
         parts["last verification"] = seconds - trained
         return StrategyRun(

@@ -433,7 +433,7 @@ def _measured_table(run: Measured) -> Table:
 
 def _measured_column(run: Measured, one: EditCost) -> dict[str, str]:
     """What one edit took, by what it is called."""
-    told = {
+    cells = {
         "tokens a text": str(one.tokens),
         "outcome (open gate)": one.outcome,
         "steps made": str(one.steps),
@@ -442,8 +442,8 @@ def _measured_column(run: Measured, one: EditCost) -> dict[str, str]:
     }
     parts = {"train": "training", "probe": "probes", "merge": "merge", "journal": "journal"}
     for part, name in parts.items():
-        told[f"of which {name}, s"] = f"{one.timings.get(part, 0.0):.1f}"
-    told |= {
+        cells[f"of which {name}, s"] = f"{one.timings.get(part, 0.0):.1f}"
+    cells |= {
         "default steps": str(one.default_steps),
         "in all with those, projected, s": f"{one.projected:.0f}",
         "a step, CPU s": f"{one.cpu_step:.2f}",
@@ -452,12 +452,12 @@ def _measured_column(run: Measured, one: EditCost) -> dict[str, str]:
         "peak / computed, GiB": _of(one.peak, one.estimate),
     }
     if one.card:
-        told["GPU, peak / computed, GiB"] = _of(one.card, one.card_estimate)
+        cells["GPU, peak / computed, GiB"] = _of(one.card, one.card_estimate)
     if one.operations:
-        told["GFLOP a step"] = f"{one.operations / 1e9:.1f}"
-        told["TFLOP/s"] = f"{one.rate / 1e12:.2f}"
-        told["share of the matrix rate"] = f"{100 * one.rate / run.matmul:.1f}%"
-    return told
+        cells["GFLOP a step"] = f"{one.operations / 1e9:.1f}"
+        cells["TFLOP/s"] = f"{one.rate / 1e12:.2f}"
+        cells["share of the matrix rate"] = f"{100 * one.rate / run.matmul:.1f}%"
+    return cells
 
 
 def _of(peak: int, computed: int) -> str:

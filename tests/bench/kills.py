@@ -201,7 +201,7 @@ def _judge(
         recorded = store.revision(store.head()).weights_digest
         engine = engine_of(knowledge)
         same = recorded == engine.master.digest()
-        findings = [found.what for found in knowledge.doctor(deep=True) if found.level != "ok"]
+        findings = [one.what for one in knowledge.doctor(deep=True) if one.level != "ok"]
         states = Counter(row.state for row in store.facts())
         edits = store.history()
         # By the reports: an edit that is a compaction is also about what was added before.

@@ -332,8 +332,8 @@ def _shares(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
         drawn = axes.barh(
             list(rows), widths, left=list(lefts.values()), color=f"C{number}", label=name
         )
-        told = [f"{width:.0f}" if width >= 4 else "" for width in widths]
-        axes.bar_label(drawn, told, label_type="center", fontsize="small")
+        percentages = [f"{width:.0f}" if width >= 4 else "" for width in widths]
+        axes.bar_label(drawn, percentages, label_type="center", fontsize="small")
         lefts = {row: lefts[row] + width for row, width in zip(rows, widths, strict=True)}
     axes.invert_yaxis()
     axes.set_xlim(0, 100)

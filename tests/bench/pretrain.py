@@ -93,11 +93,11 @@ class Corpus:
 
 def load_phrasings() -> dict[str, list[str]]:
     """All shipped phrasings by language; pretraining uses trained and never-trained ones alike."""
-    found = {}
+    phrasings = {}
     for path in sorted(PHRASINGS.glob("*.toml")):
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        found[path.stem] = table["train"] + table["held_out"]
-    return found
+        phrasings[path.stem] = table["train"] + table["held_out"]
+    return phrasings
 
 
 def read_jsonl(path: Path) -> list[dict[str, str]]:
@@ -106,8 +106,8 @@ def read_jsonl(path: Path) -> list[dict[str, str]]:
 
 def prompt_form(phrasing: str) -> str | None:
     """'[X] plays [Y] .' -> '[X] plays'; None where the object is not last."""
-    head, found, tail = phrasing.partition("[Y]")
-    return head.rstrip() if found and not tail.strip(" .") else None
+    head, placeholder, tail = phrasing.partition("[Y]")
+    return head.rstrip() if placeholder and not tail.strip(" .") else None
 
 
 def load_corpus(data: Path) -> Corpus:
@@ -415,7 +415,7 @@ def fill_unused(model: LlamaForCausalLM, plan: list[Rows]) -> int:
     """Give tokens that pretraining never saw an embedding of their own; returns how many.
 
     A byte-level BPE keeps the intermediate steps of its merges, and some never occur in the text.
-    With tied embeddings training pushes all of them into one point, where none can be told from
+    With tied embeddings training pushes all of them into one point, where none differs from
     another: a fact that needs one could not be learned.  Half of what they share is kept, which
     keeps them unlikely (about 0.5% together where the model is least sure), and each gets a
     random part of its own, half as long as a typical embedding.

@@ -64,7 +64,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class BenchData:
-    """The facts of a folder, told apart by what the model was pretrained on.
+    """The facts of a folder, separated by what the model was pretrained on.
 
     For a model that says nothing about its pretraining every poet is held out, and every relation
     may be known.
@@ -90,17 +90,17 @@ def load(data: Path, model: str) -> BenchData:
     )
 
 
-def in_common(found: Sequence[BenchData]) -> list[BenchData]:
+def in_common(folders: Sequence[BenchData]) -> list[BenchData]:
     """The same, but held out is only what no model was pretrained on: they are trained alike."""
-    poets = set.intersection(*(set(one.held_out) for one in found))
-    relations = set.intersection(*(set(one.held_out_relations) for one in found))
+    poets = set.intersection(*(set(one.held_out) for one in folders))
+    relations = set.intersection(*(set(one.held_out_relations) for one in folders))
     return [
         replace(
             one,
             held_out=tuple(poet for poet in one.held_out if poet in poets),
             held_out_relations=tuple(r for r in one.held_out_relations if r in relations),
         )
-        for one in found
+        for one in folders
     ]
 
 
@@ -114,11 +114,11 @@ def new_facts(
     # Twice as many as are asked for: keys that normalise alike leave only one of them.
     facts = list(read_facts_jsonl(file)) if file is not None else _of_kind(data, kind, count * 2)
     unlike = {normalise(fact.key): fact for fact in reversed(facts)}
-    found = [fact for fact in facts if unlike[normalise(fact.key)] is fact][:count]
-    if not found:
+    new = [fact for fact in facts if unlike[normalise(fact.key)] is fact][:count]
+    if not new:
         hint = "Give a --facts-file; a model that lists no facts has no others but poets."
         raise InvalidFactError(f"there are no facts to add ({kind})", hint=hint)
-    return found
+    return new
 
 
 def _of_kind(data: BenchData, kind: str, count: int) -> list[Fact]:
@@ -187,9 +187,9 @@ def _held_out_relations(data: Path, known: set[str]) -> list[Relation]:
     """Those that the model was not pretrained on, in an order of their own: the file's goes by
     relation, and a few hundred facts would all be of one kind.
     """
-    found = list(_phrased(data))
-    random.Random(0).shuffle(found)  # before any is left out: the order is that of all models
-    return [one for name, one in found if known and name not in known]
+    phrased = list(_phrased(data))
+    random.Random(0).shuffle(phrased)  # before any is left out: the order is that of all models
+    return [one for name, one in phrased if known and name not in known]
 
 
 def _phrased(data: Path) -> Iterator[tuple[str, Relation]]:

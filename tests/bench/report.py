@@ -1,4 +1,4 @@
-"""Tables of what the benchmarks found; those that several of them share stand first."""
+"""Tables of the results of the benchmarks; those that several of them share stand first."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def kills_tables(result: KillsResult) -> list[Table]:
         ("edits that were in flight when killed", str(result.interrupted)),
         ("facts committed after some round and not at the end", _listed(result.lost)),
         ("facts added more than once", _listed(result.twice)),
-        ("what doctor found, every revision replayed", _listed(result.findings)),
+        ("problems that doctor reports, every revision replayed", _listed(result.findings)),
         ("served weights have the recorded digest", "yes" if result.same_digest else "NO"),
     )
     rounds = tuple(

@@ -1,4 +1,4 @@
-"""What ``bench capacity`` found, as tables."""
+"""The results of ``bench capacity`` as tables."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def notes(result: CapacityResult) -> str:
 
 def tables(result: CapacityResult) -> list[Table]:
     """All models beside each other, then each by itself."""
-    found = [_summary(result.models)]
+    shown = [_summary(result.models)]
     for one in result.models:
-        found += [
+        shown += [
             *points_tables(one.points, f": {one.model}"),
             _aspects(one),
             _lost(one),
         ]
-    return found
+    return shown
 
 
-def _summary(found: Sequence[Capacity]) -> Table:
+def _summary(models: Sequence[Capacity]) -> Table:
     rows = [
         (
             one.model,
@@ -58,7 +58,7 @@ def _summary(found: Sequence[Capacity]) -> Table:
             f"{one.bits_per_parameter:.2g}",
             counts_cell(one.run.outcomes),
         )
-        for one in found
+        for one in models
     ]
     columns = (
         "model", "parameters", "touched", "largest N with 95% held", "held at the end",
@@ -86,7 +86,7 @@ def _aspects(one: Capacity) -> Table:
 def _values(
     records: Sequence[FactRecord], value: Callable[[FactRecord], float | None]
 ) -> list[float]:
-    return [found for record in records if (found := value(record)) is not None]
+    return [number for record in records if (number := value(record)) is not None]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -94,8 +94,8 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _difference(one: Sequence[float], other: Sequence[float]) -> str:
-    found = difference(one, other)
-    return "-" if found is None else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    gap = difference(one, other)
+    return "-" if gap is None else f"{gap.value:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
 
 
 def _lost(one: Capacity) -> Table:

@@ -1,4 +1,4 @@
-"""What ``bench speed`` found, as tables."""
+"""The results of ``bench speed`` as tables."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading, scoring
 from kvedit.model.prompts import Example, Renderer, paraphrase_prompts
 from kvedit.store.database import DB_NAME
-from kvedit.store.store import ProtectedRow
+from kvedit.store.rows import ProtectedRow
 from kvedit.training.engine import Engine
 from tests.bench import questions
 from tests.bench.asking import (
@@ -292,13 +292,13 @@ def _unseen(pool: Sequence[BaseFact], seen: Seen) -> list[BaseFact]:
 
 def _examples(asked_model: AskedModel, items: Sequence[BaseFact]) -> list[Example]:
     """Questions as tokens, those left out that do not fit into the model's context."""
-    found = []
+    fitting = []
     for item in items:
         try:
-            found.append(asked_model.renderer.example(item.prompt, item.answer))
+            fitting.append(asked_model.renderer.example(item.prompt, item.answer))
         except TextTooLongError:
             continue
-    return found
+    return fitting
 
 
 def _add_all(

@@ -220,8 +220,8 @@ class _Bench:
 def _second_task(leader: subprocess.Popen[str]) -> None:
     """Wait until something was committed and the next task has begun."""
     committed = False
-    for told in leader.stdout or ():
-        message: dict[str, Any] = json.loads(told)
+    for row in leader.stdout or ():
+        message: dict[str, Any] = json.loads(row)
         committed |= message.get("outcome") == "committed"
         if committed and message.get("loss") is not None:
             return
@@ -244,9 +244,9 @@ def _look(store: Path) -> StoreState:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def tables(result: SeveralResult) -> list[Table]:
@@ -270,10 +270,10 @@ def tables(result: SeveralResult) -> list[Table]:
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
-    found, codes = run.state, ", ".join(map(str, run.exit_codes))
+    state, codes = run.state, ", ".join(map(str, run.exit_codes))
     return (
-        str(run.processes), codes, str(len(found.committed)), str(len(found.recalled)),
-        f"{found.generated.passed} of {found.generated.n}", "; ".join(found.findings) or "nothing",
+        str(run.processes), codes, str(len(state.committed)), str(len(state.recalled)),
+        f"{state.generated.passed} of {state.generated.n}", "; ".join(state.findings) or "nothing",
         f"{run.seconds:.1f}",
     )  # fmt: skip
 

@@ -4,8 +4,7 @@ Each way gets a new store and one uninterrupted run of ``ingest``; what is held 
 passing, at certain numbers of facts.
 
 Invariants:
-- What was measured so far is told after every measurement, so that a run that ends early has left
-  it.
+- Every measurement reports all results so far, so a run that ends early has left them.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ QUICK = ("Phi-3", "GPT-2")  # fused projections with a chat template; Conv1D wit
 
 
 @pytest.fixture(scope="session")
-def untaught(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of tiny models as they are at random, made once each."""
     made: dict[str, Path] = {}
 
@@ -38,9 +38,9 @@ def untaught(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def tiny_model(untaught: Callable[[str], Path]) -> Callable[[str], BaseModel]:
+def tiny_model(untrained: Callable[[str], Path]) -> Callable[[str], BaseModel]:
     """Load a tiny model by its name."""
-    return lambda name: loading.load(str(untaught(name)), trust_remote_code=tiny.find(name).code)
+    return lambda name: loading.load(str(untrained(name)), trust_remote_code=tiny.find(name).code)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_family_that_is_not_in_the_table(tiny_model: Callable[[str], BaseModel
         assert set(targets.target_names(model)) >= set(listed)
 
 
-def test_custom_code_is_found_in_the_table(tiny_model: Callable[[str], BaseModel]) -> None:
+def test_custom_code_is_listed_in_the_table(tiny_model: Callable[[str], BaseModel]) -> None:
     model = tiny_model("InternLM2 style").model
     assert model.config.model_type in targets.TARGETS
     assert {n.rpartition(".")[2] for n in targets.target_names(model)} == {
@@ -107,9 +107,9 @@ def test_targets_of_ones_own(tiny_model: Callable[[str], BaseModel]) -> None:
         assert raised.value.hint and "gate_proj" in raised.value.hint
 
 
-def test_a_store_keeps_its_targets(untaught: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_store_keeps_its_targets(untrained: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "kvedit.toml").write_text(tiny.settings(), encoding="utf-8")
-    with KnowledgeBase.create(tmp_path, untaught("Llama"), targets=["v_proj"]) as knowledge:
+    with KnowledgeBase.create(tmp_path, untrained("Llama"), targets=["v_proj"]) as knowledge:
         names = knowledge.engine.names
     with KnowledgeBase.open(tmp_path) as knowledge:
         assert (
@@ -126,13 +126,13 @@ def test_the_answer_logits_are_the_models_own(
     base = tiny_model(name)
     ids = tuple(range(5, 25))
     examples = [Example(ids, 8), Example(ids[:12], 3)]
-    found = scoring.answer_logits(base.model, examples)
+    answers = scoring.answer_logits(base.model, examples)
     with torch.no_grad():
         whole = base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         short = base.model(input_ids=torch.tensor([ids[:12]]), use_cache=False).logits[0]
-    wanted = torch.cat([whole[7:19], short[2:11]])
-    torch.testing.assert_close(found.logits, wanted.float(), atol=1e-4, rtol=1e-3)
-    assert found.targets.tolist() == [*ids[8:], *ids[3:12]]
+    expected = torch.cat([whole[7:19], short[2:11]])
+    torch.testing.assert_close(answers.logits, expected.float(), atol=1e-4, rtol=1e-3)
+    assert answers.targets.tolist() == [*ids[8:], *ids[3:12]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,16 +176,16 @@ def test_scaled_logits_are_noticed(base: BaseModel) -> None:
     assert not forward.projects(other)
 
 
-def test_custom_code_runs_only_when_trusted(untaught: Callable[[str], Path]) -> None:
+def test_custom_code_runs_only_when_trusted(untrained: Callable[[str], Path]) -> None:
     with pytest.raises(ModelError) as raised:
-        loading.load(str(untaught("ChatGLM2 style")))
+        loading.load(str(untrained("ChatGLM2 style")))
     assert raised.value.hint and "--trust-remote-code" in raised.value.hint
 
 
 def test_custom_code_travels_with_the_export(
-    untaught: Callable[[str], Path], tmp_path: Path
+    untrained: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder, store = untaught("ChatGLM2 style"), tmp_path / "store"
+    folder, store = untrained("ChatGLM2 style"), tmp_path / "store"
     store.mkdir()
     (store / "kvedit.toml").write_text(tiny.settings(), encoding="utf-8")
     with KnowledgeBase.create(store, folder, trust_remote_code=True) as knowledge:
@@ -199,8 +199,8 @@ def test_custom_code_travels_with_the_export(
         assert again.tokenizer("夢")["input_ids"] == [3, 4, *(5 + byte for byte in "夢".encode())]
 
 
-def test_changed_code_is_another_model(untaught: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(untaught("Baichuan style"), tmp_path / "copy"))
+def test_changed_code_is_another_model(untrained: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(untrained("Baichuan style"), tmp_path / "copy"))
     base = loading.load(str(folder), trust_remote_code=True)
     (code,) = folder.glob("modeling*.py")
     code.write_text(code.read_text(encoding="utf-8") + "\n", encoding="utf-8")

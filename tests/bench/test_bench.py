@@ -54,9 +54,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def result(data: Path, model: Path, store: Path) -> RetainResult:
     """One run of the benchmark."""
     events: list[object] = []
-    found = retain(make_options(data, model, store), events.append)
+    measured = retain(make_options(data, model, store), events.append)
     assert events
-    return found
+    return measured
 
 
 def test_marks() -> None:
@@ -65,27 +65,27 @@ def test_marks() -> None:
     assert marks(1) == [1]
 
 
-def test_known_and_held_out_facts_are_told_apart(data: Path, model: Path) -> None:
-    found = questions.load(data, str(model))
-    assert [poet.key for poet in found.known] == ["李白", "王維"]
-    assert [poet.key for poet in found.held_out] == ["杜甫", "无名氏"]
-    assert [fact.name for fact in found.relations] == list(KNOWN)[1:]
-    first = found.relations[0]
+def test_known_and_held_out_facts_are_separated(data: Path, model: Path) -> None:
+    facts = questions.load(data, str(model))
+    assert [poet.key for poet in facts.known] == ["李白", "王維"]
+    assert [poet.key for poet in facts.held_out] == ["杜甫", "无名氏"]
+    assert [fact.name for fact in facts.relations] == list(KNOWN)[1:]
+    first = facts.relations[0]
     assert (first.prompt, first.answer) == (f"What is {first.name}?", KNOWN[first.name])
 
 
 def test_a_model_that_lists_nothing_has_seen_no_poet(data: Path, small: dict[str, Path]) -> None:
-    found = questions.load(data, str(small["bf16"]))
-    assert not found.known and len(found.held_out) == len(POETS)
-    assert len(found.relations) == len(KNOWN)
+    facts = questions.load(data, str(small["bf16"]))
+    assert not facts.known and len(facts.held_out) == len(POETS)
+    assert len(facts.relations) == len(KNOWN)
 
 
 def test_held_out_relations_are_facts_with_their_own_prompts(
     data: Path, model: Path, small: dict[str, Path]
 ) -> None:
     key, answer = next(iter(KNOWN.items()))
-    found = questions.load(data, str(model))
-    (fact,) = questions.new_facts(found, 5, kind=questions.RELATIONS)
+    listed = questions.load(data, str(model))
+    (fact,) = questions.new_facts(listed, 5, kind=questions.RELATIONS)
     assert (fact.key, fact.description, fact.lang) == (key, answer, "en")
     assert fact.prompts == (f"What is {key}?",) and fact.paraphrases == ()
     with pytest.raises(InvalidFactError, match="no facts to add"):
@@ -101,41 +101,41 @@ def test_a_relations_phrasings_are_trained_on_or_asked_never_both(
     ways = [f"{number}: what is [X]? [Y]" for number in range(12)]
     table = json.dumps({"P1": ways})
     (folder / "relation_phrasings.json").write_text(table, encoding="utf-8")
-    found = questions.load(folder, str(model))
-    (fact,) = questions.new_facts(found, 1, kind=questions.RELATIONS)
+    phrased = questions.load(folder, str(model))
+    (fact,) = questions.new_facts(phrased, 1, kind=questions.RELATIONS)
     assert len(fact.prompts) == len(fact.paraphrases) == questions.OWN_PROMPTS
     assert not {*fact.prompts} & {*fact.paraphrases}
 
 
-def test_models_side_by_side_are_taught_what_none_of_them_saw(
+def test_models_side_by_side_are_trained_on_what_none_of_them_saw(
     data: Path, model: Path, small: dict[str, Path], tmp_path: Path
 ) -> None:
     other = write_model(small["bf16"], tmp_path / "other")
     (other / "pretrained_poets.txt").write_text("杜甫\n", encoding="utf-8")
     listed = "".join(f"P1\t{key}\n" for key in list(KNOWN)[2:])
     (other / "pretrained_relations.tsv").write_text(listed, encoding="utf-8")
-    found = questions.in_common([questions.load(data, str(one)) for one in (model, other)])
-    for one in found:
+    folders = questions.in_common([questions.load(data, str(one)) for one in (model, other)])
+    for one in folders:
         assert [poet.key for poet in one.held_out] == ["无名氏"]
         assert [r.subject for r in one.held_out_relations] == list(KNOWN)[:1]
-    assert [poet.key for poet in found[0].known] == ["李白", "王維"]
+    assert [poet.key for poet in folders[0].known] == ["李白", "王維"]
 
 
 def test_known_poets_can_be_taken_as_facts(data: Path, model: Path) -> None:
-    found = questions.load(data, str(model))
-    known = questions.new_facts(found, 5, kind=questions.KNOWN)
+    facts = questions.load(data, str(model))
+    known = questions.new_facts(facts, 5, kind=questions.KNOWN)
     assert [(f.key, f.description) for f in known] == [(k, POETS[k]) for k in ("李白", "王維")]
 
 
 def test_new_facts_come_in_file_order_and_once_for_each_key(
     data: Path, model: Path, tmp_path: Path
 ) -> None:
-    found = questions.load(data, str(model))
-    assert [fact.key for fact in questions.new_facts(found, 1)] == ["杜甫"]
+    pool = questions.load(data, str(model))
+    assert [fact.key for fact in questions.new_facts(pool, 1)] == ["杜甫"]
     file = tmp_path / "facts.jsonl"
     twice = '{"key": "Tide  Lantern", "description": "Another."}\n'
     file.write_text((data / file.name).read_text(encoding="utf-8") + twice, encoding="utf-8")
-    keys = [fact.key for fact in questions.new_facts(found, 99, file)]
+    keys = [fact.key for fact in questions.new_facts(pool, 99, file)]
     assert keys == [key for key, _ in FREE]
 
 
@@ -193,10 +193,10 @@ def test_a_second_row_protects_true_facts_that_are_not_asked(
     monkeypatch.setattr(AskedModel, "ask", listen)
     (tmp_path / "own").mkdir()
     options = make_options(data, model, tmp_path / "own", steps=10)
-    found = retain(replace(options, facts=1, baseline_facts=0, true_facts=6), lambda event: None)
-    assert [point.method for point in found.points] == ["kvedit", "kvedit, true facts protected"]
-    assert found.true_protected == found.protected + 6
-    assert [edit.key for edit in found.true_edits] == [FREE[0][0]]
+    result = retain(replace(options, facts=1, baseline_facts=0, true_facts=6), lambda event: None)
+    assert [point.method for point in result.points] == ["kvedit", "kvedit, true facts protected"]
+    assert result.true_protected == result.protected + 6
+    assert [edit.key for edit in result.true_edits] == [FREE[0][0]]
     with KnowledgeBase.open(tmp_path / "own-true-facts") as knowledge:
         rows = knowledge.store.protected("control")
     true = [row for row in rows if row.source == "true-facts.jsonl"]
@@ -209,7 +209,7 @@ def test_a_second_row_protects_true_facts_that_are_not_asked(
     assert {row.prompt for row in true} & {prompt for _, prompt in asked}, (
         "in the first run they are"
     )
-    made = report.retain_tables(found)
+    made = report.retain_tables(result)
     assert any("second row" in table.title for table in made)
 
 
@@ -242,13 +242,13 @@ def test_other_json_is_no_result(tmp_path: Path) -> None:
 
 
 def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
-    found = undo(make_options(data, model, tmp_path), lambda event: None)
-    committed = sum(edit.outcome == "committed" for edit in found.edits)
+    undone = undo(make_options(data, model, tmp_path), lambda event: None)
+    committed = sum(edit.outcome == "committed" for edit in undone.edits)
     assert committed == 2
     downwards = list(range(committed, -1, -1))
-    assert [one.revision for one in found.restored] == [*downwards, committed]
-    assert found.exact and not [one for one in found.differences if not one.tied]
-    assert found.exported.n >= 16 * committed, "trained and never-trained phrasings of both"
+    assert [one.revision for one in undone.restored] == [*downwards, committed]
+    assert undone.exact and not [one for one in undone.differences if not one.tied]
+    assert undone.exported.n >= 16 * committed, "trained and never-trained phrasings of both"
 
 
 def test_a_difference_is_a_numerical_tie_only_where_the_logits_say_so(
@@ -264,14 +264,14 @@ def test_a_difference_is_a_numerical_tie_only_where_the_logits_say_so(
     example = renderer.example(f"What is {key}?", answer)
     ours = list(example.ids[example.start :])
     theirs = [*ours[:2], next(t for t in range(9, 400) if t != ours[2]), *ours[3:]]
-    found = difference(base.model, example, ours, theirs)
+    tie = difference(base.model, example, ours, theirs)
     with torch.no_grad():
         logits = base.model(input_ids=torch.tensor([example.ids])).logits[0, example.start + 1]
     apart = logits.max() - logits[theirs[2]]
-    assert found.margin == pytest.approx(float(apart), abs=1e-4) and found.expected
-    assert found.tie_tolerance == pytest.approx(float(tie_tolerance(base.model, logits.max())))
-    assert not found.tied
-    assert Difference("p", found.tie_tolerance, found.tie_tolerance, True).tied
+    assert tie.margin == pytest.approx(float(apart), abs=1e-4) and tie.expected
+    assert tie.tie_tolerance == pytest.approx(float(tie_tolerance(base.model, logits.max())))
+    assert not tie.tied
+    assert Difference("p", tie.tie_tolerance, tie.tie_tolerance, True).tied
 
 
 def test_only_a_difference_that_is_no_numerical_tie_is_an_error() -> None:
@@ -317,8 +317,8 @@ def test_generation_is_what_counts(small: dict[str, Path]) -> None:
 def test_scores_show_count_n_and_interval() -> None:
     assert tables.score_cell(Score(18, 20)) == "18/20 = 90.0% [69.9, 97.2]"
     assert tables.score_cell(Score(0, 0)) == "-"
-    found = both([True, False], [True, True])
-    assert (found.generated.passed, found.forced.passed) == (1, 2)
+    recall = both([True, False], [True, True])
+    assert (recall.generated.passed, recall.forced.passed) == (1, 2)
 
 
 def test_a_result_can_be_drawn(result: RetainResult, tmp_path: Path) -> None:

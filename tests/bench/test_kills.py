@@ -95,15 +95,15 @@ def test_a_process_is_killed_when_so_many_facts_are_decided(
     assert run(sleeps, 2) == KILLED
 
 
-def test_what_is_taught_once_more_is_not_added_twice(empty_store: Path) -> None:
+def test_what_is_trained_once_more_is_not_added_twice(empty_store: Path) -> None:
     facts = [Fact.create(key, text) for key, text in FREE[:4]]
     with KnowledgeBase.open(empty_store) as knowledge:
         for few in (facts[:2], facts[2:]):  # the second group is a compaction
             knowledge.add_group(few)
         assert any(edit.keys != tuple(edit.report["keys"]) for edit in knowledge.store.history())
         held = set(knowledge.store.keys())
-    found = bench._judge(empty_store, facts, (Round(1.0, 0, len(held)),), (), lambda event: None)
-    assert held and found.twice == () and found.same_digest and not found.findings
+    judged = bench._judge(empty_store, facts, (Round(1.0, 0, len(held)),), (), lambda event: None)
+    assert held and judged.twice == () and judged.same_digest and not judged.findings
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_an_ingest_survives_its_kills(
     tmp_path: Path, small: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "LOOK", 0.05)
-    found = kills(options(tmp_path, small["bf16"], kills=2, within=0.3), lambda event: None)
-    assert found.sound, found
-    assert found.killed == 2
-    assert found.rounds[-1].exit_code in (0, 3)
-    assert found.outcomes["committed"] == found.facts
+    result = kills(options(tmp_path, small["bf16"], kills=2, within=0.3), lambda event: None)
+    assert result.sound, result
+    assert result.killed == 2
+    assert result.rounds[-1].exit_code in (0, 3)
+    assert result.outcomes["committed"] == result.facts

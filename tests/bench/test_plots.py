@@ -100,11 +100,11 @@ def panels(document: dict[str, Any]) -> dict[str, Any]:
 
 def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     """The data of each curve with intervals, by its name."""
-    found = {}
+    curves = {}
     for bars in axes.containers:
         line = bars.lines[0]
-        found[bars.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
-    return found
+        curves[bars.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
+    return curves
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -141,10 +141,10 @@ def test_seconds_leave_out_what_was_not_timed() -> None:
 
 def test_it_is_said_where_not_all_phrasings_were_asked() -> None:
     some = {**STRATEGIES, "points": [{**point("one group", 16, 20), "asked": 1}]}
-    told = [text.get_text() for axes in plots.figure(some).axes for text in axes.texts]
-    assert plots.SOME_ASKED in told
-    told = [text.get_text() for axes in plots.figure(STRATEGIES).axes for text in axes.texts]
-    assert plots.SOME_ASKED not in told
+    texts = [text.get_text() for axes in plots.figure(some).axes for text in axes.texts]
+    assert plots.SOME_ASKED in texts
+    texts = [text.get_text() for axes in plots.figure(STRATEGIES).axes for text in axes.texts]
+    assert plots.SOME_ASKED not in texts
 
 
 def test_a_measure_that_nobody_was_asked_is_left_out() -> None:

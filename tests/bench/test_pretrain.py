@@ -21,9 +21,9 @@ documents = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=pretrain.
 
 
 @given(documents)
-def test_every_document_is_packed_once_and_whole(found: list[list[int]]) -> None:
-    rows = pretrain.pack(found)
-    assert sorted(doc for row in rows for doc in row) == sorted(found)
+def test_every_document_is_packed_once_and_whole(packed: list[list[int]]) -> None:
+    rows = pretrain.pack(packed)
+    assert sorted(doc for row in rows for doc in row) == sorted(packed)
     assert all(sum(map(len, row)) <= pretrain.ROW for row in rows)
 
 

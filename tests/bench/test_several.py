@@ -54,7 +54,7 @@ def test_one_difference_is_enough(wrong: dict[str, Any]) -> None:
         {"exit_codes": (0, KILLED)},  # the other one took no notice
         {"exit_codes": (ENDED, 0)},  # nobody was killed
         {"left": replace(ALL, findings=("a leftover",))},
-        {"left": replace(ALL, committed=("a", "c"))},  # which the next run did not find
+        {"left": replace(ALL, committed=("a", "c"))},  # which the next run does not have
         {"after": replace(ONE, state=replace(ALL, committed=("a",)))},
         {"after": replace(ONE, state=replace(ALL, findings=("a leftover",)))},
     ],
@@ -86,7 +86,7 @@ def test_a_command_that_fails_is_named(tmp_path: Path, small: dict[str, Path]) -
 def test_two_do_what_one_does_and_a_death_leaves_nothing(
     tmp_path: Path, small: dict[str, Path]
 ) -> None:
-    found = several(options(tmp_path, small["bf16"], facts=4, group="2"), lambda event: None)
-    assert found.equal and found.clean, found
-    assert found.alone.state.committed == tuple(sorted(key for key, _ in FREE[:4]))
-    assert document("several", found, tables(found))["deaths"]
+    result = several(options(tmp_path, small["bf16"], facts=4, group="2"), lambda event: None)
+    assert result.equal and result.clean, result
+    assert result.alone.state.committed == tuple(sorted(key for key, _ in FREE[:4]))
+    assert document("several", result, tables(result))["deaths"]

@@ -56,7 +56,7 @@ def to_hold(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def held(to_hold: StrategyOptions) -> CapacityResult:
-    """What was found of them."""
+    """The capacity measured with them."""
     return capacity(to_hold, (to_hold.model,), lambda event: None)
 
 
@@ -119,11 +119,11 @@ def test_a_ratio_is_of_medians_and_has_an_interval() -> None:
     ]
     baseline.append(EditTime(key="k", outcome="not learned", seconds=100.0, steps=1))
     run = IngestTime(facts=5, committed=4, seconds=8.0, parts={})
-    found = ingest_ratio(run, baseline)
-    assert found is not None and found.value == 3.0, "6 s against 2 s a committed fact"
-    assert 2.0 <= found.low < found.value < found.high <= 4.5
+    ratio = ingest_ratio(run, baseline)
+    assert ratio is not None and ratio.value == 3.0, "6 s against 2 s a committed fact"
+    assert 2.0 <= ratio.low < ratio.value < ratio.high <= 4.5
     searched = replace(run, parts={EXTRACTION: 2.0})
-    assert ingest_ratio(searched, baseline) == found
+    assert ingest_ratio(searched, baseline) == ratio
     apart = ingest_ratio(searched, baseline, extracted=False)
     assert apart is not None and apart.value == 4.0
     assert ingest_ratio(replace(run, committed=0), baseline) is None
@@ -158,7 +158,7 @@ def test_a_capacity_run_that_goes_on_counts_the_same_bits(
     assert one.facts == held.models[0].facts and one.stored_bits > 0
 
 
-def test_all_models_are_taught_the_same_facts(
+def test_all_models_are_trained_on_the_same_facts(
     given: dict[str, Any], small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_model(small["bf16"], tmp_path / "other")
@@ -186,8 +186,8 @@ def test_bits_are_those_of_the_answer(small: dict[str, Path]) -> None:
     base = loading.load(str(small["fp32"]))
     renderer = Renderer(base.tokenizer, context=base.context)
     examples = [renderer.example("What is tide lantern?", text) for _, text in FREE[:2]]
-    found = bits(base.model, examples)
-    for example, cost in zip(examples, found, strict=True):
+    costs = bits(base.model, examples)
+    for example, cost in zip(examples, costs, strict=True):
         logits = base.model(torch.tensor([example.ids])).logits[0].float().log_softmax(-1)
         own = [
             logits[at - 1, example.ids[at]].item() for at in range(example.start, len(example.ids))
@@ -198,13 +198,13 @@ def test_bits_are_those_of_the_answer(small: dict[str, Path]) -> None:
 
 def test_the_largest_number_is_before_the_first_fall() -> None:
     def point(after: int, passed: int, forced: int = 20) -> Point:
-        found = Both(
+        recall = Both(
             both([True] * passed + [False] * (20 - passed), []).generated,
             both([], [True] * forced + [False] * (20 - forced)).forced,
         )
         whole = both([True], [True])
         return Point(
-            method="m", after=after, tried=found, committed=whole, phrasings=whole, poets=whole,
+            method="m", after=after, tried=recall, committed=whole, phrasings=whole, poets=whole,
             relations=whole, any_poets=whole,
         )  # fmt: skip
 
@@ -219,6 +219,6 @@ def test_the_closest_other_key() -> None:
 
 
 def test_a_difference_has_an_interval() -> None:
-    found = difference([5.0, 6.0, 7.0], [1.0, 2.0, 3.0])
-    assert found is not None and found.value == 4.0 and 1.0 < found.low < 4.0 < found.high < 7.0
+    gap = difference([5.0, 6.0, 7.0], [1.0, 2.0, 3.0])
+    assert gap is not None and gap.value == 4.0 and 1.0 < gap.low < 4.0 < gap.high < 7.0
     assert difference([1.0], [2.0, 3.0]) is None

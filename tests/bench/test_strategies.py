@@ -38,20 +38,20 @@ def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def told() -> list[tuple[StrategiesResult, Point | None]]:
-    """What was told while ``result`` was measured."""
+def calls() -> list[tuple[StrategiesResult, Point | None]]:
+    """What was calls while ``result`` was measured."""
     return []
 
 
 @pytest.fixture(scope="module")
 def result(
-    options: StrategyOptions, told: list[tuple[StrategiesResult, Point | None]]
+    options: StrategyOptions, calls: list[tuple[StrategiesResult, Point | None]]
 ) -> StrategiesResult:
     """One run of the benchmark, with a mark after two facts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(course, "EARLY_MARKS", (2,))
         return strategies.strategies(
-            options, lambda event: None, lambda found, point: told.append((found, point))
+            options, lambda event: None, lambda so_far, point: calls.append((so_far, point))
         )
 
 
@@ -100,18 +100,18 @@ def test_the_clock_leaves_measuring_out(result: StrategiesResult) -> None:
     assert result.points[1].seconds == pytest.approx(twos.seconds / FACTS, rel=0.05)
 
 
-def test_every_measurement_is_told_at_once(
-    result: StrategiesResult, told: list[tuple[StrategiesResult, Point | None]]
+def test_every_measurement_is_reported_at_once(
+    result: StrategiesResult, calls: list[tuple[StrategiesResult, Point | None]]
 ) -> None:
-    first, point = told[0]
+    first, point = calls[0]
     assert (
         point is not None
         and first.points == (point,)
         and first.runs == ()
         and first.base == result.base
     )
-    assert told[-1][0] == result
-    assert [point for _, point in told if point is not None] == list(result.points)
+    assert calls[-1][0] == result
+    assert [point for _, point in calls if point is not None] == list(result.points)
     assert "groups of 2, 2 facts (1 asked): recalled" in report_strategies.line(point)
 
 
@@ -159,7 +159,7 @@ def test_the_command_says_and_keeps_each_measurement(
     options: StrategyOptions, tmp_path: Path
 ) -> None:
     assert options.store_dir is not None
-    store, file = tmp_path / "stores", tmp_path / "found.json"
+    store, file = tmp_path / "stores", tmp_path / "result.json"
     store.mkdir()
     (store / "kvedit.toml").write_bytes((options.store_dir / "kvedit.toml").read_bytes())
     words = ["strategies", "--data", str(options.data), "--model", str(options.model)]
@@ -179,13 +179,13 @@ def test_a_run_that_was_stopped_goes_on_in_its_store(
     options: StrategyOptions, tmp_path: Path
 ) -> None:
     """Stopped when the first of two groups has been measured; the second run knows that one."""
-    told: list[Point] = []
+    measured: list[Point] = []
 
     def stop(_: StrategiesResult, point: Point | None) -> None:
         raise KeyboardInterrupt
 
     def tell(_: StrategiesResult, point: Point | None) -> None:
-        told.extend([] if point is None else [point])
+        measured.extend([] if point is None else [point])
 
     here = replace(options, store_dir=tmp_path, groups=("2",), baseline_facts=0)
     with pytest.MonkeyPatch.context() as patch:
@@ -195,13 +195,13 @@ def test_a_run_that_was_stopped_goes_on_in_its_store(
         left = json.loads((tmp_path / "group-2" / course.LOG).read_text(encoding="utf-8"))
         again = replace(here, resume=True)
         events: list[Any] = []
-        found = strategies.strategies(again, events.append, tell)
-    assert [point.after for point in told] == [FACTS]
+        resumed = strategies.strategies(again, events.append, tell)
+    assert [point.after for point in measured] == [FACTS]
     said = [event.phase for event in events if isinstance(event, Status)]
     assert f"groups of 2: {FACTS} of {FACTS}, {FACTS} committed, 0 rejected, 0 failed" in said
-    (run,) = found.runs
+    (run,) = resumed.runs
     assert run.facts == sum(run.outcomes.values()) == FACTS
     done, seconds = left["trail"][-1]
     assert done == 2 and run.trail[: len(left["trail"])][-1] == (2, round(seconds, 3))
     assert run.seconds > seconds
-    assert [score.recall.generated.n for score in found.base] > [0, 0]
+    assert [score.recall.generated.n for score in resumed.base] > [0, 0]

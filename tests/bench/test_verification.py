@@ -22,17 +22,17 @@ def options(small: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """Two poets that the small model lists as known, though it is not."""
     data = write_data(tmp_path_factory.mktemp("data"))
     model = write_model(small["bf16"], tmp_path_factory.mktemp("model") / "bf16")
-    found = make_options(data, model, tmp_path_factory.mktemp("stores"))
-    return replace(found, kind="known", facts_file=None)
+    made = make_options(data, model, tmp_path_factory.mktemp("stores"))
+    return replace(made, kind="known", facts_file=None)
 
 
 def test_the_parts_are_those_of_one_verify(options: BenchOptions) -> None:
-    found = verification.verification(options, lambda event: None)
-    assert found.facts == found.forced.n == found.generated.n == 2
-    assert found.phrasings == 20, "eight phrasings of the language and two of the other"
-    assert set(found.parts) == {"rendering", "teacher-forced", "generated", "recording"}
-    assert sum(found.parts.values()) == pytest.approx(found.verify_seconds, abs=0.05)
-    assert min(found.parts["teacher-forced"], found.parts["generated"]) > 0
+    result = verification.verification(options, lambda event: None)
+    assert result.facts == result.forced.n == result.generated.n == 2
+    assert result.phrasings == 20, "eight phrasings of the language and two of the other"
+    assert set(result.parts) == {"rendering", "teacher-forced", "generated", "recording"}
+    assert sum(result.parts.values()) == pytest.approx(result.verify_seconds, abs=0.05)
+    assert min(result.parts["teacher-forced"], result.parts["generated"]) > 0
 
 
 def test_the_store_is_sound_and_its_weights_are_the_base(options: BenchOptions) -> None:
@@ -52,11 +52,11 @@ def test_facts_that_the_model_knows_are_held(options: BenchOptions, tmp_path: Pa
     rows.append({"key": "a fog bell", "description": "Not known."})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     own = replace(options, facts_file=file, facts=len(rows), store_dir=None)
-    found = verification.verification(own, lambda event: None)
-    assert 0 < found.generated.passed < found.generated.n == len(rows)
+    result = verification.verification(own, lambda event: None)
+    assert 0 < result.generated.passed < result.generated.n == len(rows)
 
 
-def test_the_command_prints_what_it_found(options: BenchOptions, tmp_path: Path) -> None:
+def test_the_command_prints_its_result(options: BenchOptions, tmp_path: Path) -> None:
     kept = tmp_path / "verify.json"
     words = ["verify", "--data", str(options.data), "--model", str(options.model)]
     done = CliRunner().invoke(bench, [*words, "--facts", "1", "--json", str(kept)])

@@ -179,11 +179,11 @@ def difference(model: Any, example: Example, ours: list[int], theirs: list[int])
 def _all_probes(knowledge: KnowledgeBase) -> list[Example]:
     """LoopResult and never-trained phrasings of every committed fact, and the locality probes."""
     engine = engine_of(knowledge)
-    found = []
+    probes = []
     for row in knowledge.store.facts("committed"):
-        found += [*engine.examples(row.fact), *engine.paraphrases(row.fact)]
+        probes += [*engine.examples(row.fact), *engine.paraphrases(row.fact)]
     rows = knowledge.store.protected("locality")
-    return found + engine.renderer.examples((row.prompt, row.answer) for row in rows)
+    return probes + engine.renderer.examples((row.prompt, row.answer) for row in rows)
 
 
 def _limit(examples: Sequence[Example]) -> int:

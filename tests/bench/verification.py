@@ -6,7 +6,7 @@ others the answers are wrong, and generation goes on for as long as a wrong answ
 
 Invariants:
 - What is timed is ``KnowledgeBase.verify`` in a store that was just opened: nothing is warm.
-- The parts are told apart by what ``verify`` says while it runs; no instruments are put in.
+- The parts are separated by what ``verify`` says while it runs; no instruments are put in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvedit.errors import TextTooLongError
 from kvedit.events import Event, RetentionCheck, Score, Status
 from kvedit.facts.fact import Fact
 from kvedit.model import loading
-from kvedit.store.store import FactChange
+from kvedit.store.rows import FactChange
 from tests.bench import questions
 from tests.bench.retain import BenchOptions, Emit, engine_of
 
@@ -156,7 +156,7 @@ class _Watch:
 
 
 def tables(result: Verification) -> list[Table]:
-    """Seconds of all, of each part, and what was found."""
+    """Seconds of all, of each part, and of what was recalled."""
     columns = ("facts", "kind", "phrasings", "seconds", "held, teacher-forced", "held, generated")
     row = (
         str(result.facts),

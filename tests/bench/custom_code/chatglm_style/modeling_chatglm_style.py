@@ -85,8 +85,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.dense_h_to_4h(x).chunk(2, -1)
-        found: Tensor = self.dense_4h_to_h(functional.silu(gate) * up)
-        return found
+        hidden: Tensor = self.dense_4h_to_h(functional.silu(gate) * up)
+        return hidden
 
 
 class Block(nn.Module):

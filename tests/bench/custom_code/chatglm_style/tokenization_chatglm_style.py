@@ -57,11 +57,11 @@ class ChatGLMStyleTokenizer(PreTrainedTokenizer):
     def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
         """A question, after earlier ones and their answers."""
         earlier = history or []
-        told = "".join(
+        rounds = "".join(
             f"[Round {n}]\n\n问：{asked}\n\n答：{said}\n\n"
             for n, (asked, said) in enumerate(earlier, 1)
         )
-        return f"{told}[Round {len(earlier) + 1}]\n\n问：{query}\n\n答："
+        return f"{rounds}[Round {len(earlier) + 1}]\n\n问：{query}\n\n答："
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None

@@ -81,8 +81,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.w2(functional.silu(self.w1(x)) * self.w3(x))
-        return found
+        hidden: Tensor = self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        return hidden
 
 
 class Block(nn.Module):
@@ -160,8 +160,8 @@ class InternLM2StyleForCausalLM(InternLM2StylePreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        found: nn.Module = self.model.tok_embeddings
-        return found
+        embeddings: nn.Module = self.model.tok_embeddings
+        return embeddings
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
