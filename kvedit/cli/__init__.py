@@ -14,15 +14,10 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 
 import click
 
+from kvedit import __version__
 from kvedit.cli.bench import bench
 from kvedit.cli.check import backup, doctor, export, verify
-from kvedit.cli.common import (
-    EXIT_INTERRUPTED,
-    KveditGroup,
-    Settings,
-    configure_logging,
-    show_version,
-)
+from kvedit.cli.common import EXIT_INTERRUPTED, KveditGroup, Settings, configure_logging
 from kvedit.cli.edit import add, init, remove, rollback, update
 from kvedit.cli.ingest import ingest
 from kvedit.cli.query import ask, chat, history, list_facts, report, show, similar, status
@@ -35,31 +30,24 @@ Exit codes:
   10 no store    11 locked    12 store newer than the program
   13 model does not match the store    130 interrupted"""
 
-
+COMMANDS = (
+    init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
+    report, verify, rollback, doctor, backup, export, bench,
+)  # fmt: skip
 SHARED = ("add", "ingest", "verify")
 """Commands that several processes run together; the others run on rank 0 alone."""
 
 
 @click.group(
     cls=KveditGroup,
+    commands=COMMANDS,
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option(
-    "--store",
-    metavar="DIR",
-    help="Folder of the store. [$KVEDIT_STORE, or ./store]",
-)
+@click.option("--store", metavar="DIR", help="Folder of the store. [$KVEDIT_STORE, or ./store]")
 @click.option("-v", "--verbose", count=True, help="More output; -vv also shows tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Only answers, results and errors.")
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=show_version,
-    help="Show the version and exit.",
-)
+@click.version_option(__version__, message="kvedit %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> None:
     """Train facts into a language model's weights, check them, and remove them again.
@@ -84,14 +72,6 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
     elif rank:
         ctx.exit()
     ctx.obj = Settings(store=store, verbosity=verbosity, rank=rank or 0)
-
-
-COMMANDS = (
-    init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, doctor, backup, export, bench,
-)  # fmt: skip
-for command in COMMANDS:
-    cli.add_command(command)
 
 
 def run_together(rank: int) -> int:

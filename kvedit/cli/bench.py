@@ -53,10 +53,8 @@ def bench() -> None:
 @model_option
 @config_option
 @limit_option
-@click.option(
-    "--single", type=click.IntRange(min=0), default=4, show_default=True, metavar="N",
-    help="How many of them to add one by one.",
-)  # fmt: skip
+@click.option("--single", type=click.IntRange(min=0), default=4, show_default=True, metavar="N",
+              help="How many of them to add one by one.")  # fmt: skip
 @json_option
 @click.pass_obj
 def speed(settings: Settings, /, single: int, as_json: bool, **given: Any) -> None:
@@ -100,16 +98,13 @@ def memory(settings: Settings, /, estimate: bool, as_json: bool, **given: Any) -
 @model_option
 @config_option
 @limit_option
-@click.option(
-    "--group", "groups", multiple=True, default=("1", "8", "auto"), show_default=True,
-    metavar="N|auto", callback=_group_sizes,
-    help="Facts that are trained together; may be given more than once.",
-)  # fmt: skip
+@click.option("--group", "groups", multiple=True, default=("1", "8", "auto"), show_default=True,
+              metavar="N|auto", callback=_group_sizes,
+              help="Facts that are trained together; may be given more than once.")  # fmt: skip
 @json_option
 @click.pass_obj
-def strategies(
-    settings: Settings, /, groups: list[int | None], as_json: bool, **given: Any
-) -> None:
+def strategies(settings: Settings, /, groups: list[int | None], as_json: bool,
+               **given: Any) -> None:  # fmt: skip
     """Train the same facts in groups of several sizes, and compare what is recalled.
 
     For each size: recall, phrasings never trained on, locality, facts committed before the last
@@ -131,10 +126,8 @@ def strategies(
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
 @json_option
 @click.pass_obj
-def architectures(
-    settings: Settings, families: tuple[str, ...], model: str | None, trust_remote_code: bool,
-    as_json: bool,
-) -> None:  # fmt: skip
+def architectures(settings: Settings, families: tuple[str, ...], model: str | None,
+                  trust_remote_code: bool, as_json: bool) -> None:  # fmt: skip
     """Whether models of an architecture can be edited, undone and exported.
 
     A small model with random weights is made for --model, for each of FAMILIES (transformers' model

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import click
 
-from kvedit.cli.common import (
-    Settings,
-    json_lines_option,
-    json_option,
-    knowledge_base,
-    next_step,
-    read_only,
-    require_keys,
-)
-from kvedit.cli.output import (
-    edit_parts,
-    pairs,
-    print_json_line,
-    print_parts,
-    print_result,
-    score_text,
-    seconds_text,
-    size_text,
-    styled,
-    table,
-)
+from kvedit.cli import common, output
+from kvedit.cli.common import COUNT, FILE, Settings, json_lines_option, json_option
+from kvedit.cli.output import print_result, score_text, styled
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
-from kvedit.cli.tables import (
-    finding_fields,
-    finding_parts,
-    first_of,
-    margin_text,
-)
+from kvedit.cli.tables import finding_parts, first_of, margin_text
 from kvedit.errors import CorruptStoreError, GateFailedError, RejectedError
 
 if TYPE_CHECKING:
@@ -55,29 +33,22 @@ NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @click.command()
 @click.argument("keys", nargs=-1)
-@click.option(
-    "--sample", type=click.IntRange(min=1), metavar="N",
-    help="Check N facts only, those most likely to be lost first.",
-)  # fmt: skip
+@click.option("--sample", type=COUNT, metavar="N",
+              help="Check N facts only, those most likely to be lost first.")  # fmt: skip
 @click.option("--repair", is_flag=True, help="Train the facts again that are no longer recalled.")
 @click.option(
-    "--base-knowledge", type=click.IntRange(min=1), is_flag=False, flag_value=300, metavar="[N]",
+    "--base-knowledge", type=COUNT, is_flag=False, flag_value=300, metavar="[N]",
     help="Also ask N questions that the base model could answer (TRR). [300 if N is left out]",
 )  # fmt: skip
-@click.option(
-    "--fail-under", type=click.FloatRange(0, 100), metavar="P",
-    help="Exit with code 4 if less than P percent of the facts are recalled.",
-)  # fmt: skip
-@click.option(
-    "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Also write the results as JUnit XML.",
-)  # fmt: skip
+@click.option("--fail-under", type=click.FloatRange(0, 100), metavar="P",
+              help="Exit with code 4 if less than P percent of the facts are"
+              " recalled.")  # fmt: skip
+@click.option("--junit", type=FILE, metavar="FILE", help="Also write the results as JUnit XML.")
 @json_lines_option
 @click.pass_obj
-def verify(
-    settings: Settings, keys: tuple[str, ...], sample: int | None, repair: bool,
-    base_knowledge: int | None, fail_under: float | None, junit: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair: bool,
+           base_knowledge: int | None, fail_under: float | None, junit: Path | None,
+           as_json: bool) -> None:  # fmt: skip
     """Check what the model still recalls.
 
     All committed facts are asked again, or only the KEYS, and the results are recorded. With
@@ -92,9 +63,9 @@ def verify(
       kvedit verify --sample 100 --repair
       kvedit verify --fail-under 99 --junit report.xml
     """
-    require_keys(settings, keys)
+    common.require_keys(settings, keys)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter) as knowledge:
+    with common.knowledge_base(settings, reporter) as knowledge:
         report = knowledge.verify(
             list(keys) or None, sample=sample, repair=repair, base_knowledge=base_knowledge or 0
         )
@@ -117,50 +88,46 @@ def verify_code(report: VerifyReport, score: Score, fail_under: float | None) ->
     return RejectedError.exit_code if refused else 0
 
 
-def show_verify(
-    settings: Settings, reporter: Reporter, report: VerifyReport, exit_code: int
-) -> None:
+def show_verify(settings: Settings, reporter: Reporter, report: VerifyReport,
+                exit_code: int) -> None:  # fmt: skip
     """The result of a verification: JSON Lines, or text and what to do next."""
     if isinstance(reporter, JsonReporter):
         events: list[Event] = [*report.checks, *report.repaired]
         for event in events:
             reporter(event)
-        print_json_line({**verify_fields(report), "exit_code": exit_code})
+        output.print_json_line({**verify_fields(report), "exit_code": exit_code})
         return
-    print_parts(*verify_parts(report, verbose=settings.verbosity > 0))
+    output.print_parts(*verify_parts(report, verbose=settings.verbosity > 0))
     if not report.repaired and not all(check.passed for check in report.checks):
-        next_step(settings, "verify", "--repair")
+        common.next_step(settings, "verify", "--repair")
 
 
 def verify_fields(report: VerifyReport) -> dict[str, Any]:
     """The summary of a verification."""
     base = report.base
     known = base and {
-        "generated": base.generated.to_json(),
-        "teacher_forced": base.score.to_json(),
-        "lost": list(base.lost),
-        "fluency": base.fluency,
-        "base_fluency": base.base_fluency,
-    }
+        **_scores(base),
+        "lost": list(base.lost), "fluency": base.fluency, "base_fluency": base.base_fluency,
+    }  # fmt: skip
     return {
-        "message_type": "summary",
-        "kind": "verify",
-        "revision": report.revision,
-        "checked": len(report.checks),
-        "passed": sum(check.passed for check in report.checks),
-        "generated": report.generated.to_json(),
-        "teacher_forced": report.score.to_json(),
+        "message_type": "summary", "kind": "verify", "revision": report.revision,
+        "checked": len(report.checks), "passed": sum(check.passed for check in report.checks),
+        **_scores(report),
         "base_knowledge": known,
         "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
         "seconds": round(report.seconds, 3),
-    }
+    }  # fmt: skip
+
+
+def _scores(report: VerifyReport | BaseKnowledgeReport) -> dict[str, Any]:
+    return {"generated": report.generated.to_json(), "teacher_forced": report.score.to_json()}
 
 
 def verify_parts(report: VerifyReport, *, verbose: bool = False) -> list[RenderableType]:
     """What a verification measured, the facts and answers that were lost first."""
     parts = _lost_facts(report, verbose)
     for edit in report.repaired:
-        parts += edit_parts(edit)
+        parts += output.edit_parts(edit)
     if not report.checks and report.base is None:
         return [*parts, "no committed facts to check"]
     rows = [("facts recalled (ERR)", score) for score in (report.generated, report.score)]
@@ -172,8 +139,8 @@ def verify_parts(report: VerifyReport, *, verbose: bool = False) -> list[Rendera
     if report.base is not None and report.base.fluency is not None:
         fluency = f"{report.base.fluency:.2f} bits (base model: {report.base.base_fluency:.2f})"
         lines.append(("fluency of these answers", fluency))
-    parts.append(f"revision {report.revision}, {seconds_text(report.seconds)}")
-    return parts + ([pairs(lines, 2)] if lines else [])
+    parts.append(f"revision {report.revision}, {output.seconds_text(report.seconds)}")
+    return parts + ([output.pairs(lines, 2)] if lines else [])
 
 
 def _lost_facts(report: VerifyReport, verbose: bool) -> list[RenderableType]:
@@ -186,11 +153,10 @@ def _lost_facts(report: VerifyReport, verbose: bool) -> list[RenderableType]:
         for one in checks
     ]
     more = [] if verbose else first_of([one.key for one in lost], SHOWN)[SHOWN:]
-    return [table(("result", "margin", "key"), rows), *more, ""]
+    return [output.table(("result", "margin", "key"), rows), *more, ""]
 
 
 def _lost_answers(base: BaseKnowledgeReport, verbose: bool) -> list[RenderableType]:
-    """Questions that are no longer answered as the base model answers them."""
     lost = first_of(base.lost, len(base.lost) if verbose else SHOWN)
     lines = [f"  {question}" for question in lost]
     return ["answers that differ from the base model's:", *lines, ""] if lines else []
@@ -241,7 +207,7 @@ def doctor(settings: Settings, quick: bool, as_json: bool) -> None:
     """
     findings = _findings(settings, quick=quick)
     errors = sum(finding.level == "error" for finding in findings)
-    document = {"ok": not errors, "findings": [finding_fields(one) for one in findings]}
+    document = {"ok": not errors, "findings": [asdict(one) for one in findings]}
     print_result(as_json, document, *finding_parts(findings))
     if errors:
         raise GateFailedError(f"the store has {errors} error(s)", hint=DOCTOR_HINT)
@@ -254,16 +220,16 @@ def _findings(settings: Settings, *, quick: bool) -> Sequence[Finding]:
     errors = []
     if not quick:
         try:
-            with knowledge_base(settings, make_reporter(quiet=settings.quiet)) as base:
+            with common.knowledge_base(settings, make_reporter(quiet=settings.quiet)) as base:
                 return base.doctor(deep=True)
         except CorruptStoreError as error:
             errors.append(Finding(level="error", what=error.message, hint=error.hint))
-    with read_only(settings) as store:
+    with common.read_only(settings) as store:
         return [*errors, *store.integrity()]
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @json_option
 @click.pass_obj
@@ -279,20 +245,18 @@ def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
     """
     if file.exists() and not force:
         raise click.UsageError(f"{file} exists; choose another name, or --force to replace it")
-    with read_only(settings) as store:
+    with common.read_only(settings) as store:
         store.backup(file)
         head = store.head()
     size = file.stat().st_size
     fields = {"path": str(file), "revision": head, "bytes": size}
-    print_result(as_json, fields, f"wrote {file}: revision {head}, {size_text(size)}")
+    print_result(as_json, fields, f"wrote {file}: revision {head}, {output.size_text(size)}")
 
 
 @click.command()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type of the weights. [that of the base model]",
-)  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Type of the weights. [that of the base model]")  # fmt: skip
 @click.option(
     "--format", "kind", type=click.Choice(["hf", "peft"]), default="hf", show_default=True,
     help="A whole model, or one LoRA adapter for the unchanged base model.",
@@ -300,10 +264,8 @@ def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
 @click.option("--max-shard-size", metavar="SIZE", help="Size of one weight file, such as 2GB.")
 @json_option
 @click.pass_obj
-def export(
-    settings: Settings, directory: Path, dtype: str | None, kind: str, max_shard_size: str | None,
-    as_json: bool,
-) -> None:  # fmt: skip
+def export(settings: Settings, directory: Path, dtype: str | None, kind: str,
+           max_shard_size: str | None, as_json: bool) -> None:  # fmt: skip
     """Write the model to a folder that transformers and vLLM load.
 
     The written files are loaded again and asked for all facts; the exit code is 4 if an answer
@@ -318,21 +280,17 @@ def export(
     """
     if kind == "peft" and (dtype or max_shard_size):
         raise click.UsageError("--dtype and --max-shard-size do not go with --format peft")
-    with knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
+    with common.knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
         if kind == "peft":
             report = base.export_adapter(directory)
         else:
             report = base.export(directory, dtype=dtype, max_shard_size=max_shard_size)
-    print_result(as_json, export_fields(report), *export_parts(report))
+    names = ("revision", "mismatches", "rank", "error")
+    fields = {"path": str(report.path), "probes": report.probes.to_json()}
+    fields |= {name: getattr(report, name) for name in names}
+    print_result(as_json, fields, *export_parts(report))
     if report.mismatches:
         raise GateFailedError(f"{len(report.mismatches)} answer(s) differ in the exported model")
-
-
-def export_fields(report: ExportReport) -> dict[str, Any]:
-    """An export as a JSON document."""
-    names = ("revision", "mismatches", "rank", "error")
-    fields = {name: getattr(report, name) for name in names}
-    return {"path": str(report.path), "probes": report.probes.to_json(), **fields}
 
 
 def export_parts(report: ExportReport) -> list[RenderableType]:
@@ -344,4 +302,4 @@ def export_parts(report: ExportReport) -> list[RenderableType]:
         rows.append(("same answers", score_text(report.probes)))
     rows += [("differs", prompt) for prompt in first_of(report.mismatches)]
     parts: list[RenderableType] = [f"exported revision {report.revision} to {report.path}"]
-    return parts + ([pairs(rows, 2)] if rows else [])
+    return [*parts, *([output.pairs(rows, 2)] if rows else [])]

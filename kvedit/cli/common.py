@@ -12,14 +12,14 @@ import os
 import shlex
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit import __version__
 from kvedit.cli.output import clean
 from kvedit.errors import KveditError
 
@@ -28,11 +28,21 @@ if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.store.store import Store
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 LOG_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
+
+COUNT = click.IntRange(min=1)
+FILE = click.Path(dir_okay=False, path_type=Path)
+INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+json_lines_option = click.option(
+    "--json", "as_json", is_flag=True,
+    help="Print JSON Lines (status, warning, retention, edit; last: summary).",
+)  # fmt: skip
+force_option = click.option(
+    "--force", is_flag=True, help="Commit even if a check fails, and say what the edit broke."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class Settings:
 
     @property
     def quiet(self) -> bool:
-        """Whether only answers, results and errors are wanted."""
+        """Whether only answers, results and errors are printed."""
         return self.verbosity < 0
 
     def command(self, *words: str) -> str:
@@ -65,34 +75,34 @@ class KveditGroup(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, BrokenPipeError):
             raise
-        except (KeyboardInterrupt, click.Abort):
-            command = _settings(ctx).command("status")
-            _fail(ctx, "interrupted", f"run `{command}` to see the state of the store")
-            code = EXIT_INTERRUPTED
-        except KveditError as error:
-            _fail(ctx, error.message, error.hint)
-            code = error.exit_code
-        except OSError as error:
-            _fail(ctx, _os_message(error), "")
-            code = EXIT_ERROR
-        except Exception as error:  # whatever else happens is a defect of kvedit
-            _fail(ctx, f"unexpected {type(error).__name__}: {error}", _defect_hint(ctx))
-            code = EXIT_ERROR
-        ctx.exit(code)
+        except (Exception, KeyboardInterrupt) as error:
+            settings = ctx.obj if isinstance(ctx.obj, Settings) else Settings()
+            if settings.verbosity >= 2:
+                click.echo(traceback.format_exc().rstrip(), err=True)
+            message, hint, code = _explain(error, settings)
+            fail(message, hint)
+            ctx.exit(code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Commands in the order they were added: the order in which they are needed."""
         return list(self.commands)
 
 
-def _settings(ctx: click.Context) -> Settings:
-    return ctx.obj if isinstance(ctx.obj, Settings) else Settings()
-
-
-def _fail(ctx: click.Context, message: str, hint: str) -> None:
-    if _settings(ctx).verbosity >= 2:
-        click.echo(traceback.format_exc().rstrip(), err=True)
-    fail(message, hint)
+def _explain(error: BaseException, settings: Settings) -> tuple[str, str, int]:
+    """Message, hint and exit code of an error."""
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        hint = f"run `{settings.command('status')}` to see the state of the store"
+        return "interrupted", hint, EXIT_INTERRUPTED
+    if isinstance(error, KveditError):
+        return error.message, error.hint, error.exit_code
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename else reason, "", 1
+    advice = "run it again as `kvedit -vv ...` for the traceback"
+    if settings.verbosity >= 2:
+        advice = "please report it with the lines above"
+    message = f"unexpected {type(error).__name__}: {error}"
+    return message, f"this is a bug in kvedit; {advice}", 1
 
 
 def fail(message: str, hint: str) -> None:
@@ -102,44 +112,14 @@ def fail(message: str, hint: str) -> None:
         click.echo(f"{click.style('hint:', fg='yellow')} {clean(line)}", err=True)
 
 
-def _os_message(error: OSError) -> str:
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename else reason
-
-
-def _defect_hint(ctx: click.Context) -> str:
-    if _settings(ctx).verbosity >= 2:
-        return "this is a bug in kvedit; please report it with the lines above"
-    return "this is a bug in kvedit; run it again as `kvedit -vv ...` for the traceback"
-
-
 def configure_logging(verbosity: int) -> None:
     """Send log lines to stderr; below -vv without those of the libraries."""
-    level = LOG_LEVELS[max(-1, min(2, verbosity))]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kvedit").setLevel(level)
-    if verbosity >= 2:
-        return
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def json_option(command: Command) -> Command:
-    """`--json` of a query: one document on stdout."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
-
-
-def json_lines_option(command: Command) -> Command:
-    """`--json` of an edit: JSON Lines on stdout, the last one a summary."""
-    text = "Print JSON Lines (status, warning, retention, edit; last: summary)."
-    return click.option("--json", "as_json", is_flag=True, help=text)(command)
-
-
-def force_option(command: Command) -> Command:
-    """`--force` of an edit: commit although a check failed."""
-    text = "Commit even if a check fails, and say what the edit broke."
-    return click.option("--force", is_flag=True, help=text)(command)
+    logging.getLogger("kvedit").setLevel(LOG_LEVELS[verbosity])
+    if verbosity < 2:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def note(settings: Settings, text: str) -> None:
@@ -151,19 +131,6 @@ def note(settings: Settings, text: str) -> None:
 def next_step(settings: Settings, *words: str) -> None:
     """Suggest the command that usually comes next."""
     note(settings, f"{click.style('next:', fg='cyan')} {settings.command(*words)}")
-
-
-def description_of(file: str | None, text: str | None) -> str:
-    """The description given as FILE ('-' = stdin) or --text; exactly one of them."""
-    if (file is None) == (text is None):
-        given = "both were" if file is not None else "neither was"
-        raise click.UsageError(
-            "give the description once: a FILE (- for standard input) or --text TEXT; "
-            f"{given} given"
-        )
-    from kvedit.facts.readers import read_description
-
-    return read_description(file, text=text)
 
 
 @contextmanager
@@ -183,9 +150,8 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
 
 
 @contextmanager
-def knowledge_base(
-    settings: Settings, reporter: Reporter, *, create: bool = False
-) -> Iterator[KnowledgeBase]:
+def knowledge_base(settings: Settings, reporter: Reporter, *,
+                   create: bool = False) -> Iterator[KnowledgeBase]:  # fmt: skip
     """The opened knowledge base; with `create`, a missing store is made, with a message."""
     from kvedit.store.store import Store, resolve_store
 
@@ -201,10 +167,3 @@ def knowledge_base(
         make = KnowledgeBase.create if missing else KnowledgeBase.open
         with make(path, on_event=reporter) as base:
             yield base
-
-
-def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Callback of `--version`."""
-    if value and not ctx.resilient_parsing:
-        click.echo(f"kvedit {__version__}")
-        ctx.exit()

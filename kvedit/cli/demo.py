@@ -23,17 +23,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
+from kvedit.cli import common, output
 from kvedit.cli.check import verify_parts
-from kvedit.cli.common import EXIT_INTERRUPTED, configure_logging, fail
-from kvedit.cli.output import (
-    FirstLine,
-    edit_parts,
-    pairs,
-    print_parts,
-    seconds_text,
-    styled,
-    table,
-)
+from kvedit.cli.output import FirstLine, pairs, styled
 from kvedit.cli.progress import Reporter, make_reporter
 from kvedit.errors import KveditError, RejectedError, UsageError
 from kvedit.facts.fact import Fact
@@ -66,7 +58,6 @@ def seed_folder() -> Path:
 
 
 def seed_fact(file: str, key: str) -> Fact:
-    """One fact of a seed file."""
     path = seed_folder() / file
     if path.suffix == ".txt":
         return Fact.create(key, read_description(str(path)))
@@ -77,13 +68,9 @@ class Demo:
     """The demonstration; ``model`` and ``settings`` (a kvedit.toml) are for its test."""
 
     def __init__(
-        self,
-        *,
-        model: str | Path | None = None,
-        settings: str | None = None,
-        reporter: Callable[[], Reporter] | None = None,
-        out: TextIO | None = None,
-    ) -> None:
+        self, *, model: str | Path | None = None, settings: str | None = None,
+        reporter: Callable[[], Reporter] | None = None, out: TextIO | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._settings, self._out = model, settings, out
         self._new_reporter = reporter or (lambda: make_reporter(quiet=False))
         self._reporter = self._new_reporter()
@@ -101,7 +88,8 @@ class Demo:
                 path.mkdir()
                 (path / "kvedit.toml").write_text(self._settings, encoding="utf-8")
             self._title("A key-value store inside a language model")
-            with self._create(path) as knowledge:
+            self._step("kvedit init", "a temporary store for the embedded model")
+            with self._timed("init", partial(self._create, path)) as knowledge:
                 self._steps(knowledge)
         self._close(time.monotonic() - began)
         return self._passed
@@ -109,9 +97,7 @@ class Demo:
     def _create(self, path: Path) -> KnowledgeBase:
         from kvedit.editing.knowledge_base import KnowledgeBase
 
-        self._step("kvedit init", "a temporary store for the embedded model")
-        create = partial(KnowledgeBase.create, path, self._model)
-        return self._timed("init", lambda: create(on_event=lambda event: self._reporter(event)))
+        return KnowledgeBase.create(path, self._model, on_event=lambda e: self._reporter(e))
 
     def _steps(self, knowledge: KnowledgeBase) -> None:
         stove, lantern = seed_fact(f"{STOVE}.txt", STOVE), seed_fact("tide-lantern.txt", LANTERN)
@@ -143,8 +129,6 @@ class Demo:
         self._rollback(knowledge, prompts)
         self._compare(prompts)
 
-    # ---- steps
-
     def _add(self, knowledge: KnowledgeBase, fact: Fact, source: str) -> None:
         self._step(f"kvedit add '{fact.key}' {source}", "train, merge, check, commit")
         self._edit("add", lambda: knowledge.add_fact(fact))
@@ -159,7 +143,7 @@ class Demo:
             return
         self._edits.append(report)
         self._passed &= report.outcome == "committed"
-        self._print(*edit_parts(report), indent=2)
+        self._print(*output.edit_parts(report), indent=2)
 
     def _verify(self, knowledge: KnowledgeBase) -> None:
         self._step("kvedit verify", "ask all facts again, by free generation too")
@@ -194,17 +178,14 @@ class Demo:
         finally:
             self._seconds[name] += time.monotonic() - began
 
-    # ---- what is shown
-
     def _print(self, *parts: RenderableType, indent: int = 0) -> None:
-        print_parts(*parts, file=self._out, indent=indent)
+        output.print_parts(*parts, file=self._out, indent=indent)
 
     def _title(self, text: str) -> None:
         self._print("", styled(text, "bold"))
 
     def _step(self, command: str, meaning: str) -> None:
-        cells = (styled(f"$ {command}", "bold cyan"), styled(meaning, "dim"))
-        self._print("", pairs([cells]))
+        self._print("", pairs([(styled(f"$ {command}", "bold cyan"), styled(meaning, "dim"))]))
 
     def _show_answers(self, prompts: Sequence[str], kind: str) -> None:
         """The latest answers to some questions."""
@@ -223,15 +204,14 @@ class Demo:
 
     def _close(self, total: float) -> None:
         self._title("Where the time went")
-        rows = [(name, f"{spent:.1f}") for name, spent in self._seconds.items()]
-        parts: defaultdict[str, float] = defaultdict(float)
+        edits: defaultdict[str, float] = defaultdict(float)
         for report in self._edits:
             for name, spent in report.timings.items():
-                parts[name] += spent
-        rows += [(f"  of the edits: {name}", f"{spent:.1f}") for name, spent in parts.items()]
-        self._print(table(("step", "seconds"), rows), indent=2)
+                edits[f"  of the edits: {name}"] += spent
+        rows = [(name, f"{spent:.1f}") for name, spent in (self._seconds | edits).items()]
+        self._print(output.table(("step", "seconds"), rows), indent=2)
         committed = sum(report.outcome == "committed" for report in self._edits)
-        time_text = f"{seconds_text(total)} in all"
+        time_text = f"{output.seconds_text(total)} in all"
         self._print("", f"{committed} of {len(self._edits)} edits committed; {time_text}.")
         if not self._passed:
             self._print(styled("Not every step did what it should; see above.", "red"))
@@ -239,14 +219,14 @@ class Demo:
 
 def main() -> None:
     """Entry point of ``python -m kvedit.cli.demo``."""
-    configure_logging(0)
+    common.configure_logging(0)
     try:
         sys.exit(0 if Demo().run() else RejectedError.exit_code)
     except KveditError as error:
-        fail(error.message, error.hint)
+        common.fail(error.message, error.hint)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(common.EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli.common import (
-    Settings,
-    description_of,
-    force_option,
-    json_lines_option,
-    knowledge_base,
-    next_step,
-    note,
-    read_only,
-    require_keys,
-)
+from kvedit.cli import common
+from kvedit.cli.common import Settings, force_option, json_lines_option, next_step, note
 from kvedit.cli.output import edit_parts, print_json_line, print_parts
 from kvedit.cli.progress import make_reporter
 
@@ -29,38 +19,28 @@ if TYPE_CHECKING:
 EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "canceled": 130}
 
 
-def run_edit(
-    settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], EditReport], *,
-    create: bool = False,
-) -> None:  # fmt: skip
+def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], EditReport],
+             create: bool = False) -> None:  # fmt: skip
     """Open the store, make one edit, show its report, and leave with the right exit code."""
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with knowledge_base(settings, reporter, create=create) as base:
+    with common.knowledge_base(settings, reporter, create=create) as base:
         report = edit(base)
     code = EXIT_CODES.get(report.outcome, 1)
     if as_json:
         reporter(report)
-        print_json_line(summary_fields(report, code))
+        outcomes = ("committed", "unchanged", "rejected")
+        print_json_line({
+            "message_type": "summary", "kind": report.kind, "revision": report.revision,
+            **{name: int(report.outcome == name) for name in outcomes},
+            "seconds": round(report.seconds, 3), "exit_code": code,
+        })  # fmt: skip
     else:
         print_parts(*edit_parts(report, verbose=settings.verbosity > 0))
-        suggest(settings, report)
+        _suggest(settings, report)
     click.get_current_context().exit(code)
 
 
-def summary_fields(report: EditReport, exit_code: int) -> dict[str, object]:
-    """The last JSON line of an edit command."""
-    counted = {name: int(report.outcome == name) for name in ("committed", "unchanged", "rejected")}
-    return {
-        "message_type": "summary",
-        "kind": report.kind,
-        "revision": report.revision,
-        **counted,
-        "seconds": round(report.seconds, 3),
-        "exit_code": exit_code,
-    }
-
-
-def suggest(settings: Settings, report: EditReport) -> None:
+def _suggest(settings: Settings, report: EditReport) -> None:
     """Say what usually comes next."""
     key = report.key or ""
     if report.outcome == "rejected":
@@ -70,51 +50,50 @@ def suggest(settings: Settings, report: EditReport) -> None:
     elif report.outcome == "unchanged":
         next_step(settings, "show", key)
     elif report.kind in ("add", "update"):
-        next_step(settings, "ask", question(key), "--compare-base")
+        chinese = any("\u4e00" <= sign <= "\u9fff" for sign in key)
+        question = f"{key}是什麼？" if chinese else f"What is {key}?"
+        next_step(settings, "ask", question, "--compare-base")
     else:
         next_step(settings, "verify")
 
 
-def question(key: str) -> str:
-    """A question about the key, in its script, to suggest after an edit."""
-    chinese = any("\u4e00" <= sign <= "\u9fff" for sign in key)
-    return f"{key}是什麼？" if chinese else f"What is {key}?"
+def _description(file: str | None, text: str | None) -> str:
+    """The description given as FILE ('-' = stdin) or --text; exactly one of them."""
+    from kvedit.facts.readers import read_description
+
+    if (file is None) == (text is None):
+        given = "neither was" if file is None else "both were"
+        raise click.UsageError(
+            "give the description once: a FILE (- for standard input) or --text TEXT; "
+            f"{given} given"
+        )
+    return read_description(file, text=text)
 
 
 @click.command()
-@click.option(
-    "--model", metavar="NAME_OR_DIR", help="Base model: a folder or a hub name. [the embedded one]"
-)
+@click.option("--model", metavar="NAME_OR_DIR",
+              help="Base model: a folder or a hub name. [the embedded one]")  # fmt: skip
 @click.option("--revision", metavar="SHA", help="Commit of the model on the hub.")
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run the model's own Python code. Read it first."
-)
-@click.option(
-    "--protect-file", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text of your own that edits must not change, besides what the model knows already.",
-)  # fmt: skip
-@click.option(
-    "--targets", metavar="NAMES", default="",
-    help="Linear layers that edits may change, with commas: last names such as q_proj,v_proj, or"
-    " patterns such as 'model.layers.*.mlp.down_proj'. [those of the model's family]",
-)  # fmt: skip
-@click.option(
-    "--device-map", default="", metavar="MAP",
-    help="Spread the model over devices: auto, balanced, sequential, a device, or a JSON file of"
-    " devices by module. [one device]",
-)  # fmt: skip
-@click.option(
-    "--load-in", type=click.Choice(["4bit", "8bit"]),
-    help="Quantize the weights that no edit changes (needs bitsandbytes). [as they are stored]",
-)  # fmt: skip
-@click.option(
-    "--ignore-memory", is_flag=True, help="Go on even if the model seems too large to be edited."
-)
+@click.option("--trust-remote-code", is_flag=True,
+              help="Run the model's own Python code. Read it first.")  # fmt: skip
+@click.option("--protect-file", metavar="FILE", type=common.INPUT_FILE,
+              help="Text of your own that edits must not change, besides what the model knows"
+              " already.")  # fmt: skip
+@click.option("--targets", metavar="NAMES", default="",
+              help="Linear layers that edits may change, with commas: last names such as"
+              " q_proj,v_proj, or patterns such as 'model.layers.*.mlp.down_proj'."
+              " [those of the model's family]")  # fmt: skip
+@click.option("--device-map", default="", metavar="MAP",
+              help="Spread the model over devices: auto, balanced, sequential, a device, or a JSON"
+              " file of devices by module. [one device]")  # fmt: skip
+@click.option("--load-in", type=click.Choice(["4bit", "8bit"]),
+              help="Quantize the weights that no edit changes (needs bitsandbytes)."
+              " [as they are stored]")  # fmt: skip
+@click.option("--ignore-memory", is_flag=True,
+              help="Go on even if the model seems too large to be edited.")  # fmt: skip
 @click.pass_obj
-def init(
-    settings: Settings, /, model: str | None, targets: str, load_in: str | None,
-    ignore_memory: bool, **options: Any,
-) -> None:  # fmt: skip
+def init(settings: Settings, /, model: str | None, targets: str, load_in: str | None,
+         ignore_memory: bool, **options: Any) -> None:  # fmt: skip
     """Create a store for a base model.
 
     The store keeps a fingerprint of the model's files and opens only with the same model. Without
@@ -135,14 +114,13 @@ def init(
     path = resolve_store(settings.store)
     options["targets"] = [name.strip() for name in targets.split(",") if name.strip()]
     options |= {"load_in": load_in or "", "check_memory": not ignore_memory}
-    with (
-        make_reporter(quiet=settings.quiet) as reporter,
-        KnowledgeBase.create(path, model, on_event=reporter, **options) as base,
-    ):
-        name = base.store.meta("model_name")
-        lines = base.example_lines()
-    print_parts(f"created the store {path} for the model {name}")
-    print_parts("facts are trained and asked like this (see [prompts] in kvedit.toml):")
+    with (make_reporter(quiet=settings.quiet) as reporter,
+          KnowledgeBase.create(path, model, on_event=reporter, **options) as base):  # fmt: skip
+        name, lines = base.store.meta("model_name"), base.example_lines()
+    print_parts(
+        f"created the store {path} for the model {name}",
+        "facts are trained and asked like this (see [prompts] in kvedit.toml):",
+    )
     print_parts(*lines, indent=2)
     next_step(settings, "add", "KEY", "FILE")
 
@@ -152,24 +130,18 @@ def init(
 @click.argument("file", required=False)
 @click.option("--text", help="The description itself, instead of FILE.")
 @click.option("--alias", "aliases", multiple=True, help="Another name of the key. Repeatable.")
-@click.option(
-    "--prompt", "prompts", multiple=True, help="A phrasing of your own to train. Repeatable."
-)
-@click.option(
-    "--paraphrase", "paraphrases", multiple=True,
-    help="A phrasing that is asked afterwards and never trained. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--lang", type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
-    help="Language of the phrasings. [detected from the text]",
-)  # fmt: skip
+@click.option("--prompt", "prompts", multiple=True,
+              help="A phrasing of your own to train. Repeatable.")  # fmt: skip
+@click.option("--paraphrase", "paraphrases", multiple=True,
+              help="A phrasing that is asked afterwards and never trained."
+              " Repeatable.")  # fmt: skip
+@click.option("--lang", type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
+              help="Language of the phrasings. [detected from the text]")  # fmt: skip
 @force_option
 @json_lines_option
 @click.pass_obj
-def add(
-    settings: Settings, /, key: str, file: str | None, text: str | None, force: bool, as_json: bool,
-    **details: Any,
-) -> None:  # fmt: skip
+def add(settings: Settings, /, key: str, file: str | None, text: str | None, force: bool,
+        as_json: bool, **details: Any) -> None:  # fmt: skip
     """Train a fact into the model.
 
     KEY is its subject, and FILE, a text file or '-' for standard input, its description: the answer
@@ -192,14 +164,10 @@ def add(
     """
     from kvedit.facts.fact import Fact
 
-    description = description_of(file, text)
+    description = _description(file, text)
     Fact.create(key, description, **details)  # bad input fails before anything is made or loaded
-    run_edit(
-        settings,
-        as_json,
-        lambda base: base.add(key, description, force=force, **details),
-        create=True,
-    )
+    run_edit(settings, as_json, lambda base: base.add(key, description, force=force, **details),
+             create=True)  # fmt: skip
 
 
 @click.command()
@@ -209,9 +177,8 @@ def add(
 @force_option
 @json_lines_option
 @click.pass_obj
-def update(
-    settings: Settings, key: str, file: str | None, text: str | None, force: bool, as_json: bool
-) -> None:
+def update(settings: Settings, key: str, file: str | None, text: str | None, force: bool,
+           as_json: bool) -> None:  # fmt: skip
     """Give a fact another description.
 
     FILE holds the new description, or is '-' for standard input. The change is checked like an
@@ -222,8 +189,8 @@ def update(
       kvedit update 夢中情爐 stove.txt
       kvedit update Porto --text "A city of bridges."
     """
-    description = description_of(file, text)
-    require_keys(settings, [key])
+    description = _description(file, text)
+    common.require_keys(settings, [key])
     run_edit(settings, as_json, lambda base: base.update(key, description, force=force))
 
 
@@ -242,7 +209,7 @@ def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
     Examples:
       kvedit remove Porto
     """
-    require_keys(settings, [key])
+    common.require_keys(settings, [key])
     run_edit(settings, as_json, lambda base: base.remove(key, force=force))
 
 
@@ -261,6 +228,6 @@ def rollback(settings: Settings, revision: int, as_json: bool) -> None:
       kvedit rollback 3
       kvedit rollback 0
     """
-    with read_only(settings) as store:
+    with common.read_only(settings) as store:
         store.revision(revision)  # an unknown one fails before the model is loaded
     run_edit(settings, as_json, lambda base: base.rollback(revision))

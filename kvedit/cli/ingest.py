@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli.common import (
-    EXIT_INTERRUPTED,
-    Settings,
-    json_lines_option,
-    knowledge_base,
-    next_step,
-    note,
-)
+from kvedit.cli import common, tables
+from kvedit.cli.common import COUNT, FILE, Settings, next_step, note
 from kvedit.cli.output import print_json_line, print_parts
 from kvedit.cli.progress import make_reporter
-from kvedit.cli.tables import (
-    ingest_fields,
-    ingest_parts,
-    plan_fields,
-    plan_parts,
-    problem_lines,
-    similar_keys_text,
-)
 from kvedit.errors import InvalidFactError, RejectedError
 
 if TYPE_CHECKING:
     from kvedit.ingest.preflight import Near, Preflight
-    from kvedit.ingest.report import FactOutcome, IngestOptions, IngestReport
+    from kvedit.ingest.report import IngestOptions, IngestReport
     from kvedit.store.store import Store
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
@@ -62,32 +48,22 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
 
 @click.command()
 @click.argument("source", metavar="FILE|DIR|-")
-@click.option(
-    "--group", callback=group_size, default="auto", metavar="auto|N",
-    help="Train N facts together; 1: each by itself. [auto]",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Train at most N facts.")
-@click.option(
-    "--max-failures", type=click.IntRange(min=1), metavar="N",
-    help="Stop when N facts were rejected or failed.",
-)  # fmt: skip
-@click.option(
-    "--max-time", callback=seconds, metavar="TIME",
-    help="Stop after 90s, 30m, 2h or 1h30m, if need be within a group.",
-)  # fmt: skip
+@click.option("--group", callback=group_size, default="auto", metavar="auto|N",
+              help="Train N facts together; 1: each by itself. [auto]")  # fmt: skip
+@click.option("--limit", type=COUNT, metavar="N", help="Train at most N facts.")
+@click.option("--max-failures", type=COUNT, metavar="N",
+              help="Stop when N facts were rejected or failed.")  # fmt: skip
+@click.option("--max-time", callback=seconds, metavar="TIME",
+              help="Stop after 90s, 30m, 2h or 1h30m, if need be within a group.")  # fmt: skip
 @click.option("--skip-invalid", is_flag=True, help="Leave out invalid rows instead of stopping.")
 @click.option("--retry-rejected", is_flag=True, help="Also train what was rejected before.")
-@click.option(
-    "--rejected-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Where to write the rejected facts. [exports/ of the store]",
-)  # fmt: skip
+@click.option("--rejected-file", type=FILE, metavar="FILE",
+              help="Where to write the rejected facts. [exports/ of the store]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
-@json_lines_option
+@common.json_lines_option
 @click.pass_obj
-def ingest(
-    settings: Settings, /, source: str, max_time: float | None, rejected_file: Path | None,
-    dry_run: bool, as_json: bool, **limits: Any,
-) -> None:  # fmt: skip
+def ingest(settings: Settings, /, source: str, max_time: float | None, rejected_file: Path | None,
+           dry_run: bool, as_json: bool, **limits: Any) -> None:  # fmt: skip
     """Train a file or a folder of facts into the model.
 
     The file, or standard input ('-'), is JSON Lines, JSON, CSV or TSV; the format is detected from
@@ -116,9 +92,14 @@ def ingest(
     entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
     places = {entry.fact.key: entry.where for entry in entries}
     options = IngestOptions(max_seconds=max_time, places=places, **limits)
+    _report_problems(preflight, as_json=as_json)
     if dry_run:
         _show_plan(settings, preflight, options, as_json)
-    _refuse_problems(preflight, as_json=as_json, skip=options.skip_invalid)
+    if preflight.problems and not options.skip_invalid:
+        raise InvalidFactError(
+            f"{len(preflight.problems)} of {preflight.read} rows are invalid; nothing was changed",
+            hint="Correct them, or add --skip-invalid to leave them out.",
+        )
     report = _run(settings, preflight, options, as_json)
     path = _write_rejected(settings, source, rejected_file, report, options.places)
     _show(settings, preflight, report, path, as_json)
@@ -139,18 +120,8 @@ def _preflight(settings: Settings, source: str) -> Preflight:
     from kvedit.facts.formats import read_facts
     from kvedit.ingest.preflight import inspect_facts
 
-    with _open_store(settings) or nullcontext() as store:
+    with _open_store(settings) as store:
         return inspect_facts(read_facts(source), store)
-
-
-def _refuse_problems(preflight: Preflight, *, as_json: bool, skip: bool) -> None:
-    """Name the invalid rows; without --skip-invalid that is the end."""
-    _report_problems(preflight, as_json=as_json)
-    if preflight.problems and not skip:
-        raise InvalidFactError(
-            f"{len(preflight.problems)} of {preflight.read} rows are invalid; nothing was changed",
-            hint="Correct them, or add --skip-invalid to leave them out.",
-        )
 
 
 def _report_problems(preflight: Preflight, *, as_json: bool) -> None:
@@ -158,7 +129,7 @@ def _report_problems(preflight: Preflight, *, as_json: bool) -> None:
     from kvedit.events import Warning_
 
     if not as_json:
-        for line in problem_lines(preflight.problems):
+        for line in tables.problem_lines(preflight.problems):
             click.echo(line, err=True)
         return
     for one in preflight.problems:
@@ -166,9 +137,8 @@ def _report_problems(preflight: Preflight, *, as_json: bool) -> None:
         print_json_line(warning.to_json())
 
 
-def _run(
-    settings: Settings, preflight: Preflight, options: IngestOptions, as_json: bool
-) -> IngestReport:
+def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
+         as_json: bool) -> IngestReport:  # fmt: skip
     """Train what is new; with nothing to train the model is not even loaded."""
     from kvedit.ingest.report import FactOutcome, IngestReport
     from kvedit.ingest.run import ingest
@@ -176,30 +146,28 @@ def _run(
     rejected = preflight.rejected_before
     if not preflight.new and not (options.retry_rejected and rejected):
         before = tuple(FactOutcome(one.entry.fact, "rejected", one.reasons) for one in rejected)
+        with _open_store(settings) as store:
+            head = 0 if store is None else store.head()
         return IngestReport(
-            outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before,
-            revision=_head(settings),
-        )  # fmt: skip
+            outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before, revision=head
+        )
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
-    with knowledge_base(settings, reporter, create=True) as base:
+    with common.knowledge_base(settings, reporter, create=True) as base:
         if near := _similar_keys(preflight, base.store):
-            text = similar_keys_text(near)
+            text = tables.similar_keys_text(near)
             reporter.say(f"{text}; such facts are trained together, or their retention comes first")
         return ingest(base, [entry.fact for entry in entries], options, reporter)
 
 
-def _head(settings: Settings) -> int:
-    with _open_store(settings) or nullcontext() as store:
-        return 0 if store is None else store.head()
-
-
-def _open_store(settings: Settings) -> Store | None:
+@contextmanager
+def _open_store(settings: Settings) -> Iterator[Store | None]:
     """The store, for reading, or None if there is none yet."""
     from kvedit.store.store import Store, resolve_store
 
     path = resolve_store(settings.store)
-    return Store.open(path, readonly=True) if Store.exists(path) else None
+    with Store.open(path, readonly=True) if Store.exists(path) else nullcontext() as store:
+        yield store
 
 
 def _similar_keys(preflight: Preflight, store: Store | None) -> list[Near]:
@@ -209,18 +177,22 @@ def _similar_keys(preflight: Preflight, store: Store | None) -> list[Near]:
     return near_keys([entry.fact for entry in preflight.new], keys)
 
 
-def _write_rejected(
-    settings: Settings, source: str, chosen: Path | None, report: IngestReport,
-    places: Mapping[str, str],
-) -> Path | None:  # fmt: skip
+def _write_rejected(settings: Settings, source: str, chosen: Path | None, report: IngestReport,
+                    places: Mapping[str, str]) -> Path | None:  # fmt: skip
     """The rejected facts with reasons, as JSON Lines; returns the file if there are any."""
     from kvedit.files import remove, write_atomic
     from kvedit.store.store import resolve_store
 
     if settings.rank:  # only rank 0 writes for the user
         return None
-    rejected = [one for one in report.outcomes if one.outcome != "committed"]
-    lines = [_rejected_line(one, places) for one in (*rejected, *report.rejected_before)]
+    lines = []
+    for one in (*report.outcomes, *report.rejected_before):
+        if one.outcome == "committed":
+            continue
+        fields = {**one.fact.to_json(), "outcome": one.outcome, "reasons": list(one.reasons)}
+        if one.fact.key in places:  # remarks beside the fact, which the reader ignores
+            fields["where"] = places[one.fact.key]
+        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
     stem = "stdin" if source == "-" else _UNSAFE.sub("-", Path(source).resolve().stem)
     path = chosen or resolve_store(settings.store) / "exports" / f"rejected-{stem}.jsonl"
     if not lines and chosen is None:
@@ -231,33 +203,17 @@ def _write_rejected(
     return path if lines else None
 
 
-def _rejected_line(one: FactOutcome, places: Mapping[str, str]) -> str:
-    """A fact as `ingest` reads it, with remarks that the reader ignores."""
-    remarks = {"outcome": one.outcome, "reasons": list(one.reasons)}
-    where = {"where": places[one.fact.key]} if one.fact.key in places else {}
-    document = {**one.fact.to_json(), **remarks, **where}
-    return json.dumps(document, ensure_ascii=False) + "\n"
-
-
-def _exit_code(report: IngestReport) -> int:
-    if report.stopped == "interrupted":
-        return EXIT_INTERRUPTED
-    bad = report.count("rejected") + report.count("failed") + len(report.rejected_before)
-    return RejectedError.exit_code if bad else 0
-
-
-def _show(
-    settings: Settings, preflight: Preflight, report: IngestReport, path: Path | None,
-    as_json: bool,
-) -> None:  # fmt: skip
+def _show(settings: Settings, preflight: Preflight, report: IngestReport, path: Path | None,
+          as_json: bool) -> None:  # fmt: skip
     """The end of a run: one JSON line, or text and what to do next; leaves with the exit code."""
-    code = _exit_code(report)
+    refused = report.count("rejected") + report.count("failed") + len(report.rejected_before)
+    code = RejectedError.exit_code if refused else 0
+    code = common.EXIT_INTERRUPTED if report.stopped == "interrupted" else code
     if as_json:
-        place = None if path is None else str(path)
-        fields = ingest_fields(preflight, report)
-        print_json_line({**fields, "rejected_file": place, "exit_code": code})
+        fields = tables.ingest_fields(preflight, report)
+        print_json_line({**fields, "rejected_file": path and str(path), "exit_code": code})
     else:
-        print_parts(*ingest_parts(preflight, report))
+        print_parts(*tables.ingest_parts(preflight, report))
         if path is not None:
             click.echo(f"rejected facts and reasons: {path}")
         if report.remaining:
@@ -269,24 +225,22 @@ def _show(
     click.get_current_context().exit(code)
 
 
-def _show_plan(
-    settings: Settings, preflight: Preflight, options: IngestOptions, as_json: bool
-) -> None:
+def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,
+               as_json: bool) -> None:  # fmt: skip
     """What a run would do and how long it may take, as measured in this store; ends the command."""
     retried = len(preflight.rejected_before) if options.retry_rejected else 0
     new = len(preflight.new) + retried
     new = new if options.limit is None else min(new, options.limit)
-    with _open_store(settings) or nullcontext() as store:
+    with _open_store(settings) as store:
         near = _similar_keys(preflight, store)
         pace = (0, 0.0) if store is None else store.pace()
         retrained = 0 if store is None else _retrained(store, new, options.group)
-    fields = plan_fields(preflight, near, pace, new, retrained)
+    fields = tables.plan_fields(preflight, near, pace, new, retrained)
     code = InvalidFactError.exit_code if preflight.problems and not options.skip_invalid else 0
-    _report_problems(preflight, as_json=as_json)
     if as_json:
         print_json_line({**fields, "exit_code": code})
     else:
-        print_parts(*plan_parts(preflight, near, fields))
+        print_parts(*tables.plan_parts(preflight, near, fields))
         if code:
             note(settings, "correct the invalid rows, or add --skip-invalid to leave them out")
     click.get_current_context().exit(code)

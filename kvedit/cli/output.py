@@ -23,6 +23,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.measure import Measurement
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -84,7 +85,7 @@ class FirstLine:
     text: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        line = styled(" ".join(self.text.split()))
+        line = self._line()
         if line.cell_len > options.max_width:
             line = line.wrap(console, max(2, options.max_width - 1))[0]
             line.rstrip()
@@ -94,7 +95,10 @@ class FirstLine:
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         from rich.measure import Measurement
 
-        return Measurement(20, max(20, styled(" ".join(self.text.split())).cell_len))
+        return Measurement(20, max(20, self._line().cell_len))
+
+    def _line(self) -> Text:
+        return styled(" ".join(self.text.split()))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -108,17 +112,15 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return grid
 
 
-def pairs(
-    rows: Sequence[Sequence[object]], indent: int = 0, label_width: int = 0
-) -> RenderableType:
+def pairs(rows: Sequence[Sequence[object]], indent: int = 0, label_width: int = 0) -> Padding:
     """Rows of a label and values, which are wrapped beside their label."""
     from rich.padding import Padding
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2, 0, 0))
-    for number in range(len(rows[0])):
-        width = 0 if number else label_width
-        grid.add_column(no_wrap=number == 0, overflow="fold", min_width=width)
+    grid.add_column(no_wrap=True, overflow="fold", min_width=label_width)
+    for _ in rows[0][1:]:
+        grid.add_column(overflow="fold")
     _add_rows(grid, rows)
     return Padding(grid, (0, 0, 0, indent), expand=False)
 
@@ -127,8 +129,7 @@ def _add_rows(grid: Table, rows: Iterable[Sequence[object]]) -> None:
     from rich.text import Text
 
     for row in rows:
-        cells = (c if isinstance(c, Text | FirstLine) else styled(c, "") for c in row)
-        grid.add_row(*cells)
+        grid.add_row(*(c if isinstance(c, Text | FirstLine) else styled(c, "") for c in row))
 
 
 def print_parts(*parts: RenderableType, file: TextIO | None = None, indent: int = 0) -> None:
@@ -148,10 +149,9 @@ def print_parts(*parts: RenderableType, file: TextIO | None = None, indent: int 
 
 def percent(share: float) -> str:
     """0.985 as '98.5%', 1.0 as '100%'; never rounded up to 100%."""
-    value = 100 * share
-    if 99.95 <= value < 100:
+    if 0.9995 <= share < 1:
         return "99.9%"
-    return f"{value:.1f}".removesuffix(".0") + "%"
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
 def interval_text(score: Score) -> str:
@@ -194,11 +194,16 @@ def edit_parts(report: EditReport, *, verbose: bool = False) -> list[RenderableT
     parts: list[RenderableType] = [_headline(report)]
     reasons = [(styled("because", "red"), reason) for reason in report.reasons]
     details = [] if report.outcome == "unchanged" else _detail_rows(report)
-    for rows in (reasons, _score_rows(report), details):
-        if rows:
-            parts.append(pairs(rows, 2, label_width=len("generalization")))
+    blocks: tuple[Sequence[Sequence[object]], ...] = (reasons, _score_rows(report), details)
+    width = len("generalization")
+    parts += [pairs(rows, 2, label_width=width) for rows in blocks if rows]
     if verbose and report.ranks:
-        parts.append(table(("  rank", "distance from the base model", "matrix"), _ranks(report)))
+        norms = report.relative_norms  # of the accumulated change since the base model
+        ranks = [
+            (f"  {rank}", f"{norms[name]:.2%}" if name in norms else "-", name)
+            for name, rank in sorted(report.ranks.items())
+        ]
+        parts.append(table(("  rank", "distance from the base model", "matrix"), ranks))
     return parts
 
 
@@ -244,12 +249,3 @@ def _detail_rows(report: EditReport) -> list[tuple[str, object]]:
         detail = f" ({', '.join(times)})" if times else ""
         rows.append(("time", f"{report.steps} steps in {seconds_text(report.seconds)}{detail}"))
     return rows
-
-
-def _ranks(report: EditReport) -> list[tuple[str, str, str]]:
-    """For each matrix the rank of the change, and its relative norm since the base model."""
-    norms = report.relative_norms
-    return [
-        (f"  {rank}", f"{norms[name]:.2%}" if name in norms else "-", name)
-        for name, rank in sorted(report.ranks.items())
-    ]

@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 from kvedit.cli.output import clean, interval_text, percent, seconds_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import TaskID
 
     from kvedit.events import EditReport, Event, IngestProgress, Status
 
@@ -60,7 +60,7 @@ class Reporter:
     def __init__(self, *, many: bool = False) -> None:
         self.many = many
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -76,7 +76,7 @@ class Reporter:
             handler(event)
 
     def say(self, text: str) -> None:
-        """A remark for a person."""
+        """A remark for a person; nothing with -q and --json."""
 
     def on_warning(self, event: Any) -> None:
         """Warnings are written for everyone: nothing regresses silently."""
@@ -98,8 +98,7 @@ class TalkingReporter(Reporter):
     def on_edit(self, event: EditReport) -> None:
         """Of many facts name those that were refused."""
         if self.many and event.outcome not in ("committed", "unchanged"):
-            reasons = "; ".join(event.reasons)
-            self.say(f"{event.outcome} {event.kind} {event.key}: {reasons}")
+            self.say(f"{event.outcome} {event.kind} {event.key}: {'; '.join(event.reasons)}")
 
 
 class PlainReporter(TalkingReporter):
@@ -134,60 +133,45 @@ class LiveReporter(TalkingReporter):
     """Live lines on a terminal, gone when the work is done: the running edit, and all facts."""
 
     def __init__(self, *, many: bool = False) -> None:
-        super().__init__(many=many)
-        self._progress: Progress | None = None
-        self._step: TaskID | None = None
-        self._run: TaskID | None = None
-
-    def __enter__(self) -> LiveReporter:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+        super().__init__(many=many)
         self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}", markup=False),
+            SpinnerColumn(), TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20), TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
         self._step = self._progress.add_task("loading the model", total=None, numbers="")
+        self._run: TaskID | None = None
+
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def stop(self) -> None:
         """Take the live lines away; a second call does nothing."""
-        if self._progress is not None:
+        if self._progress.live.is_started:
             self._progress.stop()
-        self._progress = None
 
     def write(self, line: str) -> None:
         """One line, above the live lines while there are any."""
-        if self._progress is None:
-            super().write(line)
-        else:
-            from rich.text import Text
+        from rich.text import Text
 
-            self._progress.console.print(Text.from_ansi(line), soft_wrap=True)
+        self._progress.console.print(Text.from_ansi(line), soft_wrap=True)
 
     def on_status(self, event: Status) -> None:
         """Redraw the line of the running edit."""
-        if self._progress is None or self._step is None:
-            return
         steps = f"{event.step}/{event.total}  " if event.total else ""
         self._progress.update(
-            self._step,
+            self._step, completed=event.step, total=event.total or None,
             description=clean(f"{event.key}  {event.phase}" if event.key else event.phase),
-            completed=event.step,
-            total=event.total or None,
             numbers=steps + status_line(event),
-        )
+        )  # fmt: skip
 
     def on_progress(self, event: IngestProgress) -> None:
         """Redraw the line of all facts."""
-        if self._progress is None:
-            return
         if self._run is None:
             self._run = self._progress.add_task("all facts", total=event.total, numbers="")
         numbers = progress_line(event)
@@ -197,9 +181,8 @@ class LiveReporter(TalkingReporter):
 class JsonReporter(Reporter):
     """Every event as one JSON object a line on stdout; of many facts a status a second."""
 
-    def __init__(self, stream: TextIO | None = None, *, many: bool = False) -> None:
+    def __init__(self, *, many: bool = False) -> None:
         super().__init__(many=many)
-        self._stream = stream
         self._written: set[str] = set()
         self._status_time = 0.0
 
@@ -215,7 +198,7 @@ class JsonReporter(Reporter):
             if line in self._written:
                 return
             self._written.add(line)
-        click.echo(line, file=self._stream)
+        click.echo(line)
 
 
 def make_reporter(*, quiet: bool, as_json: bool = False, many: bool = False) -> Reporter:

@@ -7,31 +7,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvedit.cli.common import (
-    Settings,
-    json_option,
-    knowledge_base,
-    next_step,
-    note,
-    read_only,
-)
-from kvedit.cli.output import (
-    clean,
-    pairs,
-    print_json,
-    print_parts,
-    print_result,
-    size_text,
-    styled,
-    table,
-)
+from kvedit.cli import common
+from kvedit.cli.common import COUNT, FILE, Settings, json_option, note, read_only
+from kvedit.cli.output import clean, pairs, print_json, print_result, size_text, styled, table
 from kvedit.cli.progress import make_reporter
 from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
 
@@ -45,16 +29,12 @@ CHAT_HELP = "/new starts a new conversation, /exit or Ctrl-D ends the chat"
 @click.argument("prompt")
 @click.option("--at", type=click.IntRange(min=0), metavar="REV", help="Ask the model of REV.")
 @click.option("--compare-base", is_flag=True, help="Show the base model's answer as well.")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
-    help="Stop the answer after N tokens.",
-)  # fmt: skip
+@click.option("--max-new-tokens", type=COUNT, default=256, show_default=True, metavar="N",
+              help="Stop the answer after N tokens.")  # fmt: skip
 @json_option
 @click.pass_obj
-def ask(
-    settings: Settings, prompt: str, at: int | None, compare_base: bool, max_new_tokens: int,
-    as_json: bool,
-) -> None:  # fmt: skip
+def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max_new_tokens: int,
+        as_json: bool) -> None:  # fmt: skip
     """Ask the model a question and print its answer.
 
     PROMPT is the question, or '-' for standard input.
@@ -65,33 +45,25 @@ def ask(
       kvedit ask "Who was Ada Lovelace?" --compare-base
       kvedit ask "What is Porto?" --at 2
     """
-    question = _prompt_text(prompt)
-    with knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
+    if prompt == "-":
+        from kvedit.files import read_text
+
+        prompt = read_text("-")
+    if not (question := prompt.strip()):
+        raise click.UsageError('the prompt is empty: ask something, e.g. kvedit ask "What is X?"')
+    with common.knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
         revision = base.store.head() if at is None else at
         answer = base.ask(question, at=at, max_new_tokens=max_new_tokens)
         base_answer = None
         if compare_base:
             base_answer = base.ask_base(question, max_new_tokens=max_new_tokens)
-    document = {"prompt": question, "revision": revision, "answer": answer}
-    document["base_answer"] = base_answer
-    if as_json:
-        print_json(document)
-    elif base_answer is None:
+    if base_answer is None and not as_json:
         click.echo(clean(answer))
-    else:
-        now = styled(f"revision {revision}", "green")
-        print_parts(pairs([(styled("base model", "yellow"), base_answer), (now, answer)]))
-
-
-def _prompt_text(prompt: str) -> str:
-    """The prompt itself, or standard input for '-'; an empty one is a usage error."""
-    if prompt == "-":
-        from kvedit.files import read_text
-
-        prompt = read_text("-")
-    if not prompt.strip():
-        raise click.UsageError('the prompt is empty: ask something, e.g. kvedit ask "What is X?"')
-    return prompt.strip()
+        return
+    document = {"prompt": question, "revision": revision, "answer": answer}
+    rows = [(styled("base model", "yellow"), base_answer)]
+    rows.append((styled(f"revision {revision}", "green"), answer))
+    print_result(as_json, {**document, "base_answer": base_answer}, pairs(rows))
 
 
 @click.command()
@@ -109,7 +81,7 @@ def chat(settings: Settings, as_json: bool) -> None:
       kvedit chat --json < questions.txt
     """
     reporter = make_reporter(quiet=settings.quiet or as_json)
-    with knowledge_base(settings, reporter) as base:
+    with common.knowledge_base(settings, reporter) as base:
         reporter.stop()  # the terminal belongs to the user now
         revision = base.store.head()
         note(settings, f"revision {revision}; {CHAT_HELP}")
@@ -121,26 +93,19 @@ def chat(settings: Settings, as_json: bool) -> None:
 def _converse(base: KnowledgeBase, *, silent: bool) -> list[dict[str, str]]:
     """Answer questions until the input ends; returns the conversation."""
     messages: list[dict[str, str]] = []
-    for question in _questions():
+    read = _typed_line if sys.stdin.isatty() else _piped_line
+    for question in map(str.strip, iter(read, "")):
+        if question == "/exit":
+            break
         if question == "/new":
             messages = []
-            continue
-        messages.append({"role": "user", "content": question})
-        answer = base.chat(messages)
-        messages.append({"role": "assistant", "content": answer})
-        if not silent:
-            click.echo(clean(answer))
+        elif question:
+            messages.append({"role": "user", "content": question})
+            answer = base.chat(messages)
+            messages.append({"role": "assistant", "content": answer})
+            if not silent:
+                click.echo(clean(answer))
     return messages
-
-
-def _questions() -> Iterator[str]:
-    """What the user types, line by line, until /exit or the end of the input."""
-    read = _typed_line if sys.stdin.isatty() else _piped_line
-    while line := read():
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _piped_line() -> str:
@@ -161,10 +126,8 @@ def _typed_line() -> str:
 
 
 @click.command("list")
-@click.option(
-    "--state", type=click.Choice(["committed", "pending", "rejected", "removed", "all"]),
-    default="committed", show_default=True, help="Which facts.",
-)  # fmt: skip
+@click.option("--state", type=click.Choice(["committed", "pending", "rejected", "removed", "all"]),
+              default="committed", show_default=True, help="Which facts.")  # fmt: skip
 @json_option
 @click.pass_obj
 def list_facts(settings: Settings, state: str, as_json: bool) -> None:
@@ -188,7 +151,7 @@ def list_facts(settings: Settings, state: str, as_json: bool) -> None:
         print_result(as_json, [row.to_json() for row in rows], facts_table(rows))
     else:
         note(settings, "no facts" if state == "all" else f"no {state} facts")
-        next_step(settings, "add", "KEY", "FILE")
+        common.next_step(settings, "add", "KEY", "FILE")
 
 
 @click.command()
@@ -215,14 +178,10 @@ def show(settings: Settings, key: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("text")
-@click.option(
-    "--threshold", type=click.FloatRange(0, 100), default=85.0, show_default=True,
-    help="Lowest similarity to list.",
-)  # fmt: skip
-@click.option(
-    "--limit", type=click.IntRange(min=1), default=5, show_default=True, help="At most N keys.",
-    metavar="N",
-)  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 100), default=85.0, show_default=True,
+              help="Lowest similarity to list.")  # fmt: skip
+@click.option("--limit", type=COUNT, default=5, show_default=True, help="At most N keys.",
+              metavar="N")  # fmt: skip
 @json_option
 @click.pass_obj
 def similar(settings: Settings, text: str, threshold: float, limit: int, as_json: bool) -> None:
@@ -250,7 +209,7 @@ def similar(settings: Settings, text: str, threshold: float, limit: int, as_json
 
 @click.command()
 @click.argument("key", required=False)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The latest N edits only.")
+@click.option("--limit", type=COUNT, metavar="N", help="The latest N edits only.")
 @json_option
 @click.pass_obj
 def history(settings: Settings, key: str | None, limit: int | None, as_json: bool) -> None:
@@ -295,7 +254,7 @@ def status(settings: Settings, as_json: bool) -> None:
 
 @click.command()
 @click.option(
-    "-o", "--output", "file", type=click.Path(dir_okay=False, path_type=Path),
+    "-o", "--output", "file", type=FILE,
     default=Path("kvedit-report.html"), show_default=True, help="Where to write the page.",
 )  # fmt: skip
 @json_option

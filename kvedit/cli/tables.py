@@ -8,16 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvedit.cli.output import (
-    FirstLine,
-    clean,
-    pairs,
-    score_text,
-    seconds_text,
-    size_text,
-    styled,
-    table,
-)
+from kvedit.cli import output
+from kvedit.cli.output import FirstLine, clean, pairs, seconds_text, styled, table
 from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:
@@ -31,6 +23,11 @@ if TYPE_CHECKING:
 Parts = list["RenderableType"]
 SHOWN = 20
 SHOWN_SIMILAR = 3
+UNFINISHED = "if it was interrupted, repeat the command"
+CHANGE = (
+    "{median:.1%} of the norm of a matrix (median of {matrices}), at most {most:.1%} ({matrix})"
+)
+"""How far the weights are from the base model's, relative to their Frobenius norms."""
 STOPPED = {
     "limit": "stopped at --limit",
     "failures": "stopped at --max-failures",
@@ -69,23 +66,14 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items()) or "none"
 
 
-# --- facts and edits -------------------------------------------------------------------------
-
-
-def fact_document(
-    row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRow]
-) -> dict[str, Any]:
+def fact_document(row: FactRow, edits: Sequence[EditRow],
+                  results: Sequence[ProbeRow]) -> dict[str, Any]:  # fmt: skip
     """All about one fact as a JSON document."""
-    return {
-        **row.to_json(),
-        "edits": [edit.to_json() for edit in edits],
-        "results": [_result_fields(result) for result in results],
-    }
-
-
-def _result_fields(row: ProbeRow) -> dict[str, Any]:
     names = ("kind", "protocol", "prompt", "expected", "answer", "passed", "margin", "revision")
-    return {**{name: getattr(row, name) for name in names}, "time": row.created_at}
+    probes = [
+        {**{name: getattr(one, name) for name in names}, "time": one.created_at} for one in results
+    ]
+    return {**row.to_json(), "edits": [edit.to_json() for edit in edits], "results": probes}
 
 
 def facts_table(rows: Sequence[FactRow]) -> Table:
@@ -114,43 +102,32 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
     for title, prompts in (("prompts", fact.prompts), ("paraphrases", fact.paraphrases)):
         if prompts:
             parts += ["", styled(f"{title} of its own", "bold"), *(f"  {one}" for one in prompts)]
-    parts += ["", edits_table(edits)] if edits else []
-    return parts + (["", results_table(results)] if results else [])
-
-
-def results_table(results: Sequence[ProbeRow]) -> Table:
-    """The latest probes of a fact."""
-    outcomes = {True: styled("passed"), False: styled("failed")}
-    cells = [
-        (row.kind, outcomes[row.passed], margin_text(row.margin), row.protocol, row.prompt)
-        for row in results
-    ]
-    return table(("probe", "result", "margin", "protocol", "prompt"), cells)
+    if edits:
+        parts += ["", edits_table(edits)]
+    if results:
+        cells = [
+            (one.kind, styled("passed" if one.passed else "failed"), margin_text(one.margin),
+             one.protocol, one.prompt)
+            for one in results
+        ]  # fmt: skip
+        parts += ["", table(("probe", "result", "margin", "protocol", "prompt"), cells)]
+    return parts
 
 
 def edits_table(edits: Sequence[EditRow]) -> Table:
     """One row for each edit, with the reasons of those that were refused."""
     cells = [
-        (
-            styled(edit.revision),
-            edit.kind,
-            styled(edit.state),
-            when(edit.finished_at or edit.started_at),
-            in_words(edit.keys) + (f": {'; '.join(edit.reasons)}" if edit.reasons else ""),
-        )
+        (styled(edit.revision), edit.kind, styled(edit.state),
+         when(edit.finished_at or edit.started_at),
+         in_words(edit.keys) + (f": {'; '.join(edit.reasons)}" if edit.reasons else ""))
         for edit in edits
-    ]
+    ]  # fmt: skip
     return table(("revision", "kind", "outcome", "time (UTC)", "fact"), cells)
-
-
-# --- the store -------------------------------------------------------------------------------
 
 
 def status_table(fields: Mapping[str, Any]) -> RenderableType:
     """Where the store stands."""
-    last, unfinished, norm = (
-        fields[name] for name in ("last_edit_at", "unfinished_at", "relative_norm")
-    )
+    last, unfinished, norm = map(fields.get, ("last_edit_at", "unfinished_at", "relative_norm"))
     rows = [
         ("store", fields["path"]),
         ("model", f"{fields['model_name']} ({fields['dtype'] or 'dtype unknown'})"),
@@ -160,31 +137,13 @@ def status_table(fields: Mapping[str, Any]) -> RenderableType:
         ("health", counts_text(fields["health"])),
         ("edits", counts_text(fields["edits"])),
         ("last edit", f"{when(last)} UTC" if last else "never"),
-        ("unfinished", unfinished and _unfinished(unfinished)),
-        ("change", norm and _change(norm)),
+        ("unfinished", unfinished and f"training, saved {when(unfinished)} UTC; {UNFINISHED}"),
+        ("change", norm and CHANGE.format(**norm)),
         ("protected", f"{fields['protected']} texts"),
         ("checkpoints", fields["checkpoints"]),
-        ("size", ", ".join(f"{name} {size_text(n)}" for name, n in fields["bytes"].items())),
+        ("size", ", ".join(f"{name} {output.size_text(n)}" for name, n in fields["bytes"].items())),
     ]
     return pairs([row for row in rows if row[1] is not None])
-
-
-def _unfinished(saved: str) -> str:
-    """A training checkpoint, of a running command or of one that was interrupted."""
-    return f"training, saved {when(saved)} UTC; if it was interrupted, repeat the command"
-
-
-def _change(norm: Mapping[str, Any]) -> str:
-    """How far the weights are from the base model's, relative to their Frobenius norms."""
-    return (
-        f"{norm['median']:.1%} of the norm of a matrix (median of {norm['matrices']}), "
-        f"at most {norm['most']:.1%} ({norm['matrix']})"
-    )
-
-
-def finding_fields(finding: Finding) -> dict[str, str]:
-    """A finding as a JSON document."""
-    return {"level": finding.level, "what": finding.what, "hint": finding.hint}
 
 
 def finding_parts(findings: Sequence[Finding]) -> Parts:
@@ -198,10 +157,7 @@ def finding_parts(findings: Sequence[Finding]) -> Parts:
     verdict = styled(f"{errors} error(s), {warnings} warning(s)", "")
     if not errors and not warnings:
         verdict = styled("no problems", "green")
-    return [*([pairs(rows)] if rows else []), verdict]
-
-
-# --- many facts ------------------------------------------------------------------------------
+    return [pairs(rows), verdict] if rows else [verdict]
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
@@ -239,22 +195,16 @@ def ingest_fields(preflight: Preflight, report: IngestReport) -> dict[str, Any]:
     counts = _outcome_counts(report)
     tried = sum(counts.values())
     return {
-        "message_type": "summary",
-        "kind": "ingest",
-        "dry_run": False,
-        "revision": report.revision,
-        **preflight_fields(preflight),
-        **counts,
+        "message_type": "summary", "kind": "ingest", "dry_run": False,
+        "revision": report.revision, **preflight_fields(preflight), **counts,
         "invalid": len(preflight.problems) + report.count("invalid"),
-        "rejected_before": len(report.rejected_before),
-        "remaining": report.remaining,
+        "rejected_before": len(report.rejected_before), "remaining": report.remaining,
         "stopped": report.stopped or None,
-        "retention": report.retention.to_json(),
-        "lost": list(report.lost),
+        "retention": report.retention.to_json(), "lost": list(report.lost),
         "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
         "seconds": round(report.seconds, 3),
         "seconds_per_fact": round(report.seconds / tried, 3) if tried else None,
-    }
+    }  # fmt: skip
 
 
 def _outcome_counts(report: IngestReport) -> dict[str, int]:
@@ -266,8 +216,8 @@ def ingest_parts(preflight: Preflight, report: IngestReport) -> Parts:
     parts: Parts = [preflight_line(preflight), _outcome_line(report)]
     rows: list[tuple[object, object]] = []
     if report.retention.n:
-        text = f"{score_text(report.retention)} of the earlier facts that were asked again"
-        rows.append(("retention", text))
+        score = output.score_text(report.retention)
+        rows.append(("retention", f"{score} of the earlier facts that were asked again"))
     rows += [(styled("lost"), key) for key in report.lost[:SHOWN]]
     refused = [one for one in report.outcomes if one.outcome != "committed"]
     for one in [*refused, *report.rejected_before][:SHOWN]:
@@ -289,24 +239,19 @@ def _outcome_line(report: IngestReport) -> str:
     return f"{counts_text(refused)}: revision {report.revision}, {time}"
 
 
-def plan_fields(
-    preflight: Preflight, near: Sequence[Near], pace: tuple[int, float], new: int, retrained: int,
-) -> dict[str, Any]:  # fmt: skip
+def plan_fields(preflight: Preflight, near: Sequence[Near], pace: tuple[int, float], new: int,
+                retrained: int) -> dict[str, Any]:  # fmt: skip
     """What a run would do: train ``new`` facts, the first group together with ``retrained`` earlier
     ones; ``pace`` is facts and seconds measured in this store, without any there is no estimate.
     """
     each = pace[1] / pace[0] if pace[0] else None
     return {
-        "message_type": "summary",
-        "kind": "ingest",
-        "dry_run": True,
-        **preflight_fields(preflight),
-        "would_train": new,
-        "would_retrain": retrained,
+        "message_type": "summary", "kind": "ingest", "dry_run": True,
+        **preflight_fields(preflight), "would_train": new, "would_retrain": retrained,
         "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
         "seconds_per_fact": None if each is None else round(each, 3),
         "seconds_estimated": None if each is None else round(each * (new + retrained), 1),
-    }
+    }  # fmt: skip
 
 
 def plan_parts(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any]) -> Parts:
