@@ -53,10 +53,9 @@ format: $(STAMP)  ## let ruff mend what it can
 
 docs: $(STAMP)  ## write the generated pages again, and store/schema.sql
 	$(PY) -m tests.docs.cli_page docs/cli.md
-	$(PY) -m kvedit.config_page > docs/.configuration.md
-	mv docs/.configuration.md docs/configuration.md
+	$(PY) -m tests.docs.config_page docs/configuration.md
 	$(PY) -m tests.docs.results
-	$(PY) -m kvedit.store.migrations > store/.schema.sql
+	$(PY) -c 'from kvedit.store.migrations import schema_sql as s; print(s(), end="")' > store/.schema.sql
 	mv store/.schema.sql store/schema.sql
 
 picture: $(STAMP)  ## run the commands of the README's picture and draw it again

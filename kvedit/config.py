@@ -1,6 +1,6 @@
 """The settings of a store: defaults here, changes in its ``kvedit.toml``.
 
-``python -m kvedit.config_page > docs/configuration.md`` writes the page about them.
+`make docs` writes the page about them, docs/configuration.md.
 
 Invariants:
 - A setting that is misspelt, of the wrong type or out of range is refused, never ignored.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from kvedit.facts.fact import Fact
 from kvedit.files import put
-from kvedit.store.store import FactChange, ProbeRow, Store
+from kvedit.store.rows import FactChange, ProbeRow
+from kvedit.store.store import Store
 
 META = {"model_name": "tiny", "model_fingerprint": "base-digest", "dtype": "bfloat16"}
 

@@ -11,7 +11,7 @@ from kvedit.events import EditReport, Similar, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import similar
 from kvedit.revisions.session import Session
-from kvedit.store.store import FactRow
+from kvedit.store.rows import FactRow
 
 
 class SingleEditor:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from kvedit.adapter.deltas import Master, from_bytes
 from kvedit.errors import CorruptStoreError
 from kvedit.files import disk_errors, read_verified, remove, sync_directory, temporary_path
-from kvedit.store.rows import RevisionRow
-from kvedit.store.store import Finding, Store
+from kvedit.store.rows import Finding, RevisionRow
+from kvedit.store.store import Store
 
 KEPT_CHECKPOINTS = 3
 

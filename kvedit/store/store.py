@@ -23,33 +23,16 @@ from kvedit.store.journal import Journal
 from kvedit.store.rows import (
     CheckpointRow,
     EditRow,
-    FactChange,
     FactRow,
     Finding,
-    InterruptedEdit,
     ProbeCount,
     ProbeRow,
     ProtectedRow,
-    RevisionRow,
     Row,
     fact_columns,
     fact_from_columns,
     probe_from,
 )
-
-__all__ = [
-    "CheckpointRow",
-    "EditRow",
-    "FactChange",
-    "FactRow",
-    "Finding",
-    "InterruptedEdit",
-    "ProbeRow",
-    "ProtectedRow",
-    "RevisionRow",
-    "Store",
-    "resolve_store",
-]
 
 ENVIRONMENT = "KVEDIT_STORE"
 DEFAULT = "store"

@@ -10,7 +10,7 @@ from small_model import FREE
 from kvedit import KnowledgeBase
 from kvedit.editing.plan import Planner
 from kvedit.facts.fact import Fact, LocalityProbe
-from kvedit.store.store import FactRow
+from kvedit.store.rows import FactRow
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from store_steps import add, check, fact, new_store, remove
 
 from kvedit.events import Score
 from kvedit.store import html_report
-from kvedit.store.rows import ProbeCount
-from kvedit.store.store import FactChange, Store
+from kvedit.store.rows import FactChange, ProbeCount
+from kvedit.store.store import Store
 
 
 @pytest.fixture

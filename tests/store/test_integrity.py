@@ -12,7 +12,8 @@ from store_steps import add, check, committed_texts, fact, new_store, problems, 
 
 from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.files import write_manifest
-from kvedit.store.store import FactChange, Store
+from kvedit.store.rows import FactChange
+from kvedit.store.store import Store
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from store_steps import (
 )
 
 from kvedit.errors import CorruptStoreError, LockedError, UsageError
-from kvedit.store.store import FactChange, InterruptedEdit, Store
+from kvedit.store.rows import FactChange, InterruptedEdit
+from kvedit.store.store import Store
 
 
 @pytest.fixture

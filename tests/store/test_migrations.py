@@ -30,9 +30,7 @@ SCHEMA = Path(__file__).parents[2] / "store" / "schema.sql"
 
 
 def test_the_schema_file_is_current() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == schema_sql(), (
-        "run: python -m kvedit.store.migrations > store/schema.sql"
-    )
+    assert SCHEMA.read_text(encoding="utf-8") == schema_sql(), "run `make docs`"
 
 
 def test_the_schema_file_is_valid_sql_and_gives_the_format() -> None:

@@ -21,7 +21,8 @@ from kvedit.errors import (
     UsageError,
 )
 from kvedit.facts.fact import Fact, LocalityProbe
-from kvedit.store.store import FactChange, ProtectedRow, Store, resolve_store
+from kvedit.store.rows import FactChange, ProtectedRow
+from kvedit.store.store import Store, resolve_store
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from the settings: ``python -m kvedit.config_page > FILE``.
+"""docs/configuration.md, made from the settings: `python -m tests.docs.config_page FILE`.
 
 Invariant: the page depends on the dataclasses of ``config`` alone.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 from kvedit.config import Config, bounds, type_of
+from kvedit.files import write_atomic
 
 _INTRODUCTION = """\
 # Configuration
@@ -26,8 +28,7 @@ min_paraphrase = 0.5
 An unknown name, a value of the wrong type or one out of range is refused. The file is read when a
 store is opened, and the journal keeps the settings of each edit.
 
-This page is made from the program by `python -m kvedit.config_page > docs/configuration.md`; a test
-fails when it is out of date.
+This page is made from the program by `make docs`; a test fails when it is out of date.
 """
 
 
@@ -63,4 +64,4 @@ _KINDS = {str: "text", bool: "`true` or `false`", dict: "a table"}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    write_atomic(Path(sys.argv[1]), page().encode())
