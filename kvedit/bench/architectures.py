@@ -85,20 +85,21 @@ def build(folder: Path, source: str | Path, family: str | None, trust: bool) -> 
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    makers: Any = AutoConfig, AutoModelForCausalLM
+    auto_config: Any = AutoConfig
+    auto_model: Any = AutoModelForCausalLM
     tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    if family is None:
-        config = makers[0].from_pretrained(source, trust_remote_code=trust)
+    if family:
+        config = auto_config.for_model(family)
     else:
-        config = makers[0].for_model(family)
+        config = auto_config.from_pretrained(source, trust_remote_code=trust)
     given = config.to_dict()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
     small = {name: value for name, value in SMALL.items() if name in given}
-    kept = {} if family else {n: value for n, value in given.items() if n not in _DERIVED}
-    config = type(config)(**{**kept, **small, **ids, "vocab_size": len(tokenizer)})
+    other = {} if family else {n: value for n, value in given.items() if n not in _DERIVED}
+    config = type(config)(**{**other, **small, **ids, "vocab_size": len(tokenizer)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = makers[1].from_config(config, trust_remote_code=trust, dtype=torch.float32)
+        model = auto_model.from_config(config, trust_remote_code=trust, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

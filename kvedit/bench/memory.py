@@ -67,20 +67,16 @@ def memory(setup: Setup, emit: Emit, *, measured: bool = True) -> MemoryResult:
     """Estimate what one fact takes, and add the first one of ``setup``."""
     config = Config.load(setup.config) if setup.config else Config()
     source = loading.locate(setup.model)
-    outline = budget.outline(source, revision=None, trust_remote_code=False)
+    outline = loading.outline(source, revision=None, trust_remote_code=False)
     if outline is None:
         raise ModelError(f"{source} cannot be outlined without its weights and its own code")
     needed = budget.sizes(outline).estimate(config.training)
     result = MemoryResult(model=source, estimate=asdict(needed), total=needed.total)
-    return measure(setup, emit, result) if measured else result
-
-
-def measure(setup: Setup, emit: Emit, result: MemoryResult) -> MemoryResult:
-    """The same with the peak of one edit in a temporary store."""
-    fact = setup.facts[0] if setup.facts else FACT
+    if not measured:
+        return result
     with temporary_store(setup.model, emit, OPEN_GATE.format(steps=STEPS)) as knowledge:
         restart_peak()
-        report = knowledge.add_fact(fact)
+        report = knowledge.add_fact(setup.facts[0] if setup.facts else FACT)
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         return replace(result, steps=report.steps, peak=peak_memory(), gpu_peak=gpu)
 

@@ -26,10 +26,8 @@ from kvedit.ingest.run import ingest
 
 Emit = Callable[[Event], None]
 NOTES = "Model loaded; the first fact of a process also warms it up."
-_UNFIT = (
-    errors.InvalidFactError, errors.TextTooLongError, errors.DuplicateKeyError,
-    errors.TrainingError,
-)  # fmt: skip
+_UNFIT = (errors.InvalidFactError, errors.TextTooLongError, errors.DuplicateKeyError,
+          errors.TrainingError)  # fmt: skip
 ALONE, INGEST = "one by one", "in groups (ingest)"
 EXTRACTION = "extraction"
 """The part of an ingest that extracts what the model knows: once for a store, before training."""
@@ -83,9 +81,8 @@ def load_facts(source: str, limit: int) -> tuple[Fact, ...]:
     rows = (located.fact for located in read_facts(source))
     facts = {fact.key: fact for fact in rows if fact is not None}
     if not facts:
-        raise errors.UsageError(
-            f"{source} has no facts", hint="See `kvedit ingest --help` for the forms."
-        )
+        hint = "See `kvedit ingest --help` for the formats."
+        raise errors.UsageError(f"{source} has no facts", hint=hint)
     return tuple(facts.values())[:limit]
 
 
@@ -94,9 +91,8 @@ def new_store(
 ) -> KnowledgeBase:
     """A store in a new folder; ``config`` is a ``kvedit.toml`` or its text."""
     folder.mkdir()
-    if isinstance(config, Path):
-        config = config.read_text(encoding="utf-8")
-    (folder / FILE_NAME).write_text(config or "", encoding="utf-8")
+    text = config.read_text(encoding="utf-8") if isinstance(config, Path) else config or ""
+    (folder / FILE_NAME).write_text(text, encoding="utf-8")
     return KnowledgeBase.create(folder, model, trust_remote_code=trust, on_event=emit)
 
 
@@ -105,11 +101,10 @@ def temporary_store(
     model: str | None, emit: Emit, config: Path | str | None = None, *, trust: bool = False
 ) -> Iterator[KnowledgeBase]:
     """The same, gone afterwards."""
-    with (
-        TemporaryDirectory(prefix="kvedit-bench-") as folder,
-        new_store(Path(folder) / "store", model, emit, config, trust=trust) as knowledge,
-    ):
-        yield knowledge
+    with TemporaryDirectory(prefix="kvedit-bench-") as folder:
+        store = Path(folder) / "store"
+        with new_store(store, model, emit, config, trust=trust) as knowledge:
+            yield knowledge
 
 
 class EditTimings:
@@ -157,15 +152,12 @@ def add_timed(knowledge: KnowledgeBase, fact: Fact) -> EditTime:
         return EditTime(key=fact.key, outcome="failed", seconds=spent, steps=0, reasons=reasons)
     spent = time.monotonic() - began
     timings = {**report.timings, "other": max(0.0, spent - sum(report.timings.values()))}
-    return EditTime(
-        key=fact.key, outcome=report.outcome, seconds=spent, steps=report.steps, timings=timings,
-        reasons=report.reasons,
-    )  # fmt: skip
+    return EditTime(key=fact.key, outcome=report.outcome, seconds=spent, steps=report.steps,
+                    timings=timings, reasons=report.reasons)  # fmt: skip
 
 
-def time_ingest(
-    knowledge: KnowledgeBase, facts: Sequence[Fact], timings: EditTimings, emit: Emit
-) -> IngestTime:
+def time_ingest(knowledge: KnowledgeBase, facts: Sequence[Fact], timings: EditTimings,
+                emit: Emit) -> IngestTime:  # fmt: skip
     """Ingest facts; ``timings`` is what the knowledge base reports to."""
     timings.parts.clear()
     began = time.monotonic()
@@ -175,8 +167,9 @@ def time_ingest(
     seconds = time.monotonic() - began
     parts |= timings.parts
     parts["other"] = max(0.0, seconds - sum(parts.values()))
-    committed = report.count("committed")
-    return IngestTime(facts=len(facts), committed=committed, seconds=seconds, parts=parts)
+    return IngestTime(
+        facts=len(facts), committed=report.count("committed"), seconds=seconds, parts=parts
+    )
 
 
 def parts_of(edits: Sequence[EditTime]) -> dict[str, float]:
@@ -191,13 +184,15 @@ def _sums(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def tables(result: SpeedResult) -> list[Table]:
     """Seconds a fact, and the share of each part of the time."""
-    rows, parts = [], part_rows(ALONE, parts_of(result.edits))
+    rows, parts = [], _part_rows(ALONE, parts_of(result.edits))
     if result.edits:
-        rows.append((ALONE, *edit_cells(result.edits)))
+        seconds = [edit.seconds for edit in result.edits]
+        outcomes = counts_cell(Counter(edit.outcome for edit in result.edits))
+        rows.append((ALONE, outcomes, number_cell(median(seconds)), number_cell(mean(seconds))))
     if (run := result.ingested) is not None:
         outcomes = f"{run.committed} of {run.facts} committed"
         rows.append((INGEST, outcomes, "-", number_cell(run.seconds / run.facts)))
-        parts += part_rows(INGEST, run.parts)
+        parts += _part_rows(INGEST, run.parts)
     title = f"Seconds a fact; making the store took {result.setup_seconds:.0f} s"
     return [
         Table(title, ("how", "outcomes", "median", "mean"), tuple(rows)),
@@ -205,17 +200,6 @@ def tables(result: SpeedResult) -> list[Table]:
     ]
 
 
-def edit_cells(edits: Sequence[EditTime]) -> tuple[str, str, str]:
-    """Outcomes, median and mean seconds of single edits."""
-    seconds = [edit.seconds for edit in edits]
-    counts = counts_cell(Counter(edit.outcome for edit in edits))
-    return counts, number_cell(median(seconds)), number_cell(mean(seconds))
-
-
-def part_rows(how: str, parts: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """A row for each part of the time."""
+def _part_rows(how: str, parts: Mapping[str, float]) -> list[tuple[str, ...]]:
     total = sum(parts.values()) or 1.0
-    return [
-        (how, name, number_cell(spent), f"{100 * spent / total:.1f}%")
-        for name, spent in parts.items()
-    ]
+    return [(how, name, f"{spent:.2f}", f"{spent / total:.1%}") for name, spent in parts.items()]

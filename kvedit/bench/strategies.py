@@ -66,29 +66,25 @@ def strategies(setup: Setup, groups: Sequence[int | None], emit: Emit) -> Strate
     return StrategiesResult(model=model, runs=tuple(runs))
 
 
-def _run(
-    knowledge: KnowledgeBase, group: int | None, facts: Sequence[Fact], emit: Emit
-) -> StrategyRun:
+def _run(knowledge: KnowledgeBase, group: int | None, facts: Sequence[Fact],
+         emit: Emit) -> StrategyRun:  # fmt: skip
     report = ingest(knowledge, facts, IngestOptions(group=group, skip_invalid=True), emit)
     engine, store = knowledge.engine, knowledge.store
     rows = store.facts("committed")
     last = max((row.revision or 0 for row in rows), default=0)
-    recalled = {
-        row.fact.key: all(engine.generated_recall(engine.examples(row.fact))) for row in rows
-    }
+    recalled = [all(engine.generated_recall(engine.examples(row.fact))) for row in rows]
     unseen = [example for row in rows for example in engine.paraphrases(row.fact)]
     probes = engine.renderer.examples((p.prompt, p.answer) for p in store.protected("locality"))
-    earlier = [recalled[row.fact.key] for row in rows if (row.revision or 0) < last]
+    earlier = [
+        exact for row, exact in zip(rows, recalled, strict=True) if (row.revision or 0) < last
+    ]
     return StrategyRun(
-        group=group,
-        committed=len(rows),
-        facts=len(facts),
-        recall=_score([*recalled.values(), *[False] * (len(facts) - len(rows))]),
+        group=group, committed=len(rows), facts=len(facts),
+        recall=_score([*recalled, *[False] * (len(facts) - len(rows))]),
         unseen=_score(engine.generated_recall(unseen)),
         locality=_score(engine.generated_recall(probes)),
-        earlier=_score(earlier),
-        ingest_seconds=report.seconds,
-    )
+        earlier=_score(earlier), ingest_seconds=report.seconds,
+    )  # fmt: skip
 
 
 def _score(values: Sequence[bool]) -> Score:

@@ -1,4 +1,4 @@
-"""The result of a benchmark: one JSON document, and its tables for a terminal and for Markdown.
+"""The result of a benchmark: one JSON document, and its tables for a terminal.
 
 Invariants:
 - Every benchmark writes the same document: what was run, with what, and its tables as text; the
@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -21,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kvedit import __version__
-from kvedit.errors import UsageError
 from kvedit.events import Score
-from kvedit.files import write_atomic
 
 SCHEMA = "kvedit-benchmark/1"
 BRACKETS = "Brackets: Wilson 95% intervals."
@@ -41,15 +38,9 @@ class Table:
 
 
 def document(
-    benchmark: str,
-    words: Sequence[str],
-    began: datetime,
-    result: Any,
-    tables: Sequence[Table],
-    *,
-    seed: int | None = None,
-    notes: str = "",
-) -> Document:
+    benchmark: str, words: Sequence[str], began: datetime, result: Any, tables: Sequence[Table], *,
+    seed: int | None = None, notes: str = "",
+) -> Document:  # fmt: skip
     """A ``result`` with its tables as plain values; ``words`` are those of the command line.
 
     Raises ValueError where a value of the result has the name of one of the document's own.
@@ -113,22 +104,6 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def write(path: Path, result: Document) -> None:
-    """Write a document whole or not at all."""
-    write_atomic(path, (json.dumps(result, ensure_ascii=False, indent=2) + "\n").encode())
-
-
-def read(path: Path) -> Document:
-    """A document that was written; raises UsageError for anything else."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise UsageError(f"{path} is no result of a benchmark", hint=f"Its schema is {SCHEMA}.")
-    return result
-
-
 def score_cell(score: Score) -> str:
     """'18/20 = 90.0% [69.9, 97.2]'; a dash when nothing was asked."""
     if score.rate is None:
@@ -145,25 +120,6 @@ def number_cell(value: float | None, form: str = ".2f") -> str:
 def counts_cell(counts: Mapping[str, int]) -> str:
     """'3 committed, 1 rejected'."""
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "-"
-
-
-def markdown(result: Document) -> str:
-    """A section with command, versions and machine, then every table."""
-    ran = result["machine"]
-    lines = [
-        f"## {result['started'][:10]}: {result['benchmark']}", "", f"`{result['command']}`", "",
-        f"Model {result['model']}; kvedit {result['kvedit']}, commit {result['commit']};"
-        f" {ran['gpu'] or ran['processor']}, {ran['cores']} cores, {ran['processes']} process(es)"
-        f" of {ran['threads']} thread(s); torch {ran['torch']}. {result['notes']}".rstrip(),
-    ]  # fmt: skip
-    for table in result["tables"]:
-        lines += ["", f"**{table['title']}**", ""]
-        lines += map(_row, (table["columns"], ["---"] * len(table["columns"]), *table["rows"]))
-    return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def print_tables(result: Document) -> None:

@@ -10,28 +10,19 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 
-from kvedit.cli.common import Settings, json_option
+from kvedit.cli.common import COUNT, INPUT_FILE, Settings, json_option
 from kvedit.cli.ingest import group_size
 from kvedit.errors import GateFailedError
 
 model_option = click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]")
-config_option = click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A kvedit.toml with settings to use.",
-)  # fmt: skip
-limit_option = click.option(
-    "--limit", type=click.IntRange(min=1), default=32, show_default=True, metavar="N",
-    help="Take the first N facts.",
-)  # fmt: skip
-
-
-def _group_sizes(ctx: click.Context, option: click.Parameter, texts: Any) -> list[int | None]:
-    return [group_size(ctx, option, text) for text in texts]
+config_option = click.option("--config", type=INPUT_FILE,
+                             help="A kvedit.toml with settings to use.")  # fmt: skip
+limit_option = click.option("--limit", type=COUNT, default=32, show_default=True, metavar="N",
+                            help="Take the first N facts.")  # fmt: skip
 
 
 @click.group()
@@ -99,7 +90,8 @@ def memory(settings: Settings, /, estimate: bool, as_json: bool, **given: Any) -
 @config_option
 @limit_option
 @click.option("--group", "groups", multiple=True, default=("1", "8", "auto"), show_default=True,
-              metavar="N|auto", callback=_group_sizes,
+              metavar="N|auto", callback=lambda ctx, option, texts: [
+                  group_size(ctx, option, text) for text in texts],
               help="Facts that are trained together; may be given more than once.")  # fmt: skip
 @json_option
 @click.pass_obj

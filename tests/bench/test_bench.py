@@ -21,6 +21,7 @@ from kvedit.errors import InvalidFactError, UsageError
 from kvedit.events import Score
 from kvedit.model.prompts import Example
 from tests.bench import (
+    documents,
     plots,
     questions,
     report,
@@ -215,12 +216,12 @@ def test_a_second_row_protects_true_facts_that_are_not_asked(
 
 def test_a_result_says_how_it_was_made(result: RetainResult, tmp_path: Path) -> None:
     made = document("retain", result, report.retain_tables(result), report.retain_notes(result))
-    page = tables.markdown(made)
+    page = documents.markdown(made)
     for text in ("`python -m tests.bench retain`", made["commit"], torch.__version__,
                  "Teacher-forced"):  # fmt: skip
         assert text in page
-    tables.write(tmp_path / "result.json", made)
-    kept = tables.read(tmp_path / "result.json")
+    documents.write(tmp_path / "result.json", made)
+    kept = documents.read(tmp_path / "result.json")
     assert kept == made and kept["points"][1]["tried"]["generated"]["n"] == 2
     assert kept["machine"]["threads"] == torch.get_num_threads()
     assert (kept["schema"], kept["benchmark"], kept["seed"]) == (tables.SCHEMA, "retain", 0)
@@ -238,7 +239,7 @@ def test_other_json_is_no_result(tmp_path: Path) -> None:
     for text in ("[1]", "{}", "not JSON", '{"schema": "other/1"}'):
         (tmp_path / "other.json").write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match=r"other\.json"):
-            tables.read(tmp_path / "other.json")
+            documents.read(tmp_path / "other.json")
 
 
 def test_undo_is_exact(data: Path, model: Path, tmp_path: Path) -> None:
@@ -335,7 +336,7 @@ def test_the_command_prints_tables_and_markdown(data: Path, model: Path, tmp_pat
     done = CliRunner().invoke(bench, ["-q", *words])
     assert done.exit_code == 0, done.output
     assert "pretrained relations" in done.stdout and "| held-out poets |" in done.stdout
-    kept = tables.read(file)
+    kept = documents.read(file)
     scores = {score["what"]: score["recall"]["generated"] for score in kept["base"]}
     assert scores["pretrained relations"]["passed"] >= 12
     assert scores["held-out poets"]["passed"] == 0
@@ -347,7 +348,7 @@ def test_a_table_is_drawn_where_no_word_is_cut(capsys: pytest.CaptureFixture[str
     wide = Table("wide", ("measured",) * 12, (("forty-two",) * 12,))
     made = document("trial", {}, [narrow, wide])
     tables.print_tables(made)
-    drawn, page = capsys.readouterr().out, tables.markdown(made)
+    drawn, page = capsys.readouterr().out, documents.markdown(made)
     assert "│ training │" in drawn and "| training | 1.5 |" in page
     assert "│ forty-two │" not in drawn and "| forty-two | forty-two |" in page
     assert drawn.count("┏") == 1

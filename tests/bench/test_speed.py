@@ -11,7 +11,6 @@ import torch
 from small_model import FREE
 
 from kvedit.bench.speed import EXTRACTION, EditTime, IngestTime
-from kvedit.bench.tables import markdown
 from kvedit.errors import Interrupted
 from kvedit.facts.fact import Fact
 from tests.bench import capacity as capacities
@@ -23,6 +22,7 @@ from tests.bench import (
 from tests.bench.asking import Both, Point, both
 from tests.bench.bench_data import document, make_given, write_model
 from tests.bench.capacity import CapacityResult, bits, capacity, difference, largest, nearest
+from tests.bench.documents import markdown
 from tests.bench.retain import BenchOptions
 from tests.bench.speed import (
     SpeedOptions,

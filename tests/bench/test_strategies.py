@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 from small_model import FREE
 
-from kvedit.bench.tables import markdown
 from kvedit.errors import Interrupted
 from kvedit.events import Status
 from tests.bench import (
@@ -25,6 +24,7 @@ from tests.bench.asking import AskedModel, Kept, Point, Task, measure
 from tests.bench.bench_data import document, make_given
 from tests.bench.commands import bench
 from tests.bench.course import group_marks, paces
+from tests.bench.documents import markdown
 from tests.bench.strategies import StrategiesResult, StrategyOptions
 
 FACTS = 4
