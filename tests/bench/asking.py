@@ -78,7 +78,7 @@ class AskedModel:
     def generated(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by free greedy generation, the end token included."""
         proceed = partial(generation.generate, self.model)
-        return generation.generated_recall_of(examples, self.renderer.end, proceed)
+        return generation.generated_recall(examples, self.renderer.end, proceed)[0]
 
     def ask(self, examples: Sequence[Example]) -> tuple[list[bool], list[bool]]:
         """Recall under both protocols: generated, teacher-forced."""

@@ -60,8 +60,9 @@ class Run:
         line: Callable[[Any], str] | None = None,
     ) -> Any:
         """Measure and show; with ``line`` each point is written and said as soon as it is there."""
-        from kvedit.bench.tables import markdown, print_tables
+        from kvedit.bench.tables import print_tables
         from kvedit.cli.progress import make_reporter
+        from tests.bench.documents import markdown
 
         with make_reporter(quiet=self._settings.quiet) as reporter:
 
@@ -95,7 +96,7 @@ class Run:
 
     def _keep(self, document: dict[str, Any]) -> None:
         if self._json is not None:
-            from kvedit.bench.tables import write
+            from tests.bench.documents import write
 
             write(self._json, document)
 
@@ -374,7 +375,8 @@ def architectures(run: Run, given: dict[str, Any]) -> None:
     click.option("--operations", "counted", is_flag=True,
                  help="Also count the operations of a step, and set them against a large matrix"
                  " product of the same machine."),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32"),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
+                 show_default=True, help="Type of the base weights of --measure."),
     o.json_file,
 )  # fmt: skip
 def memory(run: Run, given: dict[str, Any]) -> None:
@@ -392,6 +394,30 @@ def memory(run: Run, given: dict[str, Any]) -> None:
     run(footprint.memory, chosen, footprint.tables)
 
 
+@command(
+    click.option("--moves", is_flag=True, help="Also list each move, and whether it climbs."),
+    o.json_file,
+)  # fmt: skip
+def rooms(run: Run, given: dict[str, Any]) -> None:
+    """Count the modules of kvedit that a fact, a group and a question go through.
+
+    A move is a call from one module into another, each pair counted once. It climbs if the caller
+    does not import what it calls, directly or through others: it was handed down. Measured on the
+    small model of the tests, which is trained first.
+
+    \b
+    Examples:
+      python -m tests.bench rooms
+      python -m tests.bench rooms --moves
+    """
+    from tests.bench import rooms
+
+    def measure(options: None, emit: Any) -> Any:
+        return rooms.rooms(emit)
+
+    run(measure, None, partial(rooms.tables, moves=given["moves"]))
+
+
 @bench.command()
 @click.argument("result", type=o.IN)
 @o.picture
@@ -404,8 +430,8 @@ def plot(result: Path, output: Path) -> None:
     Examples:
       python -m tests.bench plot auto.json -o auto.png
     """
-    from kvedit.bench.tables import read
     from tests.bench import plots
+    from tests.bench.documents import read
 
     plots.draw(read(result), output)
 

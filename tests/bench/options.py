@@ -46,9 +46,10 @@ def group_sizes(
 
 def kind(*more: str, default: str = "poets") -> Option:
     """Which facts of the data folder are trained."""
+    text = "Facts to train: poets or relations that pretraining did not see"
     return click.option(
         "--kind", type=click.Choice([*more, "poets", "relations"]), default=default,
-        show_default=True, help="Facts to train, of those that pretraining did not see.",
+        show_default=True, help=f"{text}, or poets that it did." if more else f"{text}.",
     )  # fmt: skip
 
 

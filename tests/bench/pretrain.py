@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kvedit.model import upcast
 from kvedit.model.prompts import SHIPPED_PHRASINGS
 from kvedit.training.resume import Keep, State, TrainingCheckpoints
+from tests.bench.products import Products
 
 log = logging.getLogger(__name__)
 
@@ -373,7 +374,7 @@ class Run:
         loss = self._loss_of(to_batch(rows, self._pad, self._model.device))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        with upcast.Products():  # type: ignore[no-untyped-call]  # Muon works in bf16
+        with Products():  # type: ignore[no-untyped-call]  # Muon works in bf16
             for optimizer in self._optimizers:
                 optimizer.step()
         for optimizer in self._optimizers:

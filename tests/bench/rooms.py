@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,71 +18,112 @@ from types import FrameType
 from typing import Any
 
 import kvedit
+from kvedit import Fact, KnowledgeBase
+from kvedit.bench.tables import Table
+from kvedit.events import Event, Status
+from kvedit.ingest.run import ingest
 
 PACKAGE = Path(kvedit.__file__).resolve().parent
-LISTENERS = ("events", "errors")  # plain values; they are no stops on the way
+EVERYWHERE = ("events", "errors")  # plain values; they are no stops on the way
+
+Move = tuple[str, str]
+"""The modules of the caller and of what is called."""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Route:
     """The distinct moves of one call, in the order of their first time."""
 
-    moves: dict[tuple[str, str], int] = field(default_factory=dict)
+    name: str
+    moves: tuple[Move, ...]
 
     @property
-    def rooms(self) -> list[str]:
+    def modules(self) -> list[str]:
         """The modules that were entered, in order."""
-        return list(dict.fromkeys(room for move in self.moves for room in move))
+        return list(dict.fromkeys(module for move in self.moves for module in move))
 
     @property
-    def climbs(self) -> list[tuple[str, str]]:
+    def climbs(self) -> list[Move]:
         """The moves that go up."""
         return [move for move in self.moves if move[1] not in below(move[0])]
 
 
-def trace(call: Callable[[], Any]) -> Route:
+@dataclass(frozen=True, slots=True)
+class RoomsResult:
+    """The routes of the calls that were traced."""
+
+    routes: tuple[Route, ...]
+    model: str = "the small model of the tests"
+
+
+def rooms(emit: Callable[[Event], None]) -> RoomsResult:
+    """Trace a fact through ``add``, a group through ``ingest`` and a question through ``ask``."""
+    from tests.small_model import FREE, build, settings
+
+    facts = [Fact.create(*pair) for pair in FREE[1:4]]
+    with TemporaryDirectory(prefix="kvedit-rooms-") as folder:
+        emit(Status(phase="training the small model"))
+        model = build(Path(folder) / "model")["bf16"]
+        store = Path(folder) / "store"
+        store.mkdir()
+        (store / "kvedit.toml").write_text(settings(), encoding="utf-8")
+        with KnowledgeBase.create(store, model) as base:
+            calls: dict[str, Callable[[], Any]] = {
+                "a fact through KnowledgeBase.add": lambda: base.add(*FREE[0]),
+                "a group through ingest": lambda: ingest(base, facts),
+                "a question through KnowledgeBase.ask": lambda: base.ask("What is it?"),
+            }
+            routes = []
+            for name, call in calls.items():
+                emit(Status(phase=name))
+                routes.append(trace(name, call))
+    return RoomsResult(tuple(routes))
+
+
+def trace(name: str, call: Callable[[], Any]) -> Route:
     """The route of a call, made once."""
-    route = Route()
+    moves: dict[Move, None] = {}
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event != "call":
             return
-        callee, caller = _room(frame), _calling_room(frame)
+        callee, caller = _module(frame), _calling_module(frame)
         if callee and caller and callee != caller:
-            route.moves[caller, callee] = route.moves.get((caller, callee), 0) + 1
+            moves[caller, callee] = None
 
+    before = sys.getprofile()
     sys.setprofile(profile)
     try:
         call()
     finally:
-        sys.setprofile(None)
-    return route
+        sys.setprofile(before)
+    return Route(name, tuple(moves))
 
 
-def _room(frame: FrameType) -> str | None:
+def _module(frame: FrameType) -> str | None:
     """The module of a frame, such as ``editing.edit``; None outside of kvedit."""
     name = str(frame.f_globals.get("__name__", ""))
     if not name.startswith("kvedit.") or frame.f_code.co_name.startswith("<"):
         return None
-    room = name.removeprefix("kvedit.")
-    return None if room in LISTENERS else room
+    module = name.removeprefix("kvedit.")
+    return None if module in EVERYWHERE else module
 
 
-def _calling_room(frame: FrameType) -> str | None:
+def _calling_module(frame: FrameType) -> str | None:
     """The nearest caller in kvedit: torch and the standard library are passed through."""
     caller = frame.f_back
     while caller is not None:
-        if room := _room(caller):
-            return room
+        if module := _module(caller):
+            return module
         caller = caller.f_back
     return None
 
 
 @cache
-def below(room: str) -> frozenset[str]:
+def below(module: str) -> frozenset[str]:
     """The modules that a module imports, directly or through others."""
     seen: set[str] = set()
-    todo = [room]
+    todo = [module]
     while todo:
         for other in _imports(todo.pop()) - seen:
             seen.add(other)
@@ -91,10 +132,10 @@ def below(room: str) -> frozenset[str]:
 
 
 @cache
-def _imports(room: str) -> frozenset[str]:
-    path = PACKAGE / (room.replace(".", "/") + ".py")
+def _imports(module: str) -> frozenset[str]:
+    path = PACKAGE / (module.replace(".", "/") + ".py")
     if not path.is_file():
-        path = PACKAGE / room.replace(".", "/") / "__init__.py"
+        path = PACKAGE / module.replace(".", "/") / "__init__.py"
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvedit"):
@@ -106,42 +147,17 @@ def _imports(room: str) -> frozenset[str]:
     )
 
 
-def routes(folder: Path) -> dict[str, Route]:
-    """A fact through ``add``, a group through ``ingest``, a question through ``ask``, on the small
-    model of the tests.
-    """
-    from small_model import FREE, build, settings
-
-    from kvedit import Fact, KnowledgeBase
-    from kvedit.ingest.run import ingest
-
-    model = build(folder / "model")["bf16"]
-    store = folder / "store"
-    store.mkdir()
-    (store / "kvedit.toml").write_text(settings(), encoding="utf-8")
-    facts = [Fact.create(*pair) for pair in FREE[1:4]]
-    with KnowledgeBase.create(store, model) as base:
-        return {
-            "a fact through KnowledgeBase.add": trace(lambda: base.add(*FREE[0])),
-            "a group through ingest": trace(lambda: ingest(base, facts)),
-            "a question through KnowledgeBase.ask": trace(lambda: base.ask("What is it?")),
-        }
+def tables(result: RoomsResult, moves: bool = False) -> list[Table]:
+    """The counts of each route; with ``moves`` each of them too."""
+    rows = tuple(
+        (route.name, str(len(route.modules)), str(len(route.moves)), str(len(route.climbs)))
+        for route in result.routes
+    )
+    counts = Table("Ways through the modules", ("way", "modules", "moves", "climbs"), rows)
+    return [counts, *(_moves(route) for route in result.routes if moves)]
 
 
-def main() -> None:
-    """Print the table, and with -v each move."""
-    with TemporaryDirectory() as folder:
-        measured = routes(Path(folder))
-    sys.stdout.write("| way | modules | moves | climbs |\n|---|---|---|---|\n")
-    for name, route in measured.items():
-        counts = len(route.rooms), len(route.moves), len(route.climbs)
-        sys.stdout.write(f"| {name} | {counts[0]} | {counts[1]} | {counts[2]} |\n")
-    for name, route in measured.items() if "-v" in sys.argv else ():
-        sys.stdout.write(f"\n{name}\n")
-        for caller, callee in route.moves:
-            mark = "  climbs" if (caller, callee) in route.climbs else ""
-            sys.stdout.write(f"  {caller} -> {callee}{mark}\n")
-
-
-if __name__ == "__main__":
-    main()
+def _moves(route: Route) -> Table:
+    climbs = set(route.climbs)
+    rows = tuple((*move, "yes" if move in climbs else "-") for move in route.moves)
+    return Table(route.name, ("from", "to", "climbs"), rows)
