@@ -72,10 +72,8 @@ def _replicate(store: Path, replica: Path) -> None:
             target.symlink_to(file.resolve())
     if (store / DB_NAME).is_file():
         source = f"{(store / DB_NAME).resolve().as_uri()}?mode=ro"
-        with (
-            closing(sqlite3.connect(source, uri=True)) as current,
-            closing(sqlite3.connect(replica / DB_NAME)) as copy,
-        ):
+        current, copy = sqlite3.connect(source, uri=True), sqlite3.connect(replica / DB_NAME)
+        with closing(current), closing(copy):
             current.backup(copy)
 
 
@@ -94,7 +92,7 @@ def leave(code: int, output: str) -> int:
     if not group.lost:
         return 0 if group.rank else code
     sys.stderr.write(output)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     # In order torch cannot close connections to a process that is gone: it would hang or abort.
     os._exit(code or 1)

@@ -95,15 +95,10 @@ class ProcessGroup:
         purposes = {message.purpose for message in messages}
         if len(purposes) > 1:
             self.lost = True
-            raise (
-                self._lost_error()
-                if END in purposes
-                else ProcessesDifferError(
-                    f"the processes are at different points ({', '.join(sorted(purposes))});"
-                    " the edit at hand did not happen",
-                    hint=AGAIN,
-                )
-            )
+            if END in purposes:
+                raise self._lost_error()
+            where = ", ".join(sorted(purposes))
+            raise _differ(f"the processes are at different points ({where})", AGAIN)
         return [message.value for message in messages]
 
     def _gather(self, message: _Message) -> list[_Message]:
@@ -121,8 +116,7 @@ class ProcessGroup:
                 failure = self._portable(error)
             finally:
                 self._alone = False
-        values: list[Any] = self.exchange("rank 0", result, failure)
-        answer: _T = values[0]
+        answer: _T = self.exchange("rank 0", result, failure)[0]
         return answer
 
     @contextmanager
@@ -150,28 +144,31 @@ class ProcessGroup:
         if memory.ran_out(error):
             traceback.clear_frames(error.__traceback__)  # they hold the attempt's tensors
             return OutOfMemoryError(f"memory ran out: {first}", hint=memory.LESS)
-        return ProcessError(
-            f"process {self.rank} of {self.count} failed: {type(error).__name__}: {first}"
-        )
+        who = f"process {self.rank} of {self.count}"
+        return ProcessError(f"{who} failed: {type(error).__name__}: {first}")
 
     def require_alike(self, value: Hashable, message: str, *, hint: str) -> None:
         """Raise ProcessesDifferError unless all processes have the same."""
         if len(set(self.exchange("comparison", value))) > 1:
-            raise ProcessesDifferError(f"{message}; the edit at hand did not happen", hint=hint)
+            raise _differ(message, hint)
 
-    @torch.no_grad()
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Put into each tensor the sum over all processes; fp32, same shapes everywhere."""
-        self.exchange("sum")
-        with self._noticing():
-            _spread(reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum"), tensors)
+        self._replace("sum", tensors, reduce)
 
-    @torch.no_grad()
     def align(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the values that rank 0 has."""
-        self.exchange("alignment")
+        self._replace("alignment", tensors, broadcast)
+
+    @torch.no_grad()
+    def _replace(self, purpose: str, tensors: Sequence[Tensor], operation: Any) -> None:
+        """Put into each tensor what a collective operation of accelerate returns for it."""
+        self.exchange(purpose)
         with self._noticing():
-            _spread(broadcast(torch.cat([tensor.flatten() for tensor in tensors])), tensors)
+            flat = operation(torch.cat([tensor.flatten() for tensor in tensors]))
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def end(self) -> None:
         """Leave the group, at the end of the program; the others notice if it is not theirs."""
@@ -198,10 +195,8 @@ class ProcessGroup:
         )
 
 
-def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+def _differ(message: str, hint: str) -> ProcessesDifferError:
+    return ProcessesDifferError(f"{message}; the edit at hand did not happen", hint=hint)
 
 
 def _meet() -> tuple[int, int]:
@@ -210,9 +205,8 @@ def _meet() -> tuple[int, int]:
     try:
         met = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     except (RuntimeError, ValueError) as error:
-        raise ProcessError(
-            f"the processes did not find each other: {error}", hint=LAUNCH
-        ) from error
+        text = f"the processes did not find each other: {error}"
+        raise ProcessError(text, hint=LAUNCH) from error
     if met.num_processes < 2:
         raise ProcessError("several processes were started, but this one is alone", hint=LAUNCH)
     return met.process_index, met.num_processes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -25,9 +25,7 @@ _T = TypeVar("_T")
 def make_worker(model: Any, prefix_cache: PrefixCache) -> Worker:
     """One that shares the work if this program runs in several processes."""
     group = joined()
-    if group is None:
-        return Worker(model, prefix_cache)
-    return ParallelWorker(group, model, prefix_cache)
+    return ParallelWorker(group, model, prefix_cache) if group else Worker(model, prefix_cache)
 
 
 class ParallelWorker(Worker):
@@ -44,19 +42,14 @@ class ParallelWorker(Worker):
         self._require_same_texts(examples)
         with self.in_step():
             mine = self._mine([len(example.ids) for example in examples])
-            own = self._no_scores()
-            if mine:
-                own = super().scores([examples[i] for i in mine])
+            own = super().scores([examples[i] for i in mine]) if mine else self._no_scores()
             device = own.losses.device
             rows = torch.tensor(mine, dtype=torch.long, device=device)[own.rows]
             losses = self._joined(own.losses)
-            parts = self._group.exchange(
-                "scores", (own.token_margins.cpu(), own.tolerances.cpu(), rows.cpu())
-            )
-        token_margins, tolerances, rows = (
-            torch.cat(each).to(device) for each in zip(*parts, strict=True)
-        )
-        return TokenScores(token_margins, tolerances, rows, losses)
+            ours = own.token_margins.cpu(), own.tolerances.cpu(), rows.cpu()
+            parts = zip(*self._group.exchange("scores", ours), strict=True)
+        margins, tolerances, rows = (torch.cat(each).to(device) for each in parts)
+        return TokenScores(margins, tolerances, rows, losses)
 
     def divergence(self, reference_texts: ReferenceTexts, chosen: Sequence[int]) -> Tensor:
         """Over all tokens; those of this process's own texts have a gradient."""
@@ -86,8 +79,7 @@ class ParallelWorker(Worker):
 
     def agreed(self, value: float) -> float:
         """Rank 0's value: the last bits of a penalty may differ, decisions must not."""
-        agreed: float = self._group.exchange("agreement", value)[0]
-        return agreed
+        return float(self._group.exchange("agreement", value)[0])
 
     def on_main(self, work: Callable[[], _T]) -> _T:
         """As ``ProcessGroup.on_main``."""
@@ -99,11 +91,8 @@ class ParallelWorker(Worker):
 
     def same_weights(self, digest: str) -> str:
         """The digest, equal in all processes."""
-        self._group.require_alike(
-            digest,
-            "the processes do not have the same weights",
-            hint="Run them on devices of one kind with the same library versions, or one alone.",
-        )
+        hint = "Run them on devices of one kind with the same library versions, or one alone."
+        self._group.require_alike(digest, "the processes do not have the same weights", hint=hint)
         return digest
 
     def align(self, adapter: Adapter) -> None:
@@ -116,11 +105,10 @@ class ParallelWorker(Worker):
 
     def _require_same_texts(self, examples: Sequence[Example]) -> None:
         """Where processes have drawn different texts, each would train a part of its own batch."""
-        self._group.require_alike(
-            hash(tuple(example.ids for example in examples)),  # of numbers: the same everywhere
-            "the processes have drawn different texts for one step",
-            hint="Start all of them with the same versions of kvedit and Python, or one alone.",
-        )
+        ids = hash(tuple(example.ids for example in examples))  # of numbers: the same everywhere
+        what = "the processes have drawn different texts for one step"
+        hint = "Start all of them with the same versions of kvedit and Python, or one alone."
+        self._group.require_alike(ids, what, hint=hint)
 
     def _mine(self, lengths: Sequence[int]) -> list[int]:
         """The indices of this process's texts: dealt out by length, so that none waits long."""
@@ -134,29 +122,17 @@ class ParallelWorker(Worker):
         return torch.cat([part.to(own.device) for part in parts])
 
     def _dealt(
-        self,
-        items: Sequence[Any],
-        lengths: Sequence[int],
-        work: Callable[[Sequence[Any]], Sequence[_T]],
+        self, items: Sequence[Any], lengths: Sequence[int], work: Callable[[Any], Sequence[_T]]
     ) -> list[_T]:
         """The results for all items, in order, of which each process works out a share."""
-        with self.in_step():
-            return [one for part in self._parts(len(items)) for one in self._share(
-                [items[i] for i in part], [lengths[i] for i in part], work)]  # fmt: skip
-
-    def _parts(self, count: int) -> Iterator[range]:
+        results: dict[int, _T] = {}
         step = TEXTS_PER_EXCHANGE * self._group.count
-        return (range(at, min(at + step, count)) for at in range(0, count, step))
-
-    def _share(
-        self,
-        items: Sequence[Any],
-        lengths: Sequence[int],
-        work: Callable[[Sequence[Any]], Sequence[_T]],
-    ) -> list[_T]:
-        mine = self._mine(lengths)
-        pairs = list(zip(mine, work([items[i] for i in mine]), strict=True)) if mine else []
-        results = dict(pair for part in self._group.exchange("results", pairs) for pair in part)
+        with self.in_step():
+            for start in range(0, len(items), step):
+                mine = [start + i for i in self._mine(lengths[start : start + step])]
+                part = work([items[i] for i in mine]) if mine else []
+                for shared in self._group.exchange("results", list(zip(mine, part, strict=True))):
+                    results.update(shared)
         return [results[i] for i in range(len(items))]
 
     def _no_scores(self) -> TokenScores:

@@ -21,7 +21,7 @@ from kvedit.editing.gate import Checks, misses, refusals
 from kvedit.editing.plan import Plan
 from kvedit.events import Status, Warning_
 from kvedit.revisions.session import Session
-from kvedit.store.store import ProbeRow
+from kvedit.store.rows import ProbeRow
 from kvedit.training.loop import Step, Task
 from kvedit.training.resume import TrainingCheckpoints
 
@@ -97,7 +97,8 @@ class Attempts:
                 config = _for_another_attempt(config, evaluation.checks)
             else:
                 config = replace(config, seed=config.seed + 1)
-                group = _stricter(group) if harmed else replace(group, epochs=group.refine_epochs)
+                stricter = replace(group, penalty_scale=group.penalty_scale * 2)
+                group = stricter if harmed else replace(group, epochs=group.refine_epochs)
         return delta, evaluation, reasons
 
     def _first_config(self) -> TrainingConfig:
@@ -122,10 +123,9 @@ class Attempts:
             references,
             0 if self.plan.compaction else len(committed),
         )
+        train = self.session.engine.train
         with self.timings.measure("train"):
-            result = self.session.engine.train(
-                task, config, self._emit_step, group, self.checkpoints
-            )
+            result = train(task, config, self._emit_step, group, self.checkpoints)
         self.steps += result.trained.steps
         self.resumed_seconds += result.resumed_seconds
         self.timings["train"] += result.resumed_seconds
@@ -135,13 +135,10 @@ class Attempts:
         """Why the edit must not be committed; a group that learned some of its facts may."""
         gate = self.session.config.gate
         if self.plan.group:
-            some = len(evaluation.learned) > 0
-            gate = replace(
-                gate,
-                min_recall=0.0 if some else gate.min_recall,
-                min_paraphrase=0.0 if some else gate.min_paraphrase,
-                min_retention=min(gate.min_retention, self.session.config.group.min_retention),
-            )
+            minimum = min(gate.min_retention, self.session.config.group.min_retention)
+            gate = replace(gate, min_retention=minimum)
+            if evaluation.learned:
+                gate = replace(gate, min_recall=0.0, min_paraphrase=0.0)
         return refusals(evaluation.checks, gate, significant=self._is_large)
 
     @property
@@ -158,16 +155,10 @@ class Attempts:
         return checks.locality.passed < checks.locality.n
 
     def _emit_step(self, step: Step) -> None:
-        self.session.emit(
-            Status(
-                phase=step.phase,
-                key=self.plan.key,
-                step=step.step,
-                total=step.total,
-                loss=step.loss,
-                recall=(step.recalled, step.n),
-            )
-        )
+        self.session.emit(Status(
+            phase=step.phase, key=self.plan.key, step=step.step, total=step.total, loss=step.loss,
+            recall=(step.recalled, step.n),
+        ))  # fmt: skip
 
     def _note_refusal(self, why: str, rows: Sequence[ProbeRow], attempts_left: int) -> None:
         """For the report; where a group is trained again, which takes long, a warning at once."""
@@ -180,11 +171,6 @@ class Attempts:
             self.session.emit(Warning_(text=text, code="refused"))
 
 
-def _stricter(group: GroupConfig) -> GroupConfig:
-    """How to train a group again that lost locality probes: at twice the penalty."""
-    return replace(group, penalty_scale=group.penalty_scale * 2)
-
-
 def _for_another_attempt(config: TrainingConfig, checks: Checks) -> TrainingConfig:
     """How to train one fact again: longer, and with less penalty where recall was missed, more
     where locality was harmed.
@@ -194,10 +180,6 @@ def _for_another_attempt(config: TrainingConfig, checks: Checks) -> TrainingConf
     weight = config.penalty_weight / 3 if missed else config.penalty_weight * (1 + harmed)
     penalty = config.max_penalty * 2 if missed else config.max_penalty / (1 + harmed)
     return replace(
-        config,
-        max_steps=min(MAX_STEPS, config.max_steps * 2),
-        penalty_weight=weight,
-        max_penalty=penalty,
-        phrasings_per_step=config.phrasings_per_step + 2,
-        seed=config.seed + 1,
-    )
+        config, max_steps=min(MAX_STEPS, config.max_steps * 2), penalty_weight=weight,
+        max_penalty=penalty, phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
+    )  # fmt: skip

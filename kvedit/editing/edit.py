@@ -23,7 +23,7 @@ from kvedit.events import EditReport, RetentionCheck, Warning_
 from kvedit.files import put
 from kvedit.revisions import rebuild
 from kvedit.revisions.session import Session
-from kvedit.store.store import FactChange, ProbeRow
+from kvedit.store.rows import FactChange, ProbeRow
 from kvedit.training import memory
 from kvedit.training.resume import TrainingCheckpoints
 
@@ -60,9 +60,9 @@ class Edit:
         try:
             report = self._carry_out(edit_id, head, snapshot)
         finally:
-            self._session.checkout.revision = start
+            self._session.revision = start
             if not self._put_back and self._store.head() != head:  # also interrupted after it
-                self._session.checkout.revision = self._store.head()
+                self._session.revision = self._store.head()
         if report.revision is not None and self._plan.restores is None:
             self._remember(report)
         self._session.emit(report)
@@ -79,9 +79,8 @@ class Edit:
         except KeyboardInterrupt as error:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
             state = "was committed before" if committed else "did not happen"
-            raise Interrupted(
-                f"interrupted: the {self._plan.kind} of {self._plan.key} {state}"
-            ) from error
+            what = f"the {self._plan.kind} of {self._plan.key}"
+            raise Interrupted(f"interrupted: {what} {state}") from error
         except OutOfTimeError as error:
             self._abandon(edit_id, "canceled", error.message, snapshot)
             raise
@@ -111,7 +110,7 @@ class Edit:
         """Give the model the weights of an earlier revision and commit them as a new one."""
         restores = self._plan.restores or 0
         with self._timings.measure("rebuild"):
-            self._session.checkout.go_to(restores)
+            self._session.go_to(restores)
         digest = self._store.revision(restores).weights_digest
         report = EditReport(
             kind=self._plan.kind, outcome="committed", key=self._plan.key, parent=head,
@@ -156,16 +155,11 @@ class Edit:
             digest = self._engine.weights_digest()
             report = self._report("committed", head, delta, evaluation, reasons, name)
             revision = self._store.commit_edit(
-                edit_id,
-                expected_head=head,
-                delta=name,
-                weights_digest=digest,
-                changes=[*self._plan.changes, *self._retrained],
-                results=evaluation.rows,
-                prior_answers=self._plan.prior,
-                report=report.to_json(),
+                edit_id, expected_head=head, delta=name, weights_digest=digest,
+                changes=[*self._plan.changes, *self._retrained], results=evaluation.rows,
+                prior_answers=self._plan.prior, report=report.to_json(),
                 restores=0 if self._plan.compaction else None,
-            )
+            )  # fmt: skip
         self._emit_retention(evaluation.rows, revision)
         return self._finished(report, revision)
 
@@ -186,7 +180,7 @@ class Edit:
 
     def _remember(self, report: EditReport) -> None:
         """Protect what was learned, and write a checkpoint when one is due."""
-        checkout, every = self._session.checkout, self._config.retention.checkpoint_every
+        checkout, every = self._session, self._config.retention.checkpoint_every
         with checkout.best_effort(), memory.watched():  # else measured before the next edit
             learns = self._plan.kind in ("add", "update")
             pairs = zip(self._plan.targets, self._plan.keys, strict=True)
@@ -210,41 +204,26 @@ class Edit:
         reasons: Sequence[str],
         name: str | None = None,
     ) -> EditReport:
-        checks, committed = evaluation.checks, outcome == "committed"
+        plan, checks, committed = self._plan, evaluation.checks, outcome == "committed"
         return EditReport(
-            kind=self._plan.kind,
-            outcome=outcome,
-            key=self._plan.key,
-            keys=self._plan.keys,
-            not_learned=self._not_learned,
-            refusals=self._attempts.refusals if self._attempts else (),
-            retrained=len(self._retrained),
-            parent=parent,
-            reasons=tuple(reasons),
-            reliability=checks.recall,
-            generalization=checks.paraphrase,
-            locality=checks.locality,
-            retention=checks.retention,
-            steps=self._attempts.steps if self._attempts else 0,
-            seconds=self._seconds,
-            resumed_seconds=self._resumed_seconds,
-            timings=dict(self._timings),
+            kind=plan.kind, outcome=outcome, key=plan.key, keys=plan.keys, similar=plan.similar,
+            text_before=plan.text_before, text_after=plan.text_after,
+            not_learned=self._not_learned, retrained=len(self._retrained), parent=parent,
+            reasons=tuple(reasons), refusals=self._attempts.refusals if self._attempts else (),
+            reliability=checks.recall, generalization=checks.paraphrase, locality=checks.locality,
+            retention=checks.retention, broke=checks.lost if committed and reasons else (),
+            steps=self._attempts.steps if self._attempts else 0, seconds=self._seconds,
+            resumed_seconds=self._resumed_seconds, timings=dict(self._timings), delta=name,
             ranks={matrix: factors.rank for matrix, factors in delta.items()},
             relative_norms=self._engine.master.norms() if committed else {},
-            similar=self._plan.similar,
-            broke=checks.lost if committed and reasons else (),
-            delta=name,
-            text_before=self._plan.text_before,
-            text_after=self._plan.text_after,
-        )
+        )  # fmt: skip
 
     def _emit_retention(self, rows: Sequence[ProbeRow], revision: int) -> None:
         for row in rows:
             if row.kind == "retention" and row.fact_id is not None:
-                key = self._store.get(row.fact_id).fact.key
-                self._session.emit(
-                    RetentionCheck(key=key, revision=revision, passed=row.passed, margin=row.margin)
-                )
+                key, passed = self._store.get(row.fact_id).fact.key, row.passed
+                check = RetentionCheck(key=key, revision=revision, passed=passed, margin=row.margin)
+                self._session.emit(check)
 
     @property
     def _resumed_seconds(self) -> float:

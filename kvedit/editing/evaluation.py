@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from kvedit.facts.keys import similar
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.revisions.session import Session
-from kvedit.store.store import FactRow, ProbeRow
+from kvedit.store.rows import FactRow, ProbeRow
 
 _FORGET = "forget"
 
@@ -110,34 +111,28 @@ class Evaluator:
         probes = [*self._questions(), *((None, "locality", e) for e in self._locality)]
         probes += [(c.row.id, "retention", e) for c in probed for e in c.probes]
         outcomes = self._engine.judge([example for _, _, example in probes])
-        rows = [
-            probe_row(fact_id, kind, example, outcome)
-            for (fact_id, kind, example), outcome in zip(probes, outcomes, strict=True)
+        rows = [probe_row(*probe, outcome) for probe, outcome in zip(probes, outcomes, strict=True)]
+        # An unseen phrasing of a removed fact passes when the answer is gone.
+        return [
+            replace(row, kind="paraphrase", passed=not row.passed) if row.kind == _FORGET else row
+            for row in rows
         ]
-        return [_inverted(row) if row.kind == _FORGET else row for row in rows]
 
     def _questions(self) -> list[tuple[int | None, str, Example]]:
         """What the facts of the edit are asked: fact, kind, question."""
-        return [
-            (target.fact_id, kind, example)
-            for target in self._plan.targets
-            for kind, examples in (
-                ("recall", target.recall),
-                ("paraphrase", target.paraphrases),
-                (_FORGET, target.forget),
-            )
-            for example in examples
-        ]
+        questions: list[tuple[int | None, str, Example]] = []
+        for target in self._plan.targets:
+            questions += [(target.fact_id, "recall", e) for e in target.recall]
+            questions += [(target.fact_id, "paraphrase", e) for e in target.paraphrases]
+            questions += [(target.fact_id, _FORGET, e) for e in target.forget]
+        return questions
 
     def _learned(self, rows: Sequence[ProbeRow]) -> frozenset[int]:
         """The facts of the edit that pass the gate by themselves."""
         recall, paraphrase = _passed(rows, "recall"), _passed(rows, "paraphrase")
         gate = self._config.gate
-        return frozenset(
-            fact_id
-            for fact_id, share in recall.items()
-            if share >= gate.min_recall and paraphrase.get(fact_id, 1.0) >= gate.min_paraphrase
-        )
+        recalled = {fact_id for fact_id, share in recall.items() if share >= gate.min_recall}
+        return frozenset(i for i in recalled if paraphrase.get(i, 1.0) >= gate.min_paraphrase)
 
 
 def at_risk(rows: Sequence[FactRow], keys: Sequence[str], count: int) -> list[FactRow]:
@@ -161,22 +156,11 @@ def at_risk(rows: Sequence[FactRow], keys: Sequence[str], count: int) -> list[Fa
 
 def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome) -> ProbeRow:
     """An outcome for the journal; an infinite margin is none."""
-    margin = outcome.margin if abs(outcome.margin) != float("inf") else None
     return ProbeRow(
-        fact_id=fact_id,
-        kind=kind,
-        protocol="generated" if outcome.generated else "teacher-forced",
-        prompt=example.prompt,
-        expected=example.answer,
-        answer=None,
-        passed=outcome.passed,
-        margin=margin,
-    )
-
-
-def _inverted(row: ProbeRow) -> ProbeRow:
-    """An unseen phrasing that passes when the answer is gone."""
-    return replace(row, kind="paraphrase", passed=not row.passed)
+        fact_id=fact_id, kind=kind, protocol="generated" if outcome.generated else "teacher-forced",
+        prompt=example.prompt, expected=example.answer, answer=None, passed=outcome.passed,
+        margin=outcome.margin if math.isfinite(outcome.margin) else None,
+    )  # fmt: skip
 
 
 def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:

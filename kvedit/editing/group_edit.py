@@ -21,7 +21,7 @@ from kvedit.events import EditReport, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import similar_pairs
 from kvedit.revisions.session import Session
-from kvedit.store.store import FactRow
+from kvedit.store.rows import FactRow
 
 REPAIR_GROUP = 64  # facts
 
@@ -123,10 +123,8 @@ class GroupEditor:
         """The facts and all that are committed, as one edit of the base model."""
         self._session.protection.prepare_texts(len(facts))
         committed = len(self._store.keys("committed"))
-        self._session.say(
-            f"compaction: training {len(facts)} facts and the {committed} committed ones from the"
-            " base model"
-        )
+        what = f"{len(facts)} facts and the {committed} committed ones"
+        self._session.say(f"compaction: training {what} from the base model")
         with self._session.compacting():
             return self._run(facts, options, compaction=True)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from typing import Self
 
 from kvedit.editing.evaluation import at_risk
 from kvedit.editing.group_edit import GroupEditor, GroupOptions
@@ -25,11 +24,11 @@ from kvedit.revisions import base_model, export_hf, export_peft, rebuild
 from kvedit.revisions.base_model import ModelSpec
 from kvedit.revisions.export_hf import ExportReport
 from kvedit.revisions.session import Session
-from kvedit.store.store import Finding, Store
+from kvedit.store.rows import Finding
+from kvedit.store.store import Store
 from kvedit.training.engine import Engine
 
 OnEvent = Callable[[Event], None]
-_Self = TypeVar("_Self", bound="KnowledgeBase")
 
 
 class KnowledgeBase:
@@ -93,7 +92,7 @@ class KnowledgeBase:
             knowledge = cls(store, base_model.load(store), on_event)
             knowledge._warn_of_changed_prompts()
             knowledge._session.recover()
-            knowledge._session.checkout.go_to(store.head())
+            knowledge._session.go_to(store.head())
         except BaseException:
             store.close()
             raise
@@ -106,15 +105,10 @@ class KnowledgeBase:
         finally:
             self.store.close()
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # ---- edits
@@ -246,10 +240,9 @@ class KnowledgeBase:
         """Check the store; ``deep`` also rebuilds every revision and compares the digests."""
         findings = self.store.integrity()
         if deep:
-            start = self._session.revision
-            master = self.engine.master
-            findings += rebuild.check_revisions(self.store, master, self._session.say)
-            self._session.checkout.go_to(start)
+            start, say = self._session.revision, self._session.say
+            findings += rebuild.check_revisions(self.store, self.engine.master, say)
+            self._session.go_to(start)
         return findings
 
     # ---- exports

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kvedit.events import Similar
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.revisions.session import Session
-from kvedit.store.store import FactChange, FactRow
+from kvedit.store.rows import FactChange, FactRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,82 +93,61 @@ class Planner:
 
     def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
         """Train one fact, which is then pending; ``near`` are close keys."""
-        target = self._target(self._store.put_pending(fact), fact)
+        fact_id = self._store.put_pending(fact)
         prior = self._engine.prior_answers(fact)
-        return Plan(
-            kind="add",
-            keys=(fact.key,),
-            changes=(FactChange(target.fact_id, None, fact),),
-            targets=(target,),
-            locality=self._locality([fact]),
-            prior={target.fact_id: prior},
-            similar=near,
-            text_before=next(iter(prior.values()), None),
-            text_after=fact.description,
-        )
+        before = next(iter(prior.values()), None)
+        return self._plan(
+            "add", [FactChange(fact_id, None, fact)], prior={fact_id: prior}, similar=near,
+            text_before=before, text_after=fact.description,
+        )  # fmt: skip
 
     def add_group(self, facts: Sequence[Fact], *, compaction: bool = False) -> Plan:
         """Train several facts, which are then pending, each of which may fail by itself."""
         ids = self._store.put_pending_many(facts)
-        pairs = list(zip(ids, facts, strict=True))
-        return Plan(
-            kind="add",
-            keys=tuple(fact.key for fact in facts),
-            changes=tuple(FactChange(fact_id, None, fact) for fact_id, fact in pairs),
-            targets=tuple(self._target(fact_id, fact) for fact_id, fact in pairs),
-            locality=self._locality(facts),
-            group=True,
-            compaction=compaction,
-        )
+        changes = [FactChange(i, None, fact) for i, fact in zip(ids, facts, strict=True)]
+        return self._plan("add", changes, group=True, compaction=compaction)
 
     def update(self, row: FactRow, fact: Fact) -> Plan:
         """Give a committed fact what ``fact`` has."""
-        return Plan(
-            kind="update",
-            keys=(row.fact.key,),
-            changes=(FactChange(row.id, row.fact, fact),),
-            targets=(self._target(row.id, fact),),
-            locality=self._locality([fact]),
-            text_before=row.fact.description,
-            text_after=fact.description,
-        )
+        texts = {"text_before": row.fact.description, "text_after": fact.description}
+        return self._plan("update", [FactChange(row.id, row.fact, fact)], **texts)
 
     def remove(self, row: FactRow, prior: Mapping[str, str]) -> Plan:
         """Train a committed fact's prompts back to their ``prior`` answers."""
         recall = tuple(self._engine.prior_example(p, answer) for p, answer in prior.items())
         forget = tuple(self._engine.paraphrases(row.fact))
-        return Plan(
-            kind="remove",
-            keys=(row.fact.key,),
-            changes=(FactChange(row.id, row.fact, None),),
-            targets=(Target(fact_id=row.id, recall=recall, forget=forget),),
-            locality=self._locality([row.fact]),
-            text_before=row.fact.description,
-            text_after=next(iter(prior.values()), None),
-        )
+        target = Target(fact_id=row.id, recall=recall, forget=forget)
+        after = next(iter(prior.values()), None)
+        return self._plan(
+            "remove", [FactChange(row.id, row.fact, None)], targets=(target,),
+            text_before=row.fact.description, text_after=after,
+        )  # fmt: skip
 
     def repair(self, rows: Sequence[FactRow]) -> Plan:
         """Train committed facts once more."""
-        return Plan(
-            kind="repair",
-            keys=tuple(row.fact.key for row in rows),
-            changes=tuple(FactChange(row.id, row.fact, row.fact) for row in rows),
-            targets=tuple(self._target(row.id, row.fact) for row in rows),
-            locality=self._locality([rows[0].fact]),
-            group=len(rows) > 1,
-        )
+        changes = [FactChange(row.id, row.fact, row.fact) for row in rows]
+        locality = self._locality([rows[0].fact])
+        return self._plan("repair", changes, locality=locality, group=len(rows) > 1)
 
     def rollback(self, revision: int) -> Plan:
         """Go back to an earlier revision."""
         changes = tuple(self._store.rollback_changes(revision))
         return Plan(kind="rollback", keys=(), changes=changes, restores=revision)
 
+    def _plan(self, kind: str, changes: Sequence[FactChange], **parts: Any) -> Plan:
+        """By default the facts are to be recalled as they are after it, their locality kept."""
+        facts = [fact for change in changes if (fact := change.after or change.before)]
+        if "targets" not in parts:
+            pairs = zip(changes, facts, strict=True)
+            parts["targets"] = tuple(self._target(change.fact_id, fact) for change, fact in pairs)
+        if "locality" not in parts:
+            parts["locality"] = self._locality(facts)
+        keys = tuple(fact.key for fact in facts)
+        return Plan(kind=kind, keys=keys, changes=tuple(changes), **parts)
+
     def _target(self, fact_id: int, fact: Fact) -> Target:
-        return Target(
-            fact_id=fact_id,
-            recall=tuple(self._engine.examples(fact)),
-            paraphrases=tuple(self._engine.paraphrases(fact)),
-        )
+        recall, paraphrases = self._engine.examples(fact), self._engine.paraphrases(fact)
+        return Target(fact_id=fact_id, recall=tuple(recall), paraphrases=tuple(paraphrases))
 
     def _locality(self, facts: Sequence[Fact]) -> tuple[Example, ...]:
         """The store's locality probes and those of the facts."""

@@ -22,7 +22,7 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.replay import protected_texts
 from kvedit.revisions.session import Session
-from kvedit.store.store import FactRow, ProbeRow
+from kvedit.store.rows import FactRow, ProbeRow
 
 REPAIR_ROUNDS = 3
 
@@ -108,11 +108,9 @@ def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:
         session.emit(checks[-1])
     session.store.record_results(results, revision)
     return VerifyReport(
-        revision=revision,
-        checks=tuple(checks),
-        score=Score(sum(recalled), len(recalled)),
+        revision=revision, checks=tuple(checks), score=Score(sum(recalled), len(recalled)),
         generated=Score(sum(generated), len(generated), "generated"),
-    )
+    )  # fmt: skip
 
 
 def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
@@ -128,16 +126,15 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
     session.say(f"asking {len(examples)} questions that the base model could answer")
     outcomes = engine.judge(examples)
     exact, answers = engine.answers(examples)
-    results = []
-    for example, outcome in zip(examples, outcomes, strict=True):
-        results.append(probe_row(None, "locality", example, outcome))
-    for example, passed in zip(examples, exact, strict=True):
-        results.append(_generated_row(None, "locality", example, passed))
+    probed = zip(examples, outcomes, strict=True)
+    results = [probe_row(None, "locality", *probe) for probe in probed]
+    answered = list(zip(examples, exact, strict=True))
+    results += [_generated_row(None, "locality", *pair) for pair in answered]
     store.record_results(results, revision)
     return BaseKnowledgeReport(
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
         generated=Score(sum(exact), len(exact), "generated"),
-        lost=tuple(e.prompt for e, passed in zip(examples, exact, strict=True) if not passed),
+        lost=tuple(example.prompt for example, passed in answered if not passed),
         fluency=_fluency(answers),
         base_fluency=_fluency([example.answer for example in examples]),
     )
@@ -149,14 +146,9 @@ def _fluency(texts: Sequence[str]) -> float | None:
 
 def _generated_row(fact_id: int | None, kind: str, example: Example, passed: bool) -> ProbeRow:
     return ProbeRow(
-        fact_id=fact_id,
-        kind=kind,
-        protocol="generated",
-        prompt=example.prompt,
-        expected=example.answer,
-        answer=None,
-        passed=passed,
-    )
+        fact_id=fact_id, kind=kind, protocol="generated", prompt=example.prompt,
+        expected=example.answer, answer=None, passed=passed,
+    )  # fmt: skip
 
 
 def _check(key: str, revision: int, outcomes: Sequence[Outcome], generated: bool) -> RetentionCheck:

@@ -19,8 +19,6 @@ from kvedit.facts.keys import normalise, similar_pairs
 from kvedit.store.rows import FactRow
 from kvedit.store.store import Store
 
-ACTIVE = ("pending", "committed")
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -126,8 +124,7 @@ class _Sorter:
         names = _Names(self.rows, self.first)
         new, rejected, unchanged = [], [], []
         for norm, entry in self.first.items():
-            row = stored.get(norm)
-            other = self.contradicted.get(norm)
+            row, other = stored.get(norm), self.contradicted.get(norm)
             problem = _contradiction(entry, other) if other else _clash(entry, row, names)
             if problem is not None:
                 self.problems.append(problem)
@@ -137,13 +134,11 @@ class _Sorter:
                 rejected.append(RejectedBefore(entry, self.reasons.get(row.id, ())))
             else:
                 new.append(entry)
+        problems = sorted(self.problems, key=lambda one: self.places[one.where])
         return Preflight(
-            new=tuple(new),
-            rejected_before=tuple(rejected),
-            unchanged=tuple(unchanged),
-            repeated=tuple(self.repeated),
-            problems=tuple(sorted(self.problems, key=lambda one: self.places[one.where])),
-        )
+            new=tuple(new), rejected_before=tuple(rejected), unchanged=tuple(unchanged),
+            repeated=tuple(self.repeated), problems=tuple(problems),
+        )  # fmt: skip
 
 
 def _contradiction(entry: Entry, other: Entry) -> Problem:
@@ -158,15 +153,14 @@ class _Names:
 
     def __init__(self, rows: Iterable[FactRow], entries: dict[str, Entry]) -> None:
         self._in_store: dict[str, str] = {}
-        self._in_input: dict[str, tuple[str, Entry]] = {}
+        # Keys first: an alias must give way to a key.
+        self._in_input = {owner: (owner, entry) for owner, entry in entries.items()}
         for row in rows:
             owner = normalise(row.fact.key)
             # A pending fact is replaced by the input's, with its aliases.
-            if row.state in ACTIVE and (row.state == "committed" or owner not in entries):
+            if row.state == "committed" or (row.state == "pending" and owner not in entries):
                 for name in _names(row.fact):
                     self._in_store[name] = row.fact.key
-        for owner, entry in entries.items():  # keys first: an alias must give way to a key
-            self._in_input[owner] = owner, entry
         for owner, entry in entries.items():
             for name in _names(entry.fact):
                 self._in_input.setdefault(name, (owner, entry))

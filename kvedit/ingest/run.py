@@ -42,13 +42,9 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 
 ENDS_THE_RUN = (
-    LockedError,
-    DiskFullError,
-    CorruptStoreError,
-    Interrupted,
-    ProcessLostError,
+    LockedError, DiskFullError, CorruptStoreError, Interrupted, ProcessLostError,
     ProcessesDifferError,
-)
+)  # fmt: skip
 ERRORS_IN_A_ROW = 10  # failed facts; after so many the cause is not the facts
 STATUS_EVERY = 200  # facts checked against the model, between two status events
 MAX_NAMED = 20  # facts, in an error
@@ -86,7 +82,7 @@ def unfit(engine: Engine, facts: Sequence[Fact], emit: Emit) -> dict[str, str]:
             pairs = [(probe.prompt, probe.answer or "") for probe in fact.locality]
             engine.renderer.examples(pairs)
         except (TextTooLongError, InvalidFactError) as error:
-            problems[fact.key] = f"{error.message}. {error.hint}".rstrip(". ")
+            problems[fact.key] = _message(error)
     return problems
 
 
@@ -108,13 +104,13 @@ class _Run:
 
     def run(self, facts: Sequence[Fact]) -> IngestReport:
         """Check everything, train, verify, report."""
-        preflight = inspect_facts(
-            [Located(fact.key, fact) for fact in facts], self._knowledge.store
-        )
+        located = [Located(fact.key, fact) for fact in facts]
+        preflight = inspect_facts(located, self._knowledge.store)
         if preflight.problems:
             raise self._invalid({p.key or p.where: p.reason for p in preflight.problems})
-        retry, rejected = self._options.retry_rejected, preflight.rejected_before
-        again = [one.entry.fact for one in rejected] if retry else []
+        before = preflight.rejected_before
+        rejected = [FactOutcome(one.entry.fact, "rejected", one.reasons) for one in before]
+        again = [one.fact for one in rejected] if self._options.retry_rejected else []
         to_add = self._fitting([*(entry.fact for entry in preflight.new), *again])
         chosen = to_add[: self._options.limit]
         self._unchanged, self._total = len(preflight.unchanged), len(chosen)
@@ -123,20 +119,12 @@ class _Run:
         stopped = self._add_all(Scheduler(chosen, self._options.group, largest=largest))
         tried = len(self._tried())
         return IngestReport(
-            outcomes=tuple(self._outcomes.values()),
-            unchanged=self._unchanged,
-            rejected_before=tuple(
-                FactOutcome(r.entry.fact, "rejected", r.reasons)
-                for r in (() if again else rejected)
-            ),
-            remaining=len(to_add) - tried,
+            outcomes=tuple(self._outcomes.values()), unchanged=self._unchanged,
+            rejected_before=() if again else tuple(rejected), remaining=len(to_add) - tried,
             stopped=stopped or ("limit" if len(to_add) > len(chosen) else ""),
-            retention=self._retention,
-            lost=self._lost,
-            repaired=tuple(self._repaired),
-            revision=self._knowledge.store.head(),
-            seconds=time.monotonic() - self._began,
-        )
+            retention=self._retention, lost=self._lost, repaired=tuple(self._repaired),
+            revision=self._knowledge.store.head(), seconds=time.monotonic() - self._began,
+        )  # fmt: skip
 
     def _fitting(self, facts: Sequence[Fact]) -> list[Fact]:
         """The facts that the model can take; the others are ``invalid``."""
@@ -154,10 +142,8 @@ class _Run:
         lines = [f"{places.get(key, key)}: {reason}" for key, reason in problems.items()]
         more = [f"... and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
         count = "1 fact" if len(lines) == 1 else f"{len(lines)} facts"
-        return InvalidFactError(
-            f"{count} cannot go in; nothing was changed",
-            hint="\n".join([*lines[:MAX_NAMED], *more]),
-        )
+        hint = "\n".join([*lines[:MAX_NAMED], *more])
+        return InvalidFactError(f"{count} cannot go in; nothing was changed", hint=hint)
 
     def _mark_pending(self, facts: Sequence[Fact]) -> None:
         """Write the facts to the store as pending; known keys first, for they may free an alias."""
@@ -251,7 +237,8 @@ class _Run:
         if row is not None and row.state == "committed":
             outcome = FactOutcome(fact, "committed", revision=row.revision)
             # A rejected edit was undone: its retention says nothing about the model.
-            self._retention = _retention(edits) or self._retention
+            scores = [one.retention for one in edits if one.outcome == "committed"]
+            self._retention = [self._retention, *(score for score in scores if score.n)][-1]
         elif edits and edits[-1].outcome != "committed":
             outcome = FactOutcome(fact, edits[-1].outcome, edits[-1].reasons)
         else:
@@ -288,25 +275,12 @@ class _Run:
         counts = Counter(one.outcome for one in self._tried())
         done = counts.total()
         pace = (time.monotonic() - self._started) / done if done else None
-        self._emit(
-            IngestProgress(
-                done=done,
-                total=self._total,
-                committed=counts["committed"],
-                rejected=counts["rejected"],
-                failed=counts["failed"],
-                unchanged=self._unchanged,
-                retention=self._retention,
-                seconds_per_fact=pace,
-                seconds_left=None if pace is None else pace * (self._total - done),
-            )
-        )
-
-
-def _retention(reports: Sequence[EditReport]) -> Score | None:
-    """Retention as the last committed edit measured it."""
-    scores = [one.retention for one in reports if one.outcome == "committed" and one.retention.n]
-    return scores[-1] if scores else None
+        self._emit(IngestProgress(
+            done=done, total=self._total, committed=counts["committed"],
+            rejected=counts["rejected"], failed=counts["failed"], unchanged=self._unchanged,
+            retention=self._retention, seconds_per_fact=pace,
+            seconds_left=None if pace is None else pace * (self._total - done),
+        ))  # fmt: skip
 
 
 def _message(error: Exception) -> str:

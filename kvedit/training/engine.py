@@ -36,18 +36,19 @@ from kvedit.model.scoring import Outcome
 from kvedit.model.targets import target_names
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.training import memory
-from kvedit.training.group import GroupLoop, group_load
+from kvedit.training.group import MAX_EARLIER_WEIGHT, GroupLoop, group_load
 from kvedit.training.loop import LoopResult, OnStep, Setup, Task
 from kvedit.training.moments import KeptMoments
 from kvedit.training.resume import State, TrainingCheckpoints
 from kvedit.training.single import SingleLoop
-from kvedit.training.start import accumulated_share, start_examples
 from kvedit.training.worker import Worker
 
-PRIOR_TOKENS = 96
-"""Length at which the answers that the model gave before a fact was added are cut."""
-RENDERED = 8192
-"""Facts whose rendered examples are kept; a few kB each."""
+PRIOR_TOKENS = 96  # at which the answers that the model gave before a fact was added are cut
+RENDERED = 8192  # facts whose rendered examples are kept; a few kB each
+SINGLE_REHEARSAL_REACH = 20
+"""Earlier facts that a single fact's training keeps recalled by rehearsing a few of them: with more
+of them the gradient term of the accumulated delta is scaled down in proportion."""
+START_FACTS = 64  # at most give the gradient that the adapter starts from: it has few directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,8 @@ class Engine(KeptMoments):
     ) -> None:
         self.base = base
         self._phrasings = phrasings
-        self.renderer = Renderer(
-            base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
-        )
+        context, stops = base.context, base.stops
+        self.renderer = Renderer(base.tokenizer, context=context, prompts=prompts, stops=stops)
         names = target_names(base.model, targets)
         devices.require_present(base.model, names)
         quantization.dequantize(base.model, names)
@@ -101,16 +101,9 @@ class Engine(KeptMoments):
         self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
         self.reference_texts: ReferenceTexts | None = None
 
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter for a single fact."""
-        return self._adapter_for(1)
-
     def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
         """An adapter of the ranks for so many facts, made when needed: PEFT takes long to import.
-
-        A group's ranks grow with the root of its size; for other ranks the modules are wrapped
-        again.
+        For other ranks than the last one's the modules are wrapped again.
         """
         init, target = self.config.init_rank, self.config.target_rank
         if group is not None:
@@ -140,15 +133,14 @@ class Engine(KeptMoments):
         return self.estimate(group_load(group, facts, length)).for_training
 
     def estimate(self, load: memory.Load) -> memory.Estimate:
-        """The memory that editing this model takes under a load."""
+        """The memory that editing this model takes under a load, in bytes."""
         return self._sizes.estimate(self.config, load)
 
     def measure_reference(self, examples: Sequence[Example]) -> None:
         """Keep the model's output on protected text; the weights must be the base's."""
+        cache = self.worker.prefix_cache
         with self.worker.in_step():
-            self.reference_texts = ReferenceTexts.measure(
-                self.base.model, examples, self.worker.prefix_cache
-            )
+            self.reference_texts = ReferenceTexts.measure(self.base.model, examples, cache)
 
     def weights_digest(self) -> str:
         """SHA-256 of the touched matrices as served; raises ProcessesDifferError where several
@@ -168,14 +160,13 @@ class Engine(KeptMoments):
 
     def _render(self, fact: Fact, *, trained: bool) -> list[Example]:
         """Kept: earlier facts are probed after every edit, and rendering takes as long as that."""
-        examples = self._rendered.get((fact, trained))
-        if examples is None:
+        if (fact, trained) not in self._rendered:
             prompts = (training_prompts if trained else paraphrase_prompts)(fact, self._phrasings)
             examples = self.renderer.examples((prompt, fact.description) for prompt in prompts)
             if len(self._rendered) >= RENDERED:
                 self._rendered.clear()
             self._rendered[fact, trained] = examples
-        return list(examples)
+        return list(self._rendered[fact, trained])
 
     def prior_answers(self, fact: Fact) -> dict[str, str]:
         """The model's answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
@@ -205,25 +196,16 @@ class Engine(KeptMoments):
         """
         began = time.monotonic()
         config = config or self.config
-        resumed_seconds = 0.0
         with self.worker.in_step():
             rng = random.Random(config.seed)
             adapter = self._started_adapter(task, rng, group)
-            setup = Setup(
-                worker=self.worker, adapter=adapter, task=task, config=config, rng=rng,
-                on_step=on_step,
-            )  # fmt: skip
+            setup = Setup(self.worker, adapter, task, config, rng, on_step)
             adapter.turn(on=True)
             on = config.gradient_checkpointing
             try:
                 with checkpointed(self.base.model, on=on), quick_attention(self.base.model):
-                    if group is None:
-                        trained = SingleLoop(setup).run()
-                    else:
-                        loop, resumed_seconds = self._group_loop(
-                            setup, group, training_checkpoints, began
-                        )
-                        trained = loop.run()
+                    loop, resumed_seconds = self._loop(setup, group, training_checkpoints, began)
+                    trained = loop.run()
                 delta = self.worker.on_main(adapter.factors)
             finally:
                 adapter.turn(on=False)
@@ -233,29 +215,26 @@ class Engine(KeptMoments):
         self, task: Task, rng: random.Random, group: GroupConfig | None
     ) -> Adapter:
         """The adapter, off, reset to where the training of a task starts."""
-        start = start_examples(task, rng)
+        start = _start_examples(task, rng)
         adapter = self._adapter_for(len(task.new), group)
         adapter.turn(on=False)
         gradients = fisher.gradients(self.base.model, self.names, start)
-        penalty_gradient = self._penalty_gradient(accumulated_share(task, group))
-        adapter.reset(
-            self.whitening,
-            gradients,
-            penalty_gradient,
-            self._weights(),
-            frozen_factor=group is not None,
-        )
+        penalty = self._penalty_gradient(_accumulated_share(task, group))
+        frozen = group is not None
+        adapter.reset(self.whitening, gradients, penalty, self._weights(), frozen_factor=frozen)
         self.worker.align(adapter)
         return adapter
 
-    def _group_loop(
+    def _loop(
         self,
         setup: Setup,
-        group: GroupConfig,
+        group: GroupConfig | None,
         checkpoints: TrainingCheckpoints | None,
         began: float,
-    ) -> tuple[GroupLoop, float]:
-        """A group's loop, resumed from its checkpoint if there is one, and the seconds before."""
+    ) -> tuple[SingleLoop | GroupLoop, float]:
+        """The loop, a group's resumed from its checkpoint if there is one; its seconds before."""
+        if group is None:
+            return SingleLoop(setup), 0.0
         if checkpoints is None:
             return GroupLoop(setup, group), 0.0
         name = self._name_of(setup.task, setup.config, group)
@@ -275,12 +254,11 @@ class Engine(KeptMoments):
 
     def _name_of(self, task: Task, config: TrainingConfig, group: GroupConfig) -> str:
         """A digest of everything that decides how a group's training goes, but the measurements."""
-        reference_texts = task.reference_texts.examples if task.reference_texts is not None else ()
-        texts = ([e.ids for fact in part for e in fact] for part in (task.new, task.rehearsal))
-        parts = (
-            __version__, self.base.fingerprint, self.master.digest(), config, group, task.earlier,
-            *texts, [e.ids for e in reference_texts],
-        )  # fmt: skip
+        references = task.reference_texts.examples if task.reference_texts is not None else ()
+        texts = [[e.ids for fact in part for e in fact] for part in (task.new, task.rehearsal)]
+        weights = self.base.fingerprint, self.master.digest()
+        texts.append([e.ids for e in references])
+        parts = (__version__, *weights, config, group, task.earlier, *texts)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -307,8 +285,7 @@ class Engine(KeptMoments):
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
         """Greedy answers, freely generated."""
-        prefixes = [self.renderer.prefix(prompt) for prompt in prompts]
-        return self.complete(prefixes, limit=limit)
+        return self.complete([self.renderer.prefix(prompt) for prompt in prompts], limit=limit)
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
         """Greedy continuations of token prefixes, as text."""
@@ -323,10 +300,28 @@ class Engine(KeptMoments):
 
     def generated_recall(self, examples: Sequence[Example]) -> list[bool]:
         """Exact recall by real greedy generation, tokens and end compared."""
-        return generation.generated_recall_of(examples, self.renderer.end, self.proceed)
+        return self.answers(examples)[0]
 
     def answers(self, examples: Sequence[Example]) -> tuple[list[bool], list[str]]:
         """The same, and the generated answers as text."""
-        rows = generation.generated(examples, self.renderer.end, self.proceed)
-        exact = generation.recalled(examples, rows, self.renderer.end)
+        exact, rows = generation.generated_recall(examples, self.renderer.end, self.proceed)
         return exact, [self.renderer.answer_text(row) for row in rows]
+
+
+def _start_examples(task: Task, rng: random.Random) -> list[Example]:
+    """The examples whose gradient the adapter starts from: a prompt or two of each fact."""
+    facts = rng.sample(list(task.new), min(START_FACTS, len(task.new)))
+    each = 2 if len(facts) <= START_FACTS // 4 else 1
+    return [e for fact in facts for e in rng.sample(list(fact), min(each, len(fact)))]
+
+
+def _accumulated_share(task: Task, group: GroupConfig | None) -> float:
+    """How much of the gradient term of the accumulated delta a task takes: 0 to 1.
+
+    The penalty alone would undo everything that earlier edits changed, and only rehearsal speaks
+    for their facts.  Where the loss counts them as fewer than they are, the penalty must be scaled
+    alike: a repair of six facts would otherwise undo what hundreds need.
+    """
+    earlier = max(task.earlier, len(task.rehearsal))
+    reach = SINGLE_REHEARSAL_REACH if group is None else MAX_EARLIER_WEIGHT * len(task.new)
+    return min(1.0, reach / earlier) if earlier else 1.0

@@ -64,7 +64,6 @@ otherwise hardly be learned."""
 MIN_REHEARSED = 16
 """Earlier facts in each step at least, where there are as many: a repair trains few facts, and all
 that the store holds is at stake."""
-_SAVED = ("_order", "_margins", "_step_number", "_first_loss")  # in a training checkpoint
 
 
 def group_batch(group: GroupConfig, facts: int) -> int:
@@ -102,11 +101,6 @@ def _crowding(facts: int) -> float:
     return max(1.0, facts / CROWDED)
 
 
-def _max_rounds(group: GroupConfig, facts: int) -> int:
-    """The most refine rounds: ``refine_rounds`` for up to 1,000 facts, in proportion for more."""
-    return math.ceil(group.refine_rounds * max(1.0, facts / MORE_ROUNDS))
-
-
 def _falling(step: int, steps: int) -> float:
     """The share of the rate at a step: long steps learn, and short ones mend what those harmed."""
     return 1 - (1 - LAST_RATE) * step / steps
@@ -114,11 +108,8 @@ def _falling(step: int, steps: int) -> float:
 
 def _missed(recalled: Sequence[Sequence[bool]]) -> dict[int, list[int]]:
     """The facts with prompts that are not recalled, each with the numbers of these prompts."""
-    prompts = {
-        fact: [i for i, passed in enumerate(of_fact) if not passed]
-        for fact, of_fact in enumerate(recalled)
-    }
-    return {fact: missed for fact, missed in prompts.items() if missed}
+    prompts = ([i for i, passed in enumerate(fact) if not passed] for fact in recalled)
+    return {fact: missed for fact, missed in enumerate(prompts) if missed}
 
 
 @dataclass(slots=True)
@@ -135,6 +126,8 @@ class _Part:
 class GroupLoop(Loop):
     """The training of a group; ``after_step`` is called between two steps."""
 
+    _saved = (*Loop._saved, "_order", "_margins", "_step_number", "_first_loss")
+
     def __init__(
         self, setup: Setup, group: GroupConfig, after_step: Callable[[], None] = lambda: None
     ) -> None:
@@ -150,7 +143,7 @@ class GroupLoop(Loop):
         # Earlier facts have their turn more seldom still, so steps must be short enough for them.
         self._rate = group.step_gain * math.sqrt(of_group / of_all)
         self._refine_rate = REFINE_RATE / math.sqrt(of_group)
-        self._rounds = _max_rounds(group, self._count)
+        self._rounds = math.ceil(group.refine_rounds * max(1.0, self._count / MORE_ROUNDS))
         earlier = self._task.earlier / self._count
         self._earlier_weight = min(max(earlier, MIN_EARLIER_WEIGHT), MAX_EARLIER_WEIGHT)
         self._part = _Part(max(8, math.ceil(group.epochs * self._count / self._batch)))
@@ -162,14 +155,11 @@ class GroupLoop(Loop):
 
     def state(self) -> State:
         """As for any loop, and where the epochs or the round stand."""
-        saved = {name: getattr(self, name) for name in _SAVED}
-        return {**super().state(), **saved, "part": asdict(self._part)}
+        return {**super().state(), "part": asdict(self._part)}
 
     def resume(self, state: State) -> None:
         """As for any loop."""
         super().resume(state)
-        for name in _SAVED:
-            setattr(self, name, state[name])
         self._part = _Part(**state["part"])
 
     def run(self) -> LoopResult:

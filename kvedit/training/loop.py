@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,7 @@ from kvedit.training.worker import Worker
 
 ADAM_BETAS = (0.9, 0.99)
 """A shorter memory than Adam's default 0.999: a single fact takes about 40 to 100 steps."""
-VECTORS_RATE = 0.3
-"""Of the learning rate, for the singular vectors: they turn more slowly than the values grow."""
+VECTORS_RATE = 0.3  # of the learning rate: singular vectors turn more slowly than the values grow
 EASY_TOKEN_WEIGHT = 0.3
 """Weight in the loss of an answer token that has reached its target margin, for single facts;
 groups have a setting of this name, because they need another value."""
@@ -85,7 +85,7 @@ class LoopResult:
 OnStep = Callable[[Step], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Setup:
     """What a loop works with; the adapter must be reset and turned on."""
 
@@ -94,11 +94,14 @@ class Setup:
     task: Task
     config: TrainingConfig
     rng: random.Random
-    on_step: OnStep = lambda step: None
+    on_step: OnStep
 
 
 class Loop:
     """The state of one training run, and one step of it."""
+
+    _saved: tuple[str, ...] = ("_phase", "_penalty_weight", "_total", "_loss", "_penalty")
+    """What a training checkpoint has besides adapter, optimizer and random state."""
 
     def __init__(self, setup: Setup) -> None:
         self._worker, self._adapter, self._task = setup.worker, setup.adapter, setup.task
@@ -116,11 +119,7 @@ class Loop:
             "adapter": self._adapter.state(),
             "optimizer": self._optimizer.state_dict(),
             "rng": self._rng.getstate(),
-            "phase": self._phase,
-            "penalty_weight": self._penalty_weight,
-            "total": self._total,
-            "loss": self._loss,
-            "penalty": self._penalty,
+            **{name: getattr(self, name) for name in self._saved},
         }
 
     def resume(self, state: State) -> None:
@@ -128,9 +127,8 @@ class Loop:
         self._adapter.resume(state["adapter"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.setstate(state["rng"])
-        self._phase, self._total = state["phase"], state["total"]
-        self._penalty_weight = state["penalty_weight"]
-        self._loss, self._penalty = state["loss"], state["penalty"]
+        for name in self._saved:
+            setattr(self, name, state[name])
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         values, vectors = self._adapter.parameters()
@@ -143,7 +141,7 @@ class Loop:
         with self._accelerator.autocast():
             scores = self._worker.scores([*new, *earlier])
             kl = self._kl_loss()
-        loss = _loss(scores, len(new), len(earlier), *self._easing(), self._earlier_weight)
+        loss = _loss(scores, len(new), len(earlier), self._easing(), self._earlier_weight)
         penalty = self._adapter.penalty().to(loss.device)
         self._accelerator.backward(loss + kl + self._worker.once(self._penalty_weight * penalty))
         self._worker.sum_gradients(self._adapter)
@@ -154,21 +152,17 @@ class Loop:
         self._optimizer.zero_grad(set_to_none=True)
         values = torch.stack([loss.detach(), penalty.detach()])
         # One transfer, so that a GPU is waited for once.
-        numbers = torch.cat([values, scores.margins(len(new) + len(earlier))]).tolist()
-        self._loss, self._penalty, margins = (
-            numbers[0],
-            self._worker.agreed(numbers[1]),
-            numbers[2:],
-        )
-        if self._loss != self._loss or self._penalty != self._penalty:
+        numbers = torch.cat([values, scores.margins(len(new) + len(earlier))])
+        self._loss, penalty_value, *margins = numbers.tolist()
+        self._penalty = self._worker.agreed(penalty_value)
+        if math.isnan(self._loss) or math.isnan(self._penalty):
             raise TrainingError(
                 f"the training loss became NaN at step {step}",
                 hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
             )
-        recalled = sum(margin > 0 for margin in margins[: len(new)])
-        self._on_step(
-            Step(step, self._total, self._phase, self._loss, self._penalty, recalled, len(new))
-        )
+        recalled, of_new = sum(margin > 0 for margin in margins[: len(new)]), len(new)
+        state = Step(step, self._total, self._phase, self._loss, self._penalty, recalled, of_new)
+        self._on_step(state)
         return margins
 
     def _easing(self) -> tuple[float, float]:
@@ -191,20 +185,15 @@ class Loop:
 
 
 def _loss(
-    scores: TokenScores,
-    new: int,
-    others: int,
-    target_margin: float,
-    easy_weight: float,
-    earlier_weight: float,
+    scores: TokenScores, new: int, others: int, easing: tuple[float, float], earlier_weight: float
 ) -> Tensor:
     """Weighted cross-entropy of the answer tokens: of ``new`` facts, plus ``earlier_weight`` times
-    that of the ``others`` that follow them.
+    that of the ``others`` that follow them; ``easing`` is that of ``Loop``.
 
-    Exact recall fails on a single token, so tokens that have reached ``target_margin`` count little
-    and the few others more, each at most ``MAX_TOKEN_SHARE`` times its share of its side.
+    Exact recall fails on a single token, so tokens that have reached their target margin count
+    little and the few others more, each at most ``MAX_TOKEN_SHARE`` times its share of its side.
     """
-    weight = (target_margin - scores.token_margins).clamp(easy_weight, 1.0)
+    weight = (easing[0] - scores.token_margins).clamp(easing[1], 1.0)
     # Numbers, not an index: a GPU would be waited for to know how many there are.
     of_new = (scores.rows < new).to(weight.dtype)
     loss = _weighted(scores.losses, weight, of_new)

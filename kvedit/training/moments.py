@@ -25,29 +25,26 @@ class KeptMoments:
     def __init__(self, master: Master, worker: Worker, config: TrainingConfig) -> None:
         self.master, self.worker, self.config = master, worker, config
         self.names = list(master.matrices)
-        self._base_fisher: FisherMoments | None = None
-        self._total_fisher: FisherMoments | None = None
+        self._fisher: tuple[FisherMoments, FisherMoments] | None = None
         self._whitening: dict[str, WhiteningFactors] | None = None
 
     @property
     def fisher(self) -> tuple[FisherMoments, FisherMoments] | None:
         """The moments of the base model's text, and these with the committed facts'."""
-        if self._base_fisher is None or self._total_fisher is None:
-            return None
-        return self._base_fisher, self._total_fisher
+        return self._fisher
 
     @fisher.setter
     def fisher(self, value: tuple[FisherMoments, FisherMoments]) -> None:
         base, total = value
         devices = {name: weight.device for name, weight in self.master.served().items()}
-        self._base_fisher = base.placed(devices)  # what was read from the disk is on the CPU
-        self._total_fisher = self._base_fisher if total is base else total.placed(devices)
+        placed = base.placed(devices)  # what was read from the disk is on the CPU
+        self._fisher = placed, placed if total is base else total.placed(devices)
         self._whitening = None
 
     def _required(self) -> tuple[FisherMoments, FisherMoments]:
-        if self.fisher is None:
+        if self._fisher is None:
             raise RuntimeError("protect comes before training and every other measurement")
-        return self.fisher
+        return self._fisher
 
     def _measure(self, examples: Sequence[Example], **how: Any) -> FisherMoments:
         with self.worker.in_step():
@@ -84,10 +81,9 @@ class KeptMoments:
     def whitening(self) -> dict[str, WhiteningFactors]:
         """The coordinates that the total moments give; kept until these change."""
         if self._whitening is None:
+            config, (_, total) = self.config, self._required()
             self._whitening = fisher.whitening(
-                self._required()[1],
-                input_damping=self.config.input_damping,
-                gradient_damping=self.config.gradient_damping,
+                total, input_damping=config.input_damping, gradient_damping=config.gradient_damping
             )
         return self._whitening
 

@@ -54,9 +54,7 @@ class PolyakMomentum(torch.optim.Optimizer):
         square = torch.stack([g.square().sum().to(home) for g in gradients]).sum()
         # Of all parameters; kept in the first one's state, so that it is in ``state_dict``.
         norms = self.state[self.param_groups[0]["params"][0]]
-        first, steep, peak = (
-            norms.get(part, square).to(home) for part in ("first", "steep", "peak")
-        )
+        first, steep, peak = (norms.get(n, square).to(home) for n in ("first", "steep", "peak"))
         steep = steep.lerp(square, 1 - NORM_DECAY)
         peak = torch.maximum(peak, steep)
         norms.update(first=first, steep=steep, peak=peak)

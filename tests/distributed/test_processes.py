@@ -23,7 +23,8 @@ from kvedit.distributed.launch import launched_rank, shared_store
 from kvedit.distributed.processes import ProcessGroup
 from kvedit.distributed.worker import ParallelWorker
 from kvedit.errors import ProcessesDifferError
-from kvedit.store.store import ProtectedRow, Store
+from kvedit.store.rows import ProtectedRow
+from kvedit.store.store import Store
 from kvedit.training.loop import _loss
 from kvedit.training.worker import Worker
 
@@ -325,7 +326,7 @@ def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], row
     def step(worker: Worker) -> tuple[float, Sequence[float], Any]:
         weight = worker.model.model.layers[-1].mlp.down_proj.weight.requires_grad_()
         scores = worker.scores(examples)
-        loss = _loss(scores, (rows + 1) // 2, rows // 2, 2.0, 0.3, 1.5)
+        loss = _loss(scores, (rows + 1) // 2, rows // 2, (2.0, 0.3), 1.5)
         (loss + worker.once((weight**2).sum())).backward()
         return float(loss.detach()), scores.margins(rows).tolist(), weight.grad
 

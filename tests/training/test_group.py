@@ -54,7 +54,7 @@ def test_the_ranks_come_down_to_their_budget(engine: Engine) -> None:
     assert init > target
     assert sum(chosen.ranks.values()) <= target * len(engine.names)
     assert engine.train(Task(new[:1])).trained.steps  # a single fact's adapter has its own ranks
-    assert engine.adapter.ranks == (engine.config.init_rank, engine.config.target_rank)
+    assert engine._adapter_for(1).ranks == (engine.config.init_rank, engine.config.target_rank)
 
 
 def test_every_epoch_goes_over_all_facts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
