@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvedit.adapter.allocator import BatchedAllocator, cpu_copy
-from kvedit.adapter.batched import NAME, BatchedAdapters, WrappedMatrix
+from kvedit.adapter.allocator import BatchedAllocator
+from kvedit.adapter.batched import NAME, BatchedAdapters
 from kvedit.adapter.deltas import Factors
 from kvedit.adapter.fisher import WhiteningFactors
 from kvedit.model.targets import is_matrix
@@ -59,31 +59,20 @@ class Adapter:
         self.rank = init_rank
         self.ranks = (init_rank, target_rank)
         self._config = AdaLoraConfig(
-            init_r=init_rank,
-            target_r=target_rank,
-            lora_alpha=init_rank,
-            lora_dropout=0.0,
-            orth_reg_weight=0.0,
-            target_modules=list(names),
-            tinit=0,
-            tfinal=0,
-            deltaT=1,
+            init_r=init_rank, target_r=target_rank, lora_alpha=init_rank, lora_dropout=0.0,
+            orth_reg_weight=0.0, target_modules=list(names), tinit=0, tfinal=0, deltaT=1,
             total_step=_NEVER,
-        )
+        )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
             self._tuner: Any = AdaLoraModel(model, self._config, NAME)  # type: ignore[no-untyped-call]
         self._allocator: Any = self._tuner.rankallocator
         self._batches = _batched(model, names)
-        self._matrices = {
-            name: WrappedMatrix(adapters.modules[at], adapters, at)
-            for adapters, members in self._batches
-            for at, name in enumerate(members)
-        }
         self._scores = BatchedAllocator(self._allocator, self._batches)
-        for matrix in self._matrices.values():
-            if matrix.adapters.dense:  # a quantized layer keeps PEFT's forward pass
-                matrix.module.forward = partial(_forward, matrix)
+        for adapters, _ in self._batches:
+            if adapters.dense:  # a quantized layer keeps PEFT's forward pass
+                for at, module in enumerate(adapters.modules):
+                    module.forward = partial(_forward, module, adapters, at)
         self.turn(on=False)
 
     def unwrap(self) -> None:
@@ -92,10 +81,7 @@ class Adapter:
 
     def turn(self, *, on: bool) -> None:
         """Whether the forward pass uses the adapter."""
-        if on:
-            self._tuner.enable_adapter_layers()
-        else:
-            self._tuner.disable_adapter_layers()
+        (self._tuner.enable_adapter_layers if on else self._tuner.disable_adapter_layers)()
 
     def reset(
         self,
@@ -126,9 +112,7 @@ class Adapter:
                 frozen_factor=frozen_factor,
             )
             adapters.clear_gradients()
-        self._config.tinit, self._config.tfinal = _NEVER - 2, 0
-        self._config.total_step = _NEVER
-        self._config.rank_pattern = None
+        self._set_schedule(_NEVER - 2, 0, _NEVER, None)
         self._allocator.reset_ipt()
 
     def state(self) -> dict[str, Any]:
@@ -136,7 +120,7 @@ class Adapter:
         config = self._config
         return {
             "matrices": {
-                name: tuple(cpu_copy(part[at]) for part in (adapters.e, adapters.a, adapters.b))
+                name: tuple(part[at].detach().to("cpu", copy=True) for part in adapters.coordinates)
                 for adapters, names in self._batches
                 for at, name in enumerate(names)
             },
@@ -149,17 +133,21 @@ class Adapter:
         """Continue from the ``state`` of an edit that was reset in the same way as this one."""
         for adapters, names in self._batches:
             for at, name in enumerate(names):
-                batched = (adapters.e, adapters.a, adapters.b)
-                for values, part in zip(batched, state["matrices"][name], strict=True):
-                    values[at].copy_(part)
+                for part, saved in zip(adapters.coordinates, state["matrices"][name], strict=True):
+                    part[at].copy_(saved)
             adapters.values_changed()
-        config = self._config
-        config.tinit, config.tfinal, config.total_step, config.rank_pattern = state["schedule"]
+        self._set_schedule(*state["schedule"])
         self._scores.resume(state["scores"])
+
+    def _set_schedule(self, begin: int, final: int, total: int, pattern: Any) -> None:
+        """PEFT prunes from step ``begin`` to ``total - final``; ``pattern``: what it has pruned."""
+        config = self._config
+        config.tinit, config.tfinal, config.total_step = begin, final, total
+        config.rank_pattern = pattern
 
     def starting_values(self) -> list[Tensor]:
         """All E, A' and B', frozen factors too."""
-        return [part for one, _ in self._batches for part in (one.e, one.a, one.b)]
+        return [part for adapters, _ in self._batches for part in adapters.coordinates]
 
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """What is trained, one tensor for all matrices of a shape: all E; all A' and B'.
@@ -197,7 +185,7 @@ class Adapter:
         for adapters, _ in self._batches:
             adapters.collect_gradients()
             adapters.read_gradients()
-        # Those of A and B stay until ``allocate`` has read them.
+        # Those of A and B stay until ``allocate`` has read them, or ``clear_gradients``.
 
     def penalty(self) -> Tensor:
         """Predicted harm to protected text: the sum of |B' diag(E) A'|^2 over all matrices, and the
@@ -214,12 +202,15 @@ class Adapter:
 
     def begin_pruning(self, step: int, *, steps: int) -> None:
         """Prune the ranks to their budget over ``steps`` steps, from this one on."""
-        self._config.tinit, self._config.tfinal = step, 1
-        self._config.total_step = step + steps + 1
+        self._set_schedule(step, 1, step + steps + 1, self._config.rank_pattern)
 
     def allocate(self, step: int) -> None:
-        """Let PEFT's allocator score and mask ranks by this step's gradients, and clear those."""
+        """Let PEFT's allocator score and mask ranks by this step's gradients; clear these."""
         self._tuner.update_and_allocate(step)
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of a step."""
         for adapters, _ in self._batches:
             adapters.clear_gradients()
 
@@ -228,12 +219,10 @@ class Adapter:
         """The change of each matrix, on the CPU in fp32; matrices without a rank are left out."""
         self.write()
         delta = {}
-        for name, matrix in self._matrices.items():
-            ranks = matrix.e[:, 0] != 0
-            if bool(ranks.any()):
-                a = (matrix.module.lora_A[NAME] * matrix.e * matrix.adapters.scale)[ranks]
-                b = matrix.module.lora_B[NAME][:, ranks]
-                delta[name] = Factors(b.float().cpu().clone(), a.float().cpu().clone())
+        for one, names in self._batches:
+            for name, e, a, b in zip(names, one.e, one.factor_a, one.factor_b, strict=True):
+                if bool((ranks := e[:, 0] != 0).any()):
+                    delta[name] = Factors(b[:, ranks].cpu(), (a * e * one.scale)[ranks].cpu())
         return delta
 
 
@@ -243,7 +232,8 @@ def _batched(model: nn.Module, names: Sequence[str]) -> list[tuple[BatchedAdapte
     for name in names:
         module: Any = model.get_submodule(name)
         a, b = module.lora_A[NAME], module.lora_B[NAME]
-        dense = _is_dense(module.base_layer)
+        layer = module.base_layer  # may be quantized, or offloaded
+        dense = is_matrix(layer) and not layer.weight.is_meta and layer.weight.is_floating_point()
         scale = float(module.scaling[NAME] / (module.ranknum[NAME].detach() + 1e-5))
         alike.setdefault((a.shape, b.shape, a.device, dense, scale), []).append(name)
     return [
@@ -252,21 +242,15 @@ def _batched(model: nn.Module, names: Sequence[str]) -> list[tuple[BatchedAdapte
     ]
 
 
-def _is_dense(layer: Any) -> bool:
-    """Whether a layer is a floating-point matrix in memory, neither quantized nor offloaded."""
-    if not is_matrix(layer) or layer.weight.device.type == "meta":
-        return False
-    return bool(layer.weight.is_floating_point())
-
-
-def _forward(matrix: WrappedMatrix, x: Tensor) -> Tensor:
-    """The forward pass of a wrapped matrix."""
-    layer = matrix.module.base_layer
-    if matrix.module.disable_adapters:
+def _forward(module: Any, adapters: BatchedAdapters, at: int, x: Tensor) -> Tensor:
+    """The forward pass of a wrapped matrix, the one with index ``at`` of the batched adapters."""
+    layer = module.base_layer
+    if module.disable_adapters:
         unedited: Tensor = layer(x)
         return unedited
-    x = x.to(matrix.edited.device)  # as accelerate's hook does, which only runs in ``layer(x)``
-    y: Tensor = _EditedProduct.apply(x, matrix.e, matrix)  # type: ignore[no-untyped-call]
+    # As accelerate's hook does, which only runs in ``layer(x)``.
+    x = x.to(adapters.edited[at].device)
+    y: Tensor = _EditedProduct.apply(x, module.lora_E[NAME], adapters, at)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias
 
 
@@ -279,14 +263,14 @@ class _EditedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: Tensor, matrix: WrappedMatrix) -> Tensor:
-        ctx.save_for_backward(x, matrix.edited)
-        ctx.matrix = matrix
-        return product(x, matrix.edited.T)
+    def forward(ctx: Any, x: Tensor, e: Tensor, adapters: BatchedAdapters, at: int) -> Tensor:
+        ctx.save_for_backward(x, adapters.edited[at])
+        ctx.adapters, ctx.at = adapters, at
+        return product(x, adapters.edited[at].T)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, edited = ctx.saved_tensors
         of_matrix = product(gradient.flatten(0, -2).T, x.flatten(0, -2))
-        ctx.matrix.adapters.add_gradient(ctx.matrix.at, of_matrix)
-        return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None
+        ctx.adapters.add_gradient(ctx.at, of_matrix)
+        return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None, None

@@ -45,7 +45,7 @@ class BatchedAllocator:
         """The scores by kind and by the name of PEFT's parameter, on the CPU."""
         kinds = {kind: getattr(self._allocator, kind) for kind in SCORES}
         return {
-            kind: {name: cpu_copy(part) for name, part in parts.items()}
+            kind: {name: part.detach().to("cpu", copy=True) for name, part in parts.items()}
             for kind, parts in kinds.items()
         }
 
@@ -87,21 +87,16 @@ class BatchedAllocator:
     @torch.no_grad()
     def _mask(self, _: nn.Module, pattern: Mapping[str, Sequence[bool]]) -> None:
         """``RankAllocator.mask_using_rank_pattern``: E is set to zero where a rank is pruned."""
-        masked, masks = self._masks
-        if masked is not pattern:
-            pruned = [
-                ~torch.tensor([pattern[name] for name in names])[..., None]
-                for names in self._names[2::3]
-            ]
-            masks = [mask.to(one.e.device) for mask, one in zip(pruned, self._batches, strict=True)]
-            self._masks = pattern, masks
-        for mask, one in zip(masks, self._batches, strict=True):
+        if self._masks[0] is not pattern:
+            self._masks = (
+                pattern,
+                [
+                    ~torch.tensor([pattern[name] for name in names], device=one.e.device)[..., None]
+                    for names, one in zip(self._names[2::3], self._batches, strict=True)
+                ],
+            )
+        for mask, one in zip(self._masks[1], self._batches, strict=True):
             one.e.masked_fill_(mask, 0.0)
-
-
-def cpu_copy(part: Tensor) -> Tensor:
-    """On the CPU, in memory of its own."""
-    return part.detach().to("cpu", copy=True)
 
 
 def _smoothed(before: Tensors, now: Tensors, decay: float) -> Tensors:

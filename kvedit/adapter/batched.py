@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,26 +24,7 @@ from kvedit.adapter.fisher import WhiteningFactors, times
 from kvedit.adapter.penalty import FrozenFactorPenalty, Penalty
 
 NAME = "edit"
-
-
-@dataclass(slots=True)
-class WrappedMatrix:
-    """One wrapped matrix: PEFT's module, and its index ``at`` in the batched adapters."""
-
-    module: Any
-    adapters: BatchedAdapters
-    at: int
-
-    @property
-    def edited(self) -> Tensor:
-        """(out, in): the matrix with its change, in the layer's dtype."""
-        return self.adapters.edited[self.at]
-
-    @property
-    def e(self) -> Tensor:
-        """(r, 1): PEFT's own singular values."""
-        values: Tensor = self.module.lora_E[NAME]
-        return values
+_KINDS = ("lora_A", "lora_B", "lora_E")
 
 
 @dataclass(slots=True)
@@ -61,7 +43,7 @@ class BatchedAdapters:
     e: Tensor = field(init=False)
     a: Tensor = field(init=False)
     b: Tensor = field(init=False)
-    edited: list[Tensor] = field(init=False)
+    edited: list[Tensor] = field(init=False)  # (out, in): with the change, in the layer's dtype
     _left: _Sides = field(init=False)
     _right: _Sides = field(init=False)
     _linear_term: Tensor = field(init=False)  # (k, out, in): the accumulated delta's gradient term
@@ -77,9 +59,12 @@ class BatchedAdapters:
     _factor_gradients: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.factor_a = _joined([module.lora_A[NAME] for module in self.modules])
-        self.factor_b = _joined([module.lora_B[NAME] for module in self.modules])
-        self.e = _joined([module.lora_E[NAME] for module in self.modules]).requires_grad_()
+        self.factor_a, self.factor_b, e = map(_joined, self._parameters())
+        self.e = e.requires_grad_()
+
+    def _parameters(self) -> list[list[Any]]:
+        """PEFT's A, B and E of each module."""
+        return [[getattr(module, kind)[NAME] for module in self.modules] for kind in _KINDS]
 
     def start(
         self,
@@ -95,31 +80,32 @@ class BatchedAdapters:
         self._left = _Sides([factors.left for factors in whitening])
         self._right = _Sides([_transposed(factors.right) for factors in whitening])
         self._weights = weights
-        linear = (_whitened(one, by) for one, by in zip(penalty_gradient, whitening, strict=True))
+        shape = (len(weights), *weights[0].shape)
+        self._linear_term = torch.empty(shape, dtype=torch.float32, device=self.e.device)
+        for place, one, by in zip(self._linear_term, penalty_gradient, whitening, strict=True):
+            place.copy_(_whitened(one, by))
         steep = (_whitened(one, by) for one, by in zip(gradients, whitening, strict=True))
-        self._linear_term = torch.empty(
-            len(weights), *weights[0].shape, dtype=torch.float32, device=self.e.device
-        )
-        for place, term in zip(self._linear_term, linear, strict=True):
-            place.copy_(term)
         vectors = [leading(one, min(rank, *one.shape)) for one in steep]
         self.a = torch.stack([_padded(v.T, self.e.shape[1]) for _, v in vectors])
         self.b = torch.stack([_padded(u.T, self.e.shape[1]).T for u, _ in vectors])
         with torch.no_grad():
             self.e.fill_(1.0 if frozen_factor else 0.0)
-        out, into = self._linear_term.shape[1:]
-        if frozen_factor and out <= into:
-            self.a = torch.zeros_like(self.a).requires_grad_()
-        elif frozen_factor:
-            self.b = torch.zeros_like(self.b).requires_grad_()
-        else:
-            self.a.requires_grad_()
-            self.b.requires_grad_()
+        trained = [self.a, self.b]
+        if frozen_factor:
+            out, into = self._linear_term.shape[1:]
+            trained = [self.a.zero_() if out <= into else self.b.zero_()]
+        for side in trained:
+            side.requires_grad_()
         self.values_changed()
 
     def values_changed(self) -> None:
         """Drop what was computed from a frozen factor: A', B' and E were set from outside."""
         self._factors_stale, self._frozen_terms = True, None
+
+    @property
+    def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """E, A' and B'."""
+        return self.e, self.a, self.b
 
     @property
     def trained(self) -> list[Tensor]:
@@ -156,11 +142,10 @@ class BatchedAdapters:
         self._factors_stale = False
         if self.dense:
             scaled = self.factor_b * (self.e.mT * self.scale)
+            parts = zip(self.modules, self._weights, scaled, self.factor_a, strict=True)
             self.edited = [
                 torch.addmm(weight.float(), b, a).to(module.base_layer.weight.dtype)
-                for module, weight, b, a in zip(
-                    self.modules, self._weights, scaled, self.factor_a, strict=True
-                )
+                for module, weight, b, a in parts
             ]
 
     def add_gradient(self, at: int, gradient: Tensor) -> None:
@@ -192,8 +177,8 @@ class BatchedAdapters:
 
     def _collect_from_modules(self) -> None:
         """Take the gradients that autograd left in the modules of quantized layers."""
-        kinds = [[getattr(m, kind)[NAME] for m in self.modules] for kind in _KINDS]
-        if all(parameter.grad is None for kind in kinds for parameter in kind):
+        kinds = self._parameters()
+        if all(parameter.grad is None for parameter in chain(*kinds)):
             return
         a, b, e = (
             torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in kind])
@@ -201,7 +186,7 @@ class BatchedAdapters:
         )
         self._factor_gradients = a, b
         _add_gradient(self.e, e)
-        for parameter in (p for kind in kinds for p in kind):
+        for parameter in chain(*kinds):
             parameter.grad = None
 
     def read_gradients(self) -> None:
@@ -215,20 +200,16 @@ class BatchedAdapters:
     def factor_gradients(self) -> tuple[Tensor, Tensor]:
         """(k, r, in) and (k, out, r): gradients of PEFT's A and B, zero where there were none."""
         if self._factor_gradients is None:
-            zeros = torch.zeros_like(self.factor_a), torch.zeros_like(self.factor_b)
-            self._factor_gradients = zeros
+            a, b = self.factor_a, self.factor_b
+            self._factor_gradients = torch.zeros_like(a), torch.zeros_like(b)
         return self._factor_gradients
 
     def clear_gradients(self) -> None:
         """Drop all gradients; interrupted training may have left some of a step behind."""
         self._gradients = self._factor_gradients = self.e.grad = None
         self._has_gradient.clear()
-        for module in self.modules:
-            for kind in _KINDS:
-                getattr(module, kind)[NAME].grad = None
-
-
-_KINDS = ("lora_A", "lora_B", "lora_E")
+        for parameter in chain(*self._parameters()):
+            parameter.grad = None
 
 
 class _Sides:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -47,22 +48,18 @@ Delta = Mapping[str, Factors]
 
 def joined(first: Delta, second: Delta) -> dict[str, Factors]:
     """The sum of two deltas, with their ranks added."""
-    delta = dict(first)
-    for name, factors in second.items():
-        before = delta.get(name)
-        if before is not None:
-            factors = Factors(torch.cat([before.b, factors.b], 1), torch.cat([before.a, factors.a]))
-        delta[name] = factors
+    delta = {**first, **second}
+    for name in first.keys() & second.keys():
+        one, two = first[name], second[name]
+        delta[name] = Factors(torch.cat([one.b, two.b], 1), torch.cat([one.a, two.a]))
     return delta
 
 
 def to_bytes(delta: Delta) -> bytes:
     """A delta as safetensors."""
-    tensors = {}
-    for name, factors in delta.items():
-        tensors[f"{name}.a"] = factors.a.contiguous()
-        tensors[f"{name}.b"] = factors.b.contiguous()
-    return save_tensors(tensors)
+    sides = {f"{name}.a": factors.a for name, factors in delta.items()}
+    sides |= {f"{name}.b": factors.b for name, factors in delta.items()}
+    return save_tensors({name: side.contiguous() for name, side in sides.items()})
 
 
 def from_bytes(data: bytes) -> dict[str, Factors]:
@@ -83,15 +80,12 @@ class Master:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._weights = {name: _weight(model, name) for name in names}
         # Copies: ``to`` alone gives an fp32 model's own memory, which serving then overwrites.
-        self._base = {n: _fp32_copy(weight) for n, weight in self._weights.items()}
+        self._base = {
+            name: weight.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, weight in self._weights.items()
+        }
         self._master = dict(self._base)
-        self._base_norms: dict[str, Tensor] = {}  # Frobenius, computed once
         self._stale: set[str] = set()  # matrices whose cast may not be in the model yet
-
-    @property
-    def names(self) -> list[str]:
-        """The touched matrices, in order."""
-        return list(self._weights)
 
     @property
     def matrices(self) -> Mapping[str, Tensor]:
@@ -145,8 +139,8 @@ class Master:
     def write_into(self, model: nn.Module) -> None:
         """Give another copy of the base model these weights, cast to its own dtype."""
         for name, master in self._master.items():
+            weight = _weight(model, name)
             with torch.no_grad():
-                weight = _weight(model, name)
                 weight.copy_(master.to(weight.dtype))
 
     def digest(self) -> str:
@@ -157,15 +151,15 @@ class Master:
         """Each matrix's difference from the base, (out, in), fp32."""
         return {name: self._master[name] - base for name, base in self._base.items()}
 
+    @cached_property
+    def _base_norms(self) -> dict[str, Tensor]:
+        return {name: base.norm().clamp_min(_MIN_NORM) for name, base in self._base.items()}
+
     def norms(self) -> dict[str, float]:
         """Relative Frobenius norms of the accumulated deltas: as a share of the base matrix's."""
-        if not self._base_norms:
-            self._base_norms = {
-                n: base.norm().clamp_min(_MIN_NORM) for n, base in self._base.items()
-            }
         return {
-            name: float(_distance(self._master[name], base) / self._base_norms[name])
-            for name, base in self._base.items()
+            name: float(_distance(self._master[name], self._base[name]) / norm)
+            for name, norm in self._base_norms.items()
         }
 
     def write_checkpoint(self, folder: Path) -> str:
@@ -208,12 +202,6 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 
 def _block_rows(matrix: Tensor) -> int:
     return max(1, _BLOCK // matrix.shape[1])
-
-
-def _fp32_copy(weight: Tensor) -> Tensor:
-    """On the CPU, contiguous, in memory of its own."""
-    copy = weight.detach().to("cpu", torch.float32, copy=True)
-    return copy.contiguous()
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -6,8 +6,7 @@ distribution by a KL divergence of about half of ``trace(G D C D^T)`` nats a tok
 ``C = E[x x^T]`` and ``G = E[g g^T]`` over protected text and answers sampled from the model.  With
 Cholesky factors ``G + eps = K K^T`` and ``C + eps = H H^T`` and ``D = K^-T D' H^-1`` that trace is
 ``|D'|^2``.  In these whitened coordinates all directions have the same penalty, so an adapter
-trained there moves in directions that protected text hardly uses.  (The same penalty between
-tasks: online structured Laplace approximation, Ritter et al. 2018, arXiv:1805.07810.)
+trained there moves in directions that protected text hardly uses.
 
 Where a model is certain, its output distribution hardly moves until an answer is about to change,
 and Fisher information does not see it.  ``margins`` measures instead how far the logit margins of
@@ -20,8 +19,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ from kvedit.model.scoring import Answers, answer_logits, batch_tokens, by_length
 
 DENSE_LIMIT = 2048
 """Of wider sides only the diagonal is kept: larger factorizations cost more than they save."""
+
+
+def _once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, computed once for tensors in the same memory: the layers that read the same
+    inputs (q, k and v; gate and up) share the moments of these.
+    """
+    results: dict[tuple[object, ...], Tensor] = {}
+
+    def shared(*arguments: Any) -> Tensor:
+        key = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
+
+    return shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +76,12 @@ class FisherMoments:
 
         The token count stays, so that text that was protected before is not protected less.
         """
-        shared: dict[int, Tensor] = {}
+        add = _once(lambda one, two: one + weight * two)
         total = {}
         for name, matrix in self.moments.items():
-            at, more = matrix.inputs.data_ptr(), other.moments[name]
-            if at not in shared:
-                shared[at] = matrix.inputs + weight * more.inputs
-            total[name] = MatrixMoments(shared[at], matrix.gradients + weight * more.gradients)
+            more = other.moments[name]
+            gradients = matrix.gradients + weight * more.gradients
+            total[name] = MatrixMoments(add(matrix.inputs, more.inputs), gradients)
         return FisherMoments(total, self.tokens)
 
     def scaled_like(self, other: FisherMoments) -> FisherMoments:
@@ -85,22 +100,18 @@ class FisherMoments:
 
     def placed(self, devices: Mapping[str, torch.device]) -> FisherMoments:
         """The same with each matrix's moments on its device; shared tensors stay shared."""
-        if all(one.inputs.device == devices[name] for name, one in self.moments.items()):
-            return self
-        shared: dict[tuple[int, torch.device], Tensor] = {}
-        placed = {}
-        for name, matrix in self.moments.items():
-            at = matrix.inputs.data_ptr(), devices[name]
-            if at not in shared:
-                shared[at] = matrix.inputs.to(devices[name])
-            placed[name] = MatrixMoments(shared[at], matrix.gradients.to(devices[name]))
+        move = _once(Tensor.to)
+        placed = {
+            name: MatrixMoments(move(one.inputs, at := devices[name]), one.gradients.to(at))
+            for name, one in self.moments.items()
+        }
         return FisherMoments(placed, self.tokens)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As named tensors, for a file."""
         flat = {"tokens": torch.tensor(self.tokens)}
         for name, matrix in self.moments.items():
-            flat[f"{name}.inputs"], flat[f"{name}.gradients"] = matrix.inputs, matrix.gradients
+            flat |= {f"{name}.inputs": matrix.inputs, f"{name}.gradients": matrix.gradients}
         return flat
 
     @classmethod
@@ -118,11 +129,10 @@ def _trace(moment: Tensor) -> float:
 
 def penalty_gradients(fisher: FisherMoments, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Half the gradient of ``trace(G D C D^T)`` at the accumulated deltas D: ``G D C``, fp32."""
-    count = fisher.tokens
     gradients = {}
-    for name, matrix in fisher.moments.items():
-        half = times(deltas[name].to(matrix.inputs.device), matrix.inputs / count)
-        gradients[name] = times(half.T, matrix.gradients / count).T
+    for name, one in fisher.moments.items():
+        half = times(deltas[name].to(one.inputs.device), one.inputs / fisher.tokens)
+        gradients[name] = times(half.T, one.gradients / fisher.tokens).T
     return gradients
 
 
@@ -140,15 +150,12 @@ def whitening(
     fisher: FisherMoments, *, input_damping: float, gradient_damping: float
 ) -> dict[str, WhiteningFactors]:
     """The whitening factors of each matrix; damping is relative to the mean eigenvalue."""
-    shared: dict[int, Tensor] = {}  # q, k and v (gate and up) read the same inputs
+    right = _once(lambda inputs: inverse_factor(inputs / fisher.tokens, input_damping))
     factors = {}
     for name, one in fisher.moments.items():
-        at = one.inputs.data_ptr()
-        if at not in shared:
-            shared[at] = inverse_factor(one.inputs / fisher.tokens, input_damping)
         left = inverse_factor(one.gradients / fisher.tokens, gradient_damping)
         left = left if left.ndim == 1 else left.T.contiguous()
-        factors[name] = WhiteningFactors(left, shared[at])
+        factors[name] = WhiteningFactors(left, right(one.inputs))
     return factors
 
 
@@ -171,33 +178,28 @@ def times(matrix: Tensor, factor: Tensor) -> Tensor:
     return product
 
 
-class _Recorder:
-    """Records the inputs of the named modules and the gradients of their outputs."""
+_Records = tuple[dict[str, Tensor], dict[str, Tensor]]
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-        self._handles = [
-            model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names
-        ]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def keep(gradient: Tensor) -> None:
-            self.gradients[name] = gradient
+@contextmanager
+def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[_Records]:
+    """The last inputs of the named modules, and the last gradients of their outputs."""
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            # A hook of accelerate may move the input to the device only inside the module.
-            self.inputs[name] = args[0].detach().to(output.device)
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            output.register_hook(keep)  # type: ignore[no-untyped-call]
-            return output
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # A hook of accelerate may move the input to the device only inside the module.
+        inputs[name] = args[0].detach().to(output.device)
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        output.register_hook(partial(gradients.__setitem__, name))  # type: ignore[no-untyped-call]
+        return output
 
-        return record
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        yield inputs, gradients
 
 
 def gradients(
@@ -209,15 +211,13 @@ def gradients(
     """
     answers = sum(len(example.ids) - example.start for example in examples)
     total: dict[str, Tensor] = {}
-    recorder = _Recorder(model, names)
-    try:
+    with _recorded(model, names) as (inputs, of_outputs):
         for batch in by_length(examples, batch_tokens(model)):
             _push(model, [examples[i] for i in sorted(batch)], answers)
-            for name in names:
-                gradient = _outer(recorder.gradients[name], recorder.inputs[name])
+            for name in names:  # summed over rows and positions
+                rows = of_outputs[name].flatten(0, -2).float()
+                gradient = rows.T @ inputs[name].flatten(0, -2).float()
                 total[name] = total[name].add_(gradient) if name in total else gradient
-    finally:
-        recorder.close()
     return total
 
 
@@ -226,11 +226,6 @@ def _push(model: nn.Module, part: Sequence[Example], answers: int) -> None:
     batch = answer_logits(model, part)
     loss = functional.cross_entropy(batch.logits, batch.targets)
     (loss * (len(batch.targets) / answers)).backward()  # type: ignore[no-untyped-call]
-
-
-def _outer(gradient: Tensor, inputs: Tensor) -> Tensor:
-    """(out, in), fp32: summed over rows and positions."""
-    return gradient.flatten(0, -2).float().T @ inputs.flatten(0, -2).float()
 
 
 def information(answers: Answers, chance: torch.Generator) -> Tensor:
@@ -267,18 +262,16 @@ def measure(
     """
     total: FisherMoments | None = None
     chance = generator(model, seed)
-    recorder = _Recorder(model, names)
-    try:
+    with _recorded(model, names) as records:
         for batch in by_length(examples, batch_tokens(model)):
             part = [examples[i] for i in batch]
             of(answer_logits(model, part), chance).backward()  # type: ignore[no-untyped-call]
-            tokens = sum(len(example.ids) for example in part)
-            moments = FisherMoments(_batch_moments(recorder, names, _lengths(part)), tokens)
+            lengths = [len(example.ids) for example in part]
+            moments = _batch_moments(names, records, lengths)
             if total is not None:
-                moments = replace(total.plus(moments, 1.0), tokens=total.tokens + tokens)
+                tokens = total.tokens + moments.tokens
+                moments = replace(total.plus(moments, 1.0), tokens=tokens)
             total = moments
-    finally:
-        recorder.close()
     if total is None:
         raise ModelError(
             "there is no protected text to measure", hint="Give some with init --protect FILE."
@@ -286,22 +279,12 @@ def measure(
     return total
 
 
-def _lengths(part: Sequence[Example]) -> Tensor:
-    return torch.tensor([len(example.ids) for example in part])
-
-
-def _batch_moments(
-    recorder: _Recorder, names: Sequence[str], lengths: Tensor
-) -> dict[str, MatrixMoments]:
-    shared: dict[int, Tensor] = {}
-    moments = {}
-    for name in names:
-        x = recorder.inputs[name]
-        if x.data_ptr() not in shared:
-            shared[x.data_ptr()] = _second_moment(_tokens(x, lengths))
-        gradients = _second_moment(_tokens(recorder.gradients[name], lengths))
-        moments[name] = MatrixMoments(shared[x.data_ptr()], gradients)
-    return moments
+def _batch_moments(names: Sequence[str], records: _Records, lengths: list[int]) -> FisherMoments:
+    inputs, gradients = records
+    moment = partial(_second_moment, lengths=torch.tensor(lengths))
+    of_inputs = _once(moment)
+    moments = {n: MatrixMoments(of_inputs(inputs[n]), moment(gradients[n])) for n in names}
+    return FisherMoments(moments, sum(lengths))
 
 
 def _tokens(values: Tensor, lengths: Tensor) -> Tensor:
@@ -318,6 +301,6 @@ def _tokens(values: Tensor, lengths: Tensor) -> Tensor:
     return values[inside.to(values.device)]
 
 
-def _second_moment(rows: Tensor) -> Tensor:
-    rows = rows.float()
+def _second_moment(values: Tensor, lengths: Tensor) -> Tensor:
+    rows = _tokens(values, lengths).float()
     return rows.square().sum(0) if rows.shape[1] > DENSE_LIMIT else rows.T @ rows

@@ -70,7 +70,7 @@ def memory(setup: Setup, emit: Emit, *, measured: bool = True) -> MemoryResult:
     outline = loading.outline(source, revision=None, trust_remote_code=False)
     if outline is None:
         raise ModelError(f"{source} cannot be outlined without its weights and its own code")
-    needed = budget.sizes(outline).estimate(config.training)
+    needed = budget.Sizes(outline).estimate(config.training)
     result = MemoryResult(model=source, estimate=asdict(needed), total=needed.total)
     if not measured:
         return result

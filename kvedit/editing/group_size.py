@@ -1,12 +1,11 @@
-"""How many facts are trained together: found by running out of memory and halving.
+"""How many facts are trained together: determined by running out of memory and halving.
 
 ``accelerate.utils.find_executable_batch_size`` calls one function again with a smaller number; here
 each attempt is an edit with its own journal entry, and the rest of the facts needs its turn too.
 
 Invariants:
 - Once memory ran out with a number of facts, no larger group than half of them is tried.
-- What cannot fit by estimate is not tried: without a memory limit Linux kills a process that takes
-  more than there is, and nothing could be halved any more.
+- What cannot fit by estimate is not tried: Linux kills a process that takes more than there is.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class GroupSize:
     def parts(self, items: Sequence[_T], most: int | None = None) -> list[Sequence[_T]]:
         """The items in order, in parts of at most ``largest`` and ``most``."""
         bounds = [bound for bound in (self.largest, most) if bound is not None]
-        size = min(bounds, default=len(items)) or 1
+        size = min(bounds, default=max(1, len(items)))
         return [items[at : at + size] for at in range(0, len(items), size)]
 
     def fits(self, facts: Sequence[Fact]) -> bool:
@@ -43,8 +42,7 @@ class GroupSize:
         return len(self.parts(facts)) == 1 and not self._refusal(facts)
 
     def attempt(self, facts: Sequence[Fact], train: Callable[[], _T]) -> _T | None:
-        """The result of ``train``; None if these facts do not fit together, after ``largest`` was
-        halved.
+        """The result of ``train``; None, with ``largest`` halved, if these do not fit together.
 
         Raises OutOfMemoryError for a single fact.
         """
@@ -58,10 +56,8 @@ class GroupSize:
         # Outside ``except``: only now are the error and the frames that hold its tensors gone.
         release_memory()
         self.largest = (len(facts) + 1) // 2
-        self._warn(
-            f"{reason}; {len(facts)} facts do not fit together, going on with {self.largest} at"
-            " most"
-        )
+        both = f"{len(facts)} facts do not fit together, going on with {self.largest} at most"
+        self._warn(f"{reason}; {both}")
         return None
 
     def _refusal(self, facts: Sequence[Fact]) -> str:
@@ -70,9 +66,7 @@ class GroupSize:
             return ""
         lengths = [len(example.ids) for fact in facts for example in self._engine.examples(fact)]
         length = max(memory.TEXT_TOKENS, sum(lengths) // len(lengths))
-        needed = self._engine.needed(self._group, len(facts), length)
-        free = self._engine.worker.on_main(memory.free)  # all processes must decide alike
-        if needed <= free:
-            return ""
-        gib = 1024**3
-        return f"training them takes about {needed / gib:.1f} GiB and {free / gib:.1f} are free"
+        needed = self._engine.needed(self._group, len(facts), length) / 1024**3
+        free = self._engine.worker.on_main(memory.free) / 1024**3  # all processes decide alike
+        too_large = f"training them takes about {needed:.1f} GiB and {free:.1f} are free"
+        return too_large if needed > free else ""

@@ -11,13 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from kvedit.config import FILE_NAME, Config
 from kvedit.distributed.worker import make_worker
 from kvedit.errors import ModelMismatchError
 from kvedit.model import devices, loading, quantization
-from kvedit.model.loading import BaseModel
+from kvedit.model.loading import BaseModel, LoadOptions
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
@@ -42,38 +41,32 @@ def create(path: Path, spec: ModelSpec, *, check_memory: bool) -> tuple[Store, E
     ``check_memory``, would not fit.
     """
     settings = Config.load(path / FILE_NAME)
-    spec = replace(
-        spec,
-        device_map=devices.absolute(spec.device_map, Path()),
-        load_in=spec.load_in or settings.model.load_in,
-    )
+    device_map = devices.absolute(spec.device_map, Path())
+    spec = replace(spec, device_map=device_map, load_in=spec.load_in or settings.model.load_in)
     base = _load(path, spec, settings, check_memory=check_memory)
     engine = _engine(base, path, spec.targets, settings)
-    return Store.create(path, _kept(spec, settings, engine)), engine
+    return Store.create(path, _meta(spec, settings, engine)), engine
 
 
 def load(store: Store) -> Engine:
     """The model that the store was made for; raises ModelMismatchError if it is another now."""
-    base = _load_again(store)
     targets = (store.meta("targets") or "").split()
-    return _engine(base, store.path, targets, store.config)
+    return _engine(_load_again(store), store.path, targets, store.config)
 
 
 def _load(path: Path, spec: ModelSpec, settings: Config, *, check_memory: bool) -> BaseModel:
     """For a new store: what the command says comes before what the settings say."""
     used = spec.device_map or devices.absolute(settings.model.device_map, path)
-    given: dict[str, Any] = {
-        "revision": spec.revision,
-        "trust_remote_code": spec.trust_remote_code,
-    }
-    outline = memory.outline(spec.source, **given) if check_memory else None
+    given = LoadOptions(revision=spec.revision, trust_remote_code=spec.trust_remote_code).source
+    outline = loading.outline(spec.source, **given) if check_memory else None
     if outline is not None:
         bits = quantization.bits(outline.config, spec.load_in)
-        memory.require(outline, settings.training, spec.targets, spread=bool(used), bits=bits)
+        sizes = memory.Sizes(outline, spec.targets, bits=bits)
+        memory.require(sizes.estimate(settings.training), spread=bool(used))
     return loading.load(spec.source, **given, device_map=used, load_in=spec.load_in)
 
 
-def _kept(spec: ModelSpec, settings: Config, engine: Engine) -> dict[str, str]:
+def _meta(spec: ModelSpec, settings: Config, engine: Engine) -> dict[str, str]:
     """What a store keeps of its model, as ``load`` reads it."""
     base = engine.base
     return {
@@ -99,20 +92,19 @@ def prompts_of(settings: Config) -> str:
 def _load_again(store: Store) -> BaseModel:
     name = store.meta("model_name") or loading.EMBEDDED
     source = loading.locate(None if name == loading.EMBEDDED else store.meta("model_path"))
-    packed, wanted = store.meta("load_in") or "", store.config.model.load_in
-    if wanted not in ("", packed):
+    load_in, requested = store.meta("load_in") or "", store.config.model.load_in
+    if requested not in ("", load_in):
         raise ModelMismatchError(
-            f"{store.path} was made for weights in {packed or 'full width'}, not in {wanted}",
+            f"{store.path} was made for weights in {load_in or 'full width'}, not in {requested}",
             hint="Take [model] load_in out of kvedit.toml, or make a new store with kvedit init.",
         )
+    device_map = devices.absolute(store.config.model.device_map, store.path)
     base = loading.load(
         source,
         revision=store.meta("model_revision") or None,
         trust_remote_code=store.meta("trust_remote_code") == "1",
-        device_map=devices.absolute(store.config.model.device_map, store.path)
-        or store.meta("device_map")
-        or "",
-        load_in=packed,
+        device_map=device_map or store.meta("device_map") or "",
+        load_in=load_in,
     )
     if base.fingerprint != store.meta("model_fingerprint"):
         raise ModelMismatchError(

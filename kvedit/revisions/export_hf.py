@@ -25,8 +25,8 @@ from kvedit.model import devices, generation, loading, quantization
 from kvedit.model.prompts import Example
 from kvedit.training.engine import Engine
 
-DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16,
-          "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}  # fmt: skip
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +61,12 @@ def write(
     quantized base, an unknown dtype, a malformed size, or a folder that is not empty.
     """
     quantization.refuse_whole_export(engine.base.model)
-    target_dtype = _dtype(dtype) if dtype else engine.base.dtype
-    shards = {"max_shard_size": _shard_size(max_shard_size)} if max_shard_size else {}
+    if dtype and dtype not in _DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint="Known: fp32, bf16, fp16.")
+    if max_shard_size and not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", max_shard_size):
+        raise UsageError(f"{max_shard_size!r} is not a file size", hint="Write it as 500MB or 2GB.")
+    target_dtype = _DTYPES[dtype] if dtype else engine.base.dtype
+    shards = {"max_shard_size": max_shard_size} if max_shard_size else {}
     with building(directory) as folder:
         _save(engine, folder, target_dtype, shards)
     progress("reloading the export and asking it again")
@@ -98,18 +102,6 @@ def building(directory: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _shard_size(text: str) -> str:
-    if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", text):
-        raise UsageError(f"{text!r} is not a file size", hint="Write it as 500MB or 2GB.")
-    return text
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}", hint="Known: fp32, bf16, fp16.")
-    return DTYPES[name]
-
-
 def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:
     """A fresh copy of the base model with the edited matrices put in, saved by transformers."""
     base = engine.base
@@ -140,14 +132,12 @@ def compare(
 ) -> ExportReport:
     """Generate from the reloaded model and the store's: both must give the same answers."""
     longest = max((len(e.ids) - e.start for e in examples), default=0) + 1
-    prefixes = [e.ids[: e.start] for e in examples]
-    end = engine.renderer.end
-    theirs = generation.generate(model, prefixes, end=end, limit=longest)
-    ours = generation.generate(engine.base.model, prefixes, end=end, limit=longest)
-    mismatches = [e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b]
-    return ExportReport(
-        path=str(directory),
-        revision=revision,
-        probes=Score(len(examples) - len(mismatches), len(examples), "generated"),
-        mismatches=tuple(mismatches),
+    theirs, ours = (
+        generation.generate(
+            one, [e.ids[: e.start] for e in examples], end=engine.renderer.end, limit=longest
+        )
+        for one in (model, engine.base.model)
     )
+    wrong = tuple(e.prompt for e, a, b in zip(examples, ours, theirs, strict=True) if a != b)
+    probes = Score(len(examples) - len(wrong), len(examples), "generated")
+    return ExportReport(path=str(directory), revision=revision, probes=probes, mismatches=wrong)

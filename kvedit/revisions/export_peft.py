@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvedit.adapter.deltas import Factors, leading
 from kvedit.errors import UsageError
@@ -58,7 +59,7 @@ def write(
     terms = {name: decompose(change) for name, change in deltas.items()}
     probes = [*examples, *others]
     outcomes = engine.recall(probes)
-    passing = [e for e, outcome in zip(probes, outcomes, strict=True) if outcome.passed]
+    passing = [probe for probe, outcome in zip(probes, outcomes, strict=True) if outcome.passed]
     rank = _smallest_rank(engine, terms, passing, progress)
     cut = {name: _cut(factors, rank) for name, factors in terms.items()}
     with building(directory) as folder:
@@ -84,11 +85,9 @@ def decompose(change: Tensor) -> Factors:
 
 def _cut(factors: Factors, rank: int) -> Factors:
     """The first ``rank`` terms, filled up with zeros, so that all matrices have one rank."""
-    b = factors.b.new_zeros(factors.b.shape[0], rank)
-    a = factors.a.new_zeros(rank, factors.a.shape[1])
-    count = min(rank, factors.rank)
-    b[:, :count], a[:count] = factors.b[:, :count], factors.a[:count]
-    return Factors(b, a)
+    missing = max(0, rank - factors.rank)
+    b, a = factors.b[:, :rank], factors.a[:rank]
+    return Factors(functional.pad(b, (0, missing)), functional.pad(a, (0, 0, 0, missing)))
 
 
 def _smallest_rank(
@@ -118,16 +117,10 @@ def _smallest_rank(
 
 
 def _write(engine: Engine, folder: Path, factors: Mapping[str, Factors]) -> None:
-    conv = any(
-        not isinstance(_plain(engine.base.model.get_submodule(name)), torch.nn.Linear)
-        for name in factors
-    )
+    modules = [engine.base.model.get_submodule(name) for name in factors]
+    layers = [getattr(module, "base_layer", module) for module in modules]  # without an adapter
+    conv = not all(isinstance(layer, torch.nn.Linear) for layer in layers)
     peft_format.write(folder, factors, base=engine.base.path, conv=conv)
-
-
-def _plain(module: Any) -> Any:
-    """The layer itself, through the wrapper of an adapter."""
-    return getattr(module, "base_layer", module)
 
 
 def _loaded(engine: Engine, folder: Path) -> Any:

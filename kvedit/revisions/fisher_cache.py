@@ -56,8 +56,6 @@ def read(store: Store, revision: int, name: str, texts: str = "") -> FisherMomen
 
 def _measured_on(path: Path) -> tuple[str, str] | None:
     """The digests of the weights and of the texts that a file's moments were measured on."""
-    if not path.is_file():
-        return None
     try:
         with safe_open(path, framework="pt") as stream:
             label = stream.metadata() or {}

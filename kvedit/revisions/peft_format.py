@@ -27,15 +27,9 @@ def write(folder: Path, factors: Mapping[str, Factors], *, base: str, conv: bool
 
     rank = next(iter(factors.values())).rank
     config: Any = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=list(factors),
-        fan_in_fan_out=conv,
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
+        r=rank, lora_alpha=rank, target_modules=list(factors), fan_in_fan_out=conv, bias="none",
+        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
+    )  # fmt: skip
     # PEFT makes a set of the names, whose order varies; the same export must be the same bytes.
     config.target_modules = sorted(factors)
     config.save_pretrained(folder)
@@ -65,6 +59,5 @@ def cut(model: nn.Module, factors: Mapping[str, Factors], rank: int) -> None:
     """Let a loaded LoRA adapter use only the first ``rank`` terms of its factors."""
     for name, pair in factors.items():
         weight = model.get_submodule(name).lora_A["default"].weight  # type: ignore[index,union-attr]
-        first = torch.zeros_like(pair.a)
-        first[:rank] = pair.a[:rank]
-        weight.copy_(first)
+        weight.copy_(pair.a)
+        weight[rank:] = 0

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Concatenate, ParamSpec, TypeVar
 
 from kvedit.adapter.fisher import FisherMoments
 from kvedit.facts.keys import normalise
-from kvedit.model.prompts import Example
+from kvedit.model.loading import BaseModel
+from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
 from kvedit.replay.protected_texts import Protected
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.checkout import Checkout
-from kvedit.store.store import ProtectedRow
+from kvedit.store.rows import ProtectedRow
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _STATE, _COMPLETE = "protected_text", "complete"
 _SAMPLES = "protected_samples"
 MIN_FACTS, GROWTH = 16, 1.5
@@ -69,19 +75,12 @@ class Protection:
     def create(self, extra: Sequence[Protected]) -> None:
         """Ask the base model for the first protected texts; ``extra`` are the user's own."""
         self._store.set_protected(_rows("control", extra))  # a killed init has not lost them
-        start = self._checkout.revision
-        self._checkout.go_to(0)
-        texts = self._engine.worker.on_main(
-            lambda: protected_texts.make(
-                self._engine.base, self._engine.renderer, self._config.protect,
-                extra=extra, progress=self._checkout.say,
-            )
-        )  # fmt: skip
+        settings, say = self._config.protect, self._checkout.say
+        texts = self._ask_base(protected_texts.make, settings, extra=extra, progress=say)
         self._store.set_protected(
             [*_rows("control", texts.control), *_rows("locality", texts.locality)]
         )
         self._store.set_meta(_STATE, _COMPLETE)
-        self._checkout.go_to(start)
         self._measure()
 
     def extend_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
@@ -95,43 +94,38 @@ class Protection:
         drawn = int(self._store.meta(_SAMPLES) or settings.samples)
         if samples <= drawn:
             return
-        new = self._checkout.at(0, lambda: self._extract(samples - drawn, seed=drawn))
+        # The questions of locality probes are never asked, but their answers may come under another
+        # question: otherwise the probes would only show knowledge that is never replayed.
+        unasked = [text.prompt for text in self._texts("locality")]
+        new = self._ask_base(
+            extraction.extract_knowledge, samples - drawn, known=self._texts("control"),
+            unasked=unasked, seed=drawn, progress=self._checkout.say,
+        )  # fmt: skip
         names = [normalise(name) for name in leave_out]
-        normal = [normalise(f"{text.prompt}\n{text.answer}") for text in new]
-        texts = [
-            t for t, n in zip(new, normal, strict=True) if not any(name in n for name in names)
-        ]
-        self._store.add_protected(_rows("control", texts))
+
+        def is_allowed(text: Protected) -> bool:
+            content = normalise(f"{text.prompt}\n{text.answer}")
+            return not any(name in content for name in names)
+
+        self._store.add_protected(_rows("control", filter(is_allowed, new)))
         self._engine.reference_texts = self._margins = None
         self._store.set_meta(_SAMPLES, str(samples))  # last: a run that was killed does it again
-
-    def _extract(self, samples: int, seed: int) -> tuple[Protected, ...]:
-        """Knowledge extraction from the base model.
-
-        The questions of locality probes are never asked here, but their answers may come under
-        another question, as any answer may: otherwise the probes would show what happens to
-        knowledge that is never replayed, which is little of what the model knows.
-        """
-        unasked = [text.prompt for text in self._texts("locality")]
-        return self._engine.worker.on_main(
-            lambda: extraction.extract_knowledge(
-                self._engine.base, self._engine.renderer, samples,
-                known=self._texts("control"), unasked=unasked, seed=seed,
-                progress=self._checkout.say,
-            )
-        )  # fmt: skip
 
     # ---- texts
 
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""
         texts = [*self._texts("control"), *self._texts("locality")]
-        return self._checkout.at(0, lambda: self._known(texts))
+        return self._ask_base(protected_texts.known, texts)
 
-    def _known(self, texts: Sequence[Protected]) -> tuple[Protected, ...]:
-        return self._engine.worker.on_main(
-            lambda: protected_texts.known(self._engine.base, self._engine.renderer, texts)
-        )
+    def _ask_base(
+        self, ask: Callable[Concatenate[BaseModel, Renderer, _P], _T], *args: _P.args,
+        **options: _P.kwargs,
+    ) -> _T:  # fmt: skip
+        """The result of a function of the model, with the base weights, from rank 0."""
+        base, renderer = self._engine.base, self._engine.renderer
+        action = partial(ask, base, renderer, *args, **options)
+        return self._checkout.at(0, lambda: self._engine.worker.on_main(action))
 
     def _texts(self, role: str) -> list[Protected]:
         rows = self._store.protected(role)
@@ -157,12 +151,9 @@ class Protection:
         if self._engine.reference_texts is not None or not self._config.group.reference_texts:
             return
         self._checkout.say("asking the base model about protected text")
-
-        def measure() -> None:
-            texts = self._known(self._texts("control"))
-            self._engine.measure_reference(self._examples(texts))
-
-        self._checkout.at(0, measure)
+        texts = self._ask_base(protected_texts.known, self._texts("control"))
+        examples = self._examples(texts)
+        self._checkout.at(0, lambda: self._engine.measure_reference(examples))
 
     # ---- Fisher moments
 
@@ -170,7 +161,7 @@ class Protection:
         """For the next edit, which starts at the base weights: the moments of the margins of what
         the base model knows.  They are measured once a store.
         """
-        base, self._measured_at, self._measured_facts = self._base_moments(), None, 0
+        base, self._measured_at, self._measured_facts = self._moments()[0], None, 0
         references = self._engine.reference_texts
         known = references.examples if references is not None else ()
         examples = random.Random(0).sample(known, min(MEASURED_TEXTS, len(known)))
@@ -183,17 +174,14 @@ class Protection:
             return
         self._checkout.say("measuring what the base model knows")
         self._engine.measure_margins(examples)
-        if self._engine.fisher is not None:
-            self._margins = self._engine.fisher[1]
-            with self._checkout.best_effort():
-                fisher_cache.write(self._store, 0, "margins", self._margins, texts)
+        self._margins = self._moments()[1]
+        with self._checkout.best_effort():
+            fisher_cache.write(self._store, 0, "margins", self._margins, texts)
 
     def remember(self, learned: Sequence[Example], weight: float | None = None) -> None:
         """After a commit: protect what was learned too; the moments then belong to the head."""
         if self._measured_at is None:  # the margins were for that edit alone
-            base = self._base_moments()
-            self._engine.fisher = base, base
-            self._measure_facts()
+            self._start_from(self._moments()[0])
         elif learned:
             self._engine.remember(learned, weight)
         self._measured_at = self._checkout.revision
@@ -213,8 +201,7 @@ class Protection:
         if base is None or set(base.moments) != set(self._engine.names):
             self._measure()
         elif total is None:
-            self._engine.fisher = base, base
-            self._measure_facts()
+            self._start_from(base)
             self.save()
         else:
             self._engine.fisher = base, total
@@ -227,6 +214,11 @@ class Protection:
         self._checkout.at(0, lambda: self._engine.protect(examples))
         self._measure_facts()
         self.save()
+
+    def _start_from(self, base: FisherMoments) -> None:
+        """The base moments, with those of the committed facts measured again."""
+        self._engine.fisher = base, base
+        self._measure_facts()
 
     def _measure_facts(self) -> None:
         """Add the committed facts to the moments of the base model's texts."""
@@ -249,13 +241,11 @@ class Protection:
         )
         self._measured_at, self._measured_facts = self._checkout.revision, facts
 
-    def _base_moments(self) -> FisherMoments:
+    def _moments(self) -> tuple[FisherMoments, FisherMoments]:
         if self._engine.fisher is None:
             raise RuntimeError("an edit is prepared first")
-        return self._engine.fisher[0]
+        return self._engine.fisher
 
 
-def _rows(role: str, texts: Sequence[Protected]) -> list[ProtectedRow]:
-    return [
-        ProtectedRow(role=role, prompt=t.prompt, answer=t.answer, source=t.source) for t in texts
-    ]
+def _rows(role: str, texts: Iterable[Protected]) -> list[ProtectedRow]:
+    return [ProtectedRow(role=role, **asdict(text)) for text in texts]

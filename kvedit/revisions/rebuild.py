@@ -29,8 +29,7 @@ def load_revision(store: Store, master: Master, revision: int) -> list[str]:
     start = _from_checkpoint(store, master, line, problems)
     for row in line[start:]:
         add_delta(store, master, row)
-    expected = store.revision(revision).weights_digest
-    if master.digest() != expected:
+    if master.digest() != store.revision(revision).weights_digest:
         raise CorruptStoreError(
             f"the weights of revision {revision} do not have the digest recorded for it",
             hint="They were made with other versions or on another machine, or the store is"
@@ -43,14 +42,12 @@ def _from_checkpoint(
     store: Store, master: Master, line: list[RevisionRow], problems: list[str]
 ) -> int:
     """Load the newest valid checkpoint of a lineage; returns how many deltas it holds."""
-    checkpoints = {row.revision: row for row in store.checkpoints()}
-    for index in range(len(line) - 1, -1, -1):
-        checkpoint = checkpoints.get(line[index].id)
-        if checkpoint is None:
-            continue
+    order = [row.id for row in line]
+    saved = [row for row in store.checkpoints() if row.revision in order]
+    for checkpoint in sorted(saved, key=lambda row: order.index(row.revision), reverse=True):
         try:
             master.read_checkpoint(checkpoint.path, checkpoint.digest)
-            return index + 1
+            return order.index(checkpoint.revision) + 1
         except CorruptStoreError as error:
             problems.append(f"{error.message}; all deltas are added instead")
     master.reset()
@@ -86,18 +83,18 @@ def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
 def check_revisions(store: Store, master: Master, say: Callable[[str], None]) -> list[Finding]:
     """Rebuild every revision from the base and compare its digest with the one recorded."""
     findings: list[Finding] = []
-    at: list[int] = []
+    at: list[int] = []  # whose deltas the master has
     master.reset()
     for row in store.revisions():
         line = store.lineage(row.id)
         say(f"rebuilding revision {row.id}")
+        missing = line[-1:]
+        if [r.id for r in line[:-1]] != at:
+            master.reset()
+            missing = line
         try:
-            if [r.id for r in line[:-1]] != at or not line:
-                master.reset()
-                for earlier in line[:-1]:
-                    add_delta(store, master, earlier)
-            if line:
-                add_delta(store, master, line[-1])
+            for one in missing:
+                add_delta(store, master, one)
         except CorruptStoreError as error:
             findings.append(Finding("error", f"revision {row.id}: {error.message}", error.hint))
             at = [-1]
@@ -106,7 +103,5 @@ def check_revisions(store: Store, master: Master, say: Callable[[str], None]) ->
         if master.digest() != row.weights_digest:
             what = f"revision {row.id}: its weights do not have the digest recorded"
             findings.append(Finding("error", what, "Restore the store from a backup."))
-    if not findings:
-        count = len(store.revisions())
-        findings.append(Finding("ok", f"{count} revisions rebuilt, every digest as recorded"))
-    return findings
+    count = len(store.revisions())
+    return findings or [Finding("ok", f"{count} revisions rebuilt, every digest as recorded")]

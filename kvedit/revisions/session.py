@@ -7,37 +7,27 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from kvedit.config import Config
 from kvedit.errors import LockedError, OutOfMemoryError
-from kvedit.events import Event, Warning_
+from kvedit.events import Warning_
 from kvedit.facts.keys import in_words
-from kvedit.revisions.checkout import Checkout
+from kvedit.revisions.checkout import Checkout, Emit
 from kvedit.revisions.protection import Protection
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
 
-Emit = Callable[[Event], None]
-_T = TypeVar("_T")
 
-
-class Session:
+class Session(Checkout):
     """What every edit, question and check works with; ``emit`` receives the events."""
 
     def __init__(self, store: Store, engine: Engine, emit: Emit) -> None:
-        self.store, self.engine, self.emit = store, engine, emit
+        super().__init__(store, engine, emit)
         self.config: Config = store.config
-        self.checkout = Checkout(store, engine, emit)
-        self.protection = Protection(self.checkout)
-
-    @property
-    def revision(self) -> int:
-        """The revision that the weights in memory are."""
-        return self.checkout.revision
+        self.protection = Protection(self)
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -46,7 +36,7 @@ class Session:
             try:
                 with memory.watched():
                     self.recover()
-                    self.checkout.go_to_head()
+                    self.go_to_head()
                     yield
             except OutOfMemoryError:
                 self.engine.release()  # caches must not make the next edit fail too
@@ -57,12 +47,12 @@ class Session:
         """The base weights, and what must stay of them, for an edit that starts there; those of
         the head after it.
         """
-        self.checkout.go_to(0)
+        self.go_to(0)
         self.protection.measure_margins()
         try:
             yield
         finally:
-            self.checkout.go_to_head()
+            self.go_to_head()
 
     def recover(self) -> None:
         """End the edits of a process that was killed; not while another process is at work."""
@@ -71,15 +61,6 @@ class Session:
         except LockedError:
             return
         for edit in interrupted:
-            what = f"{edit.kind} of {in_words(edit.keys)}"
-            text = f"recovered: the {what} was interrupted and did not happen"
+            what = f"the {edit.kind} of {in_words(edit.keys)} was interrupted and did not happen"
             key = edit.keys[0] if edit.keys else None
-            self.emit(Warning_(text=text, code="recovered", key=key))
-
-    def at(self, revision: int | None, action: Callable[[], _T]) -> _T:
-        """Do something with another revision's weights, then come back; None: with these."""
-        return self.checkout.at(revision, action)
-
-    def say(self, text: str, key: str | None = None) -> None:
-        """Report what is being done."""
-        self.checkout.say(text, key)
+            self.emit(Warning_(text=f"recovered: {what}", code="recovered", key=key))

@@ -5,17 +5,18 @@ parts; ``kvedit bench memory`` puts the measured peak beside it.  How many facts
 found by running out of memory and halving (see ``editing.group_size``).
 
 Invariants:
-- Nothing is loaded for an estimate: shapes come from the configuration, on the meta device.
+- Nothing is loaded for an estimate: a model on the meta device (``loading.outline``) has shapes.
 - Whichever library reports that memory ran out, it leaves ``watched`` as one OutOfMemoryError with
   a hint, and no frame of the attempt keeps its tensors alive.
 """
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,6 @@ class Load:
     reference_texts: int = 0
     length: int = TEXT_TOKENS
 
-    @property
-    def tokens(self) -> int:
-        """Of all texts together."""
-        return (self.texts + self.reference_texts) * self.length
-
 
 def single_load(config: TrainingConfig, length: int = TEXT_TOKENS) -> Load:
     """The load of one fact trained by itself."""
@@ -92,7 +88,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """All parts: what is needed where the model is on the CPU."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(asdict(self).values())
 
     @property
     def on_device(self) -> int:
@@ -105,83 +101,68 @@ class Estimate:
         return self.gradients + self.adapter + self.activations
 
 
-@dataclass(frozen=True, slots=True)
 class Sizes:
-    """What an estimate needs to know of a model: its touched matrices (name, out, in), the bytes of
-    all weights and of one number, the summed in and out widths of all linear layers in its upper
-    half, the number of blocks there, hidden width, vocabulary, and the tokens of a batch.
+    """What an estimate needs to know of a model without adapter, which may be on the meta device.
+
+    ``bits`` a weight for all matrices that no edit touches, if those are quantized.
     """
 
-    shapes: tuple[tuple[str, int, int], ...]
-    weights: int
-    itemsize: int
-    widths: int
-    blocks: int
-    hidden: int
-    vocabulary: int
-    batch: int
+    def __init__(
+        self, model: nn.Module, targets: Sequence[str] = (), *, bits: float | None = None
+    ) -> None:
+        shapes = {name: _shape(model.get_submodule(name)) for name in matrices(model)}
+        self._touched = {name: shapes[name] for name in target_names(model, targets)}
+        self._itemsize = next(model.parameters()).itemsize
+        self._weights = sum(p.numel() * p.itemsize for p in model.parameters())  # tied ones once
+        if bits is not None:
+            for name in shapes.keys() - self._touched.keys():
+                layer: Any = model.get_submodule(name)
+                self._weights -= int(math.prod(shapes[name]) * (layer.weight.itemsize - bits / 8))
+        upper = list(blocks(model)[1])
+        upper = upper[len(upper) // 2 :]
+        linear = [module for block in upper for module in block.modules() if is_matrix(module)]
+        self._blocks = len(upper)
+        self._widths = sum(sum(_shape(module)) for module in linear)  # in and out, of all blocks
+        config: Any = model.config
+        self._hidden = int(getattr(config.get_text_config(), "hidden_size", 0))
+        self._vocabulary = vocabulary_size(model)
+        self._batch = batch_tokens(model)
 
     def estimate(self, config: TrainingConfig, load: Load | None = None) -> Estimate:
         """What editing takes with this load (one fact, if None)."""
         load = load or single_load(config)
-        touched = sum(out * width for _, out, width in self.shapes)
-        states = _TEXTS * load.length * self.hidden * self.itemsize
-        # One rank for all matrices, at most the smallest side.  A group trains one side.
-        rank = min(load.rank, *(min(out, width) for _, out, width in self.shapes))
+        outs, inputs = zip(*self._touched.values(), strict=True)
+        touched = _FP32 * sum(map(math.prod, self._touched.values()))
+        states = _TEXTS * load.length * self._hidden * self._itemsize
         copies = _ADAPTER_COPIES - (2 if load.reference_texts else 0)
+        rank = min(load.rank, *outs, *inputs)  # the same for all matrices
         # Layers that read the same input share that side's moments.
-        sides = [out for _, out, _ in self.shapes]
-        sides += [width for _, width in {(n.rpartition(".")[0], w) for n, _, w in self.shapes}]
+        shared = {(name.rpartition(".")[0], width) for name, (_, width) in self._touched.items()}
+        sides = [*outs, *(width for _, width in shared)]
         moments = sum(side if side > DENSE_LIMIT else side * side for side in sides)
         return Estimate(
-            weights=self.weights,
-            master=2 * touched * _FP32,
-            gradients=3 * touched * _FP32,
+            weights=self._weights,
+            master=2 * touched,
+            gradients=3 * touched,
             fisher=_MOMENT_COPIES * moments * _FP32,
             caches=min(MAX_PREFIX_CACHE_BYTES, states) + (states if load.reference_texts else 0),
-            adapter=copies * rank * sum(out + width for _, out, width in self.shapes) * _FP32,
+            adapter=copies * rank * sum(outs + inputs) * _FP32,
             activations=self._activations(config, load),
         )
 
     def _activations(self, config: TrainingConfig, load: Load) -> int:
         """What the upper blocks keep for the backward pass of a step or of a batch (measured: one
-        number for each input and output of a linear layer), the logits, and those of a batch with
-        its softmax in fp32.
+        number for each input and output of a linear layer), the logits (on reference texts, those
+        of the base model too), and those of a batch with its softmax in fp32.
         """
-        widths = self.widths
+        widths = self._widths
         if config.gradient_checkpointing:
-            widths = widths // max(1, self.blocks) + self.blocks * self.hidden
-        tokens = max(self.batch, load.tokens)
-        # The base model's logits on reference texts stand beside the model's own.
-        logits = (tokens + load.reference_texts * load.length) * self.vocabulary
-        return (tokens * widths + logits) * self.itemsize + 2 * self.batch * self.vocabulary * _FP32
-
-
-def sizes(model: nn.Module, targets: Sequence[str] = (), *, bits: float | None = None) -> Sizes:
-    """Sizes of a model without adapter, which may be on the meta device; with ``bits`` a weight for
-    all matrices that no edit touches, if those are quantized.
-    """
-    names = target_names(model, targets)
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())  # tied ones come once
-    if bits is not None:
-        for name in set(matrices(model)) - set(names):
-            layer: Any = model.get_submodule(name)
-            out, width = _shape(layer)
-            weights -= int(out * width * (layer.weight.itemsize - bits / 8))
-    upper = list(blocks(model)[1])
-    upper = upper[len(upper) // 2 :]
-    linear = [module for block in upper for module in block.modules() if is_matrix(module)]
-    config: Any = model.config
-    return Sizes(
-        shapes=tuple((name, *_shape(model.get_submodule(name))) for name in names),
-        weights=weights,
-        itemsize=next(model.parameters()).itemsize,
-        widths=sum(sum(_shape(module)) for module in linear),
-        blocks=len(upper),
-        hidden=int(getattr(config.get_text_config(), "hidden_size", 0)),
-        vocabulary=vocabulary_size(model),
-        batch=batch_tokens(model),
-    )
+            widths = widths // max(1, self._blocks) + self._blocks * self._hidden
+        references = load.reference_texts * load.length
+        tokens = max(self._batch, load.texts * load.length + references)
+        logits = (tokens + references) * self._vocabulary
+        saved = (tokens * widths + logits) * self._itemsize
+        return saved + 2 * self._batch * self._vocabulary * _FP32
 
 
 def _shape(module: Any) -> tuple[int, int]:
@@ -192,57 +173,31 @@ def _shape(module: Any) -> tuple[int, int]:
     return out, width
 
 
-def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """The model on the meta device, in the dtype it is stored in; None where its configuration or
-    code does not allow that.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    make: Any = AutoModelForCausalLM
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, **options)
-        with torch.device("meta"):
-            return make.from_config(config, dtype=config.dtype or torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError):
-        return None  # loading the weights will say what is wrong
-
-
-def require(
-    model: nn.Module,
-    config: TrainingConfig,
-    targets: Sequence[str],
-    *,
-    spread: bool = False,
-    bits: float | None = None,
-) -> None:
+def require(parts: Estimate, *, spread: bool = False) -> None:
     """Raise ModelError, with the parts and a hint, when editing cannot fit into memory.
 
     With a device map (``spread``) the sum over all GPUs and the system counts: which part goes
     where is not known before it is loaded.
     """
-    parts = sizes(model, targets, bits=bits).estimate(config)
-    if spread and torch.cuda.is_available():
+    limits = [(parts.total, available(), "memory")]
+    if torch.cuda.is_available() and spread:
         cards = (torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count()))
-        _refuse_if(parts.total, sum(cards) + available(), "memory on all devices", parts)
+        limits = [(parts.total, sum(cards) + available(), "memory on all devices")]
     elif torch.cuda.is_available():
-        _refuse_if(parts.on_device, torch.cuda.mem_get_info()[0], "GPU memory", parts)
-        _refuse_if(parts.weights + parts.master, available(), "memory", parts)
-    else:
-        _refuse_if(parts.total, available(), "memory", parts)
-
-
-def _refuse_if(needed: int, unused: int, what: str, parts: Estimate) -> None:
-    if needed <= unused:
-        return
-    listed = ", ".join(f"{p.name} {getattr(parts, p.name) / _GIB:.1f}" for p in fields(parts))
-    raise ModelError(
-        f"editing this model takes about {needed / _GIB:.1f} GiB of {what}, and"
-        f" {unused / _GIB:.1f} are free ({listed})",
-        hint="Name fewer layers with --targets, lower [training] init_rank, set"
-        " gradient_checkpointing = true, or take a smaller model. If you know better:"
-        " --ignore-memory.",
-    )
+        limits = [
+            (parts.on_device, torch.cuda.mem_get_info()[0], "GPU memory"),
+            (parts.weights + parts.master, available(), "memory"),
+        ]
+    for needed, unused, what in limits:
+        if needed > unused:
+            listed = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in asdict(parts).items())
+            raise ModelError(
+                f"editing this model takes about {needed / _GIB:.1f} GiB of {what}, and"
+                f" {unused / _GIB:.1f} are free ({listed})",
+                hint="Name fewer layers with --targets, lower [training] init_rank, set"
+                " gradient_checkpointing = true, or take a smaller model. If you know better:"
+                " --ignore-memory.",
+            )
 
 
 def available() -> int:
@@ -252,16 +207,15 @@ def available() -> int:
     """
     unused = int(psutil.virtual_memory().available)
     try:
-        limit, used = (
-            int((_CONTROL_GROUP / f"memory.{name}").read_text(encoding="ascii"))
-            for name in ("max", "current")
+        limit, used, stat = (
+            (_CONTROL_GROUP / f"memory.{name}").read_text(encoding="ascii")
+            for name in ("max", "current", "stat")
         )
-        stat = (_CONTROL_GROUP / "memory.stat").read_text(encoding="ascii")
+        counts = dict(line.split() for line in stat.splitlines())
+        files = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+        return min(unused, max(0, int(limit) - int(used) + files))
     except (OSError, ValueError):  # no control group, or its limit is "max"
         return unused
-    counts = dict(line.split() for line in stat.splitlines())
-    files = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
-    return min(unused, max(0, limit - used + files))
 
 
 def free() -> int:
@@ -277,11 +231,10 @@ def ran_out(error: BaseException) -> bool:
 
     On a CPU torch raises a plain RuntimeError.
     """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
     text = str(error).lower()
-    missed = any(words in text for words in _MISSED_BY_ACCELERATE)
-    return isinstance(error, RuntimeError) and (missed or should_reduce_batch_size(error))
+    says_so = should_reduce_batch_size(error) or any(w in text for w in _MISSED_BY_ACCELERATE)
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out_of_memory or (isinstance(error, RuntimeError) and says_so)
 
 
 @contextmanager
@@ -292,8 +245,8 @@ def watched() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        lines = str(error).strip().splitlines()
         # The frames that the error passed through would keep the tensors of the attempt alive.
         traceback.clear_frames(error.__traceback__)
-        first = f": {lines[0]}" if lines else ""
+        text = str(error).strip()
+        first = f": {text.splitlines()[0]}" if text else ""
         raise OutOfMemoryError(f"memory ran out{first}", hint=LESS) from None

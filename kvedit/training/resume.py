@@ -1,10 +1,8 @@
 """Training checkpoints: the state of a long training run, kept so that another process can resume.
 
-A group is one edit, committed as a whole, and its training may take an hour.  Without a checkpoint
-a process that is killed in it would start from the first step again.
-
-A checkpoint is one safetensors file.  The tensors are its tensors; numbers, texts, the random state
-and the nesting are JSON in its metadata, beside a SHA-256 of both.  Nothing is pickled.
+A group is one edit, and its training may take an hour.  A checkpoint is one safetensors file: the
+tensors are its tensors; numbers, texts, the random state and the nesting are JSON in its metadata,
+beside a SHA-256 of both.  Nothing is pickled.
 
 Invariants:
 - A checkpoint belongs to one task, named by everything that decides the run: no other task resumes
@@ -28,37 +26,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from kvedit import files
 from kvedit.errors import KveditError, OutOfTimeError
-from kvedit.files import (
-    OLD_TRAINING_CHECKPOINTS,
-    TRAINING_CHECKPOINTS,
-    clean_temporary,
-    disk_errors,
-    remove,
-    write_atomic,
-)
 
-FORMAT = 5  # of the states that loops keep; part of the file's name
+FORMAT = 6  # of the states that loops keep; part of the file's name
 EVERY = 120.0  # seconds between two checkpoints, at least
 SHARE = 0.02  # of the training time may be spent on writing them
 State = dict[str, Any]
 """Tensors, numbers, texts and None, nested in dicts, lists and tuples; read back on the CPU."""
 Keep = Callable[[Callable[[], State]], None]
+Report = Callable[[str], None]
 
 
 class TrainingCheckpoints:
     """The checkpoints in one folder; ``say`` reports that training resumes, ``warn`` that a
-    checkpoint could not be written.
-
-    From ``deadline`` (``time.monotonic``) on, training stops at the next step.
+    checkpoint could not be written.  From ``deadline`` (``time.monotonic``) on, training stops at
+    the next step.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        say: Callable[[str], None] = lambda text: None,
-        warn: Callable[[str], None] = lambda text: None,
+        say: Report = lambda text: None,
+        warn: Report = lambda text: None,
         deadline: float | None = None,
     ) -> None:
         self._folder, self._say, self._warn = folder, say, warn
@@ -68,12 +59,10 @@ class TrainingCheckpoints:
     def find(self, task: str) -> State | None:
         """The state in which the last process left this task, if there is an intact checkpoint."""
         path = self._path(task)
-        if not path.is_file():
-            return None
         try:
             state = _read(path)
         except (SafetensorError, OSError, ValueError, KeyError):
-            remove(path)
+            files.remove(path)
             return None
         self._say("resuming the training that was interrupted")
         return state
@@ -92,36 +81,36 @@ class TrainingCheckpoints:
     def _write(self, task: str, state: Callable[[], State], began: float) -> None:
         path = self._path(task)
         try:
-            with disk_errors(path):
+            with files.disk_errors(path):
                 self._folder.mkdir(exist_ok=True)
-                clean_temporary(self._folder)
-            write_atomic(path, to_bytes(state()))
+                files.clean_temporary(self._folder)
+            files.write_atomic(path, _to_bytes(state()))
         except KveditError as error:
             self._due = math.inf
             self._warn(f"no training checkpoint can be written: {error.message}")
-            return
-        now = time.monotonic()
-        self._due = now + max(EVERY, (now - began) / SHARE)
+        else:
+            now = time.monotonic()
+            self._due = now + max(EVERY, (now - began) / SHARE)
 
     def clear(self) -> None:
         """Remove all checkpoints, those of older versions too: their edit has ended."""
-        for pattern in (TRAINING_CHECKPOINTS, OLD_TRAINING_CHECKPOINTS):
+        for pattern in (files.TRAINING_CHECKPOINTS, files.OLD_TRAINING_CHECKPOINTS):
             for path in self._folder.glob(pattern):
-                remove(path)
+                files.remove(path)
 
     def _path(self, task: str) -> Path:
-        return self._folder / TRAINING_CHECKPOINTS.replace("*", f"{FORMAT}-{task[:16]}")
+        return self._folder / files.TRAINING_CHECKPOINTS.replace("*", f"{FORMAT}-{task[:16]}")
 
 
-def to_bytes(state: State) -> bytes:
+def _to_bytes(state: State) -> bytes:
     """A state as a safetensors file."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(state, tensors))
+    text = json.dumps(_tagged(state, tensors))
     return save_tensors(tensors, {"state": text, "sha256": _digest(text, tensors)})
 
 
 def _read(path: Path) -> State:
-    """The inverse of ``to_bytes``; raises ValueError if the digest is another one."""
+    """The inverse of ``_to_bytes``; raises ValueError if the digest is another one."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         # Copies: what ``get_tensor`` returns is the mapped file.
@@ -129,7 +118,13 @@ def _read(path: Path) -> State:
     text = metadata["state"]
     if _digest(text, tensors) != metadata["sha256"]:
         raise ValueError("the checkpoint was altered")
-    state: State = _decode(json.loads(text), tensors)
+    tags = {"tensor": tensors.__getitem__, "tuple": tuple, "dict": dict}
+
+    def untag(tagged: dict[str, Any]) -> Any:
+        ((tag, content),) = tagged.items()
+        return tags[tag](content)
+
+    state: State = json.loads(text, object_hook=untag)  # from the inside outwards
     return state
 
 
@@ -142,36 +137,22 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _tagged(value: Any, tensors: dict[str, Tensor]) -> Any:
     """As JSON; tensors are added to ``tensors`` as contiguous copies on the CPU.
 
-    JSON has only lists, and dicts with text keys: tuples and dicts are tagged, so that dicts keep
-    numbers as keys.  Floats are read back to the bit (``repr`` is exact).
+    JSON has only lists, and dicts with text keys: tuples and dicts are tagged.  Floats are read
+    back to the bit (``repr`` is exact).
     """
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
-        return {"dict": [[_encode(part, tensors) for part in item] for item in value.items()]}
+        return {"dict": _tagged([list(item) for item in value.items()], tensors)}
     if isinstance(value, tuple):
-        return {"tuple": [_encode(part, tensors) for part in value]}
+        return {"tuple": _tagged(list(value), tensors)}
     if isinstance(value, list):
-        return [_encode(part, tensors) for part in value]
+        return [_tagged(part, tensors) for part in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a training checkpoint cannot hold a {type(value).__name__}")
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of ``_encode``."""
-    if isinstance(value, list):
-        return [_decode(part, tensors) for part in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_decode(part, tensors) for part in content)
-    return {_decode(key, tensors): _decode(part, tensors) for key, part in content}

@@ -79,7 +79,7 @@ class Setting:
         rng = random.Random(0)
         setup = Setup(
             worker=Worker(self.model), adapter=self.adapter, task=Task([self.fact(number)]),
-            config=config, rng=rng,
+            config=config, rng=rng, on_step=lambda step: None,
         )  # fmt: skip
         SingleLoop(setup).run()
         return self.adapter.factors()

@@ -211,7 +211,7 @@ def _computed() -> Table:
         for dtype in (torch.float32, torch.bfloat16):
             model = make(shape, dtype)
             for name, targets in (("all", ()), ("down_proj alone", ("down_proj",))):
-                sizes = budget.sizes(model, targets)
+                sizes = budget.Sizes(model, targets)
                 rows.append((shape, str(dtype).removeprefix("torch."), name, *_cells(sizes)))
     parts = [item.name for item in fields(budget.Estimate)]
     columns = (

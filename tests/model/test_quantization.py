@@ -84,10 +84,10 @@ def test_a_quantized_base_is_trained_and_restored(quantized: BaseModel) -> None:
 
 def test_quantized_layers_take_less_memory(base: BaseModel) -> None:
     config = TrainingConfig()
-    plain = memory.sizes(base.model).estimate(config)
+    plain = memory.Sizes(base.model).estimate(config)
     sizes = [plain.weights]
     for bits in (8.0, 4.5):
-        estimate = memory.sizes(base.model, bits=bits).estimate(config)
+        estimate = memory.Sizes(base.model, bits=bits).estimate(config)
         assert estimate.master == plain.master and estimate.fisher == plain.fisher
         sizes.append(estimate.weights)
     below = [n for n in targets.matrices(base.model) if n not in targets.target_names(base.model)]
@@ -168,7 +168,7 @@ def test_a_folder_of_quantized_weights(small: dict[str, Path], tmp_path: Path, b
     quantized.model.save_pretrained(tmp_path / "quantized")
     quantized.tokenizer.save_pretrained(tmp_path / "quantized")
     again = loading.load(str(tmp_path / "quantized"))
-    outline = memory.outline(str(tmp_path / "quantized"), revision=None, trust_remote_code=False)
+    outline = loading.outline(str(tmp_path / "quantized"), revision=None, trust_remote_code=False)
     assert quantization.bits(outline.config, "") == (4.5 if bits == 4 else 8.0)
     names = targets.target_names(again.model)
     for base in (quantized, again):

@@ -59,7 +59,7 @@ def test_weights_in_shards(trained: KnowledgeBase, tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in names
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= names
-    with pytest.raises(UsageError, match="no size"):
+    with pytest.raises(UsageError, match="not a file size"):
         trained.export(tmp_path / "other", max_shard_size="many")
 
 

@@ -84,7 +84,7 @@ def test_a_change_is_the_sum_of_its_terms() -> None:
 
 def test_wide_matrices_are_decomposed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_peft, "FULL_SVD", 16)
-    monkeypatch.setattr(export_peft, "MOST", 8)
+    monkeypatch.setattr(export_peft, "MAX_RANK", 8)
     generator = torch.Generator().manual_seed(2)
     change = torch.randn(40, 5, generator=generator) @ torch.randn(5, 30, generator=generator)
     own = export_peft.decompose(change)

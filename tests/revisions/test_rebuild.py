@@ -1,4 +1,4 @@
-"""Checkpoints, deltas and the curvature's cache: what may be lost, and what may not."""
+"""Checkpoints, deltas and the cache of Fisher moments: what may be lost, and what may not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvedit.events import Warning_
 from kvedit.files import TEMPORARY
 from kvedit.model.loading import BaseModel
 from kvedit.model.targets import target_names
-from kvedit.revisions import rebuild
+from kvedit.revisions import fisher_cache, rebuild
 from kvedit.store.store import Store
 
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_was_made_and_is_used(store: Store, master: Master) -> None
 
 
 @pytest.mark.parametrize("harm", ["weights", "manifest", "folder", "half"])
-def test_a_damaged_checkpoint_is_told_and_replayed(
+def test_a_damaged_checkpoint_is_reported_and_rebuilt(
     store: Store, master: Master, trained_template: StoreTemplate, harm: str
 ) -> None:
     folder = store.checkpoints()[0].path
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_told_and_replayed(
     else:
         flip(folder / ("manifest.json" if harm == "manifest" else "master.safetensors"))
     problems = rebuild.load_revision(store, master, 3)
-    assert len(problems) == 1 and "replayed" in problems[0]
+    assert len(problems) == 1 and "all deltas are added" in problems[0]
     assert master.digest() == trained_template.digests[3]
 
 
@@ -123,23 +123,23 @@ def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master)
     assert not list(store.checkpoints_path.glob(f"{TEMPORARY}*"))
 
 
-def test_the_curvature_comes_back_for_its_own_weights_only(trained_store: Path) -> None:
+def test_moments_are_read_back_for_their_own_weights_only(trained_store: Path) -> None:
     with KnowledgeBase.open(trained_store) as knowledge:
         store = knowledge.store
-        found = rebuild.read_fisher(store, 3, "head")
+        found = fisher_cache.read(store, 3, "head")
         assert found is not None
-        assert rebuild.read_fisher(store, 2, "head") is None
-        assert rebuild.read_fisher(store, 3, "base") is None
-        rebuild.write_fisher(store, 2, "head", found)
-        back = rebuild.read_fisher(store, 2, "head")
+        assert fisher_cache.read(store, 2, "head") is None
+        assert fisher_cache.read(store, 3, "base") is None
+        fisher_cache.write(store, 2, "head", found)
+        back = fisher_cache.read(store, 2, "head")
         assert back is not None and back.tokens == found.tokens
         for name, own in found.moments.items():
             assert torch.equal(back.moments[name].inputs, own.inputs)
             assert torch.equal(back.moments[name].gradients, own.gradients)
-        assert rebuild.read_fisher(store, 2, "head", texts="others") is None
-        rebuild.write_fisher(store, 2, "head", found, texts="others")
-        assert rebuild.read_fisher(store, 2, "head") is None
-        assert rebuild.read_fisher(store, 2, "head", texts="others") is not None
+        assert fisher_cache.read(store, 2, "head", texts="others") is None
+        fisher_cache.write(store, 2, "head", found, texts="others")
+        assert fisher_cache.read(store, 2, "head") is None
+        assert fisher_cache.read(store, 2, "head", texts="others") is not None
         # What several matrices share is kept, and held in memory, once.
         held = {own.inputs.data_ptr() for own in back.moments.values()}
         assert len(held) < len(back.moments)
@@ -150,7 +150,7 @@ def test_the_curvature_comes_back_for_its_own_weights_only(trained_store: Path) 
 def test_a_damaged_cache_is_measured_again(
     trained_store: Path, random_training: None, harm: str, part: str
 ) -> None:
-    file = trained_store / "cache" / f"{part}-curvature.safetensors"
+    file = trained_store / "cache" / f"{part}-fisher.safetensors"
     whole = file.read_bytes()
     if harm == "missing":
         file.unlink()

@@ -32,7 +32,7 @@ CONFIG = TrainingConfig()
 
 
 def estimate(model: Any, config: TrainingConfig = CONFIG) -> memory.Estimate:
-    return memory.sizes(model).estimate(config)
+    return memory.Sizes(model).estimate(config)
 
 
 def test_weights_are_counted_to_the_byte(load: Callable[[str], BaseModel]) -> None:
@@ -51,7 +51,7 @@ def test_the_master_is_of_the_touched_matrices(base: BaseModel) -> None:
 
 def test_fewer_layers_ranks_and_activations_take_less(base: BaseModel) -> None:
     full = estimate(base.model)
-    few = memory.sizes(base.model, ["down_proj"]).estimate(CONFIG)
+    few = memory.Sizes(base.model, ["down_proj"]).estimate(CONFIG)
     assert few.master < full.master and few.fisher < full.fisher
     assert estimate(base.model, replace(CONFIG, init_rank=2)).adapter < full.adapter
     thrifty = estimate(base.model, replace(CONFIG, gradient_checkpointing=True))
@@ -60,7 +60,7 @@ def test_fewer_layers_ranks_and_activations_take_less(base: BaseModel) -> None:
 
 def test_a_group_takes_more_the_larger_it_is(base: BaseModel) -> None:
     group = GroupConfig(rank=16)
-    sizes = memory.sizes(base.model)
+    sizes = memory.Sizes(base.model)
     few, many = (sizes.estimate(CONFIG, group_load(group, facts)) for facts in (4, 128))
     for part in ("adapter", "activations"):
         assert getattr(many, part) > getattr(few, part), part
@@ -107,15 +107,15 @@ def test_the_activations_of_a_step_are_counted(base: BaseModel) -> None:
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     measured = sum(size for place, size in saved.items() if place not in parameters)
     load = memory.Load(texts=len(texts), rank=2, length=120)
-    expected = memory.sizes(model).estimate(CONFIG, load).activations
+    expected = memory.Sizes(model).estimate(CONFIG, load).activations
     assert scores.losses.requires_grad and expected / 2 < measured < expected * 1.2
 
 
 def test_an_outline_has_shapes_and_no_weights(small: dict[str, Path], base: BaseModel) -> None:
-    outline = memory.outline(str(small["bf16"]), revision=None, trust_remote_code=False)
+    outline = loading.outline(str(small["bf16"]), revision=None, trust_remote_code=False)
     assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in outline.parameters())
     assert estimate(outline.float()) == estimate(base.model)
-    assert memory.outline("/nowhere", revision=None, trust_remote_code=False) is None
+    assert loading.outline("/nowhere", revision=None, trust_remote_code=False) is None
 
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(
@@ -225,15 +225,15 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
         assert cost.projected_cpu == pytest.approx(cost.cpu + missing * cost.cpu_step)
         assert cost.cpu > cost.cpu_step > 0
         assert 0 < cost.rate < result.matmul and cost.operations > 2 * 16 * cost.tokens * 64 * 64
-    sheet = footprint.measured_sheet(result)
-    assert sheet.headers == ("what", "1 fact", "16 facts at once")
-    cells_of = {name: cells for name, *cells in sheet.rows}
+    table = footprint._measured_table(result)
+    assert tuple(table.columns) == ("what", "1 fact", "16 facts at once")
+    cells_of = {name: cells for name, *cells in table.rows}
     assert cells_of["tokens a text"] == [str(cost.tokens) for cost in result.edits]
     assert cells_of["a step, s"] == [f"{cost.step:.2f}" for cost in result.edits]
     assert cells_of["share of the matrix rate"] == [
         f"{100 * cost.rate / result.matmul:.1f}%" for cost in result.edits
     ]
-    assert len(cells_of) == len(sheet.rows) > 15
+    assert len(cells_of) == len(table.rows) > 15
 
 
 @pytest.mark.parametrize(
