@@ -172,6 +172,22 @@ def _load_weights(source: str, loading: LoadOptions) -> Any:
     return model
 
 
+def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model on the meta device, in the dtype it is stored in; None where its configuration or
+    code does not allow that.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, **options)
+        with torch.device("meta"):
+            return make.from_config(config, dtype=config.dtype or torch.float32, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError):
+        return None  # loading the weights will say what is wrong
+
+
 def reload(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
     """Another copy of a base model, on the same devices or by another device map."""
     loading = base.loading if device_map is None else replace(base.loading, device_map=device_map)

@@ -93,7 +93,7 @@ class Engine(KeptMoments):
         names = target_names(base.model, targets)
         devices.require_present(base.model, names)
         quantization.dequantize(base.model, names)
-        self._sizes = memory.sizes(base.model, targets)
+        self._sizes = memory.Sizes(base.model, targets)
         # The master comes before any wrapping: it keeps the weights without an adapter.
         master = Master(base.model, names)
         super().__init__(master, worker(base.model, PrefixCache(base.model, names)), config)
