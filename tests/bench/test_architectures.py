@@ -20,7 +20,6 @@ from kvedit.model.prompts import Example
 from tests.bench import architectures, tiny
 
 NAMES = [one.name for one in tiny.ARCHITECTURES]
-QUICK = ("Phi-3", "GPT-2")  # fused projections with a chat template; Conv1D without one
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +42,8 @@ def tiny_model(untrained: Callable[[str], Path]) -> Callable[[str], BaseModel]:
     return lambda name: loading.load(str(untrained(name)), trust_remote_code=tiny.find(name).code)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_whole_life(name: str, tmp_path: Path) -> None:
     row = architectures.try_one(tiny.find(name), tmp_path)
     assert row.passed, row
@@ -108,7 +106,9 @@ def test_targets_of_ones_own(tiny_model: Callable[[str], BaseModel]) -> None:
 
 
 def test_a_store_keeps_its_targets(untrained: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "kvedit.toml").write_text(tiny.settings(), encoding="utf-8")
+    (tmp_path / "kvedit.toml").write_text(
+        tiny.settings(samples=4, short_answers=4), encoding="utf-8"
+    )
     with KnowledgeBase.create(tmp_path, untrained("Llama"), targets=["v_proj"]) as knowledge:
         names = knowledge.engine.names
     with KnowledgeBase.open(tmp_path) as knowledge:
@@ -187,7 +187,7 @@ def test_custom_code_travels_with_the_export(
 ) -> None:
     folder, store = untrained("ChatGLM2 style"), tmp_path / "store"
     store.mkdir()
-    (store / "kvedit.toml").write_text(tiny.settings(), encoding="utf-8")
+    (store / "kvedit.toml").write_text(tiny.settings(samples=4, short_answers=4), encoding="utf-8")
     with KnowledgeBase.create(store, folder, trust_remote_code=True) as knowledge:
         knowledge.export(tmp_path / "out")
         code = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}

@@ -97,6 +97,7 @@ def test_a_process_is_killed_when_so_many_facts_are_decided(
 
 def test_what_is_trained_once_more_is_not_added_twice(empty_store: Path) -> None:
     facts = [Fact.create(key, text) for key, text in FREE[:4]]
+    write_settings(empty_store, 4)
     with KnowledgeBase.open(empty_store) as knowledge:
         for few in (facts[:2], facts[2:]):  # the second group is a compaction
             knowledge.add_group(few)

@@ -67,6 +67,7 @@ def _copy(options: BenchOptions, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert [edit.key for edit in timed.edits] == [key for key, _ in FREE[:2]]
     task = timed.task
@@ -83,6 +84,7 @@ def test_speed_parts_add_up(timed: SpeedResult) -> None:
     assert set(timed.matmul) == {"bfloat16", "float32"}
 
 
+@pytest.mark.slow
 def test_instruments_are_taken_off(timed: SpeedResult) -> None:
     assert torch.autograd.backward.__name__ == "backward"
     spent = dict(timed.task.parts)
@@ -91,6 +93,7 @@ def test_instruments_are_taken_off(timed: SpeedResult) -> None:
     assert timed.task.parts == spent
 
 
+@pytest.mark.slow
 def test_speed_tables(timed: SpeedResult) -> None:
     made = document("speed", timed, report_speed.tables(timed), report_speed.notes(timed))
     page = markdown(made)

@@ -175,6 +175,7 @@ def test_the_command_says_and_keeps_each_measurement(
     assert (tmp_path / "held.svg").read_bytes().startswith(b"<?xml")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_in_its_store(
     options: StrategyOptions, tmp_path: Path
 ) -> None:

@@ -101,6 +101,16 @@ def test_a_small_random_model_is_edited_undone_and_exported(small: dict[str, Pat
     assert row["problem"] == ""
 
 
+@pytest.mark.parametrize(
+    ("family", "matrices"),
+    [("gpt2", 4), ("phi3", 4)],  # Conv1D; fused projections
+)
+def test_other_ways_to_name_and_store_projections(family: str, matrices: int) -> None:
+    result = architectures.architectures(None, [family], lambda event: None)
+    assert result.passed, result
+    assert result.rows[0].matrices == matrices
+
+
 def test_an_architecture_that_cannot_be_built_is_a_row_that_says_why() -> None:
     done = run("architectures", "no-such-family")
     assert done.exit_code != 0 and "no-such-family" in done.stdout
