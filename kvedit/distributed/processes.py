@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -154,7 +155,7 @@ class ProcessGroup:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Put into each tensor the sum over all processes; fp32, same shapes everywhere."""
-        self._replace("sum", tensors, reduce)
+        self._replace("sum", tensors, partial(reduce, reduction="sum"))  # default: mean
 
     def align(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the values that rank 0 has."""
