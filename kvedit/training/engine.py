@@ -64,7 +64,7 @@ class TrainingResult:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank that AdaLoRA's allocator left each matrix."""
+        """The rank of each matrix's delta; for a single fact what AdaLoRA's allocator left."""
         return {name: factors.rank for name, factors in self.delta.items()}
 
 
@@ -109,7 +109,7 @@ class Engine(KeptMoments):
         if group is not None:
             side = min(min(matrix.shape) for matrix in self.master.matrices.values())
             init = min(side, group_rank(group.rank, facts))
-            target = max(1, init * 3 // 4)
+            target = init - 1  # PEFT requires a smaller one; a group is not pruned to it
         if self._adapter is not None and self._adapter.ranks != (init, target):
             self._drop_adapter()
         if self._adapter is None:

@@ -14,7 +14,7 @@ by ``PolyakMomentum``.
 Invariants:
 - The epochs' number of steps is known from the start; refine rounds for the facts that are not
   recalled yet follow.
-- The allocator's last mask is run before the last epochs: what is merged was trained pruned.
+- All ranks are trained and merged: AdaLoRA's allocator prunes single facts only.
 - A run that is resumed takes the steps that the interrupted one would have taken.
 """
 
@@ -55,9 +55,6 @@ MORE_ROUNDS = 1000
 them (2026-11-26)."""
 FEW_FAILING = 0.1
 """Of the facts: when fewer fail, those recalled by a numerical tie are refined too."""
-PRUNE_AT, PRUNE_FOR = 0.6, 0.1
-"""When pruning begins and how long it takes, as shares of the epochs' steps: a third of them is
-left to train with the final ranks."""
 MIN_EARLIER_WEIGHT, MAX_EARLIER_WEIGHT = 0.5, 2.0
 """Of earlier facts' loss against that of the new ones: a small group on top of a large store would
 otherwise hardly be learned."""
@@ -182,15 +179,9 @@ class GroupLoop(Loop):
 
     def _epoch_step(self, step: int) -> None:
         """A step on the next facts of the epoch."""
-        total = self._part.steps
-        prune, pruning = int(total * PRUNE_AT), total * PRUNE_FOR
-        if step == prune:
-            self._phase = "prune"
-            self._adapter.begin_pruning(step, steps=max(1, int(pruning)))
-        elif step > prune + pruning:
-            self._phase = "hold"
         facts = [self._next() for _ in range(self._batch)]
-        self._train_on([self._any_prompt(fact) for fact in facts], _falling(step, total))
+        rate = _falling(step, self._part.steps)
+        self._train_on([self._any_prompt(fact) for fact in facts], rate)
 
     def _begin_round(self) -> None:
         """Find what is not recalled yet: it is trained next, with half the penalty weight."""
@@ -252,7 +243,7 @@ class GroupLoop(Loop):
         return weight * self._worker.divergence(texts, chosen)
 
     def _missing(self) -> dict[int, list[int]]:
-        """The facts that are not recalled with the final ranks, and the prompts that fail.
+        """The facts that are not recalled, and the prompts that fail.
 
         When few fail, numerical ties count as failures, because the next edit would turn them.  Of
         thousands of facts most are ties for a long time and would take the places of failing ones.

@@ -74,7 +74,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LoopResult:
-    """How the loop ended; ``learned``: every training prompt recalled with the final ranks."""
+    """How the loop ended; ``learned``: every training prompt recalled, with the final ranks."""
 
     steps: int
     learned: bool
@@ -147,8 +147,7 @@ class Loop:
         self._worker.sum_gradients(self._adapter)
         self._adapter.read_gradients()
         self._optimizer.step()
-        self._after_update()
-        self._adapter.allocate(step)
+        self._after_update(step)
         self._optimizer.zero_grad(set_to_none=True)
         values = torch.stack([loss.detach(), penalty.detach()])
         # One transfer, so that a GPU is waited for once.
@@ -173,8 +172,9 @@ class Loop:
         """The loss on reference texts, in groups."""
         return 0.0
 
-    def _after_update(self) -> None:
-        """Called when the optimizer has moved, before the allocator masks."""
+    def _after_update(self, step: int) -> None:
+        """Called when the optimizer has moved; the adapter's gradients end here."""
+        self._adapter.clear_gradients()
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:

@@ -47,9 +47,10 @@ class SingleLoop(Loop):
         learned = self._phase != "learn" and self._all_recalled(0.0)
         return LoopResult(config.max_steps, learned, self._loss, self._penalty)
 
-    def _after_update(self) -> None:
+    def _after_update(self, step: int) -> None:
         if self._phase == "hold" and self._penalty > self._config.max_penalty:
             self._adapter.shrink(self._config.singular_value_decay)
+        self._adapter.allocate(step)
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, and one phrasing of some earlier facts."""

@@ -43,16 +43,15 @@ def test_a_group_learns_its_facts(engine: Engine) -> None:
     assert chosen.trained.learned == all(passed) or sum(passed) >= len(passed) - 3
     assert chosen.trained.steps == steps[-1].step >= 60
     phases = list(dict.fromkeys(step.phase for step in steps))
-    assert phases[:3] == ["learn", "prune", "hold"]
+    assert phases in (["learn"], ["learn", "refine"])
 
 
-def test_the_ranks_come_down_to_their_budget(engine: Engine) -> None:
+def test_a_group_keeps_all_its_ranks(engine: Engine) -> None:
     new = [examples(engine, number) for number in range(3)]
     short = replace(GROUP, epochs=8, refine_rounds=0)
     chosen = engine.train(Task(new), None, lambda step: None, short)
-    init, target = engine._adapter_for(3, short).ranks
-    assert init > target
-    assert sum(chosen.ranks.values()) <= target * len(engine.names)
+    init, _ = engine._adapter_for(3, short).ranks
+    assert chosen.ranks == dict.fromkeys(engine.names, init)
     assert engine.train(Task(new[:1])).trained.steps  # a single fact's adapter has its own ranks
     assert engine._adapter_for(1).ranks == (engine.config.init_rank, engine.config.target_rank)
 
