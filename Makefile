@@ -31,7 +31,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 demo: $(STAMP)  ## the main job, for real, in a temporary store
-	$(PY) -m kvedit.cli.demo
+	$(PY) -m tests.demo
 
 test: lint  ## ruff, mypy --strict and pytest; JOBS=N processes share the tests
 	$(PYTEST)

@@ -1,6 +1,6 @@
 """``make demo``: the whole life of a few facts, for real, in a temporary store.
 
-    python -m kvedit.cli.demo
+    python -m tests.demo
 
 Every step does what the command shown above it does, through the same library and reporters; the
 model and the store stay open between the steps, which saves loading them each time.
@@ -27,7 +27,7 @@ from kvedit.cli import common, output
 from kvedit.cli.check import verify_parts
 from kvedit.cli.output import FirstLine, pairs, styled
 from kvedit.cli.progress import Reporter, make_reporter
-from kvedit.errors import KveditError, RejectedError, UsageError
+from kvedit.errors import KveditError, RejectedError
 from kvedit.facts.fact import Fact
 from kvedit.facts.readers import read_description, read_facts_jsonl
 from kvedit.model.prompts import paraphrase_prompts, training_prompts
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.events import EditReport
 
+SEED = Path(__file__).resolve().parents[1] / "store" / "seed"
 STOVE, LANTERN = "夢中情爐", "tide lantern"
 THIRD_FILE, THIRD = "zh-Hans.jsonl", "风铃站"
 NEW_TEXT = "夢中情爐如今在河邊的茶館裡，每逢初雪才生火，圍爐的人輪流說一個沒有說過的夢。"
@@ -48,17 +49,8 @@ STAGES = {"base model": 0, "facts added": 2, "updated, removed": 3, "rolled back
 Result = TypeVar("Result")
 
 
-def seed_folder() -> Path:
-    """The seed facts: a checkout's ``store/seed``, or the copy in an installed package."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "store" / "seed", package / "data" / "seed"):
-        if folder.is_dir():
-            return folder
-    raise UsageError("the seed facts are missing", hint="Install kvedit again.")
-
-
 def seed_fact(file: str, key: str) -> Fact:
-    path = seed_folder() / file
+    path = SEED / file
     if path.suffix == ".txt":
         return Fact.create(key, read_description(str(path)))
     return next(fact for fact in read_facts_jsonl(path) if fact.key == key)
@@ -218,7 +210,7 @@ class Demo:
 
 
 def main() -> None:
-    """Entry point of ``python -m kvedit.cli.demo``."""
+    """Entry point of ``python -m tests.demo``."""
     common.configure_logging(0)
     try:
         sys.exit(0 if Demo().run() else RejectedError.exit_code)
