@@ -106,9 +106,7 @@ def test_targets_of_ones_own(tiny_model: Callable[[str], BaseModel]) -> None:
 
 
 def test_a_store_keeps_its_targets(untrained: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "kvedit.toml").write_text(
-        tiny.settings(samples=4, short_answers=4), encoding="utf-8"
-    )
+    (tmp_path / "kvedit.toml").write_text(tiny.settings(), encoding="utf-8")
     with KnowledgeBase.create(tmp_path, untrained("Llama"), targets=["v_proj"]) as knowledge:
         names = knowledge.engine.names
     with KnowledgeBase.open(tmp_path) as knowledge:
@@ -182,12 +180,13 @@ def test_custom_code_runs_only_when_trusted(untrained: Callable[[str], Path]) ->
     assert raised.value.hint and "--trust-remote-code" in raised.value.hint
 
 
+@pytest.mark.slow
 def test_custom_code_travels_with_the_export(
     untrained: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder, store = untrained("ChatGLM2 style"), tmp_path / "store"
     store.mkdir()
-    (store / "kvedit.toml").write_text(tiny.settings(samples=4, short_answers=4), encoding="utf-8")
+    (store / "kvedit.toml").write_text(tiny.settings(), encoding="utf-8")
     with KnowledgeBase.create(store, folder, trust_remote_code=True) as knowledge:
         knowledge.export(tmp_path / "out")
         code = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}

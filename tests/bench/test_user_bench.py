@@ -103,7 +103,10 @@ def test_a_small_random_model_is_edited_undone_and_exported(small: dict[str, Pat
 
 @pytest.mark.parametrize(
     ("family", "matrices"),
-    [("gpt2", 4), ("phi3", 4)],  # Conv1D; fused projections
+    [
+        ("gpt2", 4),  # Conv1D
+        pytest.param("phi3", 4, marks=pytest.mark.slow),  # fused projections
+    ],
 )
 def test_other_ways_to_name_and_store_projections(family: str, matrices: int) -> None:
     result = architectures.architectures(None, [family], lambda event: None)
