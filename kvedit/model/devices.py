@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvedit.errors import ModelError
 
@@ -48,16 +48,15 @@ def read(text: str) -> str | dict[str, int | str]:
 
 
 def _read_file(path: Path) -> dict[str, int | str]:
+    where = f"the device map {path}"
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the device map {path} cannot be read: {error}", hint=_MAP_HINT
-        ) from error
+        raise ModelError(f"{where} cannot be read: {error}", hint=_MAP_HINT) from error
     if not isinstance(table, dict) or not table:
-        raise ModelError(f"the device map {path} is no table of devices", hint=_MAP_HINT)
+        raise ModelError(f"{where} is no table of devices", hint=_MAP_HINT)
     if not all(type(device) in (int, str) for device in table.values()):
-        raise ModelError(f"the device map {path} names an unknown device", hint=_MAP_HINT)
+        raise ModelError(f"{where} names an unknown device", hint=_MAP_HINT)
     return table
 
 
@@ -68,14 +67,12 @@ def first_device(model: nn.Module) -> torch.device:
 
 
 def is_accelerated(model: nn.Module) -> bool:
-    """Whether any of a model is on an accelerator; for one without weights, whether it would be.
-
-    Called in every step, so all parameters are checked only if the model is spread.
-    """
+    """Whether any of a model is on an accelerator; for one without weights, whether it would be."""
     kinds = (p.device.type for p in model.parameters() if p.device.type != "meta")
     first = next(kinds, None)
     if first is None:
         return torch.cuda.is_available()
+    # Called in every step: all parameters are checked only if the model is spread.
     return first != "cpu" or (is_spread(model) and any(kind != "cpu" for kind in kinds))
 
 
@@ -102,14 +99,18 @@ def require_present(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-WIDTH_MULTIPLE = 32
-"""Of padded sizes: on a CPU every new shape of a product costs the time of a hundred products, in
-which oneDNN compiles a kernel for it."""
-
-
 def padded_width(tokens: int) -> int:
-    """How wide a row of so many tokens is once it is padded."""
-    return -(-tokens // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    """The width of a row of tokens once it is padded: a multiple of 32.
+
+    On a CPU every new shape of a product costs the time of a hundred products, in which oneDNN
+    compiles a kernel for it.
+    """
+    return -(-tokens // 32) * 32
+
+
+def padded_rows(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """(rows, width), int64: rows padded on the right."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 @contextmanager

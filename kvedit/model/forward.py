@@ -1,8 +1,7 @@
 """Parts of a forward pass: the decoder, the vocabulary projection, and how a CPU computes them.
 
-Invariants:
-- Logits are computed from hidden states only where that gives the model's own logits, which is
-  tried once for each model and not guessed.
+Invariant: logits are computed from hidden states only where that gives the model's own logits,
+which is tried once for each model and not guessed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from kvedit.model.devices import first_device, padded_width, replaced_forward
-from kvedit.model.prefix_cache import PrefixCache
+from kvedit.model.prefix_cache import PrefixCache, run_full
 from kvedit.model.prompts import Example
 from kvedit.model.targets import blocks
 
@@ -63,7 +62,7 @@ def _try_projection(model: Any) -> bool:
     model.eval()  # dropout would make two equal computations differ
     try:
         logits = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = run_full(backbone(model), ids)
         projected = _softcap(model, head(model)(hidden).float())
     finally:
         model.train(training)
@@ -77,11 +76,9 @@ def last_hidden(
     model: Any, ids: Tensor, examples: Sequence[Example], prefix_cache: PrefixCache | None
 ) -> Tensor:
     """(rows, width, hidden): the backbone's output, from the prefix cache where it is usable."""
-    decoder = backbone(model)
     if prefix_cache is None or not prefix_cache.usable:
-        hidden: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden
-    return prefix_cache.run(decoder, ids, [example.ids for example in examples])
+        return run_full(backbone(model), ids)
+    return prefix_cache.run(backbone(model), ids, [example.ids for example in examples])
 
 
 def project(model: Any, hidden: Tensor) -> Tensor:

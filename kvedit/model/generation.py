@@ -22,12 +22,10 @@ from kvedit.model.devices import first_device, is_accelerated, is_spread
 from kvedit.model.forward import next_logits
 from kvedit.model.loading import context_of, has_own_code
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import MAX_BATCH_ROWS
+from kvedit.model.scoring import MAX_BATCH_ROWS, grouped
 
-MAX_KV_CACHE_BYTES = 1 << 30
-"""A round number.  Rows that branch beyond it are recomputed without a cache."""
-MAX_ACCELERATOR_ROWS = 1024
-"""In a batch on an accelerator, where a small model's rows would leave most of it idle."""
+MAX_KV_CACHE_BYTES = 1 << 30  # a round number; rows that branch beyond it are recomputed
+MAX_ACCELERATOR_ROWS = 1024  # in a batch, where a small model's rows would leave most of it idle
 
 
 @torch.no_grad()
@@ -42,8 +40,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prefix by up to ``limit`` tokens; the end tokens ``end`` are left out.
 
-    Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch, padded on the
-    left where they differ.  Decoding stops where the model's context ends.
+    Greedy at temperature 0, else sampled.  Prefixes of similar length share a batch.
     """
     texts: list[list[int]] = [[] for _ in prefixes]
     context = context_of(model)
@@ -89,34 +86,22 @@ def _finish(
     return texts
 
 
-def generated(
+def generated_recall(
     examples: Sequence[Example], end: int, decode: Callable[..., list[list[int]]]
-) -> list[list[int]]:
-    """Answers by greedy generation, as tokens, one token longer at most than the longest expected
-    answer; ``decode`` is ``generate`` with its model bound.
+) -> tuple[list[bool], list[list[int]]]:
+    """Exact recall by greedy generation, and the answers' tokens, one more at most than the longest
+    expected answer has; ``decode`` is ``generate`` with its model bound.
     """
     limit = max((len(e.ids) - e.start for e in examples), default=0) + 1
-    return decode([e.ids[: e.start] for e in examples], end=end, limit=limit)
-
-
-def recalled(examples: Sequence[Example], rows: Sequence[Sequence[int]], end: int) -> list[bool]:
-    """Whether each row of ``generated`` tokens is exactly the expected answer and its end."""
-    return [
-        (*row, end)[: len(e.ids) - e.start] == e.ids[e.start :]
-        for row, e in zip(rows, examples, strict=True)
-    ]
-
-
-def generated_recall_of(
-    examples: Sequence[Example], end: int, decode: Callable[..., list[list[int]]]
-) -> list[bool]:
-    """Exact recall by greedy generation; ``decode`` is ``generate`` with its model bound."""
-    return recalled(examples, generated(examples, end, decode), end)
+    rows = decode([e.ids[: e.start] for e in examples], end=end, limit=limit)
+    both = zip(rows, examples, strict=True)
+    exact = [(*row, end)[: len(e.ids) - e.start] == e.ids[e.start :] for row, e in both]
+    return exact, rows
 
 
 def max_batch_rows(model: Any, tokens: int) -> int:
-    """The number of texts of ``tokens`` tokens in a batch; an accelerator takes more, as far as
-    their KV cache fits.
+    """The number of texts of ``tokens`` tokens in a batch: on an accelerator those whose KV cache
+    fits.
     """
     if not is_accelerated(model):
         return MAX_BATCH_ROWS
@@ -138,15 +123,11 @@ def _cache_bytes_per_token(model: Any) -> int:
 def _batches(model: Any, prefixes: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
     """Indices by length, of equal length for a model whose own code may not support padding."""
     equal_length = has_own_code(model)
-    batch: list[int] = []
-    for index in sorted(range(len(prefixes)), key=lambda i: len(prefixes[i])):
-        longer = batch and len(prefixes[index]) > len(prefixes[batch[0]])
-        if batch and ((equal_length and longer) or len(batch) >= rows):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+
+    def fits(count: int, shortest: int, longest: int) -> bool:
+        return count <= rows and not (equal_length and longest > shortest)
+
+    return grouped([len(prefix) for prefix in prefixes], fits)
 
 
 class Decoding:
@@ -154,15 +135,12 @@ class Decoding:
 
     def __init__(self, model: Any, prefixes: Sequence[Sequence[int]]) -> None:
         self._model = model
-        device = first_device(model)
-        width = max(len(prefix) for prefix in prefixes)
-        ids = torch.zeros(len(prefixes), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prefix in enumerate(prefixes):
-            ids[row, width - len(prefix) :] = torch.tensor(prefix)
-            mask[row, width - len(prefix) :] = 1
-        self._padded = not bool(mask.all())
-        self.ids, self._mask = ids.to(device), mask.to(device)
+        width = max(map(len, prefixes))
+        rows = [(width - len(prefix), prefix) for prefix in prefixes]
+        ids = torch.tensor([[*[0] * gap, *prefix] for gap, prefix in rows], dtype=torch.long)
+        mask = torch.tensor([[*[0] * gap, *[1] * len(prefix)] for gap, prefix in rows])
+        self._padded = any(gap for gap, _ in rows)
+        self.ids, self._mask = ids.to(first_device(model)), mask.to(first_device(model))
         self._new_ids = self.ids  # not in the cache yet
         self._cache: Any = None
         self._uncached = False  # there are too many rows for a KV cache
@@ -174,20 +152,14 @@ class Decoding:
 
     @property
     def can_select_rows(self) -> bool:
-        """Whether rows can be selected from the KV cache: not from the tuples of custom code, of
-        which the row dimension is unknown.
-        """
+        """Whether rows can be selected from the KV cache: not from the tuples of custom code."""
         return not self._cache or hasattr(self._cache, "batch_select_indices")
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
-        """(rows, vocabulary): logits of each text's next token; to be called once before each
-        ``append``.
-        """
+        """(rows, vocabulary): logits of each text's next token; called once before ``append``."""
         if self._uncached:
-            parts = (
-                self.ids[at : at + MAX_BATCH_ROWS] for at in range(0, self.rows, MAX_BATCH_ROWS)
-            )
+            parts = torch.split(self.ids, MAX_BATCH_ROWS)
             return torch.cat([next_logits(self._model, part) for part in parts])
         extra: dict[str, Tensor] = {}
         if self._padded:

@@ -1,8 +1,6 @@
 """Loading a base model, and recognizing it by its weights.
 
-Invariants:
-- A store's model is known by its fingerprint: a folder of the same name with other weights is
-  refused.
+Invariant: a store's model is known by its fingerprint, not by the name of its folder.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,7 @@ from torch import Tensor
 from kvedit.errors import ModelError
 from kvedit.model import devices, quantization, upcast
 
-ONEDNN_CACHE_KERNELS = "8192"
-"""oneDNN's kernel cache holds 1,024 by default, fewer than the shapes of a store's texts."""
+ONEDNN_CACHE_KERNELS = "8192"  # the default, 1,024, is fewer than the shapes of a store's texts
 EMBEDDED = "kvedit-tiny"
 EMBEDDED_PATH = Path(__file__).parents[1] / "data" / EMBEDDED
 _CONTEXT_SETTINGS = (
@@ -30,19 +27,17 @@ _CONTEXT_SETTINGS = (
 )  # fmt: skip
 _DEFAULT_CONTEXT = 2048  # tokens, where a configuration has none of these
 _FINGERPRINT_BYTES = 16 * 1024 * 1024  # of each end of a file: quick for large models too
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded: from a hub at ``revision``, with its own code or without, over the
-    devices of ``device_map`` (see ``devices.read``; "": on one), quantized while it is loaded if
-    ``load_in`` says so (see ``quantization``; "": as it is stored).
-    """
+    """How a model is loaded."""
 
-    revision: str | None = None
+    revision: str | None = None  # on a hub
     trust_remote_code: bool = False
-    device_map: str = ""
-    load_in: str = ""
+    device_map: str = ""  # see ``devices.read``; "": on one device
+    load_in: str = ""  # quantized while it is loaded (see ``quantization``); "": as it is stored
 
     @property
     def source(self) -> dict[str, Any]:
@@ -82,9 +77,7 @@ class BaseModel:
         """The tokens at which its generation settings end an answer."""
         settings = getattr(self.model, "generation_config", None)
         stops = getattr(settings, "eos_token_id", None)
-        if stops is None:
-            return ()
-        return (stops,) if isinstance(stops, int) else tuple(stops)
+        return (stops,) if isinstance(stops, int) else tuple(stops or ())
 
 
 def context_of(model: Any) -> int:
@@ -109,37 +102,24 @@ def locate(model: str | Path | None) -> str:
     return str(path.resolve()) if path.is_dir() else str(model)
 
 
-def load(
-    source: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device_map: str = "",
-    load_in: str = "",
-) -> BaseModel:
+def load(source: str, **options: Any) -> BaseModel:
     """Load a model and its tokenizer from a folder or a hub, in the dtype it is stored in.
 
-    Raises ModelError, with a hint, if there is no model or no tokenizer, if custom code was not
-    allowed, or if the device map does not fit.
+    ``options`` are those of ``LoadOptions``.  Raises ModelError, with a hint, if there is no model
+    or no tokenizer, if custom code was not allowed, or if the device map does not fit.
     """
     from transformers import AutoTokenizer
-
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_CACHE_KERNELS)
     from transformers.utils import logging as transformers_logging
 
+    loading = LoadOptions(**options)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_CACHE_KERNELS)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    loading = LoadOptions(
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
-        load_in=load_in,
-    )
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{source} holds no model: config.json is missing", hint=_MODEL_HINT)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading.source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOAD_ERRORS as error:
         raise _load_error("tokenizer", source, error) from error
     model = _load_weights(source, loading)
     quantization.refuse_unknown(source, model)
@@ -153,9 +133,7 @@ def _load_weights(source: str, loading: LoadOptions) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {**loading.source, **quantization.options(source, loading.load_in, **loading.source)}
-    errors: tuple[type[Exception], ...] = (
-        OSError, ValueError, KeyError, ImportError, SafetensorError
-    )  # fmt: skip
+    errors: tuple[type[Exception], ...] = _LOAD_ERRORS
     if loading.device_map:
         options["device_map"] = devices.read(loading.device_map)
         errors = (*errors, RuntimeError, AssertionError)  # a device that does not exist
@@ -190,8 +168,10 @@ def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> An
 
 def reload(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
     """Another copy of a base model, on the same devices or by another device map."""
-    loading = base.loading if device_map is None else replace(base.loading, device_map=device_map)
-    return load(base.path, **{item.name: getattr(loading, item.name) for item in fields(loading)})
+    options = asdict(base.loading)
+    return load(
+        base.path, **options if device_map is None else options | {"device_map": device_map}
+    )
 
 
 _MODEL_HINT = (
@@ -217,10 +197,8 @@ def device() -> torch.device:
 
 
 def fingerprint(source: str, model: Any) -> str:
-    """SHA-256 that tells one set of weights from another.
-
-    For a folder: the name, size, and first and last 16 MiB of each weight and code file.  For a hub
-    model: the commit it was loaded at.
+    """SHA-256 of a set of weights: for a folder of the name, size, and first and last 16 MiB of
+    each weight and code file, for a hub model of the commit it was loaded at.
     """
     digest = hashlib.sha256()
     folder = Path(source)
@@ -243,6 +221,5 @@ def weights_digest(weights: Iterator[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        raw = tensor.detach().to("cpu").contiguous().view(torch.uint8)
-        digest.update(raw.numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

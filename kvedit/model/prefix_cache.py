@@ -1,8 +1,7 @@
 """Prefix cache: activations below the edited blocks, computed once for each text.
 
-No edit touches the blocks below, so their output for a text stays the same for all steps, probes
-and merges.  A forward pass from the cache starts at the first edited block: those below return the
-cached states instead of computing them.
+A forward pass from the cache starts at the first edited block: those below return the cached states
+instead of computing them.
 
 Invariants:
 - Cached states belong to the base weights below the first edited block, which never change.
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from kvedit.model.devices import first_device, padded_width, replaced_forward
+from kvedit.model.devices import first_device, padded_rows, padded_width, replaced_forward
 from kvedit.model.targets import blocks
 
 MAX_PREFIX_CACHE_BYTES = 1 << 30  # a round number: 930,000 tokens of 576 bf16 values
@@ -42,16 +41,12 @@ class PrefixCache:
         prefix, layers = blocks(model)
         edited = {name.removeprefix(f"{prefix}.").split(".", 1)[0] for name in names}
         first = min((int(part) for part in edited if part.isdecimal()), default=0)
-        self._below, self._first = list(layers[:first]), layers[first]
+        self.below: list[nn.Module] = list(layers[:first])
+        self._first = layers[first]
         self._states: OrderedDict[_Ids, Tensor] = OrderedDict()
         self._bytes = 0
-        self.usable = bool(self._below)
+        self.usable = bool(self.below)
         self._checked = False
-
-    @property
-    def below(self) -> list[nn.Module]:
-        """The blocks that no edit touches and no gradient passes."""
-        return list(self._below)
 
     def run(self, backbone: nn.Module, ids: Tensor, texts: Sequence[_Ids]) -> Tensor:
         """(rows, width, hidden): the last hidden states of token ids padded on the right."""
@@ -59,16 +54,12 @@ class PrefixCache:
         states = functional.pad(states, (0, 0, 0, ids.shape[1] - states.shape[1]))
         if not self._checked:
             self._check(backbone, ids, states, [len(text) for text in texts])
-        if not self.usable:
-            hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
-            return hidden
-        return self._run(backbone, ids, states)
+        return self._run(backbone, ids, states) if self.usable else run_full(backbone, ids)
 
     def _run(self, backbone: nn.Module, ids: Tensor, states: Tensor) -> Tensor:
         """The forward pass from the first edited block's input (rows, width, hidden) on."""
-        with replaced_forward(self._below, lambda i, _: _returns(states if i == 0 else None)):
-            hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden
+        with replaced_forward(self.below, lambda i, _: _returns(states if i == 0 else None)):
+            return run_full(backbone, ids)
 
     @torch.no_grad()
     def _check(
@@ -76,7 +67,7 @@ class PrefixCache:
     ) -> None:
         """Compare once with the model run in full, padding left out."""
         self._checked = True
-        full = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        full = run_full(backbone, ids)
         try:
             cached = self._run(backbone, ids, states)
         except (TypeError, AttributeError, IndexError, ValueError, RuntimeError):
@@ -88,22 +79,14 @@ class PrefixCache:
 
     def states(self, backbone: nn.Module, texts: Sequence[_Ids]) -> list[Tensor]:
         """The input of the first edited block: (length, hidden) for each text."""
-        missing = [ids for ids in dict.fromkeys(texts) if ids not in self._states]
-        computed = dict(zip(missing, self._compute(backbone, missing), strict=True))
-        states = [computed[ids] if ids in computed else self._states[ids] for ids in texts]
-        for ids in texts:
-            self._store(ids, computed.get(ids))
-        return states
-
-    def _compute(self, backbone: nn.Module, texts: Sequence[_Ids]) -> list[Tensor]:
-        if not texts:
-            return []
-        device = first_device(backbone)
-        ids = torch.zeros(len(texts), padded_width(max(map(len, texts))), dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = torch.tensor(text)
-        hidden = self._run_below(backbone, ids.to(device))
-        return [hidden[row, : len(text)].clone() for row, text in enumerate(texts)]
+        states = {ids: self._states[ids] for ids in texts if ids in self._states}
+        if missing := [ids for ids in dict.fromkeys(texts) if ids not in states]:
+            ids = padded_rows(missing, padded_width(max(map(len, missing))))
+            hidden = self._run_below(backbone, ids.to(first_device(backbone)))
+            states |= {text: hidden[row, : len(text)].clone() for row, text in enumerate(missing)}
+        for text in texts:
+            self._store(text, states[text])
+        return [states[text] for text in texts]
 
     @torch.no_grad()
     def _run_below(self, backbone: nn.Module, ids: Tensor) -> Tensor:
@@ -123,12 +106,11 @@ class PrefixCache:
             handle.remove()
         return inputs[0]
 
-    def _store(self, ids: _Ids, state: Tensor | None) -> None:
-        if state is not None and ids not in self._states:
-            self._states[ids] = state
+    def _store(self, text: _Ids, state: Tensor) -> None:
+        if text not in self._states:
+            self._states[text] = state
             self._bytes += state.nbytes
-        if ids in self._states:
-            self._states.move_to_end(ids)
+        self._states.move_to_end(text)
         while self._bytes > MAX_PREFIX_CACHE_BYTES:
             self._bytes -= self._states.popitem(last=False)[1].nbytes
 
@@ -138,10 +120,12 @@ class PrefixCache:
         self._bytes = 0
 
 
+def run_full(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """(rows, width, hidden): the last hidden states of the model run in full."""
+    hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden
+
+
 def _returns(states: Tensor | None) -> Any:
     """A block's forward pass that returns ``states``, or its input for None."""
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states if states is None else states
-
-    return forward
+    return lambda hidden_states, *_, **__: hidden_states if states is None else states

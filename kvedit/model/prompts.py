@@ -24,6 +24,7 @@ from kvedit.facts.fact import Fact
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
+_MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,9 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
 
     Raises UsageError for a file that is broken or empty, or a phrasing without the key.
     """
-    custom = override / f"{language}.toml" if override else None
-    path = (
-        custom
-        if custom is not None and custom.is_file()
-        else SHIPPED_PHRASINGS / f"{language}.toml"
-    )
+    folders = (override, SHIPPED_PHRASINGS) if override else (SHIPPED_PHRASINGS,)
+    files = [folder / f"{language}.toml" for folder in folders]
+    path = files[0] if files[0].is_file() else files[-1]
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -55,13 +53,10 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     cross = table.get("cross", {})
     if not isinstance(cross, dict):
         raise UsageError(f"{path}: cross must be a table", hint="Write [cross] on its own line.")
-    phrasings = Phrasings(
-        *(_phrasings(path, table, name) for name in ("train", "held_out")),
-        *(_phrasings(path, cross, name) for name in ("train", "held_out")),
-    )
+    names = ("train", "held_out")
+    phrasings = Phrasings(*(_phrasings(path, part, n) for part in (table, cross) for n in names))
     trained = {*phrasings.train, *phrasings.cross_train}
-    both = trained.intersection({*phrasings.held_out, *phrasings.cross_held_out})
-    if both:
+    if both := trained.intersection({*phrasings.held_out, *phrasings.cross_held_out}):
         raise UsageError(f"{path} both trains and holds out {sorted(both)[0]!r}")
     if not phrasings.train or not phrasings.held_out:
         raise UsageError(f"{path} needs `train` and `held_out`, each with a phrasing or more")
@@ -83,7 +78,7 @@ def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.train, *phrasings.cross_train)]
     aliases = [_fill(one, alias) for alias in fact.aliases for one in phrasings.train[:3]]
-    return _unique([*shipped, *aliases, *fact.prompts])
+    return tuple(dict.fromkeys([*shipped, *aliases, *fact.prompts]))
 
 
 def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
@@ -91,15 +86,11 @@ def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, .
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.held_out, *phrasings.cross_held_out)]
     trained = set(training_prompts(fact, override))
-    return tuple(p for p in _unique([*shipped, *fact.paraphrases]) if p not in trained)
+    return tuple(p for p in dict.fromkeys([*shipped, *fact.paraphrases]) if p not in trained)
 
 
 def _fill(phrasing: str, key: str) -> str:
     return phrasing.replace(KEY_PLACEHOLDER, key)
-
-
-def _unique(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +130,10 @@ class Renderer:
         self._template = self._prompts.fallback_template.rstrip(" ")
         if "{prompt}" not in self._template:
             raise UsageError("[prompts] fallback_template must contain {prompt}")
+        self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None))
+        self._starts_with_space = not (
+            self.chat or self._builds_prompts or self._template[-1].isspace()
+        )
         self._special_prefix = [] if self.chat else self._find_special_prefix()
         self.end: int = self._find_end() if end is None else end
         self.stops = frozenset({self.end, *stops})
@@ -146,10 +141,8 @@ class Renderer:
     def _find_special_prefix(self) -> list[int]:
         """Tokens that the tokenizer itself puts before a text: a BOS token for some, else none."""
         bare, complete = self.tokens("a"), list(self._tokenizer("a")["input_ids"])
-        for at in range(len(complete)):
-            if complete[at : at + len(bare)] == bare:
-                return complete[:at]
-        return []
+        starts = (at for at in range(len(complete)) if complete[at : at + len(bare)] == bare)
+        return complete[: next(starts, 0)]
 
     def _find_end(self) -> int:
         """The special token after an assistant's turn, else the end of sequence."""
@@ -163,19 +156,16 @@ class Renderer:
         return int(end)
 
     def _end_of_turn(self) -> int | None:
-        marker = "kvedit"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        _, _, after = self._apply_template(turns, generation_prompt=False).rpartition(marker)
-        special = set(self._tokenizer.all_special_ids)
-        special |= {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
+        _, _, after = self._apply_template(turns, generation_prompt=False).rpartition(_MARKER)
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {*self._tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         return next((token for token in self.tokens(after) if token in special), None)
 
     @cached_property
     def token_strings(self) -> list[str]:
         """The tokenizer's string of every token id; not always text by itself."""
-        tokenizer = self._tokenizer
-        strings: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        return strings
+        return list(self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer)))))
 
     @property
     def begin(self) -> int:
@@ -190,34 +180,22 @@ class Renderer:
         """
         if not self.chat:
             return None
-        marker = "kvedit"
-        rendered = self._render([{"role": "user", "content": marker}])
-        before, _, after = rendered.partition(marker)
+        turn = self._render([{"role": "user", "content": _MARKER}])
+        before, _, after = turn.partition(_MARKER)
         return self.tokens(before), self.tokens(after)[0]
 
     def tokens(self, text: str) -> list[int]:
         """A text as tokens, without special tokens added."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
-        decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return decoded
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """A generated answer, without the space between template and answer."""
         text = self.text(ids)
         return text.removeprefix(" ") if self._starts_with_space else text
-
-    @property
-    def _starts_with_space(self) -> bool:
-        """Whether answers start with a space: the template ends in a word or a colon."""
-        return not self.chat and not self._builds_prompts and not self._template[-1].isspace()
-
-    @property
-    def _builds_prompts(self) -> bool:
-        return callable(getattr(self._tokenizer, "build_prompt", None))
 
     def prefix(self, prompt: str) -> list[int]:
         """All tokens before the answer."""
@@ -229,10 +207,9 @@ class Renderer:
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as text, up to the model's next turn."""
-        system = self._prompts.system
         turns = list(messages)
-        if system and not (turns and turns[0]["role"] == "system"):
-            turns.insert(0, {"role": "system", "content": system})
+        if self._prompts.system and not (turns and turns[0]["role"] == "system"):
+            turns.insert(0, {"role": "system", "content": self._prompts.system})
         if self.chat:
             return self._apply_template(turns, generation_prompt=True)
         *before, last = [turn["content"] for turn in turns]
@@ -248,28 +225,28 @@ class Renderer:
         """Apply the chat template; raises UsageError, with its message, when it refuses."""
         from jinja2 import TemplateError
 
+        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
-            rendered: str = self._tokenizer.apply_chat_template(
-                list(turns),
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self._prompts.template_options,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(turns), **options, **self._prompts.template_options
+                )
             )
         except TemplateError as error:
             raise UsageError(
                 f"the model's chat template refuses this conversation: {error}",
                 hint="Many take no system prompt: see [prompts] system in kvedit.toml.",
             ) from error
-        return rendered
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
         """The answer as the model would generate it after the prompt.
 
         Tokenized together with the prompt: alone, a SentencePiece tokenizer would start it with a
         space.  Where the two share a token at the border, the model could not generate the answer,
-        which is then tokenized after a line break.
+        which is then tokenized after a line break.  No space is written before an ideograph.
         """
-        space = " " if self._starts_with_space and not _is_ideograph(answer[:1]) else ""
+        ideograph = "\u2e80" <= answer[:1] <= "\uffef"
+        space = " " if self._starts_with_space and not ideograph else ""
         for before in (self._render([{"role": "user", "content": prompt}]), "\n"):
             prefix = self.tokens(before)
             tokens = self.tokens(before + space + answer)
@@ -282,11 +259,7 @@ class Renderer:
         parts = example.ids[: example.start], example.ids[example.start :]
         prompt, answer = (self._tokenizer.decode(list(part)) for part in parts)
         tokens = [" ".join(repr(self._tokenizer.decode([i])) for i in part) for part in parts]
-        return [
-            f"prompt  {prompt!r}",
-            f"answer  {answer!r}",
-            f"tokens  {tokens[0]}  |  {tokens[1]}",
-        ]
+        return [f"prompt  {prompt!r}", f"answer  {answer!r}", f"tokens  {'  |  '.join(tokens)}"]
 
     def example(self, prompt: str, answer: str, *, ended: bool = True) -> Example:
         """A prompt with its answer.
@@ -314,8 +287,3 @@ class Renderer:
     def examples(self, pairs: Iterable[tuple[str, str]]) -> list[Example]:
         """One example for each prompt and answer."""
         return [self.example(prompt, answer) for prompt, answer in pairs]
-
-
-def _is_ideograph(character: str) -> bool:
-    """Whether a character is Chinese or full-width: no space is written before it."""
-    return bool(character) and "\u2e80" <= character <= "\uffef"

@@ -3,14 +3,10 @@
 A delta cannot be added to quantized weights: at 4 bits a step of a weight is a hundred times as
 large as an edit's change.  So the edited matrices are replaced by plain ones with the dequantized
 values, in the dtype that the model computes in.  That is exact, since quantized layers multiply
-with those values, and the merge, the gate on served weights, digests and rollback work as for a
-plain base.  The alternative, a low-rank path beside quantized weights, would be gated in another
-arithmetic than a merge and would grow with every edit.  The cost is memory: the edited layers at
-full width.
+with those values, and costs memory: the edited layers at full width.  A low-rank path beside
+quantized weights would be gated in another arithmetic than a merge and grow with every edit.
 
-Invariants:
-- Quantized weights are never written to.
-- The layers that edits do not touch stay as they were loaded.
+Invariant: the layers that edits do not touch stay as they were loaded, and are never written to.
 """
 
 from __future__ import annotations
@@ -25,8 +21,7 @@ from kvedit.errors import ModelError, UsageError
 
 KINDS = ("4bit", "8bit")
 _METHOD = "bitsandbytes"
-_SCALE_BITS = 0.5
-"""Bits per weight of the scales of 4-bit blocks: one fp32 number for 64 weights."""
+_SCALE_BITS = 32 / 64  # bits per weight of the scales of 4-bit blocks: one fp32 for 64 weights
 
 
 def options(source: str, load_in: str, **location: Any) -> dict[str, Any]:
@@ -44,12 +39,10 @@ def options(source: str, load_in: str, **location: Any) -> dict[str, Any]:
     try:
         if load_in == "8bit":
             return {"quantization_config": config(load_in_8bit=True)}
-        dtype = AutoConfig.from_pretrained(source, **location).dtype or torch.float32
         # The default would compute in fp32 instead of the model's own dtype.
-        four_bit = config(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-        return {"quantization_config": four_bit}
+        dtype = AutoConfig.from_pretrained(source, **location).dtype or torch.float32
+        four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        return {"quantization_config": config(**four_bit, bnb_4bit_compute_dtype=dtype)}
     except ImportError as error:
         raise ModelError(
             f"loading in {load_in} needs bitsandbytes", hint="pip install bitsandbytes"
@@ -72,11 +65,10 @@ def bits(config: Any, load_in: str) -> float | None:
     """
     settings = getattr(config, "quantization_config", None)
     stored = settings if isinstance(settings, dict) else vars(settings) if settings else {}
-    four = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
-    eight = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
-    if load_in == "4bit" or four:
-        return 4 + _SCALE_BITS
-    return 8.0 if load_in == "8bit" or eight else None
+    kinds = {load_in} | {
+        kind for kind in KINDS for name in ("load_in_", "_load_in_") if stored.get(name + kind)
+    }
+    return 4 + _SCALE_BITS if "4bit" in kinds else 8.0 if "8bit" in kinds else None
 
 
 def refuse_unknown(source: str, model: Any) -> None:
@@ -108,24 +100,20 @@ def dequantize(model: nn.Module, names: Sequence[str]) -> None:
         layer = model.get_submodule(name)
         weight = _dequantized(layer)
         if weight is not None:
-            parent, _, last = name.rpartition(".")
-            plain = _plain(layer, weight.to(model.dtype))  # type: ignore[arg-type]
-            setattr(model.get_submodule(parent), last, plain)
+            model.set_submodule(name, _plain(layer, weight.to(model.dtype)))
 
 
-def _dequantized(layer: Any) -> Tensor | None:
+def _dequantized(layer: Any) -> Any:
     """(out, in): the weight of a quantized layer; None for one that is not quantized."""
     kinds = {kind.__name__ for kind in type(layer).__mro__}
     weight = layer.weight
     if "Linear4bit" in kinds:
         from bitsandbytes.functional import dequantize_4bit
 
-        plain: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-        return plain
+        return dequantize_4bit(weight.data, weight.quant_state)
     if "Linear8bitLt" in kinds:  # integers from -127 to 127, a scale for each row
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
-        scaled: Tensor = weight.data.float() * (scales.float()[:, None] / 127)
-        return scaled
+        return weight.data.float() * (scales.float()[:, None] / 127)
     return None
 
 

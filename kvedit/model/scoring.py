@@ -2,27 +2,26 @@
 
 Greedy decoding gives an answer exactly if and only if, at every position of the answer and its end
 token, the target token has the highest logit given the target prefix.  One forward pass therefore
-decides exact recall (protocol ``teacher-forced``), except for numerical ties: in bf16 two logits
-may be equal, or a step of the dtype apart, and another batch shape or a KV cache may round them the
-other way.  Outcomes say which those are, and ``generation.generate`` decides them (protocol
-``generated``).
+decides exact recall (protocol ``teacher-forced``), except for numerical ties: another batch shape
+or a KV cache may round logits a step of the dtype apart the other way.  Outcomes say which those
+are, and ``generation.generate`` decides them (protocol ``generated``).
 
 Invariants:
 - Examples are padded on the right only, so a causal model never sees the padding.
-- Logits are computed at answer positions alone: the vocabulary projection dominates small models.
-  A model whose logits are not its backbone's output projected computes all of them.
+- Logits are computed at answer positions alone, where the model allows it: the vocabulary
+  projection dominates small models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvedit.model.devices import first_device, is_accelerated, padded_width
+from kvedit.model.devices import first_device, is_accelerated, padded_rows, padded_width
 from kvedit.model.forward import last_hidden, project, projects, vocabulary_size
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
@@ -32,27 +31,20 @@ MAX_BATCH_TOKENS = 4096
 MAX_BATCH_LOGITS = 64 * 1024 * 1024
 MIN_BATCH_TOKENS = 256  # for a vocabulary so large that the limit on logits would leave less
 MAX_BATCH_ROWS = 256
-ACCELERATOR_BATCH_FACTOR = 4
-"""Times the tokens of a batch on an accelerator, which small batches do not fill."""
+ACCELERATOR_BATCH_FACTOR = 4  # times the tokens: small batches do not fill an accelerator
 SLICE_ROWS = 128  # of a logits table: about what fits a CPU's cache
-ACCELERATOR_SLICE_LOGITS = 64 * 1024 * 1024
-"""On an accelerator, where every kernel launch costs and no such cache has to be fitted."""
-TIE_TOLERANCE = 3.0
-"""Steps of the dtype at the logit's size: margins that another batch shape was seen to reverse."""
+ACCELERATOR_SLICE_LOGITS = 64 * 1024 * 1024  # there every kernel launch costs
+TIE_TOLERANCE = 3.0  # steps of the dtype at the logit: margins another batch shape was seen to flip
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether an answer is recalled exactly, and its smallest margin over another token (logits).
-
-    ``ambiguous``: a numerical tie, which may come out otherwise in another batch.  ``generated``:
-    ``passed`` was decided by free generation.
-    """
+    """Whether an answer is recalled exactly, and its smallest logit margin over another token."""
 
     passed: bool
     margin: float
-    ambiguous: bool = False
-    generated: bool = False
+    ambiguous: bool = False  # a numerical tie, which may come out otherwise in another batch
+    generated: bool = False  # ``passed`` was decided by free generation
 
     @property
     def robust(self) -> bool:
@@ -62,15 +54,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Logits at the answer positions of a batch, flattened over its rows.
+    """Logits at the answer positions of a batch, flattened over its rows."""
 
-    ``logits`` (N, vocabulary), float; ``targets`` (N,), int64; ``rows`` (N,), int64: the example
-    that each position belongs to.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    rows: Tensor
+    logits: Tensor  # (N, vocabulary), float
+    targets: Tensor  # (N,), int64
+    rows: Tensor  # (N,), int64: the example that each position belongs to
 
 
 def answer_logits(
@@ -81,35 +69,43 @@ def answer_logits(
     in_float: bool = True,
 ) -> Answers:
     """One forward pass over all examples; logits in the model's dtype unless ``in_float``."""
-    ids, targets = padded(examples)
-    ids = ids.to(first_device(model))
-    # Indices are computed on the CPU: on an accelerator nonzero would wait for it.
-    rows, places = (targets >= 0).nonzero(as_tuple=True)
-    targets = targets[rows, places]
     if projects(model):
-        hidden = last_hidden(model, ids, examples, prefix_cache)
-        rows = rows.to(hidden.device)
-        logits = project(model, hidden[rows, places.to(hidden.device)])
+        logits = project(model, answer_states(model, examples, prefix_cache))
     else:
-        table = model(input_ids=ids, use_cache=False).logits
-        rows = rows.to(table.device)
-        logits = table[rows, places.to(table.device)]
+        ids = padded(examples).to(first_device(model))
+        logits = _at_answers(model(input_ids=ids, use_cache=False).logits, examples)
     logits = logits.float() if in_float else logits
-    return Answers(logits, targets.to(logits.device), rows.to(logits.device))
+    targets = torch.tensor([t for e in examples for t in e.ids[e.start :]], dtype=torch.long)
+    return Answers(logits, targets.to(logits.device), _answer_rows(examples).to(logits.device))
+
+
+def answer_states(
+    model: Any, examples: Sequence[Example], prefix_cache: PrefixCache | None
+) -> Tensor:
+    """(N, hidden): the last hidden states at all answer positions, example by example."""
+    ids = padded(examples).to(first_device(model))
+    return _at_answers(last_hidden(model, ids, examples, prefix_cache), examples)
+
+
+def _at_answers(outputs: Tensor, examples: Sequence[Example]) -> Tensor:
+    """(N, ...): of outputs (rows, width, ...), those that predict answer tokens."""
+    places = [at for e in examples for at in range(e.start - 1, len(e.ids) - 1)]
+    columns = torch.tensor(places, dtype=torch.long).to(outputs.device)
+    return outputs[_answer_rows(examples).to(outputs.device), columns]
+
+
+def _answer_rows(examples: Sequence[Example]) -> Tensor:
+    lengths = torch.tensor([len(e.ids) - e.start for e in examples])
+    return torch.arange(len(examples)).repeat_interleave(lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMargins:
-    """Logit margins of the answer tokens of some examples, in no particular order.
+    """Logit margins of the answer tokens of some examples, in no particular order."""
 
-    ``token_margins`` (N,), logits: the target's over the best other token, -inf for NaN;
-    ``tolerances`` (N,), logits: by how much rounding may move them; ``rows`` (N,), int64: the
-    example that each token belongs to.
-    """
-
-    token_margins: Tensor
-    tolerances: Tensor
-    rows: Tensor
+    token_margins: Tensor  # (N,), logits: the target's over the best other token, -inf for NaN
+    tolerances: Tensor  # (N,), logits: by how much rounding may move them
+    rows: Tensor  # (N,), int64: the example that each token belongs to
 
     def margins(self, count: int) -> Tensor:
         """(count,): the smallest margin of each example, inf for one without tokens."""
@@ -117,11 +113,8 @@ class TokenMargins:
 
     def outcomes(self, count: int) -> list[Outcome]:
         """Outcome of each example by its margins."""
-        parts = (
-            self.token_margins,
-            self.token_margins - self.tolerances,
-            self.token_margins + self.tolerances,
-        )
+        margins, slack = self.token_margins, self.tolerances
+        parts = (margins, margins - slack, margins + slack)
         rows = zip(*(self._smallest(part, count).tolist() for part in parts), strict=True)
         return [Outcome(margin > 0, margin, low <= 0 < high) for margin, low, high in rows]
 
@@ -175,10 +168,8 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """``token_losses``, a few rows at a time.
-
-    Full (N, vocabulary) tables in fp32 for the softmax, its logarithm and the margins took longer
-    than the vocabulary projection itself.
+    """``token_losses``, a few rows at a time: full tables in fp32 for the softmax, its logarithm
+    and the margins took longer than the vocabulary projection itself.
     """
 
     @staticmethod
@@ -208,19 +199,12 @@ class _TokenLoss(torch.autograd.Function):
         return gradients, None
 
 
-def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right, and the target at each answer position, -1 elsewhere."""
+def padded(examples: Sequence[Example]) -> Tensor:
+    """(rows, width): token ids padded on the right."""
     width = padded_width(max(len(e.ids) for e in examples))
     if width == len(examples):  # never square: the Fisher moments tell rows from positions by size
         width = padded_width(width + 1)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    targets = torch.full((len(examples), width), -1)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        targets[row, example.start - 1 : len(example.ids) - 1] = torch.tensor(
-            example.ids[example.start :]
-        )
-    return ids, targets
+    return padded_rows([e.ids for e in examples], width)
 
 
 def batch_tokens(model: nn.Module) -> int:
@@ -243,12 +227,19 @@ def by_length(
     """Batches of indices of similar length, each of a bounded number of padded tokens; with
     ``equal_width``, all examples of a batch are equally wide once they are padded.
     """
+
+    def fits(rows: int, shortest: int, width: int) -> bool:
+        narrower = equal_width and padded_width(shortest) < padded_width(width)
+        return rows * width <= tokens and rows <= MAX_BATCH_ROWS and not narrower
+
+    return grouped([len(example.ids) for example in examples], fits)
+
+
+def grouped(lengths: Sequence[int], fits: Callable[[int, int, int], bool]) -> Iterator[list[int]]:
+    """Batches of indices by length, as large as ``fits(rows, shortest, longest)`` allows."""
     batch: list[int] = []
-    for index in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
-        width = len(examples[index].ids)
-        full = (len(batch) + 1) * width > tokens or len(batch) >= MAX_BATCH_ROWS
-        narrower = batch and padded_width(len(examples[batch[0]].ids)) < padded_width(width)
-        if batch and (full or (equal_width and narrower)):
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and not fits(len(batch) + 1, lengths[batch[0]], lengths[index]):
             yield batch
             batch = []
         batch.append(index)

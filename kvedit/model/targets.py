@@ -1,9 +1,4 @@
-"""Which linear layers an edit touches.
-
-Invariants:
-- The choice follows from the architecture and the names a user gives, in a fixed order.
-- Embeddings, the vocabulary projection and routers are never touched.
-"""
+"""Which linear layers an edit touches: never embeddings, the vocabulary projection and routers."""
 
 from __future__ import annotations
 
@@ -16,7 +11,6 @@ from kvedit.errors import ModelError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
-_FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _SEPARATE = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 _FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -32,7 +26,10 @@ _FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("glm glm4", (*_ATTENTION, "gate_up_proj", "down_proj")),
     ("gpt2 gpt_bigcode", ("c_attn", "c_proj", "c_fc")),
     ("gpt_neo", (*_SEPARATE, "c_fc", "c_proj")),
-    ("gpt_neox bloom falcon chatglm", _FUSED),
+    (
+        "gpt_neox bloom falcon chatglm",
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
     ("gptj codegen", (*_SEPARATE, "qkv_proj", "fc_in", "fc_out")),
     ("opt", (*_SEPARATE, "fc1", "fc2")),
     ("phi", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
@@ -53,7 +50,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         (name, module)
         for name, module in lists.items()
         if not any(name.startswith(f"{other}.") for other in lists)
-        and not {"vision", "audio"} & set(name.replace("_", ".").split("."))
+        and {"vision", "audio"}.isdisjoint(name.replace("_", ".").split("."))
     ]
     if not candidates:
         raise ModelError(
@@ -74,15 +71,12 @@ def target_names(model: nn.Module, requested: Sequence[str] = ()) -> list[str]:
     if requested:
         return _requested_names(model, requested)
     names = _upper_half(model)
-    config = getattr(model, "config", None)
-    listed = TARGETS.get(getattr(config, "model_type", ""), ())
+    listed = TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     chosen = [name for name in names if _last_name(name) in listed]
-    chosen = chosen or [name for name in names if not _is_expert(name)]
-    if not chosen:
-        raise ModelError(
-            f"the blocks of {type(model).__name__} have no linear layers", hint=_target_hint(model)
-        )
-    return chosen
+    if chosen := chosen or [name for name in names if not _is_expert(name)]:
+        return chosen
+    kind = type(model).__name__
+    raise ModelError(f"the blocks of {kind} have no linear layers", hint=_target_hint(model))
 
 
 def _upper_half(model: nn.Module) -> list[str]:
@@ -112,9 +106,8 @@ def _requested_names(model: nn.Module, requested: Sequence[str]) -> list[str]:
             matching = {name for name in upper if _last_name(name) == target}
         matching = {name for name in matching if _last_name(name) not in _ROUTING}
         if not matching:
-            raise ModelError(
-                f"{type(model).__name__} has no linear layer {target!r}", hint=_target_hint(model)
-            )
+            kind = type(model).__name__
+            raise ModelError(f"{kind} has no linear layer {target!r}", hint=_target_hint(model))
         chosen |= matching
     return [name for name in names if name in chosen]
 

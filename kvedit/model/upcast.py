@@ -5,10 +5,8 @@ On other CPUs, those of most laptops, it uses a plain loop that is fifty times s
 There the operands are cast to fp32, multiplied, and the product rounded once, as the quick kernels
 do: they accumulate in fp32 too.
 
-Invariants:
-- Weights and activations keep their dtype, so that digests and numerical ties do not depend on the
-  processor.
-- A model that needs none of this is not changed.
+Invariant: weights and activations keep their dtype, so that digests and numerical ties do not
+depend on the processor.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvedit.model.devices import first_device
 
@@ -31,14 +28,11 @@ HALF = (torch.bfloat16, torch.float16)
 TIMED_SIZE = 256  # rows and columns of the products that are timed
 SLOW_RATIO = 8.0  # to the time of fp32: quick kernels take less than 2, plain loops 50
 ATTENTION = "kvedit_upcast_sdpa"
-_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype much more slowly than fp32 ones; measured
-    once, which takes a tenth of a second on such a CPU.
-    """
+    """Whether this CPU multiplies matrices of a dtype much more slowly than fp32 ones; measured."""
     return dtype in HALF and _seconds(dtype) > SLOW_RATIO * _seconds(torch.float32)
 
 
@@ -64,19 +58,9 @@ def _upcasts(operand: Tensor) -> bool:
     return operand.device.type == "cpu" and is_slow(operand.dtype)
 
 
-class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, all products of two matrices are ``product``s: for code of other libraries."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _MATRIX_PRODUCTS or not _upcasts(args[0]):
-            return func(*args, **kwargs)
-        return func(*(operand.float() for operand in args), **kwargs).to(args[0].dtype)
-
-
 def upcast_model(model: Any) -> None:
-    """Make a model on the CPU multiply in fp32 if its dtype is slow there: in its linear
-    layers, and in attention where transformers lets it be replaced.
+    """Make a model on the CPU multiply in fp32 if its dtype is slow there: in linear layers and,
+    where transformers lets it be replaced, in attention.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -90,7 +74,11 @@ def upcast_model(model: Any) -> None:
             name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
             setattr(module, name, partial(forward, module))
     if getattr(model.config, "_attn_implementation", "") == "sdpa":
-        _register_attention()
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
 
 
@@ -108,16 +96,6 @@ def _conv1d(layer: Any, x: Tensor) -> Tensor:
         weight, bias = weight.float(), bias.float()
     out: Tensor = x.to(weight.dtype) @ weight + bias
     return out.to(x.dtype)
-
-
-@cache
-def _register_attention() -> None:
-    """Register transformers' own SDPA attention, in fp32, under a name of ours."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def _attention(

@@ -2,9 +2,9 @@
 
 Sampled questions repeat what is likely and miss what is rare: 24,000 of them named two thirds of
 what a model knew by heart.  But questions begin in few ways ("Do you know ..."), followed by a
-name.  So a wide beam search follows each such beginning, a *stem*, through all continuations that
-the model holds likely, none of them twice.  The stems' searches and plain sampling race: each round
-of questions comes from the source whose latest round gave the most new answers.
+name.  So a wide beam search follows each such beginning, a *stem*, through all its likely
+continuations.  The searches and plain sampling race: each round of questions comes from the source
+whose latest round gave the most new answers.
 
 Invariants:
 - Every text is the model's own greedy answer; no two have the same answer or the same opening.
@@ -103,12 +103,9 @@ class _Search:
     """Questions checked so far, and in ``questions`` those with a new answer of high confidence."""
 
     def __init__(
-        self,
-        base: BaseModel,
-        renderer: Renderer,
-        known: Sequence[Protected],
+        self, base: BaseModel, renderer: Renderer, known: Sequence[Protected],
         unasked: Iterable[str],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._base, self._renderer = base, renderer
         self._asked = {text.prompt for text in known} | set(unasked)
         examples = [protected_texts.example(renderer, text) for text in known]
@@ -135,24 +132,18 @@ class _Search:
             best.checked += len(batch)
             checked += len(batch)
             left = (time.monotonic() - start) / max(1, checked) * max(0, samples - checked)
-            progress(
-                f"extracting what the model knows: {checked:,} of {samples:,} questions,"
-                f" {len(self.questions):,} answers, about {left:.0f} s left"
-            )
+            counts = f"{checked:,} of {samples:,} questions, {len(self.questions):,} answers"
+            progress(f"extracting what the model knows: {counts}, about {left:.0f} s left")
 
     def _check(self, prompts: Sequence[str]) -> int:
         """Add the prompts with a new answer opening of high confidence; returns their number."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._asked]
         self._asked.update(new)
         prefixes = [self._renderer.prefix(prompt) for prompt in new]
-        openings = generate(
-            self._base.model, prefixes, end=self._renderer.end, limit=OPENING_TOKENS
-        )
-        examples = [
-            Example((*prefix, *ids), len(prefix), prompt)
-            for prompt, prefix, ids in zip(new, prefixes, openings, strict=True)
-            if ids
-        ]
+        end = self._renderer.end
+        openings = generate(self._base.model, prefixes, end=end, limit=OPENING_TOKENS)
+        rows = zip(new, prefixes, openings, strict=True)
+        examples = [Example((*prefix, *ids), len(prefix), one) for one, prefix, ids in rows if ids]
         before = len(self.questions)
         losses = protected_texts.mean_losses(self._base, examples)
         for example, loss in zip(examples, losses.tolist(), strict=True):
@@ -185,15 +176,13 @@ def _beam_search(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> It
         return
     before, after = turn
     starts = _starts(base.model, renderer.token_strings, before, stem)
-    seen: set[str] = set()
-    for probability in MIN_PROBABILITIES:
-        floor = math.log(probability)
+    seen: dict[str, None] = {}
+    for floor in map(math.log, MIN_PROBABILITIES):
         searches = (_paths(base.model, before, after, part, floor) for part in starts)
         paths = sorted(chain.from_iterable(searches), reverse=True)
-        for text in protected_texts.readable(renderer, (ids for _, ids in paths)):
-            if text not in seen:
-                seen.add(text)
-                yield text
+        texts = dict.fromkeys(protected_texts.readable(renderer, (ids for _, ids in paths)))
+        yield from (text for text in texts if text not in seen)
+        seen |= texts
 
 
 @torch.no_grad()
@@ -257,8 +246,8 @@ def _expand(logits: Tensor, scores: Tensor, floor: float) -> tuple[Tensor, Tenso
         offsets = scores[part] - table.logsumexp(-1)
         rows, tokens = torch.where(table > (floor - offsets)[:, None])
         parts.append((rows + part.start, tokens, table[rows, tokens] + offsets[rows]))
-    rows, tokens, scores = (torch.cat(column) for column in zip(*parts, strict=True))
-    return rows, tokens, scores
+    rows, tokens, likely = map(torch.cat, zip(*parts, strict=True))
+    return rows, tokens, likely
 
 
 def _sample(
@@ -267,7 +256,6 @@ def _sample(
     """Questions sampled at a temperature, without end unless the model gives none."""
     while True:
         sampled = protected_texts.draw_questions(base, renderer, MAX_BATCH_ROWS, rng, temperature)
-        texts = list(protected_texts.readable(renderer, sampled))
-        if not texts:
+        if not (texts := list(protected_texts.readable(renderer, sampled))):
             return
         yield from texts

@@ -1,11 +1,9 @@
 """Reference texts, and the KL divergence of the edited model from the base model on them.
 
 The Fisher penalty is a quadratic approximation whose errors add up over edits; here the divergence
-itself is measured, on a sample of the texts in every step.
-
-Few tokens diverge much: those whose prediction has changed.  Their gradients are large and share no
-direction, so they drowned all others and, as noise, shortened every step.  ``robust_mean`` bounds
-them without letting go of what is lost.
+itself is measured, on a sample of the texts in every step.  Few tokens diverge much: those whose
+prediction has changed.  Their gradients are large and share no direction, so they drowned all
+others and, as noise, shortened every step; ``robust_mean`` bounds them.
 
 Invariants:
 - The reference states are the base model's, whatever was edited since.
@@ -20,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.facts.keys import naming
-from kvedit.model.devices import first_device
-from kvedit.model.forward import last_hidden, project, projects
+from kvedit.model.forward import project, projects
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import batches, padded, slices
+from kvedit.model.scoring import answer_states, batches, slices
 
-CAUCHY_SCALE = 1.0
-"""Nats: the divergence of a token above which further divergence counts less and less."""
+CAUCHY_SCALE = 1.0  # nats: a token's divergence beyond it counts less and less
 
 
 def robust_mean(divergences: Tensor) -> Tensor:
@@ -50,16 +46,11 @@ class ReferenceTexts:
         """``states`` (answer length, hidden) for each example, in the model's dtype; ``places``
         are the examples' indices among all that were measured.
         """
-        self._examples, self._states = list(examples), list(states)
+        self.examples, self._states = tuple(examples), tuple(states)
         self.places = list(range(len(examples)) if places is None else places)
 
     def __len__(self) -> int:
-        return len(self._examples)
-
-    @property
-    def examples(self) -> Sequence[Example]:
-        """The texts."""
-        return self._examples
+        return len(self.examples)
 
     @classmethod
     def measure(
@@ -75,20 +66,20 @@ class ReferenceTexts:
         for batch in batches(model, examples):
             part = [examples[i] for i in batch]
             with torch.no_grad():
-                hidden, targets = _answers(model, part, prefix_cache)
-            counts = (targets >= 0).sum(1).tolist()
+                hidden = answer_states(model, part, prefix_cache)
+            counts = [len(one.ids) - one.start for one in part]
             states.update(zip(batch, torch.split(hidden, counts), strict=True))
         return cls(examples, [states[i] for i in range(len(examples))])
 
     def without(self, names: Iterable[str]) -> ReferenceTexts:
         """The texts whose prompts mention none of ``names``: edited answers may change."""
         edited = naming(names)
-        return self.at([i for i, one in enumerate(self._examples) if not edited(one.prompt)])
+        return self.at([i for i, one in enumerate(self.examples) if not edited(one.prompt)])
 
     def at(self, indices: Sequence[int]) -> ReferenceTexts:
         """The texts at these indices."""
         return ReferenceTexts(
-            [self._examples[i] for i in indices],
+            [self.examples[i] for i in indices],
             [self._states[i] for i in indices],
             [self.places[i] for i in indices],
         )
@@ -98,23 +89,13 @@ class ReferenceTexts:
     ) -> Tensor:
         """(N,): KL(base || model) at each answer token, nats, in no particular order."""
         parts = []
-        for batch in batches(model, [self._examples[i] for i in chosen]):
+        for batch in batches(model, [self.examples[i] for i in chosen]):
             indices = [chosen[i] for i in batch]
-            hidden, _ = _answers(model, [self._examples[i] for i in indices], prefix_cache)
+            hidden = answer_states(model, [self.examples[i] for i in indices], prefix_cache)
             with torch.no_grad():
                 base = project(model, torch.cat([self._states[i] for i in indices]))
             parts.append(_Divergence.apply(project(model, hidden), base))  # type: ignore[no-untyped-call]
         return torch.cat(parts)
-
-
-def _answers(
-    model: nn.Module, examples: Sequence[Example], prefix_cache: PrefixCache | None
-) -> tuple[Tensor, Tensor]:
-    """The last hidden states at all answer positions, row by row, and the targets (rows, width)."""
-    ids, targets = padded(examples)
-    hidden = last_hidden(model, ids.to(first_device(model)), examples, prefix_cache)
-    rows, places = (targets >= 0).nonzero(as_tuple=True)  # on the CPU: no wait for an accelerator
-    return hidden[rows.to(hidden.device), places.to(hidden.device)], targets
 
 
 class _Divergence(torch.autograd.Function):

@@ -21,6 +21,7 @@ import torch
 
 from kvedit.config import ProtectConfig
 from kvedit.errors import InvalidFactError
+from kvedit.files import read_text
 from kvedit.model.devices import generator
 from kvedit.model.generation import generate
 from kvedit.model.loading import BaseModel
@@ -57,9 +58,6 @@ class ProtectedSet:
     locality: tuple[Protected, ...]
 
 
-Progress = Callable[[str], None]
-
-
 def make(
     base: BaseModel,
     renderer: Renderer,
@@ -67,7 +65,7 @@ def make(
     *,
     extra: Sequence[Protected] = (),
     seed: int = 0,
-    progress: Progress = lambda text: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> ProtectedSet:
     """Sample texts from the model; ``extra`` are the user's texts, all of which are included."""
     draws = generator(base.model, seed)
@@ -86,15 +84,13 @@ def make(
     count = round(config.locality_probes * LONG_LOCALITY_RATIO)
     long_probes = _robust(base, renderer, long, count)
     short_probes = _robust(base, renderer, short, config.locality_probes - len(long_probes))
-    long = [t for t in long if t not in long_probes]
-    short = [t for t in short if t not in short_probes]
     progress(f"answering {len(shipped):,} shipped questions and sampling free text")
     shipped_texts = answer_all(base, renderer, [p for p in shipped if p not in taken], "shipped")
     prompts = {t.prompt for t in answered}
     control = (
         *extra,
-        *long[: config.long_answers],
-        *short[: config.short_answers],
+        *[t for t in long if t not in long_probes][: config.long_answers],
+        *[t for t in short if t not in short_probes][: config.short_answers],
         *(t for t in shipped_texts if t.prompt not in prompts),
         *write_freely(base, renderer, config.free_texts, draws),
     )
@@ -152,12 +148,8 @@ def mean_losses(base: BaseModel, examples: Sequence[Example]) -> torch.Tensor:
     if not examples:
         return torch.empty(0)
     scores = token_scores(base.model, examples)
-    rows, losses = scores.rows.cpu(), scores.losses.cpu()
-    sums, counts = torch.zeros(2, len(examples))
-    sums.index_add_(0, rows, losses)
-    counts.index_add_(0, rows, torch.ones_like(losses))
-    means: torch.Tensor = sums / counts
-    return means
+    sums = torch.zeros(len(examples)).index_add_(0, scores.rows.cpu(), scores.losses.cpu())
+    return sums / torch.tensor([len(one.ids) - one.start for one in examples])
 
 
 def _robust(
@@ -189,22 +181,16 @@ def draw_questions(
         return []
     before, after = opening
     questions = generate(
-        base.model,
-        [before] * count,
-        end=after,
-        limit=QUESTION_TOKENS,
-        temperature=temperature,
-        generator=rng,
-    )
+        base.model, [before] * count, end=after,
+        limit=QUESTION_TOKENS, temperature=temperature, generator=rng,
+    )  # fmt: skip
     return [ids for ids in questions if len(ids) < QUESTION_TOKENS]
 
 
 def readable(renderer: Renderer, questions: Iterable[Sequence[int]]) -> Iterator[str]:
     """Questions as texts, in order, without empty ones and those that are not valid text."""
-    for ids in questions:
-        text = renderer.text(ids).strip()
-        if text and "\ufffd" not in text:
-            yield text
+    texts = (renderer.text(ids).strip() for ids in questions)
+    return (text for text in texts if text and "\ufffd" not in text)
 
 
 def answer_all(
@@ -217,15 +203,11 @@ def answer_all(
     texts = []
     for prompt, ids in zip(prompts, answers, strict=True):
         text = renderer.answer_text(ids)
-        if 0 < len(ids) < limit and text and _answer_tokens(renderer, prompt, text) == ids:
-            texts.append(Protected(prompt, text, source))
+        if 0 < len(ids) < limit and text:
+            answer = renderer.example(prompt, text, ended=False)
+            if answer.ids[answer.start :] == tuple(ids):  # the text is tokenized as generated
+                texts.append(Protected(prompt, text, source))
     return texts
-
-
-def _answer_tokens(renderer: Renderer, prompt: str, text: str) -> list[int]:
-    """The tokens of an answer in its example."""
-    answer = renderer.example(prompt, text, ended=False)
-    return list(answer.ids[answer.start :])
 
 
 def write_freely(
@@ -247,20 +229,13 @@ def read_file(path: Path) -> list[Protected]:
 
     Raises InvalidFactError, naming the line.
     """
-    from kvedit.files import read_text
-
-    texts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            texts.append(Protected("", line.strip(), path.name))
-            continue
-        texts.append(_from_json(line, f"{path}, line {number}", path.name))
-    return texts
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [_read(line, f"{path}, line {n}", path.name) for n, line in lines if line.strip()]
 
 
-def _from_json(line: str, where: str, source: str) -> Protected:
+def _read(line: str, where: str, source: str) -> Protected:
+    if not line.lstrip().startswith("{"):
+        return Protected("", line.strip(), source)
     try:
         row = json.loads(line)
         prompt, answer = row["prompt"], row["answer"]

@@ -1,7 +1,7 @@
-"""A model spread over devices: taught, asked and undone like any other, or refused in plain words.
+"""A model spread over devices: trained, asked and undone like any other, or refused in plain words.
 
-There is one device here.  What accelerate's hooks do to the modules, and weights that are fetched
-from the disk at need, are the same with more of them.
+This machine has one device.  What accelerate's hooks do to the modules, and weights that are
+fetched from the disk at need, are the same with more of them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_a_device_that_is_not_there(small: dict[str, Path], tmp_path: Path) -> N
 
 def test_what_stands_in_for_a_forward_puts_back_what_was_there() -> None:
     plain, hooked = nn.Linear(1, 1), nn.Linear(1, 1)
-    own = hooked.forward = lambda x: x + 1  # type: ignore[method-assign,assignment,misc]
+    hook = hooked.forward = lambda x: x + 1  # type: ignore[method-assign,assignment,misc]
     seen = []
 
     def make(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,10 +79,10 @@ def test_what_stands_in_for_a_forward_puts_back_what_was_there() -> None:
 
     with devices.replaced_forward([plain, hooked], make):
         assert (plain.forward(torch.zeros(1)), hooked.forward(torch.zeros(1))) == (0, 1)
-    assert seen[1] is own and hooked.forward is own and "forward" not in vars(plain)
+    assert seen[1] is hook and hooked.forward is hook and "forward" not in vars(plain)
     with pytest.raises(KeyError), devices.replaced_forward([hooked], make):
         raise KeyError
-    assert hooked.forward is own
+    assert hooked.forward is hook
 
 
 def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
@@ -100,17 +100,17 @@ def test_a_model_on_the_disk_in_part_says_what_the_whole_one_says(
     renderer = Renderer(base.tokenizer, context=base.context, stops=base.stops)
     asked = renderer.examples([(f"What is {key}?", answer) for key, answer in KNOWN.items()])
     prefix_cache = PrefixCache(base.model, targets.target_names(base.model))
-    wanted = scoring.recall(plain.model, asked)
-    for _ in range(2):  # the second time from what was kept of the lower blocks
-        assert scoring.recall(base.model, asked, prefix_cache) == wanted
+    expected = scoring.recall(plain.model, asked)
+    for _ in range(2):  # the second time from the prefix cache
+        assert scoring.recall(base.model, asked, prefix_cache) == expected
     assert prefix_cache.usable
-    assert scoring.recall(base.model, asked) == wanted
+    assert scoring.recall(base.model, asked) == expected
     prefixes = [example.ids[: example.start] for example in asked]
     rows = [generation.generate(one.model, prefixes, end=0, limit=16) for one in (plain, base)]
     assert rows[0] == rows[1]
 
 
-def test_a_spread_model_is_taught_to_the_same_bits(
+def test_a_spread_model_is_trained_to_the_same_bits(
     small: dict[str, Path], spread: Path, trained_template: StoreTemplate, tmp_path: Path
 ) -> None:
     with create(tmp_path / "store", small["bf16"], str(spread)) as knowledge:

@@ -1,4 +1,4 @@
-"""Decoding many texts at once says what decoding each alone does."""
+"""Decoding many texts at once gives what decoding each alone does."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_padding_on_the_left_moves_no_absolute_position() -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize("room", [generation.MAX_KV_CACHE_BYTES, 0])
-def test_rows_branch(base: BaseModel, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """Some rows leave, others go on in several ways: each says what it says when it is read whole,
-    whether there is room for a cache or not.
+@pytest.mark.parametrize("max_bytes", [generation.MAX_KV_CACHE_BYTES, 0])
+def test_rows_branch(base: BaseModel, monkeypatch: pytest.MonkeyPatch, max_bytes: int) -> None:
+    """Some rows leave, others go on in several ways: the logits are those of a full forward pass,
+    whether the memory budget allows a cache or not.
     """
-    monkeypatch.setattr(generation, "MAX_KV_CACHE_BYTES", room)
+    monkeypatch.setattr(generation, "MAX_KV_CACHE_BYTES", max_bytes)
     monkeypatch.setattr(generation, "MAX_BATCH_ROWS", 4)
     make = renderer(base)
     texts = [make.prefix(f"What is {key}?") for key in ("amber lamp", "amber bell", "tide lamp")]
@@ -99,9 +99,9 @@ def test_rows_branch(base: BaseModel, monkeypatch: pytest.MonkeyPatch, room: int
     run = Decoding(base.model, texts)
     generator = torch.Generator().manual_seed(0)
     for count in (2, 9, 9, 5, 12):
-        for text, said in zip(texts, run.next_logits(), strict=True):
-            whole = base.model(torch.tensor([text]), use_cache=False).logits[0, -1].detach()
-            torch.testing.assert_close(said, whole, atol=1e-4, rtol=1e-4)
+        for text, logits in zip(texts, run.next_logits(), strict=True):
+            full = base.model(torch.tensor([text]), use_cache=False).logits[0, -1].detach()
+            torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
         rows = torch.randint(run.rows, (count,), generator=generator)
         tokens = torch.randint(5, 60, (count,), generator=generator)
         run.append(tokens, rows)

@@ -68,8 +68,8 @@ def test_damaged_weights_are_refused(small: dict[str, Path], tmp_path: Path) -> 
 
 def test_locating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    assert loading.locate("here") == str((tmp_path / "here").resolve())
+    (tmp_path / "folder").mkdir()
+    assert loading.locate("folder") == str((tmp_path / "folder").resolve())
     assert loading.locate("someone/model") == "someone/model"
     assert loading.locate(None) == loading.locate("kvedit-tiny") == str(loading.EMBEDDED_PATH)
 

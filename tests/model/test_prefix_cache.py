@@ -24,7 +24,7 @@ def hidden_states(
     base: BaseModel, asked: list[Example], prefix_cache: PrefixCache | None = None
 ) -> list[torch.Tensor]:
     """The last hidden states of each example, padding left out."""
-    ids, _ = padded(asked)
+    ids = padded(asked)
     with torch.no_grad():
         hidden = last_hidden(base.model, ids, asked, prefix_cache)
     return [row[: len(one.ids)] for row, one in zip(hidden, asked, strict=True)]
@@ -94,7 +94,7 @@ def test_a_model_that_does_not_allow_it_is_run_in_full(base: BaseModel) -> None:
         return output if below_ran else output + 10.0
 
     handles = [
-        prefix_cache._below[0].mlp.register_forward_pre_hook(note),
+        prefix_cache.below[0].mlp.register_forward_pre_hook(note),
         prefix_cache._first.register_forward_hook(depend),
     ]
     try:

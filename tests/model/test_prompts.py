@@ -33,16 +33,18 @@ def test_there_are_enough_phrasings_and_none_is_on_both_sides(lang: str) -> None
     lang=st.sampled_from(LANGUAGES),
     key=st.text("abc 夢爐{}", min_size=1, max_size=8).filter(str.strip),
     extra=st.lists(st.sampled_from(["What is x?", "Please explain x.", "x", "y?"]), max_size=4),
-    held=st.lists(st.sampled_from(["What is x?", "x", "y?", "z?"]), max_size=4),
+    paraphrases=st.lists(st.sampled_from(["What is x?", "x", "y?", "z?"]), max_size=4),
 )
 def test_trained_and_held_out_prompts_never_overlap(
-    lang: str, key: str, extra: list[str], held: list[str]
+    lang: str, key: str, extra: list[str], paraphrases: list[str]
 ) -> None:
-    fact = Fact.create(key, "text", lang=lang, prompts=extra, paraphrases=held, aliases=["x"])
+    fact = Fact.create(
+        key, "text", lang=lang, prompts=extra, paraphrases=paraphrases, aliases=["x"]
+    )
     trained, probed = training_prompts(fact), paraphrase_prompts(fact)
     assert not set(trained) & set(probed)
     assert set(extra) <= set(trained)
-    assert set(held) <= {*trained, *probed}
+    assert set(paraphrases) <= {*trained, *probed}
     assert len(set(trained)) == len(trained) and len(set(probed)) == len(probed)
     assert all(fact.key in prompt for prompt in trained[:8])
 
@@ -54,8 +56,8 @@ def test_an_alias_is_trained_too() -> None:
 
 
 def test_a_store_overrides_a_language_and_keeps_the_others(tmp_path: Path) -> None:
-    own = 'train = ["Say {key}!", "{key}"]\nheld_out = ["And {key}?"]\n'
-    (tmp_path / "en.toml").write_text(own, encoding="utf-8")
+    override = 'train = ["Say {key}!", "{key}"]\nheld_out = ["And {key}?"]\n'
+    (tmp_path / "en.toml").write_text(override, encoding="utf-8")
     fact = Fact.create("tide lantern", "A float.", lang="en")
     assert training_prompts(fact, tmp_path) == ("Say tide lantern!", "tide lantern")
     assert paraphrase_prompts(fact, tmp_path) == ("And tide lantern?",)
@@ -64,7 +66,7 @@ def test_a_store_overrides_a_language_and_keeps_the_others(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "problem"),
     [
         ("train = [", "not valid TOML"),
         ('train = ["no place"]\nheld_out = ["{key}"]', "no place"),
@@ -76,11 +78,11 @@ def test_a_store_overrides_a_language_and_keeps_the_others(tmp_path: Path) -> No
         ('cross = 1\ntrain = ["{key}"]\nheld_out = ["{key}?"]', "cross"),
     ],
 )
-def test_a_broken_override_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_a_broken_override_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "en.toml").write_text(text, encoding="utf-8")
     with pytest.raises(UsageError) as raised:
         load_phrasings("en", tmp_path)
-    assert said in raised.value.message and "en.toml" in raised.value.message
+    assert problem in raised.value.message and "en.toml" in raised.value.message
 
 
 @pytest.fixture
@@ -106,9 +108,9 @@ def test_without_a_chat_template_a_plain_form(base: BaseModel) -> None:
 
 
 def test_the_empty_user_turn(renderer: Renderer) -> None:
-    found = renderer.empty_user_turn()
-    assert found is not None
-    before, after = found
+    turn = renderer.empty_user_turn()
+    assert turn is not None
+    before, after = turn
     prefix = renderer.prefix("hello")
     assert prefix[: len(before)] == before and after in prefix[len(before) :]
 
@@ -128,8 +130,8 @@ def test_too_long_a_text_says_how_long(base: BaseModel) -> None:
     text = "Made of oak. " * 30
     with pytest.raises(TextTooLongError) as raised:
         short.example("What is tide lantern?", text)
-    room = 40 - len(short.prefix("What is tide lantern?")) - 1
-    assert f"only {room} of the model's 40" in raised.value.message
+    left = 40 - len(short.prefix("What is tide lantern?")) - 1
+    assert f"only {left} of the model's 40" in raised.value.message
     assert f"has {len(short.tokens(text))} tokens" in raised.value.message
     characters = int("".join(c for c in raised.value.hint if c.isdigit()))
     assert 0 < characters < len(text)
@@ -137,11 +139,11 @@ def test_too_long_a_text_says_how_long(base: BaseModel) -> None:
 
 
 def test_the_longest_text_that_fits(base: BaseModel) -> None:
-    whole = Renderer(base.tokenizer, context=1000).example("x", "Made of oak. " * 4)
-    exact = Renderer(base.tokenizer, context=len(whole.ids))
-    assert exact.example("x", "Made of oak. " * 4) == whole
+    example = Renderer(base.tokenizer, context=1000).example("x", "Made of oak. " * 4)
+    exact = Renderer(base.tokenizer, context=len(example.ids))
+    assert exact.example("x", "Made of oak. " * 4) == example
     with pytest.raises(TextTooLongError):
-        Renderer(base.tokenizer, context=len(whole.ids) - 1).example("x", "Made of oak. " * 4)
+        Renderer(base.tokenizer, context=len(example.ids) - 1).example("x", "Made of oak. " * 4)
 
 
 def test_a_tokenizer_must_know_an_end(base: BaseModel) -> None:
@@ -151,7 +153,7 @@ def test_a_tokenizer_must_know_an_end(base: BaseModel) -> None:
 
 
 def test_a_text_that_holds_the_end_mark_is_refused(renderer: Renderer) -> None:
-    """Read as the token, it would end the answer there: trained, and never said."""
+    """Read as the token, it would end the answer there: trained, and never generated."""
     with pytest.raises(InvalidFactError, match="end"):
         renderer.example("What is x?", "Made of <|end|> oak.")
 
@@ -191,8 +193,8 @@ def test_a_system_prompt_and_template_options(base: BaseModel) -> None:
     renderer = with_turns(base, system="Be brief.", template_options={"thinking": False})
     text = base.tokenizer.decode(renderer.prefix("What is x?"))
     assert "<|system|>Be brief.<|turn|>" in text and text.endswith("<|assistant|>[none]")
-    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x?"}]
-    assert "Be brief." not in base.tokenizer.decode(renderer.dialogue(own))
+    messages = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "x?"}]
+    assert "Be brief." not in base.tokenizer.decode(renderer.dialogue(messages))
 
 
 def test_a_template_that_refuses_says_so(base: BaseModel) -> None:
@@ -216,10 +218,10 @@ def test_what_the_tokenizer_puts_before_a_text_is_kept(base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"), [("Made of oak.", " Made of oak."), ("木製。", "木製。")]
+    ("answer", "generated"), [("Made of oak.", " Made of oak."), ("木製。", "木製。")]
 )
 def test_a_space_after_the_form_belongs_to_the_answer(
-    base: BaseModel, answer: str, said: str
+    base: BaseModel, answer: str, generated: str
 ) -> None:
     base.tokenizer.chat_template = None
     for form in ("Q: {prompt} A:", "Q: {prompt} A: "):
@@ -227,9 +229,9 @@ def test_a_space_after_the_form_belongs_to_the_answer(
             base.tokenizer, context=99, prompts=PromptsConfig(fallback_template=form)
         )
         example = renderer.example("What is x?", answer)
-        assert list(example.ids[:-1]) == renderer.tokens(f"Q: What is x? A:{said}")
+        assert list(example.ids[:-1]) == renderer.tokens(f"Q: What is x? A:{generated}")
         answered = example.ids[example.start :]
-        assert renderer.text(answered) == said and renderer.answer_text(answered) == answer
+        assert renderer.text(answered) == generated and renderer.answer_text(answered) == answer
 
 
 def test_a_form_must_hold_the_prompt(base: BaseModel) -> None:
@@ -254,8 +256,8 @@ def test_sentencepiece_does_not_add_its_space_to_an_answer() -> None:
     tokenizer.chat_template = "{% for m in messages %}Q:{{ m['content'] }}\nA:{% endfor %}"
     for answer, first in (("Made", "M"), ("木製。", "木")):
         example = Renderer(tokenizer, context=64).example("?", answer)
-        said = tokenizer.convert_ids_to_tokens(list(example.ids[example.start :]))
-        assert said[0] == first and said[-1] == "</s>"
+        strings = tokenizer.convert_ids_to_tokens(list(example.ids[example.start :]))
+        assert strings[0] == first and strings[-1] == "</s>"
 
 
 def test_the_tokenizers_own_prompt_form(tmp_path: Path) -> None:
@@ -271,8 +273,8 @@ def test_the_tokenizers_own_prompt_form(tmp_path: Path) -> None:
         ]
     )
     assert ids[:2] == [3, 4]  # [gMASK] sop
-    told = "[Round 1]\n\n问：a?\n\n答：b.\n\n[Round 2]\n\n问：c?\n\n答："
-    assert renderer.text(ids[2:]) == f"Be brief.\n{told}"
+    rounds = "[Round 1]\n\n问：a?\n\n答：b.\n\n[Round 2]\n\n问：c?\n\n答："
+    assert renderer.text(ids[2:]) == f"Be brief.\n{rounds}"
     example = renderer.example("a?", "b.")
     assert example.ids[-1] == tokenizer.eos_token_id
 

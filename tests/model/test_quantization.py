@@ -148,8 +148,8 @@ def test_a_bitsandbytes_base_is_edited_asked_verified_and_rolled_back(
         verified = knowledge.verify()
         assert verified.generated.passed == verified.generated.n >= 2
         with pytest.raises(UsageError, match="quantized") as raised:
-            knowledge.export(tmp_path / "whole")
-        assert "--format peft" in raised.value.hint and not (tmp_path / "whole").exists()
+            knowledge.export(tmp_path / "export")
+        assert "--format peft" in raised.value.hint and not (tmp_path / "export").exists()
         adapter = knowledge.export_adapter(tmp_path / "adapter")
         assert adapter.probes.n and adapter.probes.passed >= adapter.probes.n - 1
         knowledge.rollback(0)

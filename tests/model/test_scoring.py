@@ -17,16 +17,16 @@ from kvedit.model.prompts import Example
 
 
 @slow_setup
-@given(prompt=texts, answer=texts, own=st.booleans(), keep=st.integers(0, 12))
+@given(prompt=texts, answer=texts, generated=st.booleans(), keep=st.integers(0, 12))
 def test_one_forward_pass_decides_what_generation_does(
-    base: BaseModel, prompt: str, answer: str, own: bool, keep: int
+    base: BaseModel, prompt: str, answer: str, generated: bool, keep: int
 ) -> None:
-    """Random answers are hardly ever recalled, so half are the model's own, whole or cut."""
+    """Random answers are hardly ever recalled, so half are generated, complete or cut."""
     make = renderer(base)
     prefix = make.prefix(prompt)
-    said = greedy(base, prefix, 24, make.end)
-    if own:
-        tokens = [*said[:keep], make.end] if keep < 12 else [*said, make.end]
+    row = greedy(base, prefix, 24, make.end)
+    if generated:
+        tokens = [*row[:keep], make.end] if keep < 12 else [*row, make.end]
     else:
         tokens = [*make.tokens(answer), make.end]
     example = Example((*prefix, *tokens), len(prefix))
@@ -43,7 +43,7 @@ def test_known_answers_are_recalled_and_wrong_ones_are_not(base: BaseModel) -> N
     assert all(o.passed and o.margin > 0 for o in right)
     answers = [answer for _, answer in pairs]
     turned = zip(pairs, answers[1:] + answers[:1], strict=True)
-    wrong = [make.example(prompt, other) for (prompt, own), other in turned if own != other]
+    wrong = [make.example(prompt, other) for (prompt, answer), other in turned if answer != other]
     assert len(wrong) > 10
     assert not any(o.passed or o.margin > 0 for o in scoring.recall(base.model, wrong))
 
@@ -59,7 +59,7 @@ def test_an_answer_that_does_not_end_is_not_recalled(base: BaseModel) -> None:
     assert [o.passed for o in outcomes] == [False, True]
 
 
-def test_the_margin_is_the_smallest_lead(base: BaseModel) -> None:
+def test_the_margin_is_the_smallest_of_its_tokens(base: BaseModel) -> None:
     make = renderer(base)
     example = make.example("What is amber lamp?", KNOWN["amber lamp"])
     with torch.no_grad():
@@ -83,21 +83,21 @@ def test_a_tie_and_nan_are_not_recalled() -> None:
     assert [o.passed for o in scores.outcomes(3)] == [False, True, False]
 
 
-def test_what_rounding_could_turn_is_doubtful() -> None:
-    """Four answers of two tokens: the weaker one decides, by its own slack."""
+def test_what_rounding_could_turn_is_ambiguous() -> None:
+    """Four answers of two tokens: the weaker one decides, by its tolerance."""
     token_margins = torch.tensor([5.0, 0.6, 5.0, 0.4, 5.0, -0.4, 5.0, -0.6])
     tolerances = torch.full((8,), 0.5)
     rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    found = scoring.TokenMargins(token_margins, tolerances, rows).outcomes(4)
-    assert [o.passed for o in found] == [True, True, False, False]
-    assert [o.ambiguous for o in found] == [False, True, True, False]
-    assert [o.robust for o in found] == [True, False, False, False]
+    outcomes = scoring.TokenMargins(token_margins, tolerances, rows).outcomes(4)
+    assert [o.passed for o in outcomes] == [True, True, False, False]
+    assert [o.ambiguous for o in outcomes] == [False, True, True, False]
+    assert [o.robust for o in outcomes] == [True, False, False, False]
     nan, lost = torch.tensor([float("nan")]), torch.tensor([float("-inf")])
     scores = scoring.TokenMargins(lost, nan, torch.tensor([0]))
     assert not scores.outcomes(1)[0].passed and not scores.outcomes(1)[0].ambiguous
 
 
-def test_slack_is_that_of_the_dtype(load: Callable[[str], BaseModel]) -> None:
+def test_the_tolerance_is_that_of_the_dtype(load: Callable[[str], BaseModel]) -> None:
     logits = torch.tensor([16.0, -4.0])
     wide, narrow = (scoring.tie_tolerance(load(name).model, logits) for name in ("fp32", "bf16"))
     step = 0.125  # between 16 and the next number in bf16
@@ -105,25 +105,25 @@ def test_slack_is_that_of_the_dtype(load: Callable[[str], BaseModel]) -> None:
     assert wide.max() < 1e-4
 
 
-def test_firm_answers_come_out_alike_in_every_batch(load: Callable[[str], BaseModel]) -> None:
+def test_robust_answers_are_the_same_in_every_batch(load: Callable[[str], BaseModel]) -> None:
     """In bf16, of answers some of which the model is not sure of: alone, together, with a cache."""
     base = load("bf16")
     make = renderer(base)
     asked = [way.replace("{key}", key) for way in phrasings()[::2] for key in list(KNOWN)]
-    said = generation.generate(base.model, [make.prefix(p) for p in asked], end=make.end, limit=24)
+    rows = generation.generate(base.model, [make.prefix(p) for p in asked], end=make.end, limit=24)
     examples = [
         Example((*make.prefix(p), *row, make.end), len(make.prefix(p)))
-        for p, row in zip(asked, said, strict=True)
+        for p, row in zip(asked, rows, strict=True)
     ]
     together = scoring.recall(base.model, examples)
     alone = [scoring.recall(base.model, [example])[0] for example in examples]
-    assert all(o.passed or o.ambiguous for o in together), "generation says what it says"
+    assert all(o.passed or o.ambiguous for o in together), "what is generated is recalled"
     turned = [a for a, b in zip(together, alone, strict=True) if a.passed != b.passed]
     assert not any(outcome.robust for outcome in turned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_leads_without_losses_are_those_with_them(base: BaseModel, dtype: torch.dtype) -> None:
+def test_margins_without_losses_are_those_with_them(base: BaseModel, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(300, 50, generator=generator).mul(3).round().to(dtype)  # with ties
     logits[7, 3] = float("nan")
@@ -131,13 +131,13 @@ def test_leads_without_losses_are_those_with_them(base: BaseModel, dtype: torch.
     targets[::5] = 0
     rows = torch.arange(300) // 2
     _, token_margins = scoring.token_losses(logits, targets)
-    wanted = scoring.TokenMargins(token_margins, torch.zeros(300), rows).margins(151)
-    assert (wanted == 0).any() and (wanted > 0).any() and wanted[3] == float("-inf")
-    found = scoring._token_margins(base.model, scoring.Answers(logits.clone(), targets, rows))
-    assert torch.equal(found.margins(151), wanted)
-    own = logits.gather(1, targets[:, None])[:, 0].float()
+    expected = scoring.TokenMargins(token_margins, torch.zeros(300), rows).margins(151)
+    assert (expected == 0).any() and (expected > 0).any() and expected[3] == float("-inf")
+    margins = scoring._token_margins(base.model, scoring.Answers(logits.clone(), targets, rows))
+    assert torch.equal(margins.margins(151), expected)
+    target_logits = logits.gather(1, targets[:, None])[:, 0].float()
     torch.testing.assert_close(
-        found.tolerances, scoring.tie_tolerance(base.model, own), equal_nan=True
+        margins.tolerances, scoring.tie_tolerance(base.model, target_logits), equal_nan=True
     )
 
 
@@ -149,11 +149,11 @@ def test_token_losses_are_cross_entropy(dtype: torch.dtype) -> None:
     penalty_gradients = torch.rand(300, generator=generator)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     losses, _ = scoring.token_losses(ours, targets)
-    wanted = torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="none")
+    expected = torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="none")
     (losses * penalty_gradients).sum().backward()
-    (wanted * penalty_gradients).sum().backward()
+    (expected * penalty_gradients).sum().backward()
     assert torch.equal(logits, ours.detach())  # the table was not written to
-    torch.testing.assert_close(losses, wanted)
+    torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 

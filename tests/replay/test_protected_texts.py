@@ -35,7 +35,7 @@ def test_controls_and_probes_are_disjoint_and_asked_once(base: BaseModel) -> Non
     assert {"drawn", "free"} <= {text.source for text in texts.control}
 
 
-def test_every_answer_is_the_models_own(base: BaseModel) -> None:
+def test_every_answer_is_generated_by_the_model(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=base.context)
     texts = sample(base)
     asked = [text for text in (*texts.control, *texts.locality) if text.prompt]
@@ -45,7 +45,7 @@ def test_every_answer_is_the_models_own(base: BaseModel) -> None:
     assert all(outcome.passed for outcome in outcomes)
 
 
-def test_control_texts_hold_what_the_model_knows(base: BaseModel) -> None:
+def test_control_texts_include_what_the_model_knows(base: BaseModel) -> None:
     answers = {text.answer for text in sample(base).control}
     assert len(answers & set(KNOWN.values())) >= 4
 
@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_texts(base: BaseModel) -> None:
 def test_the_users_texts_are_all_included_and_not_asked_again(base: BaseModel) -> None:
     shipped = protected_texts.SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()[0]
     drawn = sample(base).locality[0].prompt
-    given = [Protected(shipped, "Mine.", "own"), Protected(drawn, "Mine too.", "own")]
+    given = [Protected(shipped, "Mine.", "user"), Protected(drawn, "Mine too.", "user")]
     texts = sample(base, *given)
     assert list(texts.control[:2]) == given
     prompts = [text.prompt for text in (*texts.control, *texts.locality)]
@@ -70,7 +70,7 @@ def test_the_users_texts_are_all_included_and_not_asked_again(base: BaseModel) -
 
 def test_guesses_are_not_known_and_a_users_texts_always_are(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=base.context)
-    given = [Protected("What is bread?", "Something that nobody says.", "own.txt")]
+    given = [Protected("What is bread?", "Something that nobody says.", "texts.txt")]
     key, answer = next(iter(KNOWN.items()))
     correct = [Protected(f"What is {name}?", text, "drawn") for name, text in KNOWN.items()]
     again = Protected(f"Tell me about {key}.", answer, "drawn")
@@ -111,14 +111,14 @@ def test_free_text_fits_the_context(base: BaseModel) -> None:
 
 
 def test_reading_a_users_file(tmp_path: Path) -> None:
-    file = tmp_path / "own.txt"
+    file = tmp_path / "texts.txt"
     file.write_text(
         '\ufeff{"prompt": "What is bread?", "answer": "Food."}\n\n  a line of text \n',
         encoding="utf-8",
     )
     assert protected_texts.read_file(file) == [
-        Protected("What is bread?", "Food.", "own.txt"),
-        Protected("", "a line of text", "own.txt"),
+        Protected("What is bread?", "Food.", "texts.txt"),
+        Protected("", "a line of text", "texts.txt"),
     ]
 
 
@@ -127,7 +127,7 @@ def test_reading_a_users_file(tmp_path: Path) -> None:
     ['{"prompt": "x"}', '{"prompt": "x", "answer": ""}', '{"prompt": 1, "answer": "y"}', "{"],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "own.jsonl"
+    file = tmp_path / "texts.jsonl"
     file.write_text(f"fine\n{line}\n", encoding="utf-8")
     with pytest.raises(InvalidFactError, match="line 2"):
         protected_texts.read_file(file)
