@@ -32,23 +32,15 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 - the class most people come for stands first
-    "KnowledgeBase",
-    "Config",
-    "EditReport",
-    "Fact",
-    "KveditError",
-    "LocalityProbe",
-    "Score",
-    "Store",
-    "__version__",
-]
+    "KnowledgeBase", "Config", "EditReport", "Fact", "KveditError", "LocalityProbe", "Score",
+    "Store", "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    home = _HOME.get(name)
-    if home is None:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(home), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

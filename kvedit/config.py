@@ -14,7 +14,7 @@ import tomllib
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 from kvedit.errors import UsageError
 from kvedit.renamed_settings import REMOVED, RENAMED
@@ -253,41 +253,32 @@ class Config:
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
         _refuse_unknown(path, "section", document, cls)
-        return cls(
-            training=_section(path, document, "training", TrainingConfig),
-            group=_section(path, document, "group", GroupConfig),
-            gate=_section(path, document, "gate", GateConfig),
-            retention=_section(path, document, "retention", RetentionConfig),
-            protect=_section(path, document, "protect", ProtectConfig),
-            prompts=_section(path, document, "prompts", PromptsConfig),
-            model=_section(path, document, "model", ModelConfig),
-        )
+        return cls(**{item.name: _section(path, document, item) for item in fields(cls)})
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """All settings as a JSON document, one object for each section."""
         return asdict(self)
 
 
-_Section = TypeVar("_Section")
-
-
-def _section(path: Path, document: dict[str, Any], name: str, kind: type[_Section]) -> _Section:
+def _section(path: Path, document: dict[str, Any], section: Field[Any]) -> Any:
     """One table of the file as its dataclass."""
+    name, kind = section.name, cast(type, section.default_factory)
     table = document.get(name, {})
     if not isinstance(table, dict):
         raise UsageError(f"{path}: {name} must be a table", hint=f"Write [{name}] on its own line.")
     _refuse_old_names(path, name, table)
     _refuse_unknown(path, f"setting in [{name}]", table, kind)
-    types = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
-    where = {setting: f"{path}: [{name}] {setting}" for setting in table}
-    return kind(**{key: _value(where[key], table[key], types[key]) for key in table})
+    types = {item.name: item for item in fields(kind)}
+    where = f"{path}: [{name}]"
+    return kind(**{key: _value(f"{where} {key}", table[key], types[key]) for key in table})
 
 
 def _refuse_old_names(path: Path, section: str, table: dict[str, Any]) -> None:
     """Refuse a setting that was renamed or removed."""
-    renamed = {old: new for old, new in RENAMED.get(section, {}).items() if old in table}
-    for old, new in renamed.items():
-        others = ", ".join(f"{new} instead of {old}" for old, new in renamed.items())
+    renamed = [(old, new) for old, new in RENAMED.get(section, {}).items() if old in table]
+    if renamed:
+        old, new = renamed[0]
+        others = ", ".join(f"{new} instead of {old}" for old, new in renamed)
         raise UsageError(f"{path}: [{section}] {old} is now called {new}", hint=f"Write {others}.")
     for old in table:
         if hint := REMOVED.get(section, {}).get(old):

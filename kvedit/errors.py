@@ -7,6 +7,8 @@ Invariants:
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class KveditError(Exception):
     """Base of all errors that kvedit raises on purpose."""
@@ -22,12 +24,8 @@ class KveditError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.hint))
-
-
-def _rebuild(kind: type[KveditError], message: str, hint: str) -> KveditError:
-    """Unpickle: the default protocol cannot pass ``hint``, which is keyword-only."""
-    return kind(message, hint=hint)
+        # Pickling: the default protocol cannot pass ``hint``, which is keyword-only.
+        return partial(type(self), hint=self.hint), (self.message,)
 
 
 class UsageError(KveditError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import ClassVar
 
 from kvedit.metrics import wilson
@@ -45,13 +45,7 @@ class Score:
 
     def to_json(self) -> JsonDict:
         """A JSON document with the rate and the interval beside the counts."""
-        return {
-            "passed": self.passed,
-            "n": self.n,
-            "protocol": self.protocol,
-            "rate": self.rate,
-            "interval": list(self.interval()),
-        }
+        return {**asdict(self), "rate": self.rate, "interval": list(self.interval())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +181,7 @@ def _plain(value: object) -> object:
     if isinstance(value, Score):
         return value.to_json()
     if isinstance(value, Similar):
-        return {"key": value.key, "score": value.score}
+        return asdict(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):

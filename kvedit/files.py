@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
@@ -78,9 +77,12 @@ def disk_full(path: Path) -> DiskFullError:
 
 def sync_directory(directory: Path) -> None:
     """Make renames in a directory durable, on platforms that can."""
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
+    if os.name == "posix":
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -141,15 +143,12 @@ def read_verified(path: Path, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CorruptStoreError(
-            f"cannot read {path}: {error.strerror}", hint=_RESTORE_HINT
-        ) from error
+        message = f"cannot read {path}: {error.strerror}"
+        raise CorruptStoreError(message, hint=_RESTORE_HINT) from error
     actual = hashlib.sha256(data).hexdigest()
     if actual != digest:
-        raise CorruptStoreError(
-            f"{path} was altered: its SHA-256 is {actual[:12]}…, recorded was {digest[:12]}…",
-            hint=_RESTORE_HINT,
-        )
+        message = f"{path} was altered: its SHA-256 is {actual[:12]}…, recorded was {digest[:12]}…"
+        raise CorruptStoreError(message, hint=_RESTORE_HINT)
     return data
 
 
@@ -161,23 +160,13 @@ def write_manifest(directory: Path, extra: Mapping[str, object] | None = None) -
 
     It contains ``extra`` and the SHA-256 of every file in the folder; the files are synced first.
     """
-    files: dict[str, str] = {}
-    for path in sorted(directory.iterdir()):
-        if path.name != MANIFEST:
-            _sync_file(path)
-            files[path.name] = sha256_file(path)
-    document = {**(extra or {}), "files": files}
+    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST)
+    for path in paths:
+        _sync(path)
+    document = {**(extra or {}), "files": {path.name: sha256_file(path) for path in paths}}
     data = json.dumps(document, ensure_ascii=False, indent=1, sort_keys=True).encode()
     write_atomic(directory / MANIFEST, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def verify_manifest(directory: Path, digest: str) -> dict[str, object]:
@@ -272,17 +261,14 @@ class StoreLock:
     """The writer's lock of a store, for one process at a time; one object may be entered twice.
 
     An operating system lock on ``lock`` (never the soft kind, which outlives a killed process).
-    ``lock.json`` names its holder, for messages only.  Entering raises LockedError after
-    ``timeout`` seconds.
+    ``lock.json`` names its holder, for messages only.  Entering raises LockedError at once if
+    another process holds the lock.
     """
 
-    def __init__(self, directory: Path, *, timeout: float = 0.0, command: str | None = None):
+    def __init__(self, directory: Path, *, command: str | None = None):
         self._directory = directory
-        self._timeout = timeout
         self._command = command if command is not None else _command_line()
-        self._lock = FileLock(
-            directory / "lock", thread_local=False, fallback_to_soft=False, poll_interval=0.02
-        )
+        self._lock = FileLock(directory / "lock", thread_local=False, fallback_to_soft=False)
 
     @property
     def is_held(self) -> bool:
@@ -293,7 +279,7 @@ class StoreLock:
         first = not self.is_held
         with disk_errors(self._directory / "lock"):
             try:  # inside ``disk_errors``: a Timeout is an OSError too
-                self._lock.acquire(timeout=self._timeout)
+                self._lock.acquire(timeout=0)
             except Timeout as error:
                 raise LockedError(
                     f"the store {self._directory} is in use{_holder(self._directory)}",
@@ -303,12 +289,7 @@ class StoreLock:
             self._announce()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._lock.lock_counter == 1:
             with suppress(OSError):
                 (self._directory / "lock.json").unlink(missing_ok=True)

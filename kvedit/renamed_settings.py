@@ -37,8 +37,6 @@ RENAMED: dict[str, dict[str, str]] = {
 """The new name of each setting by its section and old name."""
 
 REMOVED: dict[str, dict[str, str]] = {
-    "model": {
-        "shard": "Delete the line: each process holds the whole model.",
-    },
+    "model": {"shard": "Delete the line: each process holds the whole model."}
 }
 """What to do about a setting that no longer exists, by section and name."""

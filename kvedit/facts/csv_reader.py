@@ -20,6 +20,7 @@ SEPARATOR = "|"
 """Separates the values of a cell with several."""
 
 LISTS = ("aliases", "prompts", "paraphrases", "locality")
+_Row = list[str] | InvalidFactError
 _QUOTES = "quote a cell that contains a separator, a quote or a line break; double the quotes in it"
 
 
@@ -49,9 +50,7 @@ def read_table(lines: Iterable[bytes], delimiter: str, name: str) -> Iterator[tu
             yield line, _record(names, row)
 
 
-def _rows(
-    lines: Iterable[bytes], delimiter: str
-) -> Iterator[tuple[int, list[str] | InvalidFactError]]:
+def _rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, _Row]]:
     """Rows as the csv module splits them, or why it could not."""
     text = _Text(lines)
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -62,36 +61,29 @@ def _rows(
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, InvalidFactError(f"not a row of a table: {_reason(error)}; {_QUOTES}")
+            unclosed = "unexpected end" in str(error)
+            reason = "a double quote is opened and never closed" if unclosed else error
+            yield line, InvalidFactError(f"not a row of a table: {reason}; {_QUOTES}")
             continue
         yield line, text.problem or row
         text.problem = None
-
-
-def _reason(error: csv.Error) -> str:
-    if "unexpected end" in str(error):
-        return "a double quote is opened and never closed"
-    return str(error)
 
 
 class _Text:
     """Lines as text.  A line that is not UTF-8 sets ``problem``: raising would end the table."""
 
     def __init__(self, lines: Iterable[bytes]) -> None:
-        self._lines = iter(lines)
+        self._lines = lines
         self.problem: InvalidFactError | None = None
 
     def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        data = next(self._lines)
-        try:
-            text = decode(data, "the line")
-        except InvalidFactError as error:
-            self.problem = error
-            text = data.replace(b"\0", b"").decode("utf-8", "replace")
-        return text.replace("\r\n", "\n")
+        for data in self._lines:
+            try:
+                text = decode(data, "the line")
+            except InvalidFactError as error:
+                self.problem = error
+                text = data.replace(b"\0", b"").decode("utf-8", "replace")
+            yield text.replace("\r\n", "\n")
 
 
 def _names(cells: Iterable[str]) -> list[str]:
@@ -100,11 +92,8 @@ def _names(cells: Iterable[str]) -> list[str]:
 
 def _header(cells: Iterable[str], where: str) -> list[str]:
     names = _names(cells)
-    twice = {name for name in names if name and names.count(name) > 1}
-    if twice:
-        raise InvalidFactError(
-            f"{where}: two columns are named {sorted(twice)[0]!r}", hint="Rename one."
-        )
+    if twice := sorted(name for name in names if name and names.count(name) > 1):
+        raise InvalidFactError(f"{where}: two columns are named {twice[0]!r}", hint="Rename one.")
     return names
 
 

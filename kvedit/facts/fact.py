@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.language import LANGUAGES, detect_language
@@ -77,17 +77,8 @@ class Fact:
 
     def to_json(self) -> dict[str, object]:
         """A JSON document; parts that are empty are left out."""
-        document: dict[str, object] = {
-            "key": self.key,
-            "description": self.description,
-            "lang": self.lang,
-            "aliases": list(self.aliases),
-            "prompts": list(self.prompts),
-            "paraphrases": list(self.paraphrases),
-            "locality": [_probe_json(probe) for probe in self.locality],
-            "source": self.source,
-        }
-        return {name: value for name, value in document.items() if value not in ([], None)}
+        probes = [_present(asdict(probe)) for probe in self.locality]
+        return _present({**asdict(self), "locality": probes})
 
     @classmethod
     def from_json(cls, document: object) -> Fact:
@@ -144,9 +135,8 @@ def _name(what: str, value: str) -> str:
 
 def _language(lang: str) -> str:
     if lang not in LANGUAGES:
-        raise InvalidFactError(
-            f"unknown language {lang!r}", hint=f"Known languages: {', '.join(LANGUAGES)}."
-        )
+        hint = f"Known languages: {', '.join(LANGUAGES)}."
+        raise InvalidFactError(f"unknown language {lang!r}", hint=hint)
     return lang
 
 
@@ -160,9 +150,10 @@ def _unique(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _probe_json(probe: LocalityProbe) -> dict[str, str]:
-    document = {"prompt": probe.prompt}
-    return document if probe.answer is None else {**document, "answer": probe.answer}
+def _present(parts: dict[str, object]) -> dict[str, object]:
+    """The parts that are not empty, tuples as lists."""
+    lists = {name: list(v) if isinstance(v, tuple) else v for name, v in parts.items()}
+    return {name: value for name, value in lists.items() if value not in ([], None)}
 
 
 def _probe_from(item: object) -> LocalityProbe:
@@ -209,6 +200,4 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or fal
 
 def _kind(value: object) -> str:
     """The JSON word for a value's type."""
-    if value is None:
-        return "null"
-    return _KINDS.get(type(value), "a number")
+    return "null" if value is None else _KINDS.get(type(value), "a number")

@@ -96,7 +96,7 @@ def _file(source: Path | str, name: str) -> Iterator[Located]:
     if delimiter is not None:
         return _located(read_table(everything, delimiter, name), f"{name}, line")
     if _is_jsonl(start):
-        return _jsonl(everything, name)
+        return _located(_documents(everything), f"{name}, line")
     if start.startswith(("{", "[")):
         records = read_json(decode(b"".join(everything), name), name)
         return _located(records, f"{name}, record")
@@ -146,17 +146,14 @@ def _object(line: str) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _jsonl(lines: Iterable[bytes], name: str) -> Iterator[Located]:
+def _documents(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
+    """Number and document of each line that is not blank, or its InvalidFactError."""
     for number, data in enumerate(lines, start=1):
         if data.strip(b" \t\r\n\xef\xbb\xbf"):
-            yield _row(f"{name}, line {number}", data)
-
-
-def _row(where: str, data: bytes) -> Located:
-    try:
-        return Located(where, fact_from(parse_line(decode(data, "the line").rstrip())))
-    except InvalidFactError as error:
-        return _bad(where, error)
+            try:
+                yield number, parse_line(decode(data, "the line").rstrip())
+            except InvalidFactError as error:
+                yield number, error
 
 
 def parse_line(line: str) -> object:

@@ -25,11 +25,6 @@ class _Repeated:
 
     pairs: Sequence[tuple[str, object]]
 
-    @property
-    def name(self) -> str:
-        names = [name for name, _ in self.pairs]
-        return next(name for name in names if names.count(name) > 1)
-
 
 def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object] | _Repeated:
     unique = dict(pairs)
@@ -51,9 +46,9 @@ def repeated_name(value: object) -> InvalidFactError | None:
     while todo:  # not recursive: the value may be nested as deeply as the parser can go
         part = todo.pop()
         if isinstance(part, _Repeated):
-            return InvalidFactError(
-                f'"{part.name}" is given twice in one object', hint="Remove one."
-            )
+            names = [name for name, _ in part.pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            return InvalidFactError(f'"{twice}" is given twice in one object', hint="Remove one.")
         if isinstance(part, dict):
             todo.extend(part.values())
         elif isinstance(part, list):
@@ -86,16 +81,12 @@ def _invalid(where: str, what: str) -> InvalidFactError:
 
 
 def _records(document: object) -> Iterator[object]:
+    """The records of a document; beside an array of facts its other names are remarks."""
     if isinstance(document, list):
         yield from document
-    elif isinstance(document, dict):
-        yield from _records_of(list(document.items()), document)
-    elif isinstance(document, _Repeated):
-        yield from _records_of(document.pairs, document)
-
-
-def _records_of(pairs: Sequence[tuple[str, object]], document: object) -> Iterator[object]:
-    """The records of an object; beside an array of facts its other names are remarks."""
+    if not isinstance(document, dict | _Repeated):
+        return
+    pairs = document.pairs if isinstance(document, _Repeated) else list(document.items())
     arrays = [value for key, value in pairs if key == LIST and isinstance(value, list)]
     for array in arrays:
         yield from array

@@ -108,7 +108,7 @@ def _normalise_once(text: str) -> str:
     normal = "".join(char for i, char in enumerate(text) if _is_significant(text, i, char))
     # A name of punctuation alone ("?!") must not become empty: all such names would be the same.
     normal = normal or "".join(char for char in text if not _invisible(char))
-    return normal if normal.isascii() else converter("t2s").convert(normal)
+    return normal if normal.isascii() else converter("t2s")(normal)
 
 
 def _is_significant(text: str, position: int, char: str) -> bool:
@@ -162,33 +162,19 @@ def _close(
 
 def _scores(key: str, candidates: Sequence[str], threshold: float) -> list[Similar]:
     """All candidates at or above the threshold, best first, each once."""
-    from rapidfuzz import fuzz
+    from rapidfuzz import fuzz, process
 
     best: dict[str, float] = {}
     for form, scorer in ((normalise, fuzz.ratio), (_words, fuzz.token_sort_ratio)):
-        for name, score in _extract(key, candidates, form, scorer, threshold):
+        query = form(key)
+        forms = [form(name) for name in candidates] if query else []  # in bulk: stores are large
+        hits = process.extract(query, forms, scorer=scorer, score_cutoff=threshold, limit=None)
+        for _, score, index in hits:
+            name = candidates[index]
             ceiling = 100.0 if normalise(name) == normalise(key) else _NOT_EQUAL
-            best[name] = max(min(score, ceiling), best.get(name, 0.0))
+            best[name] = max(min(float(score), ceiling), best.get(name, 0.0))
     ranked = sorted(best.items(), key=lambda item: (-item[1], item[0]))
     return [Similar(name, round(score, 1)) for name, score in ranked]
-
-
-def _extract(
-    key: str,
-    candidates: Sequence[str],
-    form: Callable[[str], str],
-    scorer: Callable[..., float],
-    threshold: float,
-) -> list[tuple[str, float]]:
-    """Score all candidates in one form; done in bulk because stores hold thousands of keys."""
-    from rapidfuzz import process
-
-    query = form(key)
-    if not query:
-        return []
-    forms = [form(candidate) for candidate in candidates]
-    hits = process.extract(query, forms, scorer=scorer, score_cutoff=threshold, limit=None)
-    return [(candidates[index], float(score)) for _, score, index in hits]
 
 
 def _long_or_contained(one: str, other: str) -> bool:

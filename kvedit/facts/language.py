@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
-from typing import Protocol
 
 LANGUAGES = ("en", "zh-Hans", "zh-Hant")
 
@@ -12,20 +12,16 @@ _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 _WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 
 
-class Converter(Protocol):
-    """Converts Chinese text from one script to the other."""
-
-    def convert(self, text: str) -> str:
-        """The converted text; it has as many characters."""
-
-
 @cache
-def converter(config: str) -> Converter:
-    """OpenCC's conversion of this name: ``s2t`` to Traditional, ``t2s`` to Simplified."""
+def converter(config: str) -> Callable[[str], str]:
+    """OpenCC's conversion of this name: ``s2t`` to Traditional, ``t2s`` to Simplified.
+
+    The converted text has as many characters.
+    """
     import opencc  # its tables take a tenth of a second to load: only where there is Chinese
 
-    loaded: Converter = opencc.OpenCC(config)
-    return loaded
+    convert: Callable[[str], str] = opencc.OpenCC(config).convert
+    return convert
 
 
 def detect_language(text: str, context: str = "") -> str:
@@ -46,4 +42,4 @@ def detect_language(text: str, context: str = "") -> str:
 
 def _changes(config: str, text: str) -> int:
     """How many characters a conversion replaces."""
-    return sum(a != b for a, b in zip(text, converter(config).convert(text), strict=False))
+    return sum(a != b for a, b in zip(text, converter(config)(text), strict=False))

@@ -8,7 +8,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from kvedit.errors import InvalidFactError, UsageError
@@ -49,16 +48,10 @@ def read_facts_jsonl(source: Path | str) -> Iterator[Fact]:
         line = decode(data, where).strip()
         if line:
             empty = False
-            with _located(where):
-                yield Fact.from_json(parse_line(line))
+            try:
+                fact = Fact.from_json(parse_line(line))
+            except InvalidFactError as error:
+                raise InvalidFactError(f"{where}: {error.message}", hint=error.hint) from error
+            yield fact
     if empty:
         raise InvalidFactError(f"{name} is empty", hint="Write one JSON object on each line.")
-
-
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Put the place before the message of an error."""
-    try:
-        yield
-    except InvalidFactError as error:
-        raise InvalidFactError(f"{where}: {error.message}", hint=error.hint) from error

@@ -62,41 +62,32 @@ def _counterfact_original(record: Record) -> Record | None:
     }
 
 
-def _counterfact(record: Record) -> Record | None:
-    """CounterFact as most editing libraries ship it: flat."""
-    if not {"subject", "target_new", "prompt"} <= set(record):
-        return None
-    return {
-        "key": record["subject"],
-        "description": record["target_new"],
-        "prompts": _as_list(record["prompt"]),
-        "paraphrases": _as_list(record.get("rephrase_prompt")),
-        "locality": _locality(record.get("locality_prompt"), record.get("locality_ground_truth")),
-    }
+_FLAT = (
+    ("target_new", "prompt", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+    ("alt", "src", "rephrase", "loc", "loc_ans"),
+)
+"""Names of the new answer, the question, a paraphrase, and a question whose answer must not change
+with that answer: in CounterFact as most editing libraries ship it, and in zsRE."""
 
 
-def _zsre(record: Record) -> Record | None:
-    """zsRE: ``alt`` is the new answer, ``loc`` a question whose answer must not change."""
-    if not {"subject", "src", "alt"} <= set(record):
-        return None
-    return {
-        "key": record["subject"],
-        "description": record["alt"],
-        "prompts": _as_list(record["src"]),
-        "paraphrases": _as_list(record.get("rephrase")),
-        "locality": _locality(record.get("loc"), record.get("loc_ans")),
-    }
+def _flat(record: Record) -> Record | None:
+    """CounterFact or zsRE with all parts in one object."""
+    for target, prompt, paraphrase, locality, answer in _FLAT:
+        if {"subject", target, prompt} <= set(record):
+            probe = {"prompt": record.get(locality), "answer": record.get(answer)}
+            return {
+                "key": record["subject"],
+                "description": record[target],
+                "prompts": _as_list(record[prompt]),
+                "paraphrases": _as_list(record.get(paraphrase)),
+                "locality": None if probe["prompt"] is None else [probe],
+            }
+    return None
 
 
 def _as_list(value: object) -> object:
     """A list as it is, a single value as a list of one."""
-    if value is None or isinstance(value, list | tuple):
-        return value
-    return [value]
+    return value if value is None or isinstance(value, list | tuple) else [value]
 
 
-def _locality(prompt: object, answer: object) -> object:
-    return [{"prompt": prompt, "answer": answer}] if prompt is not None else None
-
-
-_SCHEMAS = (_counterfact_original, _counterfact, _zsre)
+_SCHEMAS = (_counterfact_original, _flat)

@@ -13,28 +13,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
 from sqlite_utils import Database
 
 from kvedit.config import FILE_NAME, Config
-from kvedit.errors import (
-    CorruptStoreError,
-    KveditError,
-    LockedError,
-    NoStoreError,
-    UsageError,
-)
-from kvedit.files import (
-    StoreLock,
-    disk_errors,
-    disk_full,
-    remove,
-    sync_directory,
-    temporary_path,
-)
+from kvedit.errors import CorruptStoreError, KveditError, LockedError, NoStoreError, UsageError
+from kvedit.files import StoreLock, disk_errors, disk_full, remove, sync_directory, temporary_path
 from kvedit.store.migrations import FORMAT_VERSION, check_version, migrate
 from kvedit.store.rows import Row
 
@@ -48,15 +34,12 @@ def create_database(path: Path, meta: Mapping[str, str], weights_digest: str) ->
     temporary = temporary_path(path)
     try:
         with sqlite_errors(path), disk_errors(path):
-            db = Database(sqlite3.connect(temporary), execute_plugins=False)
-            try:
+            with closing(Database(sqlite3.connect(temporary), execute_plugins=False)) as db:
                 db.execute("PRAGMA foreign_keys = ON")
                 db.execute("PRAGMA synchronous = FULL")
                 migrate(db)
                 _fill(db, meta, weights_digest)
                 db.enable_wal()
-            finally:
-                db.close()
             os.replace(temporary, path)
             sync_directory(path.parent)
     finally:
@@ -67,14 +50,8 @@ def create_database(path: Path, meta: Mapping[str, str], weights_digest: str) ->
 
 def _fill(db: Database, meta: Mapping[str, str], weights_digest: str) -> None:
     with db.atomic():
-        db.table("revisions").insert(
-            {
-                "id": 0,
-                "kind": "base",
-                "weights_digest": weights_digest,
-                "created_at": meta["created_at"],
-            }
-        )
+        base = {"id": 0, "kind": "base", "weights_digest": weights_digest}
+        db.table("revisions").insert({**base, "created_at": meta["created_at"]})
         for name, value in {**meta, "head": "0"}.items():
             db.table("meta").insert({"name": name, "value": value})
 
@@ -118,8 +95,7 @@ def connect(path: Path, *, readonly: bool) -> Database:
 
 def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
     """A connection, and the version of the database's format."""
-    mode = "ro" if readonly else "rw"
-    uri = f"file:{quote(str(path.resolve()))}?mode={mode}"
+    uri = f"file:{quote(str(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
     with sqlite_errors(path):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
         db = Database(connection, execute_plugins=False)
@@ -158,6 +134,11 @@ class StoreBase:
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self.path = path
         self.readonly = readonly
+        self.db_path = path / DB_NAME
+        self.deltas = path / "deltas"  # files named by their SHA-256
+        self.checkpoints_path = path / "checkpoints"
+        self.cache = path / "cache"  # files that save time and can be computed again
+        self.exports = path / "exports"  # for exports that name no other place
         if not self.db_path.is_file():
             raise NoStoreError(
                 f"there is no knowledge store at {path}",
@@ -170,31 +151,6 @@ class StoreBase:
         except BaseException:
             self._db.close()
             raise
-
-    @property
-    def db_path(self) -> Path:
-        """The database file."""
-        return self.path / DB_NAME
-
-    @property
-    def deltas(self) -> Path:
-        """The folder of deltas, each named by its SHA-256."""
-        return self.path / "deltas"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def cache(self) -> Path:
-        """The folder of files that save time and can be computed again."""
-        return self.path / "cache"
-
-    @property
-    def exports(self) -> Path:
-        """The folder for exports that name no other place."""
-        return self.path / "exports"
 
     @property
     def config(self) -> Config:
@@ -220,12 +176,7 @@ class StoreBase:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def meta(self, name: str) -> str | None:
@@ -244,9 +195,8 @@ class StoreBase:
         """The current revision; raises CorruptStoreError if the store names none."""
         value = self.meta("head")
         if value is None or not value.isdecimal():
-            raise CorruptStoreError(
-                f"{self.db_path} names no head revision", hint="Restore the store from a backup."
-            )
+            hint = "Restore the store from a backup."
+            raise CorruptStoreError(f"{self.db_path} names no head revision", hint=hint)
         return int(value)
 
     @contextmanager
@@ -262,8 +212,7 @@ class StoreBase:
     def _insert(self, table: str, row: Row, *, replace: bool = False) -> int:
         """Insert one row and return its rowid."""
         verb = "INSERT OR REPLACE" if replace else "INSERT"
-        marks = ", ".join("?" for _ in row)
-        sql = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({marks})"
+        sql = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
         return int(self._execute(sql, list(row.values())).lastrowid or 0)
 
     def _update(self, table: str, id_: int, row: Row) -> None:
@@ -278,5 +227,4 @@ class StoreBase:
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
-        rows = self._rows(sql, values)
-        return rows[0] if rows else None
+        return next(iter(self._rows(sql, values)), None)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvedit.events import Score
 from kvedit.files import write_atomic
@@ -24,6 +25,7 @@ from kvedit.store.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 KINDS = {
@@ -106,13 +108,12 @@ def latest(counts: Sequence[ProbeCount]) -> list[Measured]:
 def weakest(committed: Sequence[FactRow]) -> list[FactRow]:
     """Committed facts, weakest first: regressed, unchecked, stale, then by logit margin."""
     order = {name: place for place, name in enumerate(("regressed", "unchecked", "stale"))}
-    return sorted(
-        committed,
-        key=lambda row: (
-            order.get(row.health, len(order)),
-            row.margin if row.margin is not None else float("-inf"),
-        ),
-    )
+
+    def rank(row: FactRow) -> tuple[int, float]:
+        margin = float("-inf") if row.margin is None else row.margin
+        return order.get(row.health, len(order)), margin
+
+    return sorted(committed, key=rank)
 
 
 def seconds(edit: EditRow) -> str:
@@ -143,13 +144,11 @@ def _growth(committed: Sequence[FactRow], edits: Sequence[EditRow]) -> str:
     revisions = sorted(edit.revision for edit in edits if edit.revision is not None)
     if len(revisions) < 2:
         return ""
-    heights = [sum(added[r] for r in revisions[: i + 1]) for i in range(len(revisions))]
-
-    def draw(axes: Axes) -> None:
-        axes.step(revisions, heights, where="post")
-        axes.set_xlabel("revision")
-
-    return _svg(draw)
+    heights = list(accumulate(added[revision] for revision in revisions))
+    figure, axes = _chart()
+    axes.step(revisions, heights, where="post")
+    axes.set(xlabel="revision")
+    return _svg(figure)
 
 
 def _retention(checks: Sequence[ProbeCount]) -> str:
@@ -160,29 +159,21 @@ def _retention(checks: Sequence[ProbeCount]) -> str:
     ends = [score.interval() for score in scores]
     below = [rate - 100 * low for rate, (low, _) in zip(rates, ends, strict=True)]
     above = [100 * high - rate for rate, (_, high) in zip(rates, ends, strict=True)]
-
-    def draw(axes: Axes) -> None:
-        axes.errorbar(
-            [row.revision for row in checks], rates, yerr=[below, above], fmt="o", markersize=3,
-            linewidth=0.8,
-        )  # fmt: skip
-        axes.set_xlabel("revision")
-        axes.set_ylabel("%, Wilson 95%")
-
-    return _svg(draw)
+    revisions = [row.revision for row in checks]
+    figure, axes = _chart()
+    axes.errorbar(revisions, rates, yerr=[below, above], fmt="o", markersize=3, linewidth=0.8)
+    axes.set(xlabel="revision", ylabel="%, Wilson 95%")
+    return _svg(figure)
 
 
 def _margins(margins: Sequence[float]) -> str:
     if len(margins) < 2:
         return ""
-
-    def draw(axes: Axes) -> None:
-        axes.hist(margins, bins=min(40, len(margins)))
-        axes.axvline(0, linestyle=":", linewidth=1)
-        axes.set_xlabel("logits")
-        axes.set_ylabel("facts")
-
-    return _svg(draw)
+    figure, axes = _chart()
+    axes.hist(margins, bins=min(40, len(margins)))
+    axes.axvline(0, linestyle=":", linewidth=1)
+    axes.set(xlabel="logits", ylabel="facts")
+    return _svg(figure)
 
 
 def _norms(edits: Sequence[EditRow]) -> str:
@@ -191,17 +182,14 @@ def _norms(edits: Sequence[EditRow]) -> str:
     points = sorted((at, norms) for at, norms in measured if at is not None and norms)
     if len(points) < 2:
         return ""
-
-    def draw(axes: Axes) -> None:
-        revisions = [revision for revision, _ in points]
-        axes.plot(revisions, [max(norms) for _, norms in points], label="largest")
-        axes.plot(revisions, [median(norms) for _, norms in points], label="median")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("revision")
-        axes.set_ylabel("% of a matrix's norm")
-        axes.legend(fontsize="small")
-
-    return _svg(draw)
+    revisions = [revision for revision, _ in points]
+    figure, axes = _chart()
+    axes.plot(revisions, [max(norms) for _, norms in points], label="largest")
+    axes.plot(revisions, [median(norms) for _, norms in points], label="median")
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="revision", ylabel="% of a matrix's norm")
+    axes.legend(fontsize="small")
+    return _svg(figure)
 
 
 def _percentages(edit: EditRow) -> list[float]:
@@ -210,12 +198,16 @@ def _percentages(edit: EditRow) -> list[float]:
     return [100 * norm for norm in norms.values()] if isinstance(norms, dict) else []
 
 
-def _svg(draw: Any) -> str:
-    """A small chart as an ``svg`` element."""
+def _chart() -> tuple[Figure, Axes]:
+    """A small figure and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-    draw(figure.subplots())
+    return figure, figure.subplots()
+
+
+def _svg(figure: Figure) -> str:
+    """A figure as an ``svg`` element."""
     buffer = BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().decode("utf-8")

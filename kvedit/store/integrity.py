@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Query = Callable[[str], list[Row]]
 _RUN_TIME = frozenset({"lock", "lock.json", "exports", "deltas", "checkpoints"})
+_DESCRIPTION = ("model_name", "model_fingerprint", "dtype", "created_at")
 _RESTORE = "Restore it from a backup."
 
 
@@ -52,10 +53,7 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "path": str(store.path),
         "head": store.head(),
         "revisions": len(store.revisions()) - 1,
-        "model_name": meta.get("model_name"),
-        "model_fingerprint": meta.get("model_fingerprint"),
-        "dtype": meta.get("dtype"),
-        "created_at": meta.get("created_at"),
+        **{name: meta.get(name) for name in _DESCRIPTION},
         "facts": dict(Counter(row.state for row in facts)),
         "health": dict(Counter(row.health for row in facts if row.state == "committed")),
         "edits": {row["state"]: row["n"] for row in edits},
@@ -65,12 +63,10 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "checkpoints": len(store.checkpoints()),
         "protected": query("SELECT count(*) AS n FROM protected")[0]["n"],
         "bytes": {
-            "database": _size(store.db_path),
-            "deltas": _size(store.deltas),
-            "checkpoints": _size(store.checkpoints_path),
-            "cache": _size(store.cache),
+            "database": _size(store.db_path), "deltas": _size(store.deltas),
+            "checkpoints": _size(store.checkpoints_path), "cache": _size(store.cache),
         },
-    }
+    }  # fmt: skip
 
 
 def _unfinished(store: Store) -> str | None:
@@ -86,9 +82,7 @@ def _largest_norm(query: Query) -> dict[str, object] | None:
     Their number, the median, the largest (``most``) and its matrix; None before the first edit.
     """
     latest = query("SELECT report FROM edits WHERE state = 'committed' ORDER BY id DESC LIMIT 1")
-    norms: dict[str, float] = (
-        json.loads(latest[0]["report"]).get("relative_norms") if latest else {}
-    )
+    norms = json.loads(latest[0]["report"]).get("relative_norms") if latest else None
     if not norms:
         return None
     matrix, most = max(norms.items(), key=lambda item: item[1])

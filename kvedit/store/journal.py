@@ -17,14 +17,7 @@ from pathlib import Path
 from kvedit.errors import CorruptStoreError, LockedError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
-from kvedit.files import (
-    OLD_TRAINING_CHECKPOINTS,
-    TEMPORARY,
-    disk_errors,
-    now,
-    remove,
-    sha256_file,
-)
+from kvedit.files import OLD_TRAINING_CHECKPOINTS, TEMPORARY, disk_errors, now, remove, sha256_file
 from kvedit.store.database import DELTA_SUFFIX
 from kvedit.store.lineage import Lineage
 from kvedit.store.rows import (
@@ -56,16 +49,8 @@ class Journal(Lineage):
     ) -> int:
         """Journal an edit that starts from the head; returns its id."""
         with self._transaction():
-            edit_id = self._insert(
-                "edits",
-                {
-                    "kind": kind,
-                    "state": "planned",
-                    "parent": self.head(),
-                    "config": to_text(config),
-                    "started_at": now(),
-                },
-            )
+            row = {"kind": kind, "state": "planned", "parent": self.head(), "started_at": now()}
+            edit_id = self._insert("edits", {**row, "config": to_text(config)})
             self._record_changes(edit_id, changes)
         return edit_id
 
@@ -99,8 +84,10 @@ class Journal(Lineage):
         with self._transaction():
             revision = self._move_head(expected_head)
             edit = self._require_open(edit_id)
-            row = {"delta": delta, "restores": restores, "weights_digest": weights_digest}
-            self._append_revision(revision, expected_head, edit, row)
+            row: Row = {"id": revision, "parent": expected_head, "edit_id": edit_id}
+            row |= {"kind": edit["kind"], "restores": restores, "delta": delta}
+            row |= {"weights_digest": weights_digest, "created_at": now()}
+            self._insert("revisions", row)
             ending = {"state": "committed", "revision": revision, "finished_at": now()}
             self._update("edits", edit_id, {**ending, "delta": delta, "report": to_text(report)})
             self._execute("DELETE FROM edit_facts WHERE edit_id = ?", [edit_id])
@@ -152,33 +139,24 @@ class Journal(Lineage):
 
     def edit(self, edit_id: int) -> EditRow:
         """One edit; raises UsageError if there is none with this id."""
-        edits = self._edits("WHERE id = ?", [edit_id])
-        if not edits:
-            raise UsageError(f"there is no edit {edit_id}", hint="See `kvedit history`.")
-        return edits[0]
+        for edit in self._edits("WHERE id = ?", [edit_id]):
+            return edit
+        raise UsageError(f"there is no edit {edit_id}", hint="See `kvedit history`.")
 
     def changes(self, edit_id: int) -> list[FactChange]:
         """What an edit changes in the facts; of a committed one, what it changed."""
         rows = self._rows("SELECT * FROM edit_facts WHERE edit_id = ? ORDER BY fact_id", [edit_id])
-        return [
-            FactChange(r["fact_id"], fact_from_text(r["before"]), fact_from_text(r["after"]))
-            for r in rows
-        ]
+        texts = [(row["fact_id"], row["before"], row["after"]) for row in rows]
+        return [FactChange(id_, fact_from_text(b), fact_from_text(a)) for id_, b, a in texts]
 
     def stray_files(self) -> list[Path]:
         """Files that nothing in the database needs: deltas, checkpoints, temporary files, and
         training checkpoints of older versions.
         """
-        deltas = {
-            str(row["delta"])
-            for row in self._rows(
-                "SELECT delta FROM revisions WHERE delta IS NOT NULL UNION"
-                f" SELECT delta FROM edits WHERE delta IS NOT NULL AND state IN {OPEN_STATES}"
-            )
-        }
-        checkpoints = {
-            int(row["revision"]) for row in self._rows("SELECT revision FROM checkpoints")
-        }
+        sql = f"""SELECT delta FROM revisions
+            UNION SELECT delta FROM edits WHERE state IN {OPEN_STATES}"""
+        deltas = {row["delta"] for row in self._rows(sql)}
+        checkpoints = {row["revision"] for row in self._rows("SELECT revision FROM checkpoints")}
         stray = [path for path in _entries(self.deltas, _DELTA_NAME) if path.stem not in deltas]
         folders = _entries(self.checkpoints_path, _CHECKPOINT_NAME)
         stray += [path for path in folders if int(path.name) not in checkpoints]
@@ -192,10 +170,8 @@ class Journal(Lineage):
         return [edit_from(row, self._edit_keys(row["id"])) for row in rows]
 
     def _edit_keys(self, edit_id: int) -> tuple[str, ...]:
-        sql = (
-            "SELECT f.key FROM edit_facts e JOIN facts f ON f.id = e.fact_id"
-            " WHERE e.edit_id = ? ORDER BY f.id"
-        )
+        sql = """SELECT f.key FROM edit_facts e JOIN facts f ON f.id = e.fact_id
+            WHERE e.edit_id = ? ORDER BY f.id"""
         return tuple(str(row["key"]) for row in self._rows(sql, [edit_id]))
 
     def _require_open(self, edit_id: int) -> Row:
@@ -209,28 +185,21 @@ class Journal(Lineage):
         return row
 
     def _require_delta(self, digest: str | None) -> None:
-        if digest is None:
-            return
-        path = self.delta_path(digest)
-        if not path.is_file() or sha256_file(path) != digest:
-            raise CorruptStoreError(
-                f"the delta {path} is missing or was altered", hint="Run the command again."
-            )
+        path = None if digest is None else self.delta_path(digest)
+        if path and not (path.is_file() and sha256_file(path) == digest):
+            message = f"the delta {path} is missing or was altered"
+            raise CorruptStoreError(message, hint="Run the command again.")
 
     def _move_head(self, expected: int) -> int:
         """Compare and swap the head; the first statement, so it also takes the write lock."""
-        sql = "UPDATE meta SET value = (SELECT max(id) + 1 FROM revisions)"
-        sql += " WHERE name = 'head' AND value = ?"
+        sql = """UPDATE meta SET value = (SELECT max(id) + 1 FROM revisions)
+            WHERE name = 'head' AND value = ?"""
         if self._execute(sql, [str(expected)]).rowcount != 1:
             raise LockedError(
                 f"the store changed meanwhile: its head is {self.head()}, not {expected}",
                 hint="Run the command again.",
             )
         return self.head()
-
-    def _append_revision(self, number: int, parent: int, edit: Row, row: Row) -> None:
-        origin = {"id": number, "parent": parent, "edit_id": edit["id"], "kind": edit["kind"]}
-        self._insert("revisions", {**origin, **row, "created_at": now()})
 
     def _record_changes(self, edit_id: int, changes: Sequence[FactChange]) -> None:
         for change in changes:
@@ -298,19 +267,17 @@ class Journal(Lineage):
     def _set_prior_answers(self, fact_id: int, answers: Mapping[str, str]) -> None:
         self._execute("DELETE FROM prior_answers WHERE fact_id = ?", [fact_id])
         for prompt, answer in answers.items():
-            row = {"fact_id": fact_id, "prompt": prompt, "answer": answer}
-            self._insert("prior_answers", row)
+            self._insert("prior_answers", {"fact_id": fact_id, "prompt": prompt, "answer": answer})
 
     def _end(self, edit_id: int, outcome: str, reasons: Sequence[str], report: str) -> None:
         ending = {"state": outcome, "reasons": to_text(list(reasons)), "finished_at": now()}
         self._update("edits", edit_id, {**ending, "report": report})
         state = "rejected" if outcome == "rejected" else "pending"
-        self._execute(
-            "UPDATE facts SET state = ?, updated_at = ? WHERE state IN ('pending', 'rejected')"
-            " AND id IN (SELECT fact_id FROM edit_facts JOIN edits ON edits.id = edit_id"
-            " WHERE edit_id = ? AND kind = 'add')",
-            [state, now(), edit_id],
-        )
+        sql = """
+            UPDATE facts SET state = ?, updated_at = ? WHERE state IN ('pending', 'rejected')
+            AND id IN (SELECT fact_id FROM edit_facts JOIN edits ON edits.id = edit_id
+                WHERE edit_id = ? AND kind = 'add')"""
+        self._execute(sql, [state, now(), edit_id])
 
     def _drop(self, paths: Sequence[Path]) -> None:
         for path in paths:

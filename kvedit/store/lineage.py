@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.facts.fact import Fact
@@ -44,11 +45,9 @@ class Lineage(StoreBase):
         self.revision(number)  # a clear error for a number that does not exist
         line: list[RevisionRow] = []
         while number:
-            row = known.get(number)
-            if row is None:
-                raise CorruptStoreError(
-                    f"revision {number} is missing", hint="Restore the store from a backup."
-                )
+            if (row := known.get(number)) is None:
+                hint = "Restore the store from a backup."
+                raise CorruptStoreError(f"revision {number} is missing", hint=hint)
             if row.restores is None or row.delta is not None:
                 line.append(row)
             # Both are smaller than the row's own number (checked by the schema): this ends.
@@ -73,13 +72,11 @@ class Lineage(StoreBase):
         line = [row.id for row in self.lineage(self.head())]
         rows = self._rows("SELECT revision, state FROM fact_versions WHERE fact_id = ?", [fact_id])
         states = {row["revision"]: row["state"] for row in rows}
-        before, committed = 0, False
-        for index, revision in enumerate(line):
-            was_committed = committed
-            if revision in states:
-                committed = states[revision] == "committed"
-            if committed and not was_committed:
-                before = line[index - 1] if index else 0
+        before, state = 0, ""
+        for previous, revision in pairwise([0, *line]):
+            earlier, state = state, states.get(revision, state)
+            if state == "committed" and earlier != "committed":
+                before = previous
         return before
 
     def added_since_compaction(self) -> int:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
 
-JsonDict = dict[str, object]
 Row = dict[str, Any]
+_TEXTS = ("key", "description", "lang", "source")
 _LISTS = ("aliases", "prompts", "paraphrases", "locality")  # columns of JSON arrays
 
 
@@ -41,17 +42,12 @@ class FactRow:
     def to_json(self) -> JsonDict:
         """A flat JSON document: the fact's parts and the row's."""
         return {
-            "id": self.id,
-            **self.fact.to_json(),
-            "state": self.state,
-            "revision": self.revision,
-            "health": self.health,
-            "margin": self.margin,
+            "id": self.id, **self.fact.to_json(), "state": self.state, "revision": self.revision,
+            "health": self.health, "margin": self.margin,
             "last_checked_revision": self.last_checked_revision,
             "last_checked_at": self.last_checked_at,
-            "created_at": self.created_at,
-            "updated_at": self.updated_at,
-        }
+            "created_at": self.created_at, "updated_at": self.updated_at,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,26 +184,21 @@ def fact_columns(fact: Fact) -> Row:
     """The columns of ``facts`` that hold the fact itself."""
     document = fact.to_json()
     return {
-        "key": fact.key,
-        "description": fact.description,
-        "lang": fact.lang,
-        "source": fact.source,
+        **{name: document.get(name) for name in _TEXTS},
         **{name: to_text(document.get(name, [])) for name in _LISTS},
     }
 
 
 def fact_from_columns(row: Row) -> Fact:
     """The inverse of ``fact_columns``."""
-    plain = {name: row[name] for name in ("key", "description", "lang", "source")}
+    plain = {name: row[name] for name in _TEXTS}
     return Fact.from_json({**plain, **{name: json.loads(row[name]) for name in _LISTS}})
 
 
 def edit_from(row: Row, keys: tuple[str, ...]) -> EditRow:
     """An edit from its database row."""
-    parsed = {name: json.loads(row[name]) for name in ("report", "config")}
-    reasons = tuple(json.loads(row["reasons"]))
-    names = ("id", "kind", "state", "parent", "revision", "delta", "started_at", "finished_at")
-    return EditRow(keys=keys, reasons=reasons, **parsed, **{name: row[name] for name in names})
+    parsed = {name: json.loads(row[name]) for name in ("report", "config", "reasons")}
+    return EditRow(**{**row, **parsed, "keys": keys, "reasons": tuple(parsed["reasons"])})
 
 
 def probe_from(row: Row) -> ProbeRow:

@@ -45,8 +45,7 @@ _FACTS = """
 
 def resolve_store(option: str | Path | None = None) -> Path:
     """The store to use: ``--store``, then ``KVEDIT_STORE``, then ``./store``."""
-    chosen = option or os.environ.get(ENVIRONMENT) or DEFAULT
-    return Path(chosen).expanduser()
+    return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
 
 
 class Store(Journal):
@@ -71,9 +70,8 @@ class Store(Journal):
             sync_directory(path.parent)
         with StoreLock(path):
             if cls.exists(path):
-                raise UsageError(
-                    f"there is a store at {path} already", hint="Name another with --store."
-                )
+                hint = "Name another with --store."
+                raise UsageError(f"there is a store at {path} already", hint=hint)
             full = {"created_at": now(), **meta}
             digest = full.get("weights_digest") or full.get("model_fingerprint", "")
             create_database(path / DB_NAME, full, digest)
@@ -104,31 +102,28 @@ class Store(Journal):
     def _put_pending(self, fact: Fact) -> int:
         row = self._one("SELECT * FROM facts WHERE norm_key = ?", [normalise(fact.key)])
         if row is not None and row["state"] == "committed":
-            raise DuplicateKeyError(
-                f"{row['key']} is in the store already",
-                hint=f"To change its text: kvedit update {row['key']}",
-            )
-        self._refuse_taken(fact, None if row is None else int(row["id"]))
-        fact_id = self._insert_fact(fact) if row is None else int(row["id"])
+            key = row["key"]
+            hint = f"To change its text: kvedit update {key}"
+            raise DuplicateKeyError(f"{key} is in the store already", hint=hint)
+        self._refuse_taken(fact, None if row is None else row["id"])
+        fact_id: int = self._insert_fact(fact) if row is None else row["id"]
         self._write_fact(fact_id, fact, "pending")
         return fact_id
 
     def _insert_fact(self, fact: Fact) -> int:
         stamp = now()
-        state = {"norm_key": normalise(fact.key), "state": "pending"}
-        times = {"created_at": stamp, "updated_at": stamp}
-        return self._insert("facts", {**fact_columns(fact), **state, **times})
+        row = {**fact_columns(fact), "norm_key": normalise(fact.key), "state": "pending"}
+        return self._insert("facts", {**row, "created_at": stamp, "updated_at": stamp})
 
     def _refuse_taken(self, fact: Fact, fact_id: int | None) -> None:
         """Refuse a key or alias of another pending or committed fact."""
         for name in (fact.key, *fact.aliases):
             row = self._named(name)
-            if row is None or row["id"] == fact_id or row["state"] not in ("pending", "committed"):
-                continue
-            raise DuplicateKeyError(
-                f"{name} already belongs to the fact {row['key']}",
-                hint="Choose another key or alias, or remove that fact first.",
-            )
+            if row and row["id"] != fact_id and row["state"] in ("pending", "committed"):
+                raise DuplicateKeyError(
+                    f"{name} already belongs to the fact {row['key']}",
+                    hint="Choose another key or alias, or remove that fact first.",
+                )
 
     def _named(self, name: str) -> Row | None:
         """The row with this key or alias: a committed fact before others, a key before an alias."""
@@ -141,12 +136,11 @@ class Store(Journal):
     def find(self, key: str) -> FactRow | None:
         """The fact with this key or alias, in any state, or None; keys are normalised."""
         row = self._named(key)
-        return None if row is None else self._fact_row(row)
+        return None if row is None else self._fact_rows([row])[0]
 
     def require(self, key: str) -> FactRow:
         """Like ``find``; raises UnknownKeyError, with similar keys as a suggestion."""
-        row = self.find(key)
-        if row is not None:
+        if row := self.find(key):
             return row
         names = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
         close = did_you_mean(key, names)
@@ -155,25 +149,31 @@ class Store(Journal):
 
     def get(self, fact_id: int) -> FactRow:
         """The fact with this id; raises UnknownKeyError."""
-        row = self._one(f"{_FACTS} WHERE f.id = ?", [fact_id])
-        if row is None:
+        rows = self._rows(f"{_FACTS} WHERE f.id = ?", [fact_id])
+        if not rows:
             raise UnknownKeyError(f"there is no fact number {fact_id} in {self.path}")
-        return self._fact_row(row)
+        return self._fact_rows(rows)[0]
 
     def facts(self, state: str | None = None) -> list[FactRow]:
         """All facts, or those in one state, in the order they came."""
         where, values = ("", []) if state is None else ("WHERE f.state = ?", [state])
         rows = self._rows(f"{_FACTS} {where} ORDER BY f.id", values)
-        head, stale_after = self.head(), self.config.retention.stale_after_revisions
-        return [_fact_row(row, head, stale_after) for row in rows]
+        return self._fact_rows(rows)
 
     def keys(self, state: str = "committed") -> list[str]:
         """The keys of the facts in a state, in the order they came."""
         rows = self._rows("SELECT key FROM facts WHERE state = ? ORDER BY id", [state])
         return [str(row["key"]) for row in rows]
 
-    def _fact_row(self, row: Row) -> FactRow:
-        return _fact_row(row, self.head(), self.config.retention.stale_after_revisions)
+    def _fact_rows(self, rows: Iterable[Row]) -> list[FactRow]:
+        head, stale_after = self.head(), self.config.retention.stale_after_revisions
+        return [
+            FactRow(
+                fact=fact_from_columns(row), health=_health(row, head, stale_after),
+                **{name: row[name] for name in _FACT_ROW_COLUMNS},
+            )
+            for row in rows
+        ]  # fmt: skip
 
     def history(self, key: str | None = None) -> list[EditRow]:
         """All edits, or those of one fact, newest first; raises UnknownKeyError."""
@@ -246,8 +246,7 @@ class Store(Journal):
 
     def _insert_protected(self, rows: Iterable[ProtectedRow]) -> None:
         for row in rows:
-            columns = {name: getattr(row, name) for name in _PROTECTED_COLUMNS}
-            self._insert("protected", columns)
+            self._insert("protected", {name: getattr(row, name) for name in _PROTECTED_COLUMNS})
 
     def checkpoints(self) -> list[CheckpointRow]:
         """The checkpoints, oldest revision first; their reader has to verify each one."""
@@ -289,11 +288,6 @@ _FACT_ROW_COLUMNS = (
     "id", "state", "created_at", "updated_at", "revision", "margin", "last_checked_revision",
     "last_checked_at",
 )  # fmt: skip
-
-
-def _fact_row(row: Row, head: int, stale_after: int) -> FactRow:
-    columns = {name: row[name] for name in _FACT_ROW_COLUMNS}
-    return FactRow(fact=fact_from_columns(row), health=_health(row, head, stale_after), **columns)
 
 
 def _health(row: Row, head: int, stale_after: int) -> str:
