@@ -5,8 +5,6 @@ Invariants:
 - The exit code belongs to the class: the command line never parses a message.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 

@@ -6,8 +6,6 @@ Invariants:
   the kind.  Fields may be added, never renamed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields

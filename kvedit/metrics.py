@@ -5,8 +5,6 @@ Invariants:
 - Every function is total: an empty input has a defined value.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re

@@ -4,8 +4,6 @@
 database writes the new names into the settings that earlier edits recorded.
 """
 
-from __future__ import annotations
-
 RENAMED: dict[str, dict[str, str]] = {
     "training": {
         "phrasings": "phrasings_per_step", "rehearsal": "rehearsal_facts",

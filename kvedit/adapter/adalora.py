@@ -20,8 +20,6 @@ Invariants:
   which the fact was learned, so that an early stop never merges ranks that should be pruned.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence

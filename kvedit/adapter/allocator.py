@@ -7,8 +7,6 @@ kernels of a step, and launching kernels is what a GPU waits for.  The smoothed 
 allocator's own dictionaries, as views of the tensors here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ Invariants:
 - A delta's bytes depend on its factors alone, so its SHA-256 names it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property

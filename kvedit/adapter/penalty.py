@@ -5,8 +5,6 @@ as a penalty between tasks: Ritter et al. 2018, arXiv:1805.07810).  After earlie
 quadratic around the base model, so their accumulated delta adds ``2 <linear_term, D'>``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ Invariants:
 - A model that breaks is a row that says why; the others go on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ Invariants:
   reached in the first steps.  The peak is this process's own, on Linux since the edit began.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Mapping

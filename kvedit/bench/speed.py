@@ -3,8 +3,6 @@
 Invariant: what is timed is ``KnowledgeBase`` at work in a temporary store; nothing is instrumented.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

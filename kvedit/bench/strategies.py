@@ -5,8 +5,6 @@ Invariants:
 - Answers are generated freely; a fact counts as recalled only if all its phrasings are exact.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Invariants:
 - Every share stands with its count, its n and its Wilson 95% interval.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

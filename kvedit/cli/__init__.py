@@ -5,8 +5,6 @@ to stdout and everything else to stderr; importing this package imports neither 
 sqlite-utils, so that `kvedit --help` is quick.
 """
 
-from __future__ import annotations
-
 import io
 import signal
 import sys

@@ -4,8 +4,6 @@ Invariants: heavy imports inside functions; a benchmark works in temporary store
 the user's own.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime

@@ -9,8 +9,6 @@ Invariants:
   takes the place of the link.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

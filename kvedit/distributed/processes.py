@@ -12,8 +12,6 @@ Invariants:
   hangs is given up after ``TIMEOUT``.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 import traceback

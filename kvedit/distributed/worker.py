@@ -1,7 +1,5 @@
 """A worker that does its share, as one of several processes: see ``training.worker``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ Invariants:
 - What several attempts add is one delta, merged as one.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

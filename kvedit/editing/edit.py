@@ -8,8 +8,6 @@ Invariants:
   reaches the disk.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import replace

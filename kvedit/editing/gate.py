@@ -5,8 +5,6 @@ Invariants:
 - The gate gives reasons, in words, for every no.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from kvedit.config import GateConfig

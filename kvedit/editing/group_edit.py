@@ -7,8 +7,6 @@ Invariants:
 - If of two similar keys only one is committed, a warning says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

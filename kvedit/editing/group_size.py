@@ -8,8 +8,6 @@ Invariants:
 - What cannot fit by estimate is not tried: Linux kills a process that takes more than there is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Edits of one fact, and rollbacks: what is checked before each, then the edit itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from kvedit.editing.edit import Edit

@@ -5,8 +5,6 @@ Invariants:
 - A check changes no weight; a repair is an edit like any other.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ Invariants:
   half a description would be added.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable, Iterator
 

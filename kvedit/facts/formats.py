@@ -7,8 +7,6 @@ Invariants:
 - The name of a file decides nothing, except in a folder, where it is the key.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -6,8 +6,6 @@ Invariants:
 - A syntax error names its line; a record is known by its number, counted from 1.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Invariants:
 - Similar keys are only reported: two keys are the same only if their normalised forms are equal.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The language of a text, and conversion between the Chinese scripts (OpenCC)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import cache

@@ -5,8 +5,6 @@ Invariants:
 - A file of many facts is read line by line: its size does not matter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

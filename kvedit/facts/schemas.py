@@ -5,8 +5,6 @@ Invariants:
 - A record in no schema gives an error that names what is missing, never half a fact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from kvedit.facts.fact import Fact

@@ -8,8 +8,6 @@ Invariants:
   Where two rows contradict each other neither goes in: nobody knows which is right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 

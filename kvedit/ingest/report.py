@@ -1,7 +1,5 @@
 """What a run over many facts is asked to do, and how it ended."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -7,8 +7,6 @@ Invariants:
 - Apart from that the order is the input's.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Sequence
 

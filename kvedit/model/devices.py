@@ -8,8 +8,6 @@ Invariants:
 - A matrix that edits touch is not offloaded: it could not be changed in place.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

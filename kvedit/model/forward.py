@@ -4,8 +4,6 @@ Invariant: logits are computed from hidden states only where that gives the mode
 which is tried once for each model and not guessed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

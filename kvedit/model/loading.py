@@ -3,8 +3,6 @@
 Invariant: a store's model is known by its fingerprint, not by the name of its folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

@@ -10,8 +10,6 @@ Invariants:
 - Memory is bounded: the least recently used texts are dropped first.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Invariants:
 - An answer's tokens are those it has within the whole text, which may differ from its tokens alone.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ quantized weights would be gated in another arithmetic than a merge and grow wit
 Invariant: the layers that edits do not touch stay as they were loaded, and are never written to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

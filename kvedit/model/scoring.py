@@ -12,8 +12,6 @@ Invariants:
   projection dominates small models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Which linear layers an edit touches: never embeddings, the vocabulary projection and routers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 

@@ -9,8 +9,6 @@ Invariant: weights and activations keep their dtype, so that digests and numeric
 depend on the processor.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from functools import cache, partial

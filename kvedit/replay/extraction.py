@@ -11,8 +11,6 @@ Invariants:
 - The same model, settings and seed give the same texts on the same machine.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import defaultdict

@@ -9,8 +9,6 @@ Invariants:
 - The same model, settings and seed give the same texts on the same machine.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ Invariants:
 - Nothing is loaded for a new store that would not fit, as far as that can be foreseen.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ Invariant: the weights in memory are those of ``revision``; their digest was com
 in the journal when they were rebuilt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar

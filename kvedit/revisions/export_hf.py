@@ -5,8 +5,6 @@ Invariants:
 - It is loaded again by transformers alone and asked every training prompt before it is reported.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -8,8 +8,6 @@ Invariants:
 - What is reported was computed by the adapter as PEFT loads it from the folder, not by our sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Invariant: moments are read only if the file is whole and they were measured on 
 the same texts.  The files are a cache and may be deleted at any time.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open

@@ -5,8 +5,6 @@ Invariants:
 - A folder is loaded by PEFT alone, as any user of PEFT would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

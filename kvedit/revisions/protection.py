@@ -7,8 +7,6 @@ Invariants:
   the cache, when the revision is another one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence

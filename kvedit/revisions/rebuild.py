@@ -5,8 +5,6 @@ Invariants:
 - A checkpoint that is missing or damaged costs time, not knowledge: all deltas are added instead.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ Invariants:
 - An edit begins with what an interrupted one left behind cleaned up, and with the head's weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -6,8 +6,6 @@ Invariants:
 - No ``sqlite3`` error leaves this module's helpers untranslated.
 """
 
-from __future__ import annotations
-
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence

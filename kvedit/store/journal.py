@@ -8,8 +8,6 @@ Invariants:
 - An edit that is neither committed nor ended was interrupted: ``recover`` ends it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

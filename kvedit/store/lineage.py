@@ -6,8 +6,6 @@ Invariants:
   numbers than their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import pairwise
 

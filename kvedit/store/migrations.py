@@ -6,8 +6,6 @@ Invariants:
   with a new ``FORMAT_VERSION``.  ``store/schema.sql`` is the result of all of them.
 """
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Invariants:
 - Rows are frozen; a dict or a database row never leaves the store.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

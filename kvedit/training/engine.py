@@ -8,8 +8,6 @@ Invariants:
 - ``train`` changes no weights; ``master.add`` does, and ``master.restore`` undoes it to the bit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import time

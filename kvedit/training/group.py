@@ -18,8 +18,6 @@ Invariants:
 - A run that is resumed takes the steps that the interrupted one would have taken.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field

@@ -13,8 +13,6 @@ Invariants:
 - A loss that is not a number ends the edit with TrainingError; nothing was merged yet.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

@@ -10,8 +10,6 @@ Invariants:
   a hint, and no frame of the attempt keeps its tensors alive.
 """
 
-from __future__ import annotations
-
 import math
 import traceback
 from collections.abc import Iterator, Sequence

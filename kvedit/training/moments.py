@@ -4,8 +4,6 @@ The base's moments say how much all edits so far have changed the outputs on pro
 total is what the next edit must leave alone, and gives the coordinates that it is trained in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ Invariants:
 - Nothing is read back from an accelerator in a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -11,8 +11,6 @@ Invariants:
   be written, training goes on without it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

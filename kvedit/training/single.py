@@ -7,8 +7,6 @@
   fact is learned and falls after: stopping at the first recall would commit the peak).
 """
 
-from __future__ import annotations
-
 from kvedit.model.prompts import Example
 from kvedit.training.loop import Loop, LoopResult, Setup
 

@@ -11,8 +11,6 @@ Invariants:
 - Scores and outcomes are the same in all processes, so loops that decide by them stay in step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
