@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvedit.errors import UsageError
-from kvedit.renamed_settings import REMOVED, RENAMED
+from kvedit.renamed_settings import old_settings
 
 FILE_NAME = "kvedit.toml"
 _INFINITY = float("inf")
@@ -275,13 +275,15 @@ def _section(path: Path, document: dict[str, Any], section: Field[Any]) -> Any:
 
 def _refuse_old_names(path: Path, section: str, table: dict[str, Any]) -> None:
     """Refuse a setting that was renamed or removed."""
-    renamed = [(old, new) for old, new in RENAMED.get(section, {}).items() if old in table]
+    renamed = [
+        (old, new) for old, new in old_settings("renamed").get(section, {}).items() if old in table
+    ]
     if renamed:
         old, new = renamed[0]
         others = ", ".join(f"{new} instead of {old}" for old, new in renamed)
         raise UsageError(f"{path}: [{section}] {old} is now called {new}", hint=f"Write {others}.")
     for old in table:
-        if hint := REMOVED.get(section, {}).get(old):
+        if hint := old_settings("removed").get(section, {}).get(old):
             raise UsageError(f"{path}: [{section}] {old} was removed", hint=hint)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvedit.config import Config, GateConfig
 from kvedit.errors import UsageError
-from kvedit.renamed_settings import REMOVED, RENAMED
+from kvedit.renamed_settings import old_settings
 from tests.docs.config_page import page
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -102,8 +102,8 @@ def test_every_setting_says_what_it_means() -> None:
 
 def test_renamed_settings_have_their_new_name_and_old_names_are_free() -> None:
     settings = Config().to_json()
-    for section, names in RENAMED.items():
+    for section, names in old_settings("renamed").items():
         assert set(names.values()) <= set(settings[section])
         assert not set(names) & set(settings[section])
-    for section, removed in REMOVED.items():
-        assert not set(removed) & {*settings[section], *RENAMED.get(section, {})}
+    for section, removed in old_settings("removed").items():
+        assert not set(removed) & {*settings[section], *old_settings("renamed").get(section, {})}

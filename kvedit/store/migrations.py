@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlite_utils import Database, Migrations
 
 from kvedit.errors import CorruptStoreError, StoreTooNewError
-from kvedit.renamed_settings import RENAMED
+from kvedit.renamed_settings import old_settings
 from kvedit.store.rows import to_text
 
 FORMAT_VERSION = 2
@@ -48,7 +48,9 @@ def format_2(db: Database) -> None:
     db.execute("UPDATE meta SET name = 'protected_samples' WHERE name = 'protected_drafts'")
     for (prompts,) in db.execute("SELECT value FROM meta WHERE name = 'prompts'").fetchall():
         # Compared as text with the settings of today: written as ``base_model.prompts_of`` does.
-        renamed = json.dumps(_rename(json.loads(prompts), RENAMED["prompts"]), sort_keys=True)
+        renamed = json.dumps(
+            _rename(json.loads(prompts), old_settings("renamed")["prompts"]), sort_keys=True
+        )
         db.execute("UPDATE meta SET value = ? WHERE name = 'prompts'", [renamed])
     db.execute("PRAGMA user_version = 2")
 
@@ -62,7 +64,7 @@ def _renamed_config(text: str) -> str:
     sections = json.loads(text)
     for name, settings in sections.items():
         if isinstance(settings, dict):
-            sections[name] = _rename(settings, RENAMED.get(name, {}))
+            sections[name] = _rename(settings, old_settings("renamed").get(name, {}))
     return to_text(sections)
 
 

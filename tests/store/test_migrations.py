@@ -13,7 +13,7 @@ from store_steps import add, committed_texts, problems
 from kvedit.config import Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooNewError
 from kvedit.files import StoreLock
-from kvedit.renamed_settings import RENAMED
+from kvedit.renamed_settings import old_settings
 from kvedit.revisions.base_model import prompts_of
 from kvedit.store import migrations
 from kvedit.store.database import connect, upgrade
@@ -97,7 +97,9 @@ def old_config() -> dict[str, dict[str, object]]:
     """All settings under the names of format 1."""
     return {
         section: {
-            {new: old for old, new in RENAMED.get(section, {}).items()}.get(name, name): value
+            {new: old for old, new in old_settings("renamed").get(section, {}).items()}.get(
+                name, name
+            ): value
             for name, value in settings.items()
         }
         for section, settings in Config().to_json().items()
