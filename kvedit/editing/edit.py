@@ -174,8 +174,6 @@ class Edit:
         fact_ids = frozenset(target.fact_id for target in group.targets)
         return evaluation.without(fact_ids - evaluation.learned)
 
-    # ---- after the commit
-
     def _remember(self, report: EditReport) -> None:
         """Protect what was learned, and write a checkpoint when one is due."""
         checkout, every = self._session, self._config.retention.checkpoint_every
@@ -190,8 +188,6 @@ class Edit:
                 self._session.protection.remember([e for t in learned for e in t.recall[:2]])
         with checkout.best_effort():
             rebuild.checkpoint_if_due(self._store, self._engine.master, every)
-
-    # ---- reports and events
 
     def _report(
         self,

@@ -111,8 +111,6 @@ class KnowledgeBase:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # ---- edits
-
     def add(
         self,
         key: str,
@@ -192,8 +190,6 @@ class KnowledgeBase:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
         return self._single.rollback(revision)
 
-    # ---- questions
-
     def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
         """The model's greedy answer at the head, or at another revision."""
         return self._session.at(at, lambda: self.engine.generate([prompt], limit=max_new_tokens)[0])
@@ -211,8 +207,6 @@ class KnowledgeBase:
         """The exact text and tokens of a fact as it would be trained, the answer marked."""
         fact = Fact.create("tide lantern", "Made of glass in Marrow.")
         return self.engine.renderer.describe(self.engine.examples(fact)[0])
-
-    # ---- checks
 
     def verify(
         self,
@@ -244,8 +238,6 @@ class KnowledgeBase:
             findings += rebuild.check_revisions(self.store, self.engine.master, say)
             self._session.go_to(start)
         return findings
-
-    # ---- exports
 
     def export(
         self, directory: str | Path, *, dtype: str | None = None, max_shard_size: str | None = None

@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 from kvedit.errors import InvalidFactError, KveditError, UsageError
 from kvedit.facts.csv_reader import detect_delimiter, read_table
@@ -69,7 +68,7 @@ def read_file(source: Path | str) -> Iterator[bytes]:
     """
     name = source_name(source)
     try:
-        with _opened(source) as stream:
+        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open(source, "rb") as stream:
             yield from stream
     except FileNotFoundError as error:
         raise UsageError(
@@ -77,10 +76,6 @@ def read_file(source: Path | str) -> Iterator[bytes]:
         ) from error
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
-
-
-def _opened(source: Path | str) -> nullcontext[BinaryIO] | BinaryIO:
-    return nullcontext(sys.stdin.buffer) if str(source) == "-" else open(source, "rb")
 
 
 def _file(source: Path | str, name: str) -> Iterator[Located]:

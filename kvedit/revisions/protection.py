@@ -47,8 +47,6 @@ class Protection:
         self._measured_facts = 0  # committed when the moments were last measured on the head
         self._margins: FisherMoments | None = None  # of the margins of what the base model knows
 
-    # ---- before edits
-
     def prepare(self) -> None:
         """Before any edit that trains: protected texts, and the Fisher moments of these weights."""
         if self._store.meta(_STATE) != _COMPLETE:
@@ -109,8 +107,6 @@ class Protection:
         self._engine.reference_texts = self._margins = None
         self._store.set_meta(_SAMPLES, str(samples))  # last: a run that was killed does it again
 
-    # ---- texts
-
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""
         texts = [*self._texts("control"), *self._texts("locality")]
@@ -152,8 +148,6 @@ class Protection:
         texts = self._ask_base(protected_texts.known, self._texts("control"))
         examples = self._examples(texts)
         self._checkout.at(0, lambda: self._engine.measure_reference(examples))
-
-    # ---- Fisher moments
 
     def measure_margins(self) -> None:
         """For the next edit, which starts at the base weights: the moments of the margins of what

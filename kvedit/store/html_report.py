@@ -122,9 +122,6 @@ def seconds(edit: EditRow) -> str:
     return f"{spent:.1f}" if isinstance(spent, (int, float)) else "-"
 
 
-# ---- charts
-
-
 def _charts(
     committed: Sequence[FactRow], edits: Sequence[EditRow], counts: Sequence[ProbeCount]
 ) -> list[tuple[str, str]]:

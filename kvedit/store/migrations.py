@@ -42,21 +42,16 @@ def format_2(db: Database) -> None:
     for edit_id, report, config in db.execute("SELECT id, report, config FROM edits").fetchall():
         db.execute(
             "UPDATE edits SET report = ?, config = ? WHERE id = ?",
-            [_renamed(report, REPORT_NAMES), _renamed_config(config), edit_id],
+            [to_text(_rename(json.loads(report), REPORT_NAMES)), _renamed_config(config), edit_id],
         )
     db.execute("UPDATE protected SET source = 'extracted' WHERE source = 'recited'")
     db.execute("UPDATE meta SET name = 'protected_samples' WHERE name = 'protected_drafts'")
     for (prompts,) in db.execute("SELECT value FROM meta WHERE name = 'prompts'").fetchall():
         # Compared as text with the settings of today: written as ``base_model.prompts_of`` does.
-        renamed = json.dumps(
-            _rename(json.loads(prompts), old_settings("renamed")["prompts"]), sort_keys=True
-        )
+        names = old_settings("renamed")["prompts"]
+        renamed = json.dumps(_rename(json.loads(prompts), names), sort_keys=True)
         db.execute("UPDATE meta SET value = ? WHERE name = 'prompts'", [renamed])
     db.execute("PRAGMA user_version = 2")
-
-
-def _renamed(text: str, names: Mapping[str, str]) -> str:
-    return to_text(_rename(json.loads(text), names))
 
 
 def _renamed_config(text: str) -> str:

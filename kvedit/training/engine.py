@@ -146,8 +146,6 @@ class Engine(KeptMoments):
         """
         return self.worker.same_weights(self.master.digest())
 
-    # ---- facts as texts
-
     def examples(self, fact: Fact) -> list[Example]:
         """A fact under each of its training prompts."""
         return self._render(fact, trained=True)
@@ -175,8 +173,6 @@ class Engine(KeptMoments):
         """An earlier answer to train back to; one that was cut does not end there."""
         complete = len(self.renderer.tokens(answer)) < PRIOR_TOKENS
         return self.renderer.example(prompt, answer, ended=complete)
-
-    # ---- training
 
     def train(
         self,
@@ -265,8 +261,6 @@ class Engine(KeptMoments):
             name: self.master.matrices[name] if weight.device.type == "cpu" else weight
             for name, weight in self.master.served().items()
         }
-
-    # ---- probes
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
-from kvedit.facts.readers import read_facts_jsonl
 from kvedit.model.prompts import KEY_PLACEHOLDER, load_phrasings
 from tests.bench.pretrain import prompt_form
+from tests.jsonl_facts import read_facts_jsonl
 
 POETS_LIST, RELATIONS_LIST = "pretrained_poets.txt", "pretrained_relations.tsv"
 POETS, RELATIONS, KNOWN = "poets", "relations", "known"

@@ -10,7 +10,8 @@ import pytest
 
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
-from kvedit.facts.readers import read_description, read_facts_jsonl
+from kvedit.facts.readers import read_description
+from tests.jsonl_facts import read_facts_jsonl
 
 
 def test_a_description_comes_from_a_file_or_the_command_line(tmp_path: Path) -> None:

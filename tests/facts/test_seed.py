@@ -13,7 +13,8 @@ import pytest
 from kvedit.facts import keys
 from kvedit.facts.fact import Fact
 from kvedit.facts.language import detect_language
-from kvedit.facts.readers import read_description, read_facts_jsonl
+from kvedit.facts.readers import read_description
+from tests.jsonl_facts import read_facts_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = ROOT / "store" / "seed"
