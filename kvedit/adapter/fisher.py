@@ -100,6 +100,8 @@ class FisherMoments:
 
     def placed(self, devices: Mapping[str, torch.device]) -> FisherMoments:
         """The same with each matrix's moments on its device; shared tensors stay shared."""
+        if all(one.inputs.device == devices[name] for name, one in self.moments.items()):
+            return self
         move = _once(Tensor.to)
         placed = {
             name: MatrixMoments(move(one.inputs, at := devices[name]), one.gradients.to(at))

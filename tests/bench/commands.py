@@ -19,7 +19,7 @@ from kvedit.errors import GateFailedError, UsageError
 from tests.bench import options as o
 
 
-@click.group(cls=KveditGroup)
+@click.group(cls=KveditGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.pass_context
 def bench(ctx: click.Context, quiet: bool) -> None:

@@ -23,7 +23,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeB
     editor.KnowledgeBase = kind  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kvedit.editing.knowledge_base", editor)
     monkeypatch.setattr(kvedit, "editor", editor, raising=False)
-    monkeypatch.delenv("KVEDIT_STORE", raising=False)
+    for name in ("KVEDIT_STORE", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(FakeBase, "last", None)
     yield kind

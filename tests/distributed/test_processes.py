@@ -124,12 +124,12 @@ def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path)
 
 
 def wait_for(process: subprocess.Popen[str], key: str) -> None:
-    """Read the events of a process until a fact is at work; steps are reported now and then."""
+    """Read the events of a process until a fact is being trained: its edit is in the journal."""
     assert process.stdout is not None
     line = ""
     for line in process.stdout:
         event = json.loads(line)
-        if event["message_type"] == "status" and event.get("key") == key:
+        if event["message_type"] == "status" and event.get("key") == key and event["step"]:
             return
     pytest.fail(f"{key} was never seen at work: {line}")
 
