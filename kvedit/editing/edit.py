@@ -176,17 +176,17 @@ class Edit:
 
     def _remember(self, report: EditReport) -> None:
         """Protect what was learned, and write a checkpoint when one is due."""
-        checkout, every = self._session, self._config.retention.checkpoint_every
-        with checkout.best_effort(), memory.watched():  # else measured before the next edit
+        session, every = self._session, self._config.retention.checkpoint_every
+        with session.best_effort(), memory.watched():  # else measured before the next edit
             learns = self._plan.kind in ("add", "update")
             pairs = zip(self._plan.targets, self._plan.keys, strict=True)
             learned = [target for target, key in pairs if learns and key in report.keys]
             if self._plan.group:
                 weight = self._config.group.fact_weight
-                self._session.protection.remember([t.recall[0] for t in learned], weight)
+                session.protection.remember([t.recall[0] for t in learned], weight)
             else:
-                self._session.protection.remember([e for t in learned for e in t.recall[:2]])
-        with checkout.best_effort():
+                session.protection.remember([e for t in learned for e in t.recall[:2]])
+        with session.best_effort():
             rebuild.checkpoint_if_due(self._store, self._engine.master, every)
 
     def _report(

@@ -1,4 +1,4 @@
-"""The model of a store: pinned when the store is made, loaded again whenever it is opened.
+"""The base model of a store: its fingerprint is kept when the store is made, checked at each open.
 
 Invariants:
 - What is kept is enough to load the same weights in the same way; other ones are refused.
@@ -83,7 +83,7 @@ def _meta(spec: ModelSpec, settings: Config, engine: Engine) -> dict[str, str]:
 
 
 def prompts_of(settings: Config) -> str:
-    """How questions are put, as text: facts taught in one form may not be recalled in another."""
+    """How questions are put, as text: facts trained in one form may not be recalled in another."""
     return json.dumps(asdict(settings.prompts), sort_keys=True)
 
 
