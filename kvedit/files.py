@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,8 +89,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is complete or absent, and durable on return.
+def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file, of one piece or of several, so that it is complete or absent, and durable on
+    return.
 
     Raises DiskFullError when there is no space; the previous file is then intact.
     """
@@ -98,7 +99,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     with disk_errors(path):
         try:
             with open(temporary, "xb") as stream:
-                stream.write(data)
+                stream.writelines([data] if isinstance(data, bytes) else data)
                 sync_stream(stream)
             os.replace(temporary, path)
             sync_directory(path.parent)

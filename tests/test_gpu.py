@@ -14,7 +14,7 @@ from small_engine import StoreTemplate, digest, holds
 from small_model import FREE, KNOWN, phrasings, settings
 
 from kvedit import KnowledgeBase
-from kvedit.adapter import fisher as fisher
+from kvedit.adapter import fisher, start
 from kvedit.facts.fact import Fact
 from kvedit.model import devices, generation, loading, scoring, targets
 from kvedit.model.loading import BaseModel
@@ -85,7 +85,10 @@ def test_both_say_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Ex
 
 def test_both_measure_the_same(on_card: BaseModel, on_cpu: BaseModel, asked: list[Example]) -> None:
     names = targets.target_names(on_cpu.model)
-    there, here = (fisher.gradients(one.model, names, asked) for one in (on_card, on_cpu))
+    there: dict[str, torch.Tensor] = {}
+    here: dict[str, torch.Tensor] = {}
+    for one, taken in ((on_card, there), (on_cpu, here)):
+        start.gradients(one.model, names, asked, taken.__setitem__)
     for name in names:
         assert float((there[name].cpu() - here[name]).norm() / here[name].norm()) < 0.01
     # What is drawn differs from device to device; how far it adds up does not.

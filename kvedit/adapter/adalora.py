@@ -9,9 +9,9 @@ For a single fact A', B' and E are trained.  For a group the shorter side is a f
 factor and E is one: the change is linear in the side that is trained, and its penalty is that
 side's squared norm.
 
-The forward pass uses the matrix as the merge would leave it: ``W + B diag(E) A`` is formed in fp32
-and cast once, so that what is trained is what will be served.  One product with the sum is also
-faster than PEFT's forward pass, which makes five passes over the outputs.
+The forward pass is ``x W^T + ((x A^T) diag(E)) B^T`` and its gradients go straight to the factors:
+``W + B diag(E) A``, as the merge will leave it, and its gradient would be as large as the model.
+The merge rounds that sum once more to the served dtype, by no more than outputs are rounded.
 
 Invariants:
 - Outside of training the adapter is off and the model computes with its own weights alone.
@@ -22,7 +22,7 @@ Invariants:
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,8 @@ from kvedit.adapter.allocator import BatchedAllocator
 from kvedit.adapter.batched import NAME, BatchedAdapters
 from kvedit.adapter.deltas import Factors
 from kvedit.adapter.fisher import WhiteningFactors
-from kvedit.model.targets import is_matrix
-from kvedit.model.upcast import product
+from kvedit.adapter.start import Directions
+from kvedit.model.upcast import operand
 
 _NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
 
@@ -68,9 +68,8 @@ class Adapter:
         self._batches = _batched(model, names)
         self._scores = BatchedAllocator(self._allocator, self._batches)
         for adapters, _ in self._batches:
-            if adapters.dense:  # a quantized layer keeps PEFT's forward pass
-                for at, module in enumerate(adapters.modules):
-                    module.forward = partial(_forward, module, adapters, at)
+            for at, module in enumerate(adapters.modules):
+                module.forward = partial(_forward, module, adapters, at)
         self.turn(on=False)
 
     def unwrap(self) -> None:
@@ -84,29 +83,30 @@ class Adapter:
     def reset(
         self,
         whitening: Mapping[str, WhiteningFactors],
-        gradients: Mapping[str, Tensor],
-        penalty_gradient: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
+        directions: Mapping[str, Directions],
+        penalty_gradient: Callable[[str], Tensor | None],
         *,
         frozen_factor: bool = False,
     ) -> None:
         """Start an edit: A' and B' span the steepest directions of the new facts' loss, E is zero.
 
-        ``gradients``, (out, in) fp32 for each matrix, are those of that loss; A' and B' start as
-        the leading singular vectors of ``left^T gradient right^T``, so that E has a gradient from
-        the first step on (with random A and B it would first have to find its direction).
-        ``penalty_gradient`` (out, in) is half the gradient of the Fisher penalty at the accumulated
-        delta: a later edit may undo what earlier ones moved.  ``weights`` (out, in) are the current
-        matrices, fp32 where memory allows.  With ``frozen_factor`` one side keeps its start, the
-        other one starts at zero, and E is one.
+        ``directions`` are those of that loss (see ``start``), so that E has a gradient from the
+        first step on (with random A and B it would first have to find its direction).
+        ``penalty_gradient`` computes for a matrix half the gradient, (out, in), of the Fisher
+        penalty at the accumulated delta, None for zero: a later edit may undo what earlier ones
+        moved.  With ``frozen_factor`` one side keeps its start, the other one starts at zero, and E
+        is one.
         """
+
+        def linear_term(name: str) -> Tensor | None:
+            gradient = penalty_gradient(name)
+            return None if gradient is None else whitening[name].whiten(gradient)
+
         for adapters, names in self._batches:
             adapters.start(
                 [whitening[name] for name in names],
-                [gradients[name] for name in names],
-                [penalty_gradient[name] for name in names],
-                [weights[name] for name in names],
-                self.rank,
+                [directions[name] for name in names],
+                [partial(linear_term, name) for name in names],
                 frozen_factor=frozen_factor,
             )
             adapters.clear_gradients()
@@ -167,21 +167,12 @@ class Adapter:
         """All that ``read_gradients`` reads, zeros where a backward pass left nothing: processes
         that share a step sum these in place before it.
         """
-        summands: list[Tensor] = []
-        for adapters, _ in self._batches:
-            adapters.collect_gradients()
-            summands += adapters.factor_gradients()
-            for parameter in (adapters.e, *adapters.trained):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                summands.append(parameter.grad)
-        return summands
+        return [gradient for adapters, _ in self._batches for gradient in adapters.gradients()]
 
     @torch.no_grad()
     def read_gradients(self) -> None:
         """Compute the gradients of A' and B' from PEFT's A and B, after a backward pass."""
         for adapters, _ in self._batches:
-            adapters.collect_gradients()
             adapters.read_gradients()
         # Those of A and B stay until ``allocate`` has read them, or ``clear_gradients``.
 
@@ -225,18 +216,16 @@ class Adapter:
 
 
 def _batched(model: nn.Module, names: Sequence[str]) -> list[tuple[BatchedAdapters, list[str]]]:
-    """The wrapped modules by shape, device, scale and whether they are dense, with their names."""
+    """The wrapped modules by shape, device and scale, with their names."""
     alike: dict[Any, list[str]] = {}
     for name in names:
         module: Any = model.get_submodule(name)
         a, b = module.lora_A[NAME], module.lora_B[NAME]
-        layer = module.base_layer  # may be quantized, or offloaded
-        dense = is_matrix(layer) and not layer.weight.is_meta and layer.weight.is_floating_point()
         scale = float(module.scaling[NAME] / (module.ranknum[NAME].detach() + 1e-5))
-        alike.setdefault((a.shape, b.shape, a.device, dense, scale), []).append(name)
+        alike.setdefault((a.shape, b.shape, a.device, scale), []).append(name)
     return [
-        (BatchedAdapters([model.get_submodule(name) for name in members], dense, scale), members)
-        for (*_, dense, scale), members in alike.items()
+        (BatchedAdapters([model.get_submodule(name) for name in members], scale), members)
+        for (*_, scale), members in alike.items()
     ]
 
 
@@ -246,29 +235,35 @@ def _forward(module: Any, adapters: BatchedAdapters, at: int, x: Tensor) -> Tens
     if module.disable_adapters:
         unedited: Tensor = layer(x)
         return unedited
-    # As accelerate's hook does, which only runs in ``layer(x)``.
-    x = x.to(adapters.edited[at].device)
-    y: Tensor = _EditedProduct.apply(x, module.lora_E[NAME], adapters, at)  # type: ignore[no-untyped-call]
+    # Conv1D keeps its weight the other way round.
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+    x = x.to(weight.device)  # as accelerate's hook does, which only runs in ``layer(x)``
+    y: Tensor = _EditedProduct.apply(x, weight, module.lora_E[NAME], adapters, at)  # type: ignore[no-untyped-call]
     return y if layer.bias is None else y + layer.bias
 
 
 class _EditedProduct(torch.autograd.Function):
-    """``x M^T`` (..., out) for x (..., in), where M = W + B diag(E) A was formed before.
+    """``x (W + B diag(E) A)^T`` (..., out) for x (..., in).
 
-    The gradient of M is summed over all batches of a step; ``read_gradients`` computes those of the
-    factors from the sum.  (``e`` is an argument so that autograd calls ``backward`` even where x
-    needs no gradient.)
+    The gradients of the factors are summed over all batches of a step where the adapters are.
+    (``e`` is an argument so that autograd calls ``backward`` even where x needs no gradient.)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: Tensor, adapters: BatchedAdapters, at: int) -> Tensor:
-        ctx.save_for_backward(x, adapters.edited[at])
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, e: Tensor, adapters: BatchedAdapters, at: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
         ctx.adapters, ctx.at = adapters, at
-        return product(x, adapters.edited[at].T)
+        y = adapters.multiply(at, operand(x.flatten(0, -2)), operand(weight))
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x, edited = ctx.saved_tensors
-        of_matrix = product(gradient.flatten(0, -2).T, x.flatten(0, -2))
-        ctx.adapters.add_gradient(ctx.at, of_matrix)
-        return product(gradient, edited) if ctx.needs_input_grad[0] else None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        rows, of_rows = operand(x.flatten(0, -2)), operand(gradient.flatten(0, -2))
+        by = operand(weight) if ctx.needs_input_grad[0] else None
+        of_x = ctx.adapters.multiply_back(ctx.at, rows, of_rows, by)
+        if of_x is not None:
+            of_x = of_x.to(x.dtype).view(x.shape)
+        return of_x, None, None, None, None

@@ -1,19 +1,18 @@
 """Batched adapters: matrices of one shape whose adapters are one tensor.
 
 A model has hundreds of matrices of four or five shapes, and a GPU that gets a kernel for each of
-them mostly waits for Python.  Coordinates, penalty, factors and their gradients are therefore
+them mostly waits for Python.  Coordinates, penalty, factors and their optimizer are therefore
 computed for all matrices of a shape at once.  PEFT's modules see their own part of the tensors.
 
 Invariants:
 - A module's parameters are views of the batched tensors: who writes to one writes to the other.
-- The matrices themselves, and whitening factors that are matrices, are not copied: they are large.
+- Nothing has the size of a matrix; the matrices and their whitening factors are not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -22,85 +21,73 @@ from torch import Tensor
 from kvedit.adapter.deltas import leading
 from kvedit.adapter.fisher import WhiteningFactors, times
 from kvedit.adapter.penalty import FrozenFactorPenalty, Penalty
+from kvedit.adapter.start import Directions
 
 NAME = "edit"
+LINEAR_RANK = 64
+"""Of an accumulated delta's gradient term, for single facts: eight edits of eight ranks are kept
+exactly, and of more the leading directions."""
 _KINDS = ("lora_A", "lora_B", "lora_E")
+LinearTerm = Callable[[], Tensor | None]
+"""Computes the accumulated delta's whitened gradient term of a matrix, (out, in); None for zero."""
 
 
 @dataclass(slots=True)
 class BatchedAdapters:
     """``k`` wrapped matrices, (out, in), on one device, and what is trained of them, all fp32: E
     (k, r, 1), and the coordinates A' (k, r, in) and B' (k, out, r).
-
-    ``dense``: the layers are matrices that a change can be added to, not quantized ones.
     """
 
     modules: Sequence[Any]
-    dense: bool
     scale: float  # PEFT's, of B diag(E) A; read once, because reading it waits for the GPU
     factor_a: Tensor = field(init=False)  # (k, r, in) and (k, out, r): PEFT's A and B
     factor_b: Tensor = field(init=False)
     e: Tensor = field(init=False)
     a: Tensor = field(init=False)
     b: Tensor = field(init=False)
-    edited: list[Tensor] = field(init=False)  # (out, in): with the change, in the layer's dtype
-    _left: _Sides = field(init=False)
-    _right: _Sides = field(init=False)
-    _linear_term: Tensor = field(init=False)  # (k, out, in): the accumulated delta's gradient term
-    _weights: Sequence[Tensor] = field(init=False)  # (out, in): what the changes are added to
+    # Whitening factors as blocks (blocks, width, width): a row of A' or of B'^T times them is a row
+    # of A or of B^T.
+    _to_a: Sequence[Tensor] = field(init=False)
+    _to_b: Sequence[Tensor] = field(init=False)
+    _linear_terms: Sequence[LinearTerm] = field(init=False)
+    # What the penalty needs of the linear terms: see ``_low_rank`` and ``_of_frozen``.
+    _penalty_terms: tuple[Tensor | None, Tensor] | None = None
     _factors_stale: bool = True  # PEFT's A and B are not computed from A' and B' yet
-    # With a frozen factor: the gradient term along its directions, (k, r, longer side), and the
-    # directions' squared lengths, (k, r, 1).
-    _frozen_terms: tuple[Tensor, Tensor] | None = None
-    # Gradients of the sums W + B diag(E) A, (k, out, in), fp32, over the batches of a step, the
-    # indices that have one, and the gradients of PEFT's A and B.
-    _gradients: Tensor | None = None
-    _has_gradient: set[int] = field(default_factory=set)
-    _factor_gradients: tuple[Tensor, Tensor] | None = None
+    # Of the loss over the batches of a step: gradients of E and of PEFT's A and B, if trained.
+    _factor_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.factor_a, self.factor_b, e = map(_joined, self._parameters())
+        parameters = ([getattr(one, kind)[NAME] for one in self.modules] for kind in _KINDS)
+        self.factor_a, self.factor_b, e = map(_joined, parameters)
         self.e = e.requires_grad_()
-
-    def _parameters(self) -> list[list[Any]]:
-        """PEFT's A, B and E of each module."""
-        return [[getattr(module, kind)[NAME] for module in self.modules] for kind in _KINDS]
 
     def start(
         self,
         whitening: Sequence[WhiteningFactors],
-        gradients: Sequence[Tensor],
-        penalty_gradient: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        rank: int,
+        directions: Sequence[Directions],
+        linear_terms: Sequence[LinearTerm],
         *,
         frozen_factor: bool,
     ) -> None:
-        """Set A', B' and E to their start by the gradients: see ``Adapter.reset``."""
-        self._left = _Sides([factors.left for factors in whitening])
-        self._right = _Sides([_transposed(factors.right) for factors in whitening])
-        self._weights = weights
-        shape = (len(weights), *weights[0].shape)
-        self._linear_term = torch.empty(shape, dtype=torch.float32, device=self.e.device)
-        for place, one, by in zip(self._linear_term, penalty_gradient, whitening, strict=True):
-            place.copy_(_whitened(one, by))
-        steep = (_whitened(one, by) for one, by in zip(gradients, whitening, strict=True))
-        vectors = [leading(one, min(rank, *one.shape)) for one in steep]
-        self.a = torch.stack([_padded(v.T, self.e.shape[1]) for _, v in vectors])
-        self.b = torch.stack([_padded(u.T, self.e.shape[1]).T for u, _ in vectors])
+        """Set A', B' and E to their start: see ``Adapter.reset``."""
+        self._to_a = [factors.right for factors in whitening]
+        self._to_b = [factors.left.mT for factors in whitening]
+        self._linear_terms, rank = linear_terms, self.e.shape[1]
+        self.a = torch.stack([_padded(one.right.T, rank) for one in directions])
+        self.b = torch.stack([_padded(one.left.T, rank).T for one in directions])
         with torch.no_grad():
             self.e.fill_(1.0 if frozen_factor else 0.0)
         trained = [self.a, self.b]
         if frozen_factor:
-            out, into = self._linear_term.shape[1:]
-            trained = [self.a.zero_() if out <= into else self.b.zero_()]
+            trains_a = self.b.shape[1] <= self.a.shape[2]
+            trained = [self.a.zero_() if trains_a else self.b.zero_()]
         for side in trained:
             side.requires_grad_()
         self.values_changed()
 
     def values_changed(self) -> None:
         """Drop what was computed from a frozen factor: A', B' and E were set from outside."""
-        self._factors_stale, self._frozen_terms = True, None
+        self._factors_stale, self._penalty_terms = True, None
 
     @property
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,118 +109,129 @@ class BatchedAdapters:
 
         The directions of a frozen factor are orthonormal, or zero: their product is not needed.
         """
+        if self._penalty_terms is None:
+            with torch.no_grad():
+                compute = self._of_frozen if self.has_frozen_factor else self._low_rank
+                self._penalty_terms = compute()
         if not self.has_frozen_factor:
-            both: Tensor = Penalty.apply(self.a, self.b, self.e, self._linear_term)  # type: ignore[no-untyped-call]
+            both: Tensor = Penalty.apply(self.a, self.b, self.e, *self._penalty_terms)  # type: ignore[no-untyped-call]
             return both
-        trains_b = self.b.requires_grad
-        side, frozen = (self.b.mT, self.a) if trains_b else (self.a, self.b.mT)
-        if self._frozen_terms is None:
-            linear_term = self._linear_term.mT if trains_b else self._linear_term
-            self._frozen_terms = frozen @ linear_term, frozen.square().sum(-1, keepdim=True)
-        one: Tensor = FrozenFactorPenalty.apply(side, self.e, *self._frozen_terms)  # type: ignore[no-untyped-call]
+        side = self.b.mT if self.b.requires_grad else self.a
+        one: Tensor = FrozenFactorPenalty.apply(side, self.e, *self._penalty_terms)  # type: ignore[no-untyped-call]
         return one
 
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        """The linear terms as (k, out, q) @ (k, q, in): their leading directions, q zero if there
+        are none.
+        """
+        count, out, into = len(self._linear_terms), self.b.shape[1], self.a.shape[2]
+        left, right = self.b.new_zeros(count, out, 0), self.a.new_zeros(count, 0, into)
+        for at, read in enumerate(self._linear_terms):
+            if (term := read()) is None:
+                continue
+            if not left.shape[2]:
+                rank = min(LINEAR_RANK, out, into)
+                left, right = left.new_zeros(count, out, rank), left.new_zeros(count, rank, into)
+            left[at] = leading(term, left.shape[2])[0]
+            torch.mm(left[at].T, term, out=right[at])
+        return left, right
+
+    def _of_frozen(self) -> tuple[Tensor | None, Tensor]:
+        """The linear terms along a frozen factor's directions, (k, r, longer side), None if there
+        are none; and the directions' squared lengths, (k, r, 1).
+        """
+        trains_b = self.b.requires_grad
+        frozen, side = (self.a, self.b.mT) if trains_b else (self.b.mT, self.a)
+        along: Tensor | None = None
+        for at, read in enumerate(self._linear_terms):
+            if (term := read()) is not None:
+                along = torch.zeros_like(side) if along is None else along
+                along[at] = frozen[at] @ (term.T if trains_b else term)
+        return along, frozen.square().sum(-1, keepdim=True)
+
     def write_factors(self) -> None:
-        """Compute PEFT's A and B (a frozen one only once) and the edited matrices."""
-        if self._factors_stale or self.a.requires_grad:
-            self._right.write_transposed(self.a, self.factor_a)
-        if self._factors_stale or self.b.requires_grad:
-            self._left.write_transposed(self.b.mT, self.factor_b.mT)
+        """Compute PEFT's A and B, a frozen one only once."""
+        sides = ((self.a, self.factor_a, self._to_a), (self.b.mT, self.factor_b.mT, self._to_b))
+        for side, factor, blocks in sides:
+            if self._factors_stale or side.requires_grad:
+                for place, rows, by in zip(factor, side, blocks, strict=True):
+                    place.copy_(times(rows, by))
         self._factors_stale = False
-        if self.dense:
-            scaled = self.factor_b * (self.e.mT * self.scale)
-            parts = zip(self.modules, self._weights, scaled, self.factor_a, strict=True)
-            self.edited = [
-                torch.addmm(weight.float(), b, a).to(module.base_layer.weight.dtype)
-                for module, weight, b, a in parts
-            ]
 
-    def add_gradient(self, at: int, gradient: Tensor) -> None:
-        """Add a batch's gradient (out, in) of an edited matrix."""
-        if self._gradients is None:
-            self._gradients = torch.empty_like(self._linear_term)
-        if at in self._has_gradient:
-            self._gradients[at].add_(gradient)
-        else:
-            self._gradients[at].copy_(gradient)
-        self._has_gradient.add(at)
+    def multiply(self, at: int, x: Tensor, weight: Tensor) -> Tensor:
+        """``x (W + B diag(E) A)^T``, (N, out), for x (N, in) and a matrix's weight W (out, in),
+        without forming the sum; all of the dtype that the products are computed in.
+        """
+        a, b, sizes = self._factors(at, x.dtype)
+        return torch.addmm(x @ weight.T, (x @ a.T) * sizes, b.T)
 
-    def collect_gradients(self) -> None:
-        """Compute the gradients of PEFT's A, B and E from those of the edited matrices."""
-        if not self.dense:
-            self._collect_from_modules()
-        if self._gradients is None:
-            return
-        for at in set(range(len(self.modules))) - self._has_gradient:
-            self._gradients[at].zero_()
-        scaled = self.e.detach() * self.scale  # (k, r, 1)
-        inner = self.factor_b.mT @ self._gradients  # (k, r, in)
-        outer = self._gradients @ self.factor_a.mT  # (k, out, r)
-        of_e = (inner * self.factor_a).sum(-1, keepdim=True) * self.scale
-        self._factor_gradients = inner.mul_(scaled), outer.mul_(scaled.mT)
-        _add_gradient(self.e, of_e)
-        self._gradients = None
-        self._has_gradient.clear()
+    def multiply_back(
+        self, at: int, x: Tensor, gradient: Tensor, weight: Tensor | None
+    ) -> Tensor | None:
+        """Add the gradients of E, A and B for a ``gradient`` of that product; that of x (N, in), or
+        None without a weight.
+        """
+        a, b, sizes = self._factors(at, x.dtype)
+        back = gradient @ b
+        inner = back * sizes
+        if self.a.requires_grad:
+            self._add("a", at, inner.T @ x)
+        if self.b.requires_grad:
+            ahead = x @ a.T
+            self._add("b", at, gradient.T @ (ahead * sizes))
+            if self.a.requires_grad:
+                self._add("e", at, (back * ahead).sum(0)[:, None] * self.scale)
+        return None if weight is None else torch.addmm(gradient @ weight, inner, a)
 
-    def _collect_from_modules(self) -> None:
-        """Take the gradients that autograd left in the modules of quantized layers."""
-        kinds = self._parameters()
-        if all(parameter.grad is None for parameter in chain(*kinds)):
-            return
-        a, b, e = (
-            torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in kind])
-            for kind in kinds
-        )
-        self._factor_gradients = a, b
-        _add_gradient(self.e, e)
-        for parameter in chain(*kinds):
-            parameter.grad = None
+    def _factors(self, at: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """A (r, in) and B (out, r) of a matrix, and what is between them, (r,)."""
+        sizes = self.e[at, :, 0].detach() * self.scale
+        return self.factor_a[at].to(dtype), self.factor_b[at].to(dtype), sizes.to(dtype)
+
+    def _add(self, kind: str, at: int, gradient: Tensor) -> None:
+        self._gradient(kind)[at].add_(gradient)
+
+    def _gradient(self, kind: str) -> Tensor:
+        """The gradients of E or a factor, zero where there were none."""
+        if kind not in self._factor_gradients:
+            like = {"a": self.factor_a, "b": self.factor_b, "e": self.e}[kind]
+            self._factor_gradients[kind] = torch.zeros_like(like, requires_grad=False)
+        return self._factor_gradients[kind]
+
+    def gradients(self) -> list[Tensor]:
+        """All that ``read_gradients`` reads, zeros where a backward pass left nothing."""
+        sides = {"a": self.a, "b": self.b}
+        kinds = {name: side for name, side in sides.items() if side.requires_grad}
+        if not self.has_frozen_factor:
+            kinds["e"] = self.e
+        for parameter in kinds.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        penalties = [p.grad for p in kinds.values() if p.grad is not None]
+        return [*map(self._gradient, kinds), *penalties]
 
     def read_gradients(self) -> None:
-        """Compute the gradients of what is trained of A' and B' from those of PEFT's A and B."""
-        a, b = self.factor_gradients()
-        if self.a.requires_grad:
-            _add_gradient(self.a, self._right.times(a))
-        if self.b.requires_grad:
-            _add_gradient(self.b, self._left.times(b.mT).mT)
+        """Compute the gradients of what is trained from those of E and of PEFT's A and B."""
+        if "a" in self._factor_gradients:
+            _add_gradient(self.a, _each_times(self._factor_gradients["a"], self._to_a))
+        if "b" in self._factor_gradients:
+            _add_gradient(self.b, _each_times(self._factor_gradients["b"].mT, self._to_b).mT)
+        if "e" in self._factor_gradients:
+            _add_gradient(self.e, self._factor_gradients["e"])
 
     def factor_gradients(self) -> tuple[Tensor, Tensor]:
         """(k, r, in) and (k, out, r): gradients of PEFT's A and B, zero where there were none."""
-        if self._factor_gradients is None:
-            a, b = self.factor_a, self.factor_b
-            self._factor_gradients = torch.zeros_like(a), torch.zeros_like(b)
-        return self._factor_gradients
+        return self._gradient("a"), self._gradient("b")
 
     def clear_gradients(self) -> None:
         """Drop all gradients; interrupted training may have left some of a step behind."""
-        self._gradients = self._factor_gradients = self.e.grad = None
-        self._has_gradient.clear()
-        for parameter in chain(*self._parameters()):
-            parameter.grad = None
+        self._factor_gradients.clear()
+        self.e.grad = None
 
 
-class _Sides:
-    """The whitening factors of one side: ``k`` matrices (n, n), or ``k`` diagonals (n,), which are
-    small and copied into one tensor.
-    """
-
-    def __init__(self, whitening: Sequence[Tensor]) -> None:
-        self._whitening = whitening
-        self._diagonals = torch.stack(list(whitening))[:, None] if whitening[0].ndim == 1 else None
-
-    def times(self, sides: Tensor) -> Tensor:
-        """(k, r, n): each times its factor."""
-        if self._diagonals is not None:
-            return sides * self._diagonals
-        return torch.stack([side @ by for side, by in zip(sides, self._whitening, strict=True)])
-
-    def write_transposed(self, sides: Tensor, out: Tensor) -> None:
-        """Write (k, r, n), each times the transpose of its factor, into another tensor."""
-        if self._diagonals is not None:
-            torch.mul(sides, self._diagonals, out=out)
-            return
-        for side, by, place in zip(sides, self._whitening, out, strict=True):
-            torch.mm(side, by.T, out=place)
+def _each_times(rows: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """(k, r, side): of each matrix, the rows times the transpose of its blocks."""
+    return torch.stack([times(one, by.mT) for one, by in zip(rows, blocks, strict=True)])
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
@@ -244,11 +242,6 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     return batched
 
 
-def _whitened(gradient: Tensor, whitening: WhiteningFactors) -> Tensor:
-    """A gradient with respect to D, (out, in), as one with respect to D'."""
-    return times(times(gradient.T, whitening.left).T, _transposed(whitening.right))
-
-
 def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
@@ -257,8 +250,3 @@ def _padded(rows: Tensor, count: int) -> Tensor:
     """(count, width): with rows of zeros, where a matrix has fewer directions than ranks."""
     zeros = rows.new_zeros(count - len(rows), rows.shape[1])
     return torch.cat([rows, zeros]).contiguous()
-
-
-def _transposed(factor: Tensor) -> Tensor:
-    """The transpose; a diagonal is its own."""
-    return factor if factor.ndim == 1 else factor.T

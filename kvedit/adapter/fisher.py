@@ -12,16 +12,20 @@ Where a model is certain, its output distribution hardly moves until an answer i
 and Fisher information does not see it.  ``margins`` measures instead how far the logit margins of
 answers move, however large they are: recall depends on their sign.
 
+A side wider than ``BLOCK`` is cut into equal blocks, and only the moments within each are kept
+(block-diagonal K-FAC): its moments are then smaller than the matrix.
+
 Invariants:
 - Moments are sums over tokens in fp32; adding two of them is measuring both texts.
 - Measuring changes nothing in the model.
+- Batches are small, and logits are computed a few answer tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,34 +34,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.errors import ModelError
-from kvedit.model.devices import generator
+from kvedit.model.devices import generator, is_accelerated
+from kvedit.model.forward import project, projects, vocabulary_size
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import Answers, answer_logits, batch_tokens, by_length
+from kvedit.model.scoring import (
+    ACCELERATOR_BATCH_FACTOR,
+    answer_logits,
+    answer_states,
+    batch_tokens,
+    by_length,
+)
 
-DENSE_LIMIT = 2048
-"""Of wider sides only the diagonal is kept: larger factorizations cost more than they save."""
+BLOCK = 512
+"""The width of a side's widest block."""
+BATCH_TOKENS = 512  # in a batch that is measured, whose activations are all kept
+MAX_LOGITS = 8 * 1024 * 1024  # in a table of logits
 
 
-def _once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, computed once for tensors in the same memory: the layers that read the same
-    inputs (q, k and v; gate and up) share the moments of these.
-    """
-    results: dict[tuple[object, ...], Tensor] = {}
-
-    def shared(*arguments: Any) -> Tensor:
-        key = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        if key not in results:
-            results[key] = function(*arguments)
-        return results[key]
-
-    return shared
+def block_count(side: int) -> int:
+    """The smallest number of equal blocks, none wider than ``BLOCK``, that make up a side."""
+    return next(k for k in range(-(-side // BLOCK), side + 1) if side % k == 0)
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixMoments:
-    """Second moments of one matrix: ``inputs`` (in, in) and ``gradients`` (out, out), as sums.
-
-    Of a side wider than ``DENSE_LIMIT`` only the diagonal is kept, (in,) or (out,).
+    """Second moments of one matrix, as sums: of its inputs and of its outputs' gradients, each
+    (blocks, width, width), the blocks on the diagonal.
     """
 
     inputs: Tensor
@@ -66,186 +68,200 @@ class MatrixMoments:
 
 @dataclass(frozen=True, slots=True)
 class FisherMoments:
-    """MatrixMoments of each touched matrix, summed over ``tokens`` tokens."""
+    """Moments of each touched matrix, summed over ``tokens`` tokens.
 
-    moments: Mapping[str, MatrixMoments]
+    ``sides`` has ``NAME.gradients`` for each matrix, and ``NAME.inputs`` for each whose inputs no
+    matrix before it has read: q, k and v read the same.  ``inputs_of`` gives the name of that one
+    for each matrix.  The sides may lie on the disk and be read when asked for.
+    """
+
+    sides: Mapping[str, Tensor]
+    inputs_of: Mapping[str, str]
     tokens: int
+
+    @property
+    def moments(self) -> dict[str, MatrixMoments]:
+        """The moments by matrix; all of them in memory."""
+        sides = dict(self.sides)
+        return {
+            name: MatrixMoments(sides[f"{first}.inputs"], sides[f"{name}.gradients"])
+            for name, first in self.inputs_of.items()
+        }
 
     def plus(self, other: FisherMoments, weight: float) -> FisherMoments:
         """Add another text's moments, each of its tokens counted ``weight`` times.
 
-        The token count stays, so that text that was protected before is not protected less.
+        The sum is formed in the other's memory, whose values are lost.  The token count stays, so
+        that text that was protected before is not protected less.
         """
-        add = _once(lambda one, two: one + weight * two)
-        total = {}
-        for name, matrix in self.moments.items():
-            more = other.moments[name]
-            gradients = matrix.gradients + weight * more.gradients
-            total[name] = MatrixMoments(add(matrix.inputs, more.inputs), gradients)
-        return FisherMoments(total, self.tokens)
+        sides = {k: other.sides[k].mul_(weight).add_(side) for k, side in self.sides.items()}
+        return FisherMoments(sides, self.inputs_of, self.tokens)
 
     def scaled_like(self, other: FisherMoments) -> FisherMoments:
         """The moments, scaled so that an isotropic change has the same penalty as in another."""
         factor = other._size() / self._size()
-        moments = {
-            name: replace(matrix, gradients=matrix.gradients * factor)
-            for name, matrix in self.moments.items()
+        sides = {
+            key: side * factor if key.endswith(".gradients") else side
+            for key, side in self.sides.items()
         }
-        return FisherMoments(moments, self.tokens)
+        return FisherMoments(sides, self.inputs_of, self.tokens)
 
     def _size(self) -> float:
         """The expected penalty of a random change of unit variance in every entry of a matrix."""
-        traces = [_trace(one.inputs) * _trace(one.gradients) for one in self.moments.values()]
-        return max(sum(traces) / self.tokens**2, torch.finfo(torch.float32).tiny)
+        traces = {key: _trace(side) for key, side in self.sides.items()}
+        size = sum(
+            traces[f"{i}.inputs"] * traces[f"{n}.gradients"] for n, i in self.inputs_of.items()
+        )
+        return max(size / self.tokens**2, torch.finfo(torch.float32).tiny)
 
-    def placed(self, devices: Mapping[str, torch.device]) -> FisherMoments:
-        """The same with each matrix's moments on its device; shared tensors stay shared."""
-        if all(one.inputs.device == devices[name] for name, one in self.moments.items()):
-            return self
-        move = _once(Tensor.to)
-        placed = {
-            name: MatrixMoments(move(one.inputs, at := devices[name]), one.gradients.to(at))
-            for name, one in self.moments.items()
-        }
-        return FisherMoments(placed, self.tokens)
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for a file."""
-        flat = {"tokens": torch.tensor(self.tokens)}
-        for name, matrix in self.moments.items():
-            flat |= {f"{name}.inputs": matrix.inputs, f"{name}.gradients": matrix.gradients}
-        return flat
-
-    @classmethod
-    def from_tensors(cls, flat: Mapping[str, Tensor]) -> FisherMoments:
-        """The inverse of ``to_tensors``."""
-        names = [name.removesuffix(".inputs") for name in flat if name.endswith(".inputs")]
-        moments = {n: MatrixMoments(flat[f"{n}.inputs"], flat[f"{n}.gradients"]) for n in names}
-        return cls(moments, int(flat["tokens"]))
+    def on_cpu(self) -> FisherMoments:
+        """The same in the system's memory."""
+        sides = {key: side.cpu() for key, side in self.sides.items()}
+        return FisherMoments(sides, self.inputs_of, self.tokens)
 
 
 def _trace(moment: Tensor) -> float:
-    """The trace of a matrix, or of a diagonal given as a vector."""
-    return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
+    return float(moment.diagonal(dim1=-2, dim2=-1).sum())
 
 
-def penalty_gradients(fisher: FisherMoments, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Half the gradient of ``trace(G D C D^T)`` at the accumulated deltas D: ``G D C``, fp32."""
-    gradients = {}
-    for name, one in fisher.moments.items():
-        half = times(deltas[name].to(one.inputs.device), one.inputs / fisher.tokens)
-        gradients[name] = times(half.T, one.gradients / fisher.tokens).T
-    return gradients
+def penalty_gradient(fisher: FisherMoments, name: str, delta: Tensor) -> Tensor:
+    """Half the gradient of ``trace(G D C D^T)`` at one matrix's accumulated delta D: ``G D C``,
+    (out, in), fp32, where D is.
+    """
+    inputs = fisher.sides[f"{fisher.inputs_of[name]}.inputs"].to(delta.device)
+    half = times(delta, inputs / fisher.tokens)
+    gradients = fisher.sides[f"{name}.gradients"].to(delta.device)
+    return times(half.T, gradients / fisher.tokens).T
 
 
 @dataclass(frozen=True, slots=True)
 class WhiteningFactors:
-    """One matrix's whitened coordinates, ``D = left D' right``, fp32: ``left`` (out, out) is K^-T
-    and ``right`` (in, in) is H^-1.  A vector stands for a diagonal matrix.
+    """One matrix's whitened coordinates, ``D = left D' right``, fp32: ``left`` is K^-T and
+    ``right`` is H^-1, as the blocks (blocks, width, width) on their diagonals.
     """
 
     left: Tensor
     right: Tensor
 
+    def whiten(self, gradient: Tensor) -> Tensor:
+        """A gradient with respect to D, (out, in), as one with respect to D'."""
+        return times(times(gradient.T, self.left).T, self.right.mT)
+
 
 def whitening(
-    fisher: FisherMoments, *, input_damping: float, gradient_damping: float
+    fisher: FisherMoments,
+    devices: Mapping[str, torch.device],
+    input_damping: float,
+    gradient_damping: float,
 ) -> dict[str, WhiteningFactors]:
-    """The whitening factors of each matrix; damping is relative to the mean eigenvalue."""
-    right = _once(lambda inputs: inverse_factor(inputs / fisher.tokens, input_damping))
-    factors = {}
-    for name, one in fisher.moments.items():
-        left = inverse_factor(one.gradients / fisher.tokens, gradient_damping)
-        left = left if left.ndim == 1 else left.T.contiguous()
-        factors[name] = WhiteningFactors(left, right(one.inputs))
+    """The whitening factors of each matrix, on its device; damping is relative to the mean
+    eigenvalue of a side.
+    """
+
+    def inverse(side: str, damping: float, device: torch.device) -> Tensor:
+        moment = fisher.sides[side].to(device, torch.float64).div_(fisher.tokens)
+        return inverse_factor(moment, damping)
+
+    factors: dict[str, WhiteningFactors] = {}
+    for name, first in fisher.inputs_of.items():
+        left = inverse(f"{name}.gradients", gradient_damping, devices[name]).mT.contiguous()
+        if first == name:
+            right = inverse(f"{name}.inputs", input_damping, devices[name])
+        else:
+            right = factors[first].right
+        factors[name] = WhiteningFactors(left, right)
     return factors
 
 
 def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """``H^-1`` where ``H H^T = M + damping * mean eigenvalue``; a vector stands for a diagonal."""
-    tiny = torch.finfo(torch.float32).tiny
-    if moment.ndim == 1:
-        return (moment + damping * moment.mean().clamp_min(tiny)).rsqrt()
-    damped = moment.to(torch.float64, copy=True)
-    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(tiny))
-    factor = torch.linalg.cholesky(damped)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    """The blocks of ``H^-1`` where ``H H^T = M + damping * mean eigenvalue``, for the blocks
+    (blocks, width, width) of M, fp64, which are overwritten.
+    """
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    factor = torch.linalg.cholesky(moment)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     return inverse.float()
 
 
-def times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """``matrix @ factor``, the factor a matrix or a diagonal."""
-    product: Tensor = matrix * factor if factor.ndim == 1 else matrix @ factor
+def times(rows: Tensor, blocks: Tensor) -> Tensor:
+    """(rows, side): ``rows`` times the matrix with (blocks, width, width) on its diagonal."""
+    if len(blocks) == 1:
+        return rows @ blocks[0]
+    parts = rows.reshape(len(rows), *blocks.shape[:2]).transpose(0, 1)
+    product: Tensor = (parts @ blocks).transpose(0, 1).flatten(1)
     return product
 
 
-_Records = tuple[dict[str, Tensor], dict[str, Tensor]]
-
-
 @contextmanager
-def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[_Records]:
-    """The last inputs of the named modules, and the last gradients of their outputs."""
-    inputs: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
+def observed(
+    model: nn.Module,
+    names: Iterable[str],
+    forward: Callable[[str, Tensor], None],
+    backward: Callable[[str, Tensor], None],
+) -> Iterator[None]:
+    """Inside, ``forward`` gets the inputs of each named module, and ``backward`` the gradients of
+    its outputs, as they are computed.
+    """
 
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def observe(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         # A hook of accelerate may move the input to the device only inside the module.
-        inputs[name] = args[0].detach().to(output.device)
+        forward(name, args[0].detach().to(output.device))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        output.register_hook(partial(gradients.__setitem__, name))  # type: ignore[no-untyped-call]
+        output.register_hook(partial(backward, name))  # type: ignore[no-untyped-call]
         return output
 
+    projects(model)  # tries it once, which must not be observed
     with ExitStack() as hooks:
         for name in names:
             module = model.get_submodule(name)
-            hooks.enter_context(module.register_forward_hook(partial(record, name)))
-        yield inputs, gradients
+            hooks.enter_context(module.register_forward_hook(partial(observe, name)))
+        yield
 
 
-def gradients(
-    model: nn.Module, names: Sequence[str], examples: Sequence[Example]
-) -> dict[str, Tensor]:
-    """The gradient of the mean answer loss with respect to each matrix, (out, in), fp32.
+def measured_batches(model: nn.Module, examples: Sequence[Example]) -> list[list[Example]]:
+    """Batches that are small enough to go through the model with all their activations kept."""
+    factor = ACCELERATOR_BATCH_FACTOR if is_accelerated(model) else 1
+    tokens = min(batch_tokens(model), factor * BATCH_TOKENS)
+    return [[examples[i] for i in sorted(batch)] for batch in by_length(examples, tokens)]
 
-    Batch by batch: the logits of all texts of a group can take more memory than the model.
+
+def backward(
+    model: nn.Module, examples: Sequence[Example], loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Backward through the model of a sum over answer tokens: ``loss`` of logits (N, vocabulary),
+    float, and targets (N,), for a few tokens at a time.
     """
-    answers = sum(len(example.ids) - example.start for example in examples)
-    total: dict[str, Tensor] = {}
-    with _recorded(model, names) as (inputs, of_outputs):
-        for batch in by_length(examples, batch_tokens(model)):
-            _push(model, [examples[i] for i in sorted(batch)], answers)
-            for name in names:  # summed over rows and positions
-                rows = of_outputs[name].flatten(0, -2).float()
-                gradient = rows.T @ inputs[name].flatten(0, -2).float()
-                total[name] = total[name].add_(gradient) if name in total else gradient
-    return total
+    if not projects(model):
+        answers = answer_logits(model, examples)
+        loss(answers.logits, answers.targets).backward()  # type: ignore[no-untyped-call]
+        return
+    states = answer_states(model, examples, None)
+    targets = torch.tensor([t for e in examples for t in e.ids[e.start :]], device=states.device)
+    leaf = states.detach().requires_grad_()
+    rows = max(1, MAX_LOGITS // vocabulary_size(model))
+    for part, wanted in zip(torch.split(leaf, rows), torch.split(targets, rows), strict=True):
+        loss(logits := project(model, part).float(), wanted.to(logits.device)).backward()  # type: ignore[no-untyped-call]
+    states.backward(leaf.grad)  # type: ignore[no-untyped-call]
 
 
-def _push(model: nn.Module, part: Sequence[Example], answers: int) -> None:
-    """Backward through the model: a batch's part of the mean loss over all answer tokens."""
-    batch = answer_logits(model, part)
-    loss = functional.cross_entropy(batch.logits, batch.targets)
-    (loss * (len(batch.targets) / answers)).backward()  # type: ignore[no-untyped-call]
-
-
-def information(answers: Answers, chance: torch.Generator) -> Tensor:
+def information(logits: Tensor, targets: Tensor, chance: torch.Generator) -> Tensor:
     """Minus log p of answers sampled from the model, summed, a scalar: the second moment of its
-    gradient is the Fisher information.
+    gradient is the Fisher information.  (The targets do not matter.)
     """
-    weights = torch.softmax(answers.logits.detach().float().to(chance.device), -1)
-    samples = torch.multinomial(weights, 1, generator=chance)[:, 0].to(answers.logits.device)
-    return functional.cross_entropy(answers.logits, samples, reduction="sum")
+    weights = torch.softmax(logits.detach().to(chance.device), -1)
+    samples = torch.multinomial(weights, 1, generator=chance)[:, 0].to(logits.device)
+    return functional.cross_entropy(logits, samples, reduction="sum")
 
 
-def margins(answers: Answers, chance: torch.Generator) -> Tensor:
+def margins(logits: Tensor, targets: Tensor, chance: torch.Generator) -> Tensor:
     """Logit margins of the answer tokens over all others together (logsumexp), summed with random
     signs, a scalar: without signs the gradients of several tokens at one position would add up.
     """
-    targets = answers.targets[:, None]
-    others = answers.logits.scatter(1, targets, float("-inf")).logsumexp(1)
-    token_margins = answers.logits.gather(1, targets)[:, 0] - others
+    others = logits.scatter(1, targets[:, None], float("-inf")).logsumexp(1)
+    token_margins = logits.gather(1, targets[:, None])[:, 0] - others
     size, device = (len(token_margins),), chance.device
     signs = torch.randint(0, 2, size, generator=chance, device=device).mul_(2).sub_(1)
     return (token_margins * signs.to(token_margins)).sum()
@@ -256,37 +272,60 @@ def measure(
     names: Sequence[str],
     examples: Sequence[Example],
     *,
-    of: Callable[[Answers, torch.Generator], Tensor] = information,
+    of: Callable[[Tensor, Tensor, torch.Generator], Tensor] = information,
     seed: int = 0,
 ) -> FisherMoments:
     """Moments over the tokens of texts.  The gradients are those of ``of``, a sum over answer
     tokens whose mean gradient is zero.
     """
-    total: FisherMoments | None = None
-    chance = generator(model, seed)
-    with _recorded(model, names) as records:
-        for batch in by_length(examples, batch_tokens(model)):
-            part = [examples[i] for i in batch]
-            of(answer_logits(model, part), chance).backward()  # type: ignore[no-untyped-call]
-            lengths = [len(example.ids) for example in part]
-            moments = _batch_moments(names, records, lengths)
-            if total is not None:
-                tokens = total.tokens + moments.tokens
-                moments = replace(total.plus(moments, 1.0), tokens=tokens)
-            total = moments
-    if total is None:
+    if not examples:
         raise ModelError(
             "there is no protected text to measure", hint="Give some with init --protect FILE."
         )
-    return total
+    sums, chance = _Sums(), generator(model, seed)
+    with observed(model, names, sums.add_inputs, sums.add_gradients):
+        for batch in measured_batches(model, examples):
+            sums.begin([len(example.ids) for example in batch])
+            backward(model, batch, lambda logits, targets: of(logits, targets, chance))
+    return FisherMoments(sums.sides, sums.inputs_of, sums.tokens)
 
 
-def _batch_moments(names: Sequence[str], records: _Records, lengths: list[int]) -> FisherMoments:
-    inputs, gradients = records
-    moment = partial(_second_moment, lengths=torch.tensor(lengths))
-    of_inputs = _once(moment)
-    moments = {n: MatrixMoments(of_inputs(inputs[n]), moment(gradients[n])) for n in names}
-    return FisherMoments(moments, sum(lengths))
+class _Sums:
+    """Moments as they are measured: sums over batches, formed in place."""
+
+    def __init__(self) -> None:
+        self.sides: dict[str, Tensor] = {}
+        self.inputs_of: dict[str, str] = {}
+        self.tokens = 0
+        self._lengths = torch.empty(0)
+        self._last: tuple[str, Tensor] | None = None  # kept, so that its memory is not used again
+
+    def begin(self, lengths: list[int]) -> None:
+        """The next batch has texts of these lengths."""
+        self._lengths, self._last = torch.tensor(lengths), None
+        self.tokens += sum(lengths)
+
+    def add_inputs(self, name: str, inputs: Tensor) -> None:
+        """A module's inputs; those that several modules read one after the other count once."""
+        if name not in self.inputs_of:
+            first, last = self._last or (name, inputs)
+            shared = inputs.data_ptr() == last.data_ptr() and inputs.shape == last.shape
+            self.inputs_of[name] = self.inputs_of.get(first, name) if shared else name
+        self._last = name, inputs
+        if self.inputs_of[name] == name:
+            self._add(f"{name}.inputs", inputs)
+
+    def add_gradients(self, name: str, gradients: Tensor) -> None:
+        """The gradients of a module's outputs."""
+        self._add(f"{name}.gradients", gradients)
+
+    def _add(self, side: str, values: Tensor) -> None:
+        rows = _tokens(values, self._lengths).float()
+        parts = rows.view(len(rows), block_count(rows.shape[1]), -1).transpose(0, 1)
+        if side in self.sides:
+            self.sides[side].baddbmm_(parts.mT, parts)
+        else:
+            self.sides[side] = parts.mT @ parts
 
 
 def _tokens(values: Tensor, lengths: Tensor) -> Tensor:
@@ -301,8 +340,3 @@ def _tokens(values: Tensor, lengths: Tensor) -> Tensor:
         values = values.transpose(0, 1)
     inside = torch.arange(values.shape[1])[None] < lengths[:, None]
     return values[inside.to(values.device)]
-
-
-def _second_moment(values: Tensor, lengths: Tensor) -> Tensor:
-    rows = _tokens(values, lengths).float()
-    return rows.square().sum(0) if rows.shape[1] > DENSE_LIMIT else rows.T @ rows

@@ -13,41 +13,46 @@ from torch import Tensor
 
 class Penalty(torch.autograd.Function):
     """The sum over k matrices of ``|b diag(e) a|^2 + 2 <linear_term, b diag(e) a>``, a scalar, for
-    a (k, r, in), b (k, out, r), e (k, r, 1), linear_term (k, out, in).
+    a (k, r, in), b (k, out, r), e (k, r, 1), and ``linear_term = left right`` with left (k, out, q)
+    and right (k, q, in).
 
     The gradients share most of its products and are computed with it: autograd launched three times
     as many kernels.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, e: Tensor, linear_term: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, e: Tensor, left: Tensor, right: Tensor) -> Tensor:
         rows, columns, sizes = a @ a.mT, b.mT @ b, e @ e.mT
-        back, inner = b.mT @ linear_term, columns * sizes
+        back, inner = (b.mT @ left) @ right, columns * sizes
         linear = (back * a).sum(-1, keepdim=True)
         ctx.save_for_backward(
             torch.baddbmm(e * back, inner, a, beta=2, alpha=2),
-            torch.baddbmm((linear_term @ a.mT) * e.mT, b, sizes * rows, beta=2, alpha=2),
+            torch.baddbmm((left @ (right @ a.mT)) * e.mT, b, sizes * rows, beta=2, alpha=2),
             torch.baddbmm(linear, columns * rows, e, beta=2, alpha=2),
         )
         return (inner * rows).sum() + 2 * (linear * e).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         of_a, of_b, of_e = ctx.saved_tensors
-        return gradient * of_a, gradient * of_b, gradient * of_e, None
+        return gradient * of_a, gradient * of_b, gradient * of_e, None, None
 
 
 class FrozenFactorPenalty(torch.autograd.Function):
     """The same where the other side is frozen with orthogonal directions, for side (k, r, n) and e
-    (k, r, 1): along (k, r, n) is the linear term in those directions, squares (k, r, 1) are their
-    squared lengths.
+    (k, r, 1): along (k, r, n) is the linear term in those directions, or None; squares (k, r, 1)
+    are their squared lengths.
     """
 
     @staticmethod
-    def forward(ctx: Any, side: Tensor, e: Tensor, along: Tensor, squares: Tensor) -> Tensor:
+    def forward(ctx: Any, side: Tensor, e: Tensor, along: Tensor | None, squares: Tensor) -> Tensor:
         once = squares * e
-        lengths, linear = side.square().sum(-1, keepdim=True), (side * along).sum(-1, keepdim=True)
-        ctx.save_for_backward(2 * (side * (once * e) + along * e), 2 * (once * lengths + linear))
+        lengths, linear = side.square().sum(-1, keepdim=True), torch.zeros_like(e)
+        of_side = side * (2 * once * e)
+        if along is not None:
+            linear = (side * along).sum(-1, keepdim=True)
+            of_side.addcmul_(along, e, value=2)
+        ctx.save_for_backward(of_side, 2 * (once * lengths + linear))
         return (e * (once * lengths + 2 * linear)).sum()
 
     @staticmethod

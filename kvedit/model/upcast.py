@@ -47,9 +47,12 @@ def _seconds(dtype: torch.dtype) -> float:
 
 def product(one: Tensor, other: Tensor) -> Tensor:
     """``one @ other``, (..., n) and (n, m), both and the result of the same dtype."""
-    if _upcasts(one):
-        return (one.float() @ other.float()).to(one.dtype)
-    return one @ other
+    return (operand(one) @ operand(other)).to(one.dtype)
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """A tensor as it is multiplied: in fp32 where products of its dtype are slow."""
+    return tensor.float() if _upcasts(tensor) else tensor
 
 
 def _upcasts(operand: Tensor) -> bool:
@@ -81,19 +84,39 @@ def upcast_model(model: Any) -> None:
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    weight, bias = layer.weight, layer.bias
+    return _multiply(x, layer.weight, layer.bias)
+
+
+def _conv1d(layer: Any, x: Tensor) -> Tensor:
+    """GPT-2's linear layer, whose weight is (in, out)."""
+    return _multiply(x, layer.weight.t(), layer.bias)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., out): a linear layer of a weight (out, in)."""
+    if _upcasts(x) and not weight.requires_grad:
+        y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
     if _upcasts(x):
         weight, bias = weight.float(), None if bias is None else bias.float()
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
-def _conv1d(layer: Any, x: Tensor) -> Tensor:
-    """GPT-2's linear layer, whose weight is (in, out)."""
-    weight, bias = layer.weight, layer.bias
-    if _upcasts(x):
-        weight, bias = weight.float(), bias.float()
-    out: Tensor = x.to(weight.dtype) @ weight + bias
-    return out.to(x.dtype)
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer in fp32 whose weight is cast anew in the backward pass: autograd would keep an
+    fp32 copy of every weight of the model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        wide = None if bias is None else bias.float()
+        return functional.linear(x.float(), weight.float(), wide).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return (gradient.float() @ weight.float()).to(gradient.dtype), None, None
 
 
 def _attention(

@@ -1,17 +1,26 @@
 """Fisher moments beside the store, so that they are not measured again at every start.
 
-Invariant: moments are read only if the file is whole and they were measured on the same weights and
-the same texts.  The files are a cache and may be deleted at any time.
+Invariants:
+- Moments are read only if the file is whole and they were measured on the same weights and the same
+  texts.  The files are a cache and may be deleted at any time.
+- What is read stays on the disk: each side comes into memory when it is asked for, and no longer.
 """
 
+import json
+import struct
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
+from torch import Tensor
 
-from kvedit.adapter.fisher import FisherMoments
+from kvedit.adapter.fisher import BLOCK, FisherMoments
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
 from kvedit.store.store import Store
+
+_FORMAT = f"blocks of {BLOCK}"
 
 
 def write(store: Store, revision: int, name: str, fisher: FisherMoments, texts: str = "") -> None:
@@ -21,43 +30,50 @@ def write(store: Store, revision: int, name: str, fisher: FisherMoments, texts: 
     """
     path = _path(store, name)
     weights = store.revision(revision).weights_digest
-    if _measured_on(path) == (weights, texts):
+    if _measured_on(path) == (_FORMAT, weights, texts):
         return
+    label = {
+        "format": _FORMAT, "revision": str(revision), "weights": weights, "texts": texts,
+        "tokens": str(fisher.tokens), "inputs_of": json.dumps(dict(fisher.inputs_of)),
+    }  # fmt: skip
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         clean_temporary(path.parent)
-    label = {"revision": str(revision), "weights": weights, "texts": texts}
-    first_names: dict[int, str] = {}  # q, k and v share the moments of their inputs
-    tensors = {}
-    for part, tensor in fisher.to_tensors().items():
-        first = first_names.setdefault(tensor.data_ptr(), part)
-        if first == part:
-            tensors[part] = tensor.contiguous()
-        else:
-            label[f"same:{part}"] = first
-    write_atomic(path, save_tensors(tensors, label))
+    write_atomic(path, _pieces(fisher.sides, label))
+
+
+def _pieces(sides: Mapping[str, Tensor], label: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of fp32 tensors, without a copy of all of them in memory."""
+    spans: dict[str, object] = {"__metadata__": label}
+    end = 0
+    for name, side in sides.items():
+        start, end = end, end + side.nbytes
+        spans[name] = {"dtype": "F32", "shape": list(side.shape), "data_offsets": [start, end]}
+    text = json.dumps(spans).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for side in sides.values():
+        yield side.contiguous().numpy().data.cast("B")
 
 
 def read(store: Store, revision: int, name: str, texts: str = "") -> FisherMoments | None:
     """The moments of this revision's weights and of these texts; None if they are not there."""
     path = _path(store, name)
-    if _measured_on(path) != (store.revision(revision).weights_digest, texts):
+    if _measured_on(path) != (_FORMAT, store.revision(revision).weights_digest, texts):
         return None
-    with safe_open(path, framework="pt") as stream:
-        tensors = {part: stream.get_tensor(part) for part in stream.keys()}  # noqa: SIM118
-        label = stream.metadata()
-    for part, first in label.items():
-        if part.startswith("same:"):
-            tensors[part.removeprefix("same:")] = tensors[first]
-    return FisherMoments.from_tensors(tensors)
+    sides = _FileTensors(path)
+    inputs_of = json.loads(sides.label["inputs_of"])
+    return FisherMoments(sides, inputs_of, int(sides.label["tokens"]))
 
 
-def _measured_on(path: Path) -> tuple[str, str] | None:
-    """The digests of the weights and of the texts that a file's moments were measured on."""
+def _measured_on(path: Path) -> tuple[str, str, str] | None:
+    """The form of a file's moments and the digests of the weights and of the texts that they were
+    measured on.
+    """
     try:
         with safe_open(path, framework="pt") as stream:
             label = stream.metadata() or {}
-            return label.get("weights", ""), label.get("texts", "")
+            return label.get("format", ""), label.get("weights", ""), label.get("texts", "")
     except (OSError, SafetensorError):
         remove(path)
         return None
@@ -65,3 +81,33 @@ def _measured_on(path: Path) -> tuple[str, str] | None:
 
 def _path(store: Store, name: str) -> Path:
     return store.cache / f"{name}-fisher.safetensors"
+
+
+class _FileTensors(Mapping[str, Tensor]):
+    """The fp32 tensors of a safetensors file, each read when it is asked for.
+
+    Not mapped: pages of a mapped file stay in a process's memory.  The file is kept open, and can
+    be read when its name is gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        (size,) = struct.unpack("<Q", self._file.read(8))
+        self._spans = json.loads(self._file.read(size))
+        self.label: dict[str, str] = self._spans.pop("__metadata__")
+        self._start = 8 + size
+
+    def __getitem__(self, name: str) -> Tensor:
+        span = self._spans[name]
+        start, end = span["data_offsets"]
+        data = bytearray(end - start)
+        self._file.seek(self._start + start)
+        self._file.readinto(data)
+        return torch.frombuffer(data, dtype=torch.float32).view(span["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import release_memory
-from torch import Tensor
 
 from kvedit import __version__
-from kvedit.adapter import fisher
 from kvedit.adapter.adalora import Adapter, group_rank
 from kvedit.adapter.deltas import Factors, Master
+from kvedit.adapter.start import steepest
 from kvedit.config import GroupConfig, PromptsConfig, TrainingConfig
 from kvedit.facts.fact import Fact
 from kvedit.model import devices, generation, quantization
@@ -212,10 +211,10 @@ class Engine(KeptMoments):
         start = _start_examples(task, rng)
         adapter = self._adapter_for(len(task.new), group)
         adapter.turn(on=False)
-        gradients = fisher.gradients(self.base.model, self.names, start)
+        directions = steepest(self.base.model, self.whitening, start, adapter.rank)
         penalty = self._penalty_gradient(_accumulated_share(task, group))
         frozen = group is not None
-        adapter.reset(self.whitening, gradients, penalty, self._weights(), frozen_factor=frozen)
+        adapter.reset(self.whitening, directions, penalty, frozen_factor=frozen)
         self.worker.align(adapter)
         return adapter
 
@@ -254,13 +253,6 @@ class Engine(KeptMoments):
         texts.append([e.ids for e in references])
         parts = (__version__, *weights, config, group, task.earlier, *texts)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The touched matrices where the model is; on a GPU as served, to save its memory."""
-        return {
-            name: self.master.matrices[name] if weight.device.type == "cpu" else weight
-            for name, weight in self.master.served().items()
-        }
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Exact recall of each example, teacher-forced."""

@@ -1,6 +1,6 @@
 """How much memory editing a model takes, estimated before it is loaded; and running out of it.
 
-The estimate is a sum of seven products, good enough to refuse what cannot fit and to name the
+The estimate is a sum of eight products, good enough to refuse what cannot fit and to name the
 parts; ``kvedit bench memory`` puts the measured peak beside it.  How many facts fit together is
 found by running out of memory and halving (see ``editing.group_size``).
 
@@ -23,7 +23,9 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from kvedit.adapter.fisher import DENSE_LIMIT
+from kvedit.adapter.batched import LINEAR_RANK
+from kvedit.adapter.fisher import block_count
+from kvedit.adapter.start import MAX_GRADIENTS, MAX_PASSES
 from kvedit.config import TrainingConfig
 from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.model.forward import vocabulary_size
@@ -35,10 +37,13 @@ TEXT_TOKENS = 128
 """Length of a text while none is known yet: a question and a short description."""
 _TEXTS = 1200  # protected texts of a new store, about
 _FP32 = 4
-_ADAPTER_COPIES = 9
+_SINGLE_COPIES = 9
 """PEFT's A and B, their gradients and three records of the allocator; A' and B', their gradients,
-and Adam's two moments.  A group trains one side: two fewer."""
-_MOMENT_COPIES = 4  # of the base's texts, with the facts, of the margins; and whitening factors
+and Adam's two moments."""
+_GROUP_COPIES, _GROUP_TRAINED = 2, 4
+"""PEFT's A and B, and A' and B'; of the longer sides, which are trained, also the gradients of both
+kinds, the penalty's and the momentum."""
+_START_COPIES = 3  # of the largest matrix in fp32: its gradient, that whitened, and half of it
 _GIB = 1024**3
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _MISSED_BY_ACCELERATE = (
@@ -71,14 +76,16 @@ def single_load(config: TrainingConfig, length: int = TEXT_TOKENS) -> Load:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Bytes: the model's ``weights``; ``master``, fp32 copies of the touched matrices before and
-    after edits; full-size fp32 ``gradients`` of them; ``fisher`` moments and whitening factors;
-    ``caches`` of hidden states; the ``adapter`` with its optimizer; a step's ``activations``.
+    after edits; full-size fp32 ``gradients`` of a few of them; the ``fisher`` moments' whitening
+    factors; the ``moments`` themselves; ``caches`` of hidden states; the ``adapter`` with its
+    optimizer; a step's ``activations``.
     """
 
     weights: int
     master: int
     gradients: int
     fisher: int
+    moments: int
     caches: int
     adapter: int
     activations: int
@@ -90,8 +97,13 @@ class Estimate:
 
     @property
     def on_device(self) -> int:
-        """What lies on the model's GPU; the master copies stay on the CPU."""
-        return self.total - self.master
+        """What lies on the model's GPU; the master copies and the moments stay on the CPU."""
+        return self.total - self.in_system
+
+    @property
+    def in_system(self) -> int:
+        """What lies in the system's memory where the model is on a GPU."""
+        return self.master + self.moments
 
     @property
     def for_training(self) -> int:
@@ -132,19 +144,26 @@ class Sizes:
         outs, inputs = zip(*self._touched.values(), strict=True)
         touched = _FP32 * sum(map(math.prod, self._touched.values()))
         states = _TEXTS * load.length * self._hidden * self._itemsize
-        copies = _ADAPTER_COPIES - (2 if load.reference_texts else 0)
         rank = min(load.rank, *outs, *inputs)  # the same for all matrices
+        both, longer = sum(outs + inputs), sum(map(max, self._touched.values()))
+        numbers = rank * (_GROUP_COPIES * both + _GROUP_TRAINED * longer)
+        if not load.reference_texts:
+            numbers = (rank * _SINGLE_COPIES + LINEAR_RANK) * both
         # Layers that read the same input share that side's moments.
         shared = {(name.rpartition(".")[0], width) for name, (_, width) in self._touched.items()}
         sides = [*outs, *(width for _, width in shared)]
-        moments = sum(side if side > DENSE_LIMIT else side * side for side in sides)
+        moments = _FP32 * sum(side * side // block_count(side) for side in sides)
+        start = _START_COPIES * _FP32 * max(map(math.prod, self._touched.values()))
+        if load.reference_texts:
+            start += min(touched, max(MAX_GRADIENTS, touched // MAX_PASSES))
         return Estimate(
             weights=self._weights,
             master=2 * touched,
-            gradients=3 * touched,
-            fisher=_MOMENT_COPIES * moments * _FP32,
+            gradients=start,
+            fisher=moments,
+            moments=moments,
             caches=min(MAX_PREFIX_CACHE_BYTES, states) + (states if load.reference_texts else 0),
-            adapter=copies * rank * sum(outs + inputs) * _FP32,
+            adapter=numbers * _FP32,
             activations=self._activations(config, load),
         )
 
@@ -184,7 +203,7 @@ def require(parts: Estimate, *, spread: bool = False) -> None:
     elif torch.cuda.is_available():
         limits = [
             (parts.on_device, torch.cuda.mem_get_info()[0], "GPU memory"),
-            (parts.weights + parts.master, available(), "memory"),
+            (parts.weights + parts.in_system, available(), "memory"),
         ]
     for needed, unused, what in limits:
         if needed > unused:

@@ -2,9 +2,12 @@
 
 The base's moments say how much all edits so far have changed the outputs on protected text.  The
 total is what the next edit must leave alone, and gives the coordinates that it is trained in.
+
+Invariant: moments are kept in the system's memory, or on the disk where they were read from; only
+the whitening factors of the total are where the model is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,10 +36,7 @@ class KeptMoments:
 
     @fisher.setter
     def fisher(self, value: tuple[FisherMoments, FisherMoments]) -> None:
-        base, total = value
-        devices = {name: weight.device for name, weight in self.master.served().items()}
-        placed = base.placed(devices)  # what was read from the disk is on the CPU
-        self._fisher = placed, placed if total is base else total.placed(devices)
+        self._fisher = value
         self._whitening = None
 
     def _required(self) -> tuple[FisherMoments, FisherMoments]:
@@ -46,7 +46,7 @@ class KeptMoments:
 
     def _measure(self, examples: Sequence[Example], **how: Any) -> FisherMoments:
         with self.worker.in_step():
-            return fisher.measure(self.worker.model, self.names, examples, **how)
+            return fisher.measure(self.worker.model, self.names, examples, **how).on_cpu()
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay."""
@@ -57,6 +57,7 @@ class KeptMoments:
         """Protect committed facts as well; ``weight`` says how often a token counts."""
         base, total = self._required()
         weight = self.config.fact_weight if weight is None else weight
+        self._whitening = None  # its memory is needed
         self.fisher = base, total.plus(self._measure(examples), weight)
 
     def measure_at_head(
@@ -80,13 +81,22 @@ class KeptMoments:
         """The coordinates that the total moments give; kept until these change."""
         if self._whitening is None:
             config, (_, total) = self.config, self._required()
-            self._whitening = fisher.whitening(
-                total, input_damping=config.input_damping, gradient_damping=config.gradient_damping
-            )
+            devices = {name: weight.device for name, weight in self.master.served().items()}
+            dampings = config.input_damping, config.gradient_damping
+            self._whitening = fisher.whitening(total, devices, *dampings)
         return self._whitening
 
-    def _penalty_gradient(self, share: float) -> dict[str, Tensor]:
-        """A share of the gradient of the penalty on protected text, at the accumulated delta."""
+    def _penalty_gradient(self, share: float) -> Callable[[str], Tensor | None]:
+        """Computes for a matrix a share of the gradient of the penalty on protected text, at the
+        accumulated delta; None where there is none.
+        """
         base, _ = self._required()
-        gradients = fisher.penalty_gradients(base, self.master.accumulated_delta())
-        return {name: share * gradient for name, gradient in gradients.items()}
+        served, delta = self.master.served(), self.master.accumulated_delta()
+
+        def gradient(name: str) -> Tensor | None:
+            if not bool(delta[name].any()):
+                return None
+            of_matrix = fisher.penalty_gradient(base, name, delta[name].to(served[name].device))
+            return of_matrix.mul_(share)
+
+        return gradient

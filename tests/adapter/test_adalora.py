@@ -13,6 +13,7 @@ from kvedit.adapter import fisher as fisher
 from kvedit.adapter.adalora import NAME, Adapter
 from kvedit.adapter.deltas import Factors, Master
 from kvedit.adapter.fisher import FisherMoments, WhiteningFactors
+from kvedit.adapter.start import steepest
 from kvedit.config import TrainingConfig
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
@@ -37,12 +38,12 @@ class Setting:
         asked = [(f"What is {key}?", answer) for key, answer in list(KNOWN.items())[:8]]
         self.known = self.renderer.examples(asked)
         self.fisher: FisherMoments = fisher.measure(base.model, self.names, self.known)
+        devices = {name: weight.device for name, weight in self.master.served().items()}
         self.whitening: dict[str, WhiteningFactors] = fisher.whitening(
-            self.fisher, input_damping=INPUT_DAMPING, gradient_damping=GRADIENT_DAMPING
+            self.fisher, devices, INPUT_DAMPING, GRADIENT_DAMPING
         )
         self.plain = self.logits(self.known)
-        still = {n: torch.zeros_like(w) for n, w in self.master.snapshot().items()}
-        self.penalty_gradient: dict[str, torch.Tensor] = still  # nothing was moved by earlier edits
+        self.penalty_gradient: dict[str, torch.Tensor] = {}  # earlier edits have moved nothing
         self.adapter = Adapter(self.model, self.names, init_rank=INIT, target_rank=TARGET)
 
     def fact(self, number: int) -> list[Example]:
@@ -55,13 +56,10 @@ class Setting:
 
     def reset(self, number: int, *, frozen_factor: bool = False) -> None:
         self.adapter.turn(on=False)
-        steep = fisher.gradients(self.model, self.names, self.fact(number))
+        directions = steepest(self.model, self.whitening, self.fact(number), INIT)
+        penalty_gradient = self.penalty_gradient.get
         self.adapter.reset(
-            self.whitening,
-            steep,
-            self.penalty_gradient,
-            self.master.matrices,
-            frozen_factor=frozen_factor,
+            self.whitening, directions, penalty_gradient, frozen_factor=frozen_factor
         )
         self.adapter.turn(on=True)
 
@@ -83,6 +81,11 @@ class Setting:
         )  # fmt: skip
         SingleLoop(setup).run()
         return self.adapter.factors()
+
+    def some(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """A small random gradient term for each matrix."""
+        shapes = {name: matrix.shape for name, matrix in self.master.matrices.items()}
+        return {n: 1e-3 * torch.randn(s, generator=generator) for n, s in shapes.items()}
 
     def singular_values(self) -> dict[str, torch.Tensor]:
         return {n: self.model.get_submodule(n).lora_E[NAME].detach() for n in self.names}
@@ -171,7 +174,7 @@ def test_the_penalty_is_that_of_the_factors(setting: Setting) -> None:
     for name, factors in delta.items():
         own = setting.fisher.moments[name]
         tokens = setting.fisher.tokens
-        c, g = own.inputs.double() / tokens, own.gradients.double() / tokens
+        c, g = (torch.block_diag(*m.double()) / tokens for m in (own.inputs, own.gradients))
         c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
         g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
         change = factors.b.double() @ factors.a.double()
@@ -185,17 +188,14 @@ def test_the_penalty_counts_what_earlier_edits_moved(setting: Setting) -> None:
     setting.reset(0)
     still = setting.adapter.penalty()
     for number in (0, 1):
-        setting.penalty_gradient = {
-            n: 1e-3 * torch.randn(d.shape, generator=generator)
-            for n, d in setting.penalty_gradient.items()
-        }
+        setting.penalty_gradient = setting.some(generator)
         delta = setting.learn(number, steps=6)
         penalty = float(setting.adapter.penalty().detach())
         linear = sum(
             float((setting.penalty_gradient[n] * (f.b @ f.a)).sum()) for n, f in delta.items()
         )
-        for adapters, _ in setting.adapter._batches:
-            adapters._linear_term.zero_()
+        for adapters, names in setting.adapter._batches:
+            adapters._linear_terms, adapters._penalty_terms = [lambda: None] * len(names), None
         assert penalty == pytest.approx(
             float(setting.adapter.penalty().detach()) + 2 * linear, rel=1e-3
         )
@@ -206,10 +206,7 @@ def test_the_penalty_counts_what_earlier_edits_moved(setting: Setting) -> None:
 def test_the_penalty_of_a_frozen_factor_is_that_of_the_product(setting: Setting) -> None:
     """|B' diag(E) A'|^2 + 2 <S, B' diag(E) A'> in full, and its gradients, ranks masked."""
     generator = torch.Generator().manual_seed(2)
-    setting.penalty_gradient = {
-        n: 1e-3 * torch.randn(d.shape, generator=generator)
-        for n, d in setting.penalty_gradient.items()
-    }
+    setting.penalty_gradient = setting.some(generator)
     setting.reset(0, frozen_factor=True)
     wanted = torch.zeros(())
     batches = [adapters for adapters, _ in setting.adapter._batches]
@@ -219,7 +216,8 @@ def test_the_penalty_of_a_frozen_factor_is_that_of_the_product(setting: Setting)
             side.copy_(torch.randn(side.shape, generator=generator))
             adapters.e[:, ::3] = 0.0
         inner = (adapters.b * adapters.e.mT) @ adapters.a
-        wanted = wanted + inner.square().sum() + 2 * (inner * adapters._linear_term).sum()
+        linear_term = torch.stack([term() for term in adapters._linear_terms])
+        wanted = wanted + inner.square().sum() + 2 * (inner * linear_term).sum()
     asked = [part for adapters in batches for part in (adapters.e, *adapters.trained)]
     found = setting.adapter.penalty()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -239,7 +237,7 @@ def test_the_allocator_scores_and_masks_as_pefts_own_would(setting: Setting) -> 
         for adapters, names in setting.adapter._batches:
             given = (adapters.factor_a, adapters.factor_b, adapters.e)
             a, b, e = (torch.randn(part.shape, generator=generator) for part in given)
-            adapters._factor_gradients, adapters.e.grad = (a, b), e
+            adapters._factor_gradients, adapters.e.grad = {"a": a, "b": b}, e
             for at, name in enumerate(names):
                 for kind, slope in (("A", a), ("B", b), ("E", e)):
                     own[f"{name}.lora_{kind}.{NAME}"].grad = slope[at]
@@ -304,11 +302,13 @@ def test_whitening_makes_the_penalty_a_squared_norm(setting: Setting) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, root in setting.whitening.items():
         own = setting.fisher.moments[name]
-        c, g = (m.double() / setting.fisher.tokens for m in (own.inputs, own.gradients))
+        parts = (own.inputs, own.gradients)
+        c, g = (torch.block_diag(*m.double()) / setting.fisher.tokens for m in parts)
         c.diagonal().add_(INPUT_DAMPING * c.diagonal().mean())
         g.diagonal().add_(GRADIENT_DAMPING * g.diagonal().mean())
         inner = torch.randn(len(g), len(c), generator=generator).double()
-        change = root.left.double() @ inner @ root.right.double()
+        left, right = (torch.block_diag(*factor.double()) for factor in (root.left, root.right))
+        change = left @ inner @ right
         penalty = float(torch.trace(g @ change @ c @ change.T))
         assert penalty == pytest.approx(float(inner.square().sum()), rel=1e-3)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_model import KNOWN
 from torch.nn import functional
 
@@ -15,6 +18,7 @@ from kvedit.adapter import fisher
 from kvedit.adapter.fisher import FisherMoments
 from kvedit.errors import ModelError
 from kvedit.model import scoring
+from kvedit.model.forward import vocabulary_size
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.targets import target_names
@@ -58,7 +62,7 @@ def test_measuring_two_texts_is_adding_their_moments(
     one = fisher.measure(base.model, names, first)
     two = fisher.measure(base.model, names, second)
     sum_ = one.plus(two, 1.0)
-    same(both, FisherMoments(sum_.moments, one.tokens + two.tokens))
+    same(both, replace(sum_, tokens=one.tokens + two.tokens))
 
 
 def test_batches_do_not_matter(
@@ -84,17 +88,22 @@ def test_moments_are_those_of_the_inputs(base: BaseModel, examples: list[Example
     handle.remove()
     rows = torch.cat(seen)
     assert found.tokens == len(rows)
-    assert torch.allclose(found.moments[name].inputs, rows.T @ rows, rtol=1e-3, atol=1e-2)
+    (inputs,) = found.moments[name].inputs  # one block
+    assert torch.allclose(inputs, rows.T @ rows, rtol=1e-3, atol=1e-2)
 
 
-def test_gradients_are_those_of_the_mean_loss(base: BaseModel, examples: list[Example]) -> None:
-    names = target_names(base.model)
-    found = fisher.gradients(base.model, names, examples[:4])
-    weight = base.model.get_submodule(names[0]).weight
-    weight.requires_grad_(True)
-    answers = scoring.answer_logits(base.model, examples[:4])
-    torch.nn.functional.cross_entropy(answers.logits, answers.targets).backward()
-    assert torch.allclose(found[names[0]], weight.grad, rtol=1e-3, atol=1e-6)
+def test_what_several_matrices_read_is_measured_once(
+    base: BaseModel, examples: list[Example]
+) -> None:
+    found = fisher.measure(base.model, target_names(base.model), examples[:3])
+    firsts = {name.rpartition(".")[2]: first for name, first in found.inputs_of.items()}
+    assert {part: first.rpartition(".")[2] for part, first in firsts.items()} == {
+        "q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "o_proj": "o_proj",
+        "gate_proj": "gate_proj", "up_proj": "gate_proj", "down_proj": "down_proj",
+    }  # fmt: skip
+    assert len([side for side in found.sides if side.endswith(".inputs")]) == 4 * (
+        len(found.inputs_of) // 7
+    )
 
 
 def test_measuring_changes_nothing(base: BaseModel, examples: list[Example]) -> None:
@@ -118,11 +127,11 @@ def test_penalty_gradients_are_half_the_gradient_of_the_penalty(
     name = target_names(base.model)[0]
     found = fisher.measure(base.model, [name], examples)
     own = found.moments[name]
-    c, g = (m.double() / found.tokens for m in (own.inputs, own.gradients))
+    c, g = (m[0].double() / found.tokens for m in (own.inputs, own.gradients))
     moved = torch.randn(len(g), len(c), generator=torch.Generator().manual_seed(0)).double()
     moved.requires_grad_()
     torch.trace(g @ moved @ c @ moved.T).backward()
-    slope = fisher.penalty_gradients(found, {name: moved.detach().float()})[name]
+    slope = fisher.penalty_gradient(found, name, moved.detach().float())
     assert moved.grad is not None
     assert torch.allclose(2 * slope.double(), moved.grad, rtol=1e-3, atol=1e-6)
 
@@ -141,9 +150,10 @@ def test_margins_see_what_a_certain_model_would_lose(
 
     def size(of: Any) -> float:
         found = fisher.measure(base.model, [name], examples, of=of)
-        return float(found.moments[name].gradients.trace())
+        return float(found.moments[name].gradients[0].trace())
 
     unsure = size(fisher.margins)
+    monkeypatch.setattr(fisher, "projects", lambda model: False)
     monkeypatch.setattr(fisher, "answer_logits", surer)
     assert size(fisher.information) < 1e-6 * unsure
     assert size(fisher.margins) > 0.1 * unsure
@@ -156,7 +166,7 @@ def test_margins_are_those_of_recall(base: BaseModel, examples: list[Example]) -
     signs = torch.randint(0, 2, (len(answers.targets),), generator=ones) * 2 - 1
     chances = answers.logits.softmax(1).gather(1, answers.targets[:, None])[:, 0]
     wanted = (torch.logit(chances.double()) * signs).sum()
-    found = fisher.margins(answers, torch.Generator().manual_seed(0))
+    found = fisher.margins(answers.logits, answers.targets, torch.Generator().manual_seed(0))
     assert float(found) == pytest.approx(float(wanted), rel=1e-3)
 
 
@@ -168,7 +178,8 @@ def test_moments_are_scaled_like_others(base: BaseModel, examples: list[Example]
 
     def size(found: FisherMoments) -> float:
         return sum(
-            float(own.inputs.trace() * own.gradients.trace()) for own in found.moments.values()
+            float(own.inputs[0].trace() * own.gradients[0].trace())
+            for own in found.moments.values()
         ) / (found.tokens**2)
 
     scaled = there.scaled_like(here)
@@ -181,48 +192,72 @@ def test_added_moments_are_weighted(base: BaseModel, examples: list[Example]) ->
     name = target_names(base.model)[0]
     one = fisher.measure(base.model, [name], examples[:4])
     two = fisher.measure(base.model, [name], examples[4:8])
-    sum_ = one.plus(two, 20.0)
     wanted = one.moments[name].inputs + 20 * two.moments[name].inputs
+    sum_ = one.plus(two, 20.0)
     assert torch.allclose(sum_.moments[name].inputs, wanted)
     assert sum_.tokens == one.tokens
 
 
-def test_moments_are_read_back_from_tensors(base: BaseModel, examples: list[Example]) -> None:
-    found = fisher.measure(base.model, target_names(base.model), examples[:4])
-    same(FisherMoments.from_tensors(found.to_tensors()), found, tolerance=0)
-
-
-def test_wide_sides_keep_their_diagonal(
+def test_wide_sides_keep_the_blocks_on_their_diagonal(
     base: BaseModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch, certain: None
 ) -> None:
     names = target_names(base.model)
-    dense = fisher.measure(base.model, names, examples[:4])
-    monkeypatch.setattr(fisher, "DENSE_LIMIT", 100)
-    thin = fisher.measure(base.model, names, examples[:4])
-    wide = [n for n, own in thin.moments.items() if own.inputs.ndim == 1]
-    assert wide and all(n.endswith("down_proj") for n in wide)
-    for name in wide:
-        diagonal = dense.moments[name].inputs.diagonal()
-        assert torch.allclose(thin.moments[name].inputs, diagonal, rtol=1e-3, atol=1e-5)
-    whitening = fisher.whitening(thin, input_damping=0.03, gradient_damping=0.1)
-    assert whitening[wide[0]].right.ndim == 1
+    whole = fisher.measure(base.model, names, examples[:4])
+    monkeypatch.setattr(fisher, "BLOCK", 50)
+    cut = fisher.measure(base.model, names, examples[:4])
+    for name, own in cut.moments.items():
+        pairs = (
+            (own.inputs, whole.moments[name].inputs),
+            (own.gradients, whole.moments[name].gradients),
+        )
+        for blocks, (dense,) in pairs:
+            count, width = fisher.block_count(len(dense)), blocks.shape[1]
+            assert blocks.shape == (count, width, width) and count * width == len(dense)
+            for at, block in enumerate(blocks):
+                part = slice(at * width, (at + 1) * width)
+                scale = float(dense.abs().max())
+                torch.testing.assert_close(block, dense[part, part], rtol=1e-3, atol=1e-4 * scale)
+    assert any(len(own.inputs) > 1 for own in cut.moments.values())
 
 
-def test_a_whitening_factor_is_the_inverse_factor() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(40, 12, generator=generator)
-    moment = rows.T @ rows / 40
-    inverse = fisher.inverse_factor(moment, 0.1).double()
-    damped = moment.double()
-    damped.diagonal().add_(0.1 * moment.double().diagonal().mean())
-    identity = inverse @ damped @ inverse.T
-    assert torch.allclose(identity, torch.eye(12).double(), atol=1e-4)
-    vector = fisher.inverse_factor(torch.tensor([4.0, 0.0]), 0.5)
-    assert vector.tolist() == pytest.approx([5**-0.5, 1.0])
+@pytest.mark.parametrize(
+    ("side", "count"),
+    [(1, 1), (512, 1), (576, 2), (1536, 3), (4864, 16), (18944, 37), (1031, 1031)],
+)
+def test_a_side_is_cut_into_equal_blocks(side: int, count: int) -> None:
+    assert fisher.block_count(side) == count
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(0, 999)
+)
+def test_blocks_are_the_matrix_with_them_on_its_diagonal(
+    outs: int, out: int, intos: int, into: int, seed: int
+) -> None:
+    """Whitening, its gradient and the penalty's gradient, by the matrices in full."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moment(count: int, width: int) -> torch.Tensor:
+        rows = torch.randn(count, 9, width, generator=generator)
+        return rows.mT @ rows
+
+    c, g = moment(intos, into), moment(outs, out)
+    found = FisherMoments({"m.inputs": c, "m.gradients": g}, {"m": "m"}, 9)
+    delta = torch.randn(outs * out, intos * into, generator=generator)
+    dense_c, dense_g = (torch.block_diag(*blocks) / 9 for blocks in (c, g))
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    close(fisher.penalty_gradient(found, "m", delta), dense_g @ delta @ dense_c)
+    factors = fisher.whitening(found, {"m": torch.device("cpu")}, 0.5, 0.5)["m"]
+    left, right = (torch.block_diag(*blocks) for blocks in (factors.left, factors.right))
+    close(factors.whiten(delta), left.T @ delta @ right.T)
+    for dense, factor in ((dense_c, right), (dense_g, left.T)):
+        damped = dense + 0.5 * dense.diagonal().mean() * torch.eye(len(dense))
+        close(factor @ damped @ factor.T, torch.eye(len(dense)))
 
 
 def test_a_matrix_without_inputs_has_a_whitening_factor() -> None:
-    assert torch.isfinite(fisher.inverse_factor(torch.zeros(4, 4), 0.1)).all()
+    moment = torch.zeros(2, 4, 4, dtype=torch.float64)
+    assert torch.isfinite(fisher.inverse_factor(moment, 0.1)).all()
 
 
 def test_no_text_is_an_error(base: BaseModel) -> None:
@@ -230,22 +265,21 @@ def test_no_text_is_an_error(base: BaseModel) -> None:
         fisher.measure(base.model, target_names(base.model), [])
 
 
-def test_gradients_do_not_depend_on_the_batches(
-    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+def test_logits_are_computed_a_few_at_a_time(
+    base: BaseModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch, certain: None
 ) -> None:
     names = target_names(base.model)
-    texts = [scoring.Example(tuple(range(9, 20 + n)), 4 + n % 3) for n in range(9)]
-    whole = fisher.gradients(base.model, names, texts)
-    asked: list[int] = []
-    real = fisher.answer_logits
+    whole = fisher.measure(base.model, names, examples)
+    tables: list[int] = []
+    real = fisher.project
 
-    def counted(model: Any, part: Any) -> Any:
-        asked.append(len(part))
-        return real(model, part)
+    def project(model: Any, states: torch.Tensor) -> torch.Tensor:
+        tables.append(len(states))
+        return real(model, states)
 
-    monkeypatch.setattr(fisher, "answer_logits", counted)
-    monkeypatch.setattr(fisher, "batch_tokens", lambda model: 64)
-    parts = fisher.gradients(base.model, names, texts)
-    assert len(asked) > 2 and sum(asked) == len(texts)
-    for name in names:
-        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(fisher, "project", project)
+    monkeypatch.setattr(fisher, "MAX_LOGITS", 3 * vocabulary_size(base.model))
+    same(whole, fisher.measure(base.model, names, examples))
+    assert max(tables) == 3 and sum(tables) == sum(len(e.ids) - e.start for e in examples)
+    monkeypatch.setattr(fisher, "projects", lambda model: False)
+    same(whole, fisher.measure(base.model, names, examples))

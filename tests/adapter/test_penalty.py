@@ -13,11 +13,14 @@ def test_the_gradients_are_those_of_the_formulas() -> None:
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    a, b, e, linear_term = some(2, 3, 7), some(2, 5, 3), some(2, 3, 1), some(2, 5, 7)
-    change = (b * e.mT) @ a
-    expected = change.square().sum() + 2 * (change * linear_term).sum()
-    torch.testing.assert_close(Penalty.apply(a, b, e, linear_term), expected)
+    a, b, e = some(2, 3, 7), some(2, 5, 3), some(2, 3, 1)
     trained = tuple(part.requires_grad_() for part in (a, b, e))
-    assert torch.autograd.gradcheck(Penalty.apply, (*trained, linear_term))
+    change = (b * e.mT) @ a
+    for rank in (4, 0):
+        left, right = some(2, 5, rank), some(2, rank, 7)
+        expected = change.square().sum() + 2 * (change * (left @ right)).sum()
+        torch.testing.assert_close(Penalty.apply(a, b, e, left, right), expected)
+        assert torch.autograd.gradcheck(Penalty.apply, (*trained, left, right))
     side, squares = some(2, 3, 7).requires_grad_(), some(2, 3, 1).square()
-    assert torch.autograd.gradcheck(FrozenFactorPenalty.apply, (side, e, some(2, 3, 7), squares))
+    for along in (some(2, 3, 7), None):
+        assert torch.autograd.gradcheck(FrozenFactorPenalty.apply, (side, e, along, squares))

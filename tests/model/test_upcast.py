@@ -82,6 +82,28 @@ def test_gradients_reach_what_is_below(load: Callable[[str], BaseModel]) -> None
     assert torch.allclose(x.grad.float(), expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_weight_is_not_kept_in_fp32(frozen: bool) -> None:
+    """And the gradient is to the bit that of the plain expression, which keeps it."""
+    layer = nn.Linear(6, 5).to(torch.bfloat16).requires_grad_(not frozen)
+    kept: list[torch.dtype] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.dtype)
+        return tensor
+
+    x = torch.randn(2, 3, 6, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = upcast._linear(layer, x)
+    y.sum().backward()
+    plain = x.detach().requires_grad_()
+    wide = functional.linear(plain.float(), layer.weight.float(), layer.bias.float())
+    wide.to(torch.bfloat16).sum().backward()
+    assert x.grad is not None and plain.grad is not None
+    assert torch.equal(y, wide.to(torch.bfloat16)) and torch.equal(x.grad, plain.grad)
+    assert (torch.float32 in kept) != frozen and (layer.weight.grad is None) == frozen
+
+
 def test_gpt2s_layers_too() -> None:
     from transformers.pytorch_utils import Conv1D
 
