@@ -182,9 +182,15 @@ class RetentionConfig:
 class ProtectConfig:
     """The protected text: what the base model says, sampled from it by `init`."""
 
-    samples: int = setting(2400, low=1, help="Questions sampled from the base model.")
-    long_answers: int = setting(600, help="Long answers to them that are kept.")
-    short_answers: int = setting(500, help="Short answers to them that are kept.")
+    init_minutes: float = setting(
+        2.0, help="Minutes that `init` takes for it; what does not fit is done after later edits."
+    )
+    edit_ratio: float = setting(
+        0.2, help="Share of an edit's time that is spent, after it, on what did not fit."
+    )
+    samples: int = setting(2400, low=1, help="Most questions sampled from the base model.")
+    long_answers: int = setting(600, help="Most long answers to them that are kept.")
+    short_answers: int = setting(500, help="Most short answers to them that are kept.")
     free_texts: int = setting(100, help="Texts sampled without a question that are kept.")
     locality_probes: int = setting(
         32, help="Answers set aside as locality probes, which are never trained on."

@@ -72,7 +72,7 @@ def _run(knowledge: KnowledgeBase, group: int | None, facts: Sequence[Fact],
     last = max((row.revision or 0 for row in rows), default=0)
     recalled = [all(engine.generated_recall(engine.examples(row.fact))) for row in rows]
     unseen = [example for row in rows for example in engine.paraphrases(row.fact)]
-    probes = engine.renderer.examples((p.prompt, p.answer) for p in store.protected("locality"))
+    probes = knowledge.locality_examples()
     earlier = [
         exact for row, exact in zip(rows, recalled, strict=True) if (row.revision or 0) < last
     ]

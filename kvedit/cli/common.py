@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import traceback
 import warnings
@@ -43,6 +44,18 @@ json_lines_option = click.option(
 force_option = click.option(
     "--force", is_flag=True, help="Commit even if a check fails, and say what the edit broke."
 )
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+
+
+def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Callback of an option that takes a time: 90, 90s, 30m, 2h or 1h30m in seconds."""
+    if value is None:
+        return None
+    match = _DURATION.fullmatch(value.strip())
+    if not match or not any(match.groups()):
+        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30m, 2h or 1h30m")
+    hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60 * minutes + rest
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,9 @@ def _description(file: str | None, text: str | None) -> str:
 @click.option("--load-in", type=click.Choice(["4bit", "8bit"]),
               help="Quantize the weights that no edit changes (needs bitsandbytes)."
               " [as they are stored]")  # fmt: skip
+@click.option("--time", callback=common.seconds, metavar="TIME",
+              help="How long to ask the model what it knows, besides loading it: 90s, 2m or 1h;"
+              " what does not fit is done after later edits. [2m]")  # fmt: skip
 @click.option("--ignore-memory", is_flag=True,
               help="Go on even if the model seems too large to be edited.")  # fmt: skip
 @click.pass_obj
@@ -97,7 +100,8 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     """Create a store for a base model.
 
     The store keeps a fingerprint of the model's files and opens only with the same model. Without
-    --model it is made for the small model that comes with kvedit, which needs no download.
+    --model it is made for the small model that comes with kvedit, which needs no download. If it is
+    interrupted, the same command goes on where it was.
 
     \b
     Examples:
@@ -107,6 +111,7 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
       kvedit init --model ./my-model --targets o_proj,down_proj
       kvedit init --model ./large-model --device-map auto
       kvedit init --protect-file handbook.txt
+      kvedit init --model ./my-model --time 10m
     """
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.store.store import resolve_store

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from kvedit.ingest.report import IngestOptions, IngestReport
     from kvedit.store.store import Store
 
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -35,17 +34,6 @@ def group_size(context: click.Context, parameter: click.Parameter, value: str) -
     return int(value)
 
 
-def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Callback of --max-time: 90, 90s, 30m, 2h or 1h30m in seconds."""
-    if value is None:
-        return None
-    match = _DURATION.fullmatch(value.strip())
-    if not match or not any(match.groups()):
-        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30m, 2h or 1h30m")
-    hours, minutes, rest = (int(part or 0) for part in match.groups())
-    return 3600.0 * hours + 60 * minutes + rest
-
-
 @click.command()
 @click.argument("source", metavar="FILE|DIR|-")
 @click.option("--group", callback=group_size, default="auto", metavar="auto|N",
@@ -53,7 +41,7 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--limit", type=COUNT, metavar="N", help="Train at most N facts.")
 @click.option("--max-failures", type=COUNT, metavar="N",
               help="Stop when N facts were rejected or failed.")  # fmt: skip
-@click.option("--max-time", callback=seconds, metavar="TIME",
+@click.option("--max-time", callback=common.seconds, metavar="TIME",
               help="Stop after 90s, 30m, 2h or 1h30m, if need be within a group.")  # fmt: skip
 @click.option("--skip-invalid", is_flag=True, help="Leave out invalid rows instead of stopping.")
 @click.option("--retry-rejected", is_flag=True, help="Also train what was rejected before.")

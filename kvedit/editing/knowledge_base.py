@@ -56,6 +56,7 @@ class KnowledgeBase:
         device_map: str = "",
         load_in: str = "",
         check_memory: bool = True,
+        time: float | None = None,
         on_event: OnEvent | None = None,
     ) -> KnowledgeBase:
         """Make a store for a model (the embedded one by default) and open it.
@@ -63,8 +64,10 @@ class KnowledgeBase:
         ``protect_file`` holds texts of the user's own that must stay; ``targets`` are names of the
         linear layers that edits may touch (see ``model.targets``); ``device_map`` spreads the
         model over devices (see ``model.devices``), ``load_in`` packs it in ``4bit`` or ``8bit``
-        (see ``model.quantization``).  Raises UsageError if there is a store already, ModelError if
-        the model cannot be loaded or, with ``check_memory``, would not fit into memory.
+        (see ``model.quantization``).  The model is asked what it knows for ``time`` seconds
+        ([protect] init_minutes by default); where that was broken off, the same call goes on.
+        Raises UsageError if there is a store already, ModelError if the model cannot be loaded or,
+        with ``check_memory``, would not fit into memory.
         """
         texts = protected_texts.read_file(protect_file) if protect_file is not None else []
         spec = ModelSpec(
@@ -75,7 +78,7 @@ class KnowledgeBase:
         try:
             knowledge = cls(store, engine, on_event)
             with store.lock():
-                knowledge._session.protection.create(texts)
+                knowledge._session.protection.create(texts, time)
         except BaseException:
             store.close()
             raise
@@ -257,12 +260,15 @@ class KnowledgeBase:
         """
         facts = [row.fact for row in self.store.facts("committed")]
         unseen = [e for fact in facts for e in self.engine.paraphrases(fact)]
-        rows = self.store.protected("locality")
-        locality = self.engine.renderer.examples([(row.prompt, row.answer) for row in rows])
+        locality = self.locality_examples()
         return export_peft.write(
             self.engine, self._all_examples(), [*unseen, *locality], Path(directory),
             revision=self._session.revision, progress=self._session.say,
         )  # fmt: skip
+
+    def locality_examples(self) -> list[Example]:
+        """The store's locality probes, tokens that must stay."""
+        return self._session.protection.locality_examples()
 
     def _all_examples(self) -> list[Example]:
         facts = [row.fact for row in self.store.facts("committed")]

@@ -90,6 +90,7 @@ class Planner:
 
     def __init__(self, session: Session) -> None:
         self._store, self._engine = session.store, session.engine
+        self._protection = session.protection
 
     def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
         """Train one fact, which is then pending; ``near`` are close keys."""
@@ -151,8 +152,7 @@ class Planner:
 
     def _locality(self, facts: Sequence[Fact]) -> tuple[Example, ...]:
         """The store's locality probes and those of the facts."""
-        rows = self._store.protected("locality")
-        shared = self._engine.renderer.examples((row.prompt, row.answer) for row in rows)
+        shared = self._protection.locality_examples()
         return (*shared, *(e for fact in facts for e in self._locality_of(fact)))
 
     def _locality_of(self, fact: Fact) -> list[Example]:

@@ -105,11 +105,11 @@ def max_batch_rows(model: Any, tokens: int) -> int:
     """
     if not is_accelerated(model):
         return MAX_BATCH_ROWS
-    fitting = MAX_KV_CACHE_BYTES // max(1, tokens * _cache_bytes_per_token(model))
+    fitting = MAX_KV_CACHE_BYTES // max(1, tokens * cache_bytes_per_token(model))
     return max(MAX_BATCH_ROWS, min(MAX_ACCELERATOR_ROWS, fitting))
 
 
-def _cache_bytes_per_token(model: Any) -> int:
+def cache_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values by the configuration; assumed to be large if it does not say."""
     config = model.config.get_text_config()
     try:

@@ -28,7 +28,7 @@ from kvedit.model.generation import Decoding, generate
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import MAX_BATCH_ROWS, slices
-from kvedit.replay import protected_texts
+from kvedit.replay import protected_texts, questions
 from kvedit.replay.protected_texts import EXTRACTED, Protected
 
 STEM_SAMPLES = 3000  # questions sampled to see how questions begin
@@ -65,10 +65,10 @@ def extract_knowledge(
     rng = generator(base.model, seed)
     if renderer.empty_user_turn() is None:
         progress("sampling free text from the model")
-        return tuple(protected_texts.write_freely(base, renderer, samples // SAMPLES_PER_TEXT, rng))
+        return tuple(questions.write_freely(base, renderer, samples // SAMPLES_PER_TEXT, rng))
     count = min(samples, STEM_SAMPLES)
     progress(f"sampling {count:,} questions to see how they begin")
-    sampled = protected_texts.draw_questions(base, renderer, count, rng, STEM_TEMPERATURE)
+    sampled = questions.draw_questions(base, renderer, count, rng, STEM_TEMPERATURE)
     stems = _stems(sampled, samples // ROUND_QUESTIONS)
     sources = [
         *(_Source(_beam_search(base, renderer, stem)) for stem in stems),
@@ -77,7 +77,8 @@ def extract_knowledge(
     search = _Search(base, renderer, known, unasked)
     search.race(sources, samples, progress)
     progress(f"answering the {len(search.questions):,} questions whose answers the model knows")
-    texts = protected_texts.answer_all(base, renderer, search.questions, EXTRACTED)
+    answered = questions.answer_all(base, renderer, search.questions, EXTRACTED)
+    texts = [text for one in answered if one.ended and (text := one.text(renderer))]
     answers = {text.answer for text in known}
     confident = protected_texts.confident(base, renderer, texts)
     return tuple(text for text in confident if text.answer not in answers)
@@ -178,7 +179,7 @@ def _beam_search(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> It
     for floor in map(math.log, MIN_PROBABILITIES):
         searches = (_paths(base.model, before, after, part, floor) for part in starts)
         paths = sorted(chain.from_iterable(searches), reverse=True)
-        texts = dict.fromkeys(protected_texts.readable(renderer, (ids for _, ids in paths)))
+        texts = dict.fromkeys(questions.readable(renderer, (ids for _, ids in paths)))
         yield from (text for text in texts if text not in seen)
         seen |= texts
 
@@ -222,7 +223,7 @@ def _paths(
         return
     run = Decoding(model, [[*before, *tokens] for _, tokens in beams])
     scores = torch.tensor([score for score, _ in beams], device=run.ids.device)
-    for _ in range(protected_texts.QUESTION_TOKENS):
+    for _ in range(questions.QUESTION_TOKENS):
         rows, tokens, scores = _expand(run.next_logits(), scores, floor)
         ended = tokens == after
         texts = run.ids[rows[ended], len(before) :].tolist()
@@ -253,7 +254,7 @@ def _sample(
 ) -> Iterator[str]:
     """Questions sampled at a temperature, without end unless the model gives none."""
     while True:
-        sampled = protected_texts.draw_questions(base, renderer, MAX_BATCH_ROWS, rng, temperature)
-        if not (texts := list(protected_texts.readable(renderer, sampled))):
+        sampled = questions.draw_questions(base, renderer, MAX_BATCH_ROWS, rng, temperature)
+        if not (texts := list(questions.readable(renderer, sampled))):
             return
         yield from texts

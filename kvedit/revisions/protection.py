@@ -22,6 +22,7 @@ from kvedit.replay import extraction, protected_texts
 from kvedit.replay.protected_texts import Protected
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.checkout import Checkout
+from kvedit.revisions.coverage import Coverage
 from kvedit.store.rows import ProtectedRow
 
 _P = ParamSpec("_P")
@@ -45,12 +46,13 @@ class Protection:
         self._config = checkout.store.config
         self._measured_at: int | None = None  # the revision that the engine's moments belong to
         self._measured_facts = 0  # committed when the moments were last measured on the head
+        self._coverage = Coverage(checkout)
         self._margins: FisherMoments | None = None  # of the margins of what the base model knows
 
     def prepare(self) -> None:
         """Before any edit that trains: protected texts, and the Fisher moments of these weights."""
         if self._store.meta(_STATE) != _COMPLETE:
-            self.create(self._texts("control"))
+            self.create()
         if self._measured_at != self._checkout.revision:
             self._load_moments()
 
@@ -68,16 +70,24 @@ class Protection:
         self.extend_for(facts)
         self._measure_reference_texts()
 
-    def create(self, extra: Sequence[Protected]) -> None:
-        """Ask the base model for the first protected texts; ``extra`` are the user's own."""
-        self._store.set_protected(_rows("control", extra))  # a killed init has not lost them
-        settings, say = self._config.protect, self._checkout.say
-        texts = self._ask_base(protected_texts.make, settings, extra=extra, progress=say)
-        self._store.set_protected(
-            [*_rows("control", texts.control), *_rows("locality", texts.locality)]
-        )
+    def create(self, extra: Sequence[Protected] = (), seconds: float | None = None) -> None:
+        """Ask the base model for protected texts, and measure them, for so long; or go on with it
+        where a killed process stopped.  ``extra`` are the user's own texts.
+        """
+        if extra and not self._store.protected("control"):  # a killed init has not lost them
+            self._store.set_protected(_rows("control", extra))
+        seconds = self._config.protect.init_minutes * 60 if seconds is None else seconds
+        self._fill(seconds)
         self._store.set_meta(_STATE, _COMPLETE)
-        self._measure()
+        self._measure_facts()
+        self.save()
+        self._coverage.conclude()
+
+    def _fill(self, seconds: float) -> None:
+        """More protected texts and moments, within the time."""
+        if self._engine.fisher is None and (base := self._coverage.load()) is not None:
+            self._engine.fisher = base, base
+        self._checkout.at(0, lambda: self._coverage.fill(seconds))
 
     def extend_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
         """Extract enough protected texts for so many facts more than are committed.
@@ -107,6 +117,10 @@ class Protection:
         self._engine.reference_texts = self._margins = None
         self._store.set_meta(_SAMPLES, str(samples))  # last: a run that was killed does it again
 
+    def locality_examples(self) -> list[Example]:
+        """The store's locality probes."""
+        return self._examples(self._texts("locality"))
+
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""
         texts = [*self._texts("control"), *self._texts("locality")]
@@ -122,15 +136,12 @@ class Protection:
         return self._checkout.at(0, lambda: self._engine.worker.on_main(action))
 
     def _texts(self, role: str) -> list[Protected]:
-        rows = self._store.protected(role)
-        return [Protected(row.prompt, row.answer, row.source) for row in rows]
+        return self._coverage.texts(role)
 
-    def _measured_examples(self, most: int | None = None, seed: int = 0) -> list[Example]:
-        """The texts that moments are measured on: guesses say more than what is known by heart."""
-        texts = [t for t in self._texts("control") if t.source != protected_texts.EXTRACTED]
-        if most is not None:
-            texts = random.Random(seed).sample(texts, min(most, len(texts)))
-        return self._examples(texts)
+    def _measured_examples(self, most: int, seed: int) -> list[Example]:
+        """So many of the texts that moments are measured on."""
+        texts = self._coverage.measured_texts()
+        return self._examples(random.Random(seed).sample(texts, min(most, len(texts))))
 
     def _examples(self, texts: Sequence[Protected]) -> list[Example]:
         return [protected_texts.example(self._engine.renderer, text) for text in texts]
@@ -184,28 +195,24 @@ class Protection:
             return
         with self._checkout.best_effort():
             base, total = self._engine.fisher
-            fisher_cache.write(self._store, 0, "base", base)
-            fisher_cache.write(self._store, self._checkout.revision, "head", total)
+            label = self._coverage.label
+            fisher_cache.write(self._store, 0, "base", base, label)
+            fisher_cache.write(self._store, self._checkout.revision, "head", total, label)
 
     def _load_moments(self) -> None:
-        base = fisher_cache.read(self._store, 0, "base")
-        total = fisher_cache.read(self._store, self._checkout.revision, "head")
-        if base is None or set(base.moments) != set(self._engine.names):
-            self._measure()
+        base, revision = self._coverage.load(), self._checkout.revision
+        total = fisher_cache.read(self._store, revision, "head", self._coverage.label)
+        if base is None or set(base.inputs_of) != set(self._engine.names):
+            self._coverage.forget()
+            self._fill(self._config.protect.init_minutes * 60)
+            self._measure_facts()
+            self.save()
         elif total is None:
             self._start_from(base)
             self.save()
         else:
             self._engine.fisher = base, total
-            self._measured_at = self._checkout.revision
-
-    def _measure(self) -> None:
-        """The moments of the protected texts at the base weights, and of the facts at the head."""
-        self._checkout.say("measuring what must stay")
-        examples = self._measured_examples()
-        self._checkout.at(0, lambda: self._engine.protect(examples))
-        self._measure_facts()
-        self.save()
+            self._measured_at = revision
 
     def _start_from(self, base: FisherMoments) -> None:
         """The base moments, with those of the committed facts measured again."""

@@ -21,9 +21,12 @@ CONFIG = ProtectConfig(
 )
 
 
-def sample(base: BaseModel, *extra: Protected, seed: int = 0) -> ProtectedSet:
+def sample(base: BaseModel, *extra: Protected, number: int = 0) -> ProtectedSet:
     renderer = Renderer(base.tokenizer, context=base.context)
-    return protected_texts.make(base, renderer, CONFIG, extra=extra, seed=seed)
+    sampler = Sampler(base, renderer, CONFIG)
+    present = ProtectedSet(extra, ())
+    limits = sampler.limits(1e6, 0)
+    return sampler.sample(present, number, limits)
 
 
 def test_controls_and_probes_are_disjoint_and_asked_once(base: BaseModel) -> None:

@@ -1,0 +1,276 @@
+"""How much of what the base model says is protected so far, and more of it within a time.
+
+Questions are asked, and the Fisher moments of the texts measured, in slices; what a slice gave is
+in the store before the next one begins.  A new store gets what its time allows; later edits go on
+with it, until there is as much as the settings ask for.
+
+Invariants:
+- A slice that was broken off is made again, with the same random numbers.
+- The base's moments are those of the first ``measured`` control texts, in the store's order.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+
+from kvedit.adapter.fisher import FisherMoments
+from kvedit.events import Status, Warning_
+from kvedit.model.prompts import Example
+from kvedit.replay import protected_texts
+from kvedit.replay.protected_texts import EXTRACTED, Protected, ProtectedSet
+from kvedit.replay.questions import Limits
+from kvedit.replay.sampling import Sampler
+from kvedit.revisions import fisher_cache
+from kvedit.revisions.checkout import Checkout
+from kvedit.store.rows import ProtectedRow
+
+_PROGRESS = "protected_progress"
+TEXTS_RATIO = 0.6  # of the time that is left go into texts, the rest into measuring them
+FIRST_MEASURED = 4  # texts, whose time says how many fit
+MEASURING_SECONDS = 10.0  # of a slice
+SAVE_EVERY = 20.0  # seconds: writing the moments of a large model takes a few
+SAY_EVERY = 1.0  # seconds
+MIN_PROBES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What was done: questions ``asked``, in so many ``slices``, free texts ``written``, and how
+    many control texts were measured.
+    """
+
+    asked: int = 0
+    slices: int = 0
+    written: bool = False
+    measured: int = 0
+
+
+class Coverage:
+    """The protected texts of a store, and the moments of them at the base weights."""
+
+    def __init__(self, checkout: Checkout) -> None:
+        self._checkout = checkout
+        self._store, self._engine = checkout.store, checkout.engine
+        self._renderer = checkout.engine.renderer
+        self._config = checkout.store.config.protect
+        self._sampler = Sampler(self._engine.base, self._renderer, self._config)
+        self._measured = 0  # texts, whose moments the engine has
+        self._token_seconds: float | None = None  # of measuring
+        self._end = self._saved_at = self._said_at = 0.0
+
+    @property
+    def progress(self) -> Progress:
+        """As the store has it; one that was made before it was kept has everything."""
+        text = self._store.meta(_PROGRESS)
+        if text is not None:
+            return Progress(**json.loads(text))
+        if self._store.meta("protected_text") is None:
+            return Progress()
+        samples, measured = self._config.samples, len(self.measured_texts())
+        return Progress(asked=samples, slices=1, written=True, measured=measured)
+
+    def _keep(self, progress: Progress) -> None:
+        self._store.set_meta(_PROGRESS, json.dumps(asdict(progress)))
+
+    def texts(self, role: str) -> list[Protected]:
+        """The texts of a role, in order."""
+        rows = self._store.protected(role)
+        return [Protected(row.prompt, row.answer, row.source) for row in rows]
+
+    def measured_texts(self) -> list[Protected]:
+        """The texts that moments are measured on: guesses say more than what is known by heart."""
+        return [text for text in self.texts("control") if text.origin != EXTRACTED]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are as many texts as the settings ask for, all of them measured."""
+        done = self.progress
+        return self._has_texts(done) and done.measured >= len(self.measured_texts())
+
+    def _has_texts(self, done: Progress) -> bool:
+        return done.written and not self._has_questions(done)
+
+    def _has_questions(self, done: Progress) -> bool:
+        """Whether there is something to ask; without a chat template only what is shipped is."""
+        if not done.slices:
+            return True
+        if self._renderer.empty_user_turn() is None or done.asked >= self._config.samples:
+            return False
+        drawn = sum(text.origin == "drawn" for text in self.texts("control"))
+        return drawn < self._config.long_answers + self._config.short_answers
+
+    def fill(self, seconds: float) -> None:
+        """Go on for so long, with the base weights; what there must be at least is made however
+        little time there is.
+        """
+        end = self._end = time.monotonic() + seconds
+        while not self.is_complete:
+            done, left = self.progress, self._left(end)
+            if not done.slices or left * TEXTS_RATIO > self._least_seconds():
+                self._sample(time.monotonic() + left * TEXTS_RATIO)
+            elif self._measured and (left <= 0 or self._measured == len(self.measured_texts())):
+                break
+            self._measure(end)
+            self._save()
+
+    def _left(self, end: float) -> float:
+        """Seconds, the same in all processes."""
+        return self._engine.worker.on_main(lambda: end - time.monotonic())
+
+    def _least_seconds(self) -> float:
+        """Of the smallest slice of texts."""
+        return self._engine.worker.on_main(lambda: self._sampler.least_seconds)
+
+    def _sample(self, end: float) -> None:
+        """Texts, slice by slice."""
+        while not self._has_texts(done := self.progress):
+            if self._has_questions(done):
+                self._ask(done, end)
+            else:
+                self._write(done, end)
+            if self._left(end) < self._least_seconds():
+                return
+
+    def _ask(self, done: Progress, end: float) -> None:
+        """A slice of questions and answers."""
+        present = ProtectedSet(tuple(self.texts("control")), tuple(self.texts("locality")))
+        numbers = f"{done.asked:,} of {self._config.samples:,} questions"
+
+        def is_over() -> bool:
+            self._say("asking the model what it knows", numbers)
+            return time.monotonic() > end
+
+        def ask() -> tuple[int, ProtectedSet]:
+            limits = self._sampler.limits(end - time.monotonic(), done.asked)
+            if not done.slices:
+                self._announce(limits)
+            return limits.rows, self._sampler.sample(present, done.slices, limits, is_over)
+
+        rows, new = self._engine.worker.on_main(ask)
+        self._add("control", new.control)
+        self._add("locality", new.locality)
+        self._keep(replace(done, asked=done.asked + rows, slices=done.slices + 1))
+
+    def _write(self, done: Progress, end: float) -> None:
+        """Free texts."""
+        self._say("sampling free text from the model", now=True)
+        write = self._sampler.write_freely
+        self._add("control", self._engine.worker.on_main(lambda: write(end - time.monotonic())))
+        self._keep(replace(done, written=True))
+
+    def _add(self, role: str, texts: Iterable[Protected]) -> None:
+        self._store.add_protected(ProtectedRow(role=role, **asdict(text)) for text in texts)
+
+    def _measure(self, end: float) -> None:
+        """The moments of the texts that were not measured yet, slice by slice."""
+        texts = self.measured_texts()
+        examples = [protected_texts.example(self._renderer, text) for text in texts]
+        while self._measured < len(examples):
+            part = self._part(examples[self._measured :], end)
+            if not part:
+                return
+            numbers = f"{self._measured:,} of {len(texts):,} texts"
+            self._say("measuring what must stay", numbers, now=True)
+            began = time.monotonic()
+            self._extend(part)
+            self._token_seconds = (time.monotonic() - began) / sum(len(one.ids) for one in part)
+            self._measured += len(part)
+            if time.monotonic() - self._saved_at > SAVE_EVERY:
+                self._save()
+
+    def _part(self, examples: Sequence[Example], end: float) -> Sequence[Example]:
+        """As many of them as a slice takes, or as fit into the time that is left."""
+
+        def count() -> int:
+            if self._token_seconds is None:
+                return 0 if self._measured and time.monotonic() > end else FIRST_MEASURED
+            seconds = min(MEASURING_SECONDS, end - time.monotonic())
+            lengths = accumulate(len(one.ids) for one in examples)
+            return sum(tokens * self._token_seconds <= seconds for tokens in lengths)
+
+        return examples[: self._engine.worker.on_main(count)]
+
+    def _extend(self, examples: Sequence[Example]) -> None:
+        """Add the moments of more texts to the base's and to all; they are sums over tokens."""
+        before = self._engine.fisher if self._measured else None
+        self._engine.protect(examples)
+        if before is None or self._engine.fisher is None:
+            return
+        more = self._engine.fisher[0]
+        base, total = before
+        grown_total = None if total is base else _sum(total, deepcopy(more))
+        grown = _sum(base, more)
+        self._engine.fisher = grown, grown_total or grown
+
+    def _save(self) -> None:
+        """Keep the base's moments, and of how many texts they are."""
+        if self._engine.fisher is None or self._measured == self.progress.measured:
+            return
+        with self._checkout.best_effort():
+            fisher_cache.write(self._store, 0, "base", self._engine.fisher[0], str(self._measured))
+        self._keep(replace(self.progress, measured=self._measured))
+        self._saved_at = time.monotonic()
+
+    @property
+    def label(self) -> str:
+        """Which texts the base's moments are of, for their file."""
+        return "" if self._store.meta(_PROGRESS) is None else str(self.progress.measured)
+
+    def load(self) -> FisherMoments | None:
+        """The base's moments as they were kept; None if they have to be measured again."""
+        base = fisher_cache.read(self._store, 0, "base", self.label)
+        self._measured = 0 if base is None else self.progress.measured
+        return base
+
+    def forget(self) -> None:
+        """The moments are gone, or of other matrices: measure all texts again."""
+        self._measured = 0
+        self._keep(replace(self.progress, measured=0))
+
+    def _announce(self, limits: Limits) -> None:
+        """Say what will be done, and how long it takes."""
+        seconds = max(0.0, self._end - time.monotonic())
+        wanted = self._config.samples
+        if limits.rows < wanted and self._sampler.is_short(limits):
+            what = f"about {limits.rows} questions, their answers cut at {limits.answer} tokens"
+            more = f"; the rest of {wanted:,} questions with later edits"
+        else:
+            what, more = f"up to {wanted:,} questions", ""
+        self._checkout.say(f"asking and measuring {what}: at most about {seconds:.0f} s{more}")
+
+    def _say(self, phase: str, numbers: str = "", *, now: bool = False) -> None:
+        """Progress with the time left, now and then."""
+        clock = time.monotonic()
+        if not now and clock - self._said_at < SAY_EVERY:
+            return
+        self._said_at = clock
+        left = f"at most {max(0, self._end - clock):.0f} s left"
+        self._checkout.emit(Status(phase=phase, text=f"{numbers}, {left}" if numbers else left))
+
+    def conclude(self) -> None:
+        """Say what there is after ``fill``, and warn of too few probes."""
+        done, probes = self.progress, len(self.texts("locality"))
+        texts, tokens = len(self.texts("control")), self._engine.fisher[0].tokens
+        rest = "" if self.is_complete else "; later edits go on with it"
+        self._checkout.say(
+            f"protected: {texts:,} texts, {done.measured:,} of them measured ({tokens:,} tokens),"
+            f" {probes} locality probes{rest}"
+        )
+        if probes < min(MIN_PROBES, self._config.locality_probes):
+            self._checkout.emit(Warning_(text=few_probes(probes), code="few-probes"))
+
+
+def few_probes(probes: int) -> str:
+    """What it means that there are fewer than ``MIN_PROBES`` locality probes."""
+    part = "this part of the gate"
+    if not probes:
+        return f"locality: no probes: {part} checks nothing"
+    return f"locality: only {probes} probes: {part} sees little"
+
+
+def _sum(one: FisherMoments, more: FisherMoments) -> FisherMoments:
+    """The moments of both texts, in the memory of ``more``."""
+    return replace(one.plus(more, 1.0), tokens=one.tokens + more.tokens)
