@@ -35,19 +35,18 @@ class TrainingConfig:
     [Algorithm](algorithm.md) explains the method.
     """
 
-    max_steps: int = setting(80, low=4, help="Most optimizer steps of one edit.")
-    learning_rate: float = setting(
-        0.02, low=1e-9, high=1.0, help="Peak learning rate of Adam, in whitened coordinates."
-    )
-    init_rank: int = setting(12, low=2, help="Rank of each matrix's adapter before pruning.")
-    target_rank: int = setting(8, low=1, help="Average rank for each matrix after pruning.")
-    phrasings_per_step: int = setting(2, low=1, help="Phrasings of each new fact in a step.")
+    max_steps: int = setting(40, low=4, help="Most optimizer steps of one training.")
+    step_gain: float = setting(
+        0.7, low=1e-9, high=10.0,
+        help="Length of a step: the share of the loss that it would take away if the loss fell as"
+        " steeply all the way (Polyak's rule).",
+    )  # fmt: skip
+    init_rank: int = setting(48, low=2, help="Highest rank of a matrix's adapter.")
+    target_rank: int = setting(12, low=1, help="Average rank over all matrices.")
+    phrasings_per_step: int = setting(4, low=1, help="Phrasings of each new fact in a step.")
     rehearsal_facts: int = setting(3, help="Earlier facts in a step, each under one phrasing.")
     penalty_weight: float = setting(
         400.0, help="Weight of the Fisher penalty (predicted harm, nats a token) in the loss."
-    )
-    max_penalty: float = setting(
-        0.002, help="Training goes on until the Fisher penalty is at most this, nats a token."
     )
     input_damping: float = setting(
         0.03, low=1e-6, help="Damping of the input moments, as a share of their mean eigenvalue."
@@ -63,21 +62,6 @@ class TrainingConfig:
     )
     target_margin: float = setting(
         2.0, help="Logit margin from which a token counts less in the loss, logits."
-    )
-    singular_value_decay: float = setting(
-        0.95, low=0.1, high=1.0,
-        help="Factor on the singular values after a step of the hold phase, until the penalty is"
-        " at most `max_penalty`.",
-    )  # fmt: skip
-    hold_steps: int = setting(
-        2, low=1, help="Steps in a row that must recall every new example before a phase ends."
-    )
-    max_hold_steps: int = setting(
-        16, low=1, help="Steps after pruning from which recall alone is enough, without a minimum"
-        " margin or a maximum penalty.",
-    )  # fmt: skip
-    prune_steps: int = setting(
-        6, low=2, help="Steps in which the ranks are pruned down to `target_rank`."
     )
     gradient_checkpointing: bool = setting(
         False, help="Compute activations twice instead of keeping them: less memory, more time."
@@ -199,6 +183,9 @@ class ProtectConfig:
         128, help="Questions sampled for each fact before a group is trained; only answers of which"
         " the model is sure are kept.",
     )  # fmt: skip
+    seconds_per_fact: float = setting(
+        3.0, help="Most seconds that this takes for each fact of the group."
+    )
     max_samples: int = setting(64000, help="Most questions sampled for a store.")
 
 

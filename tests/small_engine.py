@@ -24,12 +24,9 @@ def make_engine(base: BaseModel) -> Engine:
 
     config = TrainingConfig(
         max_steps=100,
-        learning_rate=0.0015,
-        max_penalty=0.0006,
         penalty_weight=60.0,
         phrasings_per_step=3,
         rehearsal_facts=4,
-        max_hold_steps=60,
     )
     engine = Engine(base, config)
     questions = [

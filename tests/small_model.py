@@ -176,8 +176,7 @@ free_texts = 4
 locality_probes = 8
 [training]
 max_steps = {steps}
-learning_rate = {rate}
-max_penalty = {penalty}
+step_gain = {gain}
 penalty_weight = 60.0
 phrasings_per_step = 3
 rehearsal_facts = 4
@@ -206,7 +205,7 @@ checkpoint_every = {checkpoint_every}
 def settings(**changes: float) -> str:
     """A ``kvedit.toml`` that suits the small model, with a lenient gate: it has little capacity."""
     values: dict[str, float] = {
-        "steps": 60, "rate": 0.0015, "penalty": 0.0006, "recall": 1.0, "paraphrase": 0.5,
+        "steps": 60, "gain": 0.7, "recall": 1.0, "paraphrase": 0.5,
         "locality": 0.5, "retention": 1.0, "repairs": 2, "checkpoint_every": 2, "epochs": 40,
         "rounds": 2, "compaction": 0.5, "samples": 96, "max_samples": 96, "samples_per_fact": 128,
     }  # fmt: skip

@@ -66,7 +66,7 @@ def test_a_rejected_edit_is_shown_and_fails_the_demo(
     small: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "seed_fact", short)
-    passed, shown = run_demo(small["bf16"], few_texts(rate=1e-9))
+    passed, shown = run_demo(small["bf16"], few_texts(gain=1e-9))
     assert not passed
     assert "rejected add" in shown and "UnknownKeyError" in shown
     assert "Not every step did what it should" in shown

@@ -1,13 +1,18 @@
 """An AdaLoRA adapter (Zhang et al. 2023, arXiv:2303.10512), wrapped once and reset for every edit.
 
-It is PEFT's: its modules hold the factors, and its allocator prunes ranks.  The change of a matrix
-is ``B diag(E) A``.  What is trained are ``A'`` and ``B'`` in the whitened coordinates of
-``fisher``, with ``A = A' right`` and ``B = left B'``, so that ``penalty`` (the predicted harm to
-protected text, K-FAC) is the squared Frobenius norm of ``B' diag(E) A'``.
+It is PEFT's: its modules hold the factors.  The change of a matrix is ``B diag(E) A``.  What is
+trained is ``A'`` or ``B'`` in the whitened coordinates of ``fisher``, with ``A = A' right`` and
+``B = left B'``, so that ``penalty`` (the predicted harm to protected text, K-FAC) is the squared
+Frobenius norm of ``B' diag(E) A'``.
 
-For a single fact A', B' and E are trained.  For a group the shorter side is a frozen orthonormal
-factor and E is one: the change is linear in the side that is trained, and its penalty is that
-side's squared norm.
+The other side is frozen: orthonormal directions, the leading singular vectors of the loss's
+gradient.  So the change is linear in what is trained, and its penalty is that side's squared norm.
+
+AdaLoRA gives each matrix a rank of its own within a budget for all, by the importance of singular
+values, which it has to estimate while it trains.  In whitened coordinates the gradient's singular
+values say it before the first step: how much of the loss a direction takes away for the same harm.
+So ``reset`` keeps the largest over all matrices, and E is one for those and zero for the others
+(with 12 ranks a matrix the harm was that of 16 dealt out evenly, docs/log/2026-11-28.md).
 
 The forward pass is ``x W^T + ((x A^T) diag(E)) B^T`` and its gradients go straight to the factors:
 ``W + B diag(E) A``, as the merge will leave it, and its gradient would be as large as the model.
@@ -15,9 +20,7 @@ The merge rounds that sum once more to the served dtype, by no more than outputs
 
 Invariants:
 - Outside of training the adapter is off and the model computes with its own weights alone.
-- ``factors`` is what the forward pass computed, without the ranks that the allocator masked.
-- The allocator's last mask is always applied: ``begin_pruning`` sets its schedule from the step at
-  which the fact was learned, so that an early stop never merges ranks that should be pruned.
+- ``factors`` is what the forward pass computed, without the ranks that were not allocated.
 """
 
 import math
@@ -29,14 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvedit.adapter.allocator import BatchedAllocator
 from kvedit.adapter.batched import NAME, BatchedAdapters
 from kvedit.adapter.deltas import Factors
 from kvedit.adapter.fisher import WhiteningFactors
 from kvedit.adapter.start import Directions
 from kvedit.model.upcast import operand
-
-_NEVER = 1_000_000  # a step that no schedule reaches: no pruning before the fact is learned
 
 
 def group_rank(rank: int, facts: int) -> int:
@@ -50,23 +50,21 @@ class Adapter:
     def __init__(
         self, model: nn.Module, names: Sequence[str], *, init_rank: int, target_rank: int
     ) -> None:
-        """Wrap the modules in place; ``init_rank`` must be larger than ``target_rank``."""
+        """Wrap the modules in place, each with ``init_rank``, of which ``target_rank`` are used on
+        average; PEFT requires that ``init_rank`` is the larger one.
+        """
         from peft import AdaLoraConfig
         from peft.tuners.adalora import AdaLoraModel
 
-        self.rank = init_rank
         self.ranks = (init_rank, target_rank)
-        self._config = AdaLoraConfig(
+        config = AdaLoraConfig(
             init_r=init_rank, target_r=target_rank, lora_alpha=init_rank, lora_dropout=0.0,
-            orth_reg_weight=0.0, target_modules=list(names), tinit=0, tfinal=0, deltaT=1,
-            total_step=_NEVER,
+            orth_reg_weight=0.0, target_modules=list(names), total_step=1,
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
-            self._tuner: Any = AdaLoraModel(model, self._config, NAME)  # type: ignore[no-untyped-call]
-        self._allocator: Any = self._tuner.rankallocator
+            self._tuner: Any = AdaLoraModel(model, config, NAME)  # type: ignore[no-untyped-call]
         self._batches = _batched(model, names)
-        self._scores = BatchedAllocator(self._allocator, self._batches)
         for adapters, _ in self._batches:
             for at, module in enumerate(adapters.modules):
                 module.forward = partial(_forward, module, adapters, at)
@@ -86,44 +84,43 @@ class Adapter:
         directions: Mapping[str, Directions],
         penalty_gradient: Callable[[str], Tensor | None],
         *,
-        frozen_factor: bool = False,
+        allocate: bool,
     ) -> None:
-        """Start an edit: A' and B' span the steepest directions of the new facts' loss, E is zero.
+        """Start an edit: the frozen side spans the steepest directions of the new facts' loss, the
+        other one is zero.
 
-        ``directions`` are those of that loss (see ``start``), so that E has a gradient from the
-        first step on (with random A and B it would first have to find its direction).
-        ``penalty_gradient`` computes for a matrix half the gradient, (out, in), of the Fisher
-        penalty at the accumulated delta, None for zero: a later edit may undo what earlier ones
-        moved.  With ``frozen_factor`` one side keeps its start, the other one starts at zero, and E
-        is one.
+        ``directions`` are those of that loss (see ``start``).  ``penalty_gradient`` computes for a
+        matrix half the gradient, (out, in), of the Fisher penalty at the accumulated delta, None
+        for zero: a later edit may undo what earlier ones moved.  ``allocate``: deal out
+        ``target_rank`` times the number of matrices over all of them; otherwise every matrix has
+        ``init_rank``.
         """
 
         def linear_term(name: str) -> Tensor | None:
             gradient = penalty_gradient(name)
             return None if gradient is None else whitening[name].whiten(gradient)
 
+        smallest = self._smallest_value(directions) if allocate else 0.0
         for adapters, names in self._batches:
             adapters.start(
                 [whitening[name] for name in names],
-                [directions[name] for name in names],
+                [directions[name].above(smallest) for name in names],
                 [partial(linear_term, name) for name in names],
-                frozen_factor=frozen_factor,
             )
             adapters.clear_gradients()
-        self._set_schedule(_NEVER - 2, 0, _NEVER, None)
-        self._allocator.reset_ipt()
+
+    def _smallest_value(self, directions: Mapping[str, Directions]) -> float:
+        """The smallest singular value within the budget of ranks."""
+        values = torch.cat([one.values.cpu() for one in directions.values()])
+        budget = min(len(values), self.ranks[1] * len(directions))
+        return float(values.topk(budget).values[-1])
 
     def state(self) -> dict[str, Any]:
-        """The state of a training run, on the CPU: coordinates, schedule, and allocator scores."""
-        config = self._config
+        """The coordinates of each matrix, on the CPU."""
         return {
-            "matrices": {
-                name: tuple(part[at].detach().to("cpu", copy=True) for part in adapters.coordinates)
-                for adapters, names in self._batches
-                for at, name in enumerate(names)
-            },
-            "schedule": (config.tinit, config.tfinal, config.total_step, config.rank_pattern),
-            "scores": self._scores.state(),
+            name: tuple(part[at].detach().to("cpu", copy=True) for part in adapters.coordinates)
+            for adapters, names in self._batches
+            for at, name in enumerate(names)
         }
 
     @torch.no_grad()
@@ -131,30 +128,17 @@ class Adapter:
         """Continue from the ``state`` of an edit that was reset in the same way as this one."""
         for adapters, names in self._batches:
             for at, name in enumerate(names):
-                for part, saved in zip(adapters.coordinates, state["matrices"][name], strict=True):
+                for part, saved in zip(adapters.coordinates, state[name], strict=True):
                     part[at].copy_(saved)
             adapters.values_changed()
-        self._set_schedule(*state["schedule"])
-        self._scores.resume(state["scores"])
-
-    def _set_schedule(self, begin: int, final: int, total: int, pattern: Any) -> None:
-        """PEFT prunes from step ``begin`` to ``total - final``; ``pattern``: what it has pruned."""
-        config = self._config
-        config.tinit, config.tfinal, config.total_step = begin, final, total
-        config.rank_pattern = pattern
 
     def starting_values(self) -> list[Tensor]:
         """All E, A' and B', frozen factors too."""
         return [part for adapters, _ in self._batches for part in adapters.coordinates]
 
-    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What is trained, one tensor for all matrices of a shape: all E; all A' and B'.
-
-        Frozen factors and their E are left out.
-        """
-        batches = [adapters for adapters, _ in self._batches]
-        values = [one.e for one in batches if not one.has_frozen_factor]
-        return values, [side for one in batches for side in one.trained]
+    def trained(self) -> list[Tensor]:
+        """What is trained, A' or B', one tensor for all matrices of a shape."""
+        return [adapters.trained for adapters, _ in self._batches]
 
     @torch.no_grad()
     def write(self) -> None:
@@ -171,10 +155,9 @@ class Adapter:
 
     @torch.no_grad()
     def read_gradients(self) -> None:
-        """Compute the gradients of A' and B' from PEFT's A and B, after a backward pass."""
+        """Compute the gradients of what is trained from PEFT's A and B, after a backward pass."""
         for adapters, _ in self._batches:
-            adapters.read_gradients()
-        # Those of A and B stay until ``allocate`` has read them, or ``clear_gradients``.
+            adapters.read_gradient()
 
     def penalty(self) -> Tensor:
         """Predicted harm to protected text: the sum of |B' diag(E) A'|^2 over all matrices, and the
@@ -182,21 +165,6 @@ class Adapter:
         """
         penalties = [adapters.penalty() for adapters, _ in self._batches]
         return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum()
-
-    @torch.no_grad()
-    def shrink(self, factor: float) -> None:
-        """Multiply E: a proximal step of the penalty that Adam's scaling does not affect."""
-        for adapters, _ in self._batches:
-            adapters.e.mul_(factor)
-
-    def begin_pruning(self, step: int, *, steps: int) -> None:
-        """Prune the ranks to their budget over ``steps`` steps, from this one on."""
-        self._set_schedule(step, 1, step + steps + 1, self._config.rank_pattern)
-
-    def allocate(self, step: int) -> None:
-        """Let PEFT's allocator score and mask ranks by this step's gradients; clear these."""
-        self._tuner.update_and_allocate(step)
-        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         """Drop the gradients of a step."""

@@ -18,15 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvedit.adapter.deltas import leading
 from kvedit.adapter.fisher import WhiteningFactors, times
-from kvedit.adapter.penalty import FrozenFactorPenalty, Penalty
 from kvedit.adapter.start import Directions
 
 NAME = "edit"
-LINEAR_RANK = 64
-"""Of an accumulated delta's gradient term, for single facts: eight edits of eight ranks are kept
-exactly, and of more the leading directions."""
 _KINDS = ("lora_A", "lora_B", "lora_E")
 LinearTerm = Callable[[], Tensor | None]
 """Computes the accumulated delta's whitened gradient term of a matrix, (out, in); None for zero."""
@@ -34,8 +29,9 @@ LinearTerm = Callable[[], Tensor | None]
 
 @dataclass(slots=True)
 class BatchedAdapters:
-    """``k`` wrapped matrices, (out, in), on one device, and what is trained of them, all fp32: E
-    (k, r, 1), and the coordinates A' (k, r, in) and B' (k, out, r).
+    """``k`` wrapped matrices, (out, in), on one device, and their adapters, all fp32: E (k, r, 1),
+    one for the ranks in use and zero for others, and the coordinates A' (k, r, in) and B'
+    (k, out, r), of which the longer side is trained.
     """
 
     modules: Sequence[Any]
@@ -50,24 +46,21 @@ class BatchedAdapters:
     _to_a: Sequence[Tensor] = field(init=False)
     _to_b: Sequence[Tensor] = field(init=False)
     _linear_terms: Sequence[LinearTerm] = field(init=False)
-    # What the penalty needs of the linear terms: see ``_low_rank`` and ``_of_frozen``.
+    # What the penalty needs of the linear terms: see ``_terms``.
     _penalty_terms: tuple[Tensor | None, Tensor] | None = None
     _factors_stale: bool = True  # PEFT's A and B are not computed from A' and B' yet
-    # Of the loss over the batches of a step: gradients of E and of PEFT's A and B, if trained.
-    _factor_gradients: dict[str, Tensor] = field(default_factory=dict)
+    _gradient: Tensor | None = None  # of PEFT's A or B^T, over the batches of a step
 
     def __post_init__(self) -> None:
         parameters = ([getattr(one, kind)[NAME] for one in self.modules] for kind in _KINDS)
         self.factor_a, self.factor_b, e = map(_joined, parameters)
-        self.e = e.requires_grad_()
+        self.e = e.requires_grad_()  # so that autograd goes back to the first edited matrix
 
     def start(
         self,
         whitening: Sequence[WhiteningFactors],
         directions: Sequence[Directions],
         linear_terms: Sequence[LinearTerm],
-        *,
-        frozen_factor: bool,
     ) -> None:
         """Set A', B' and E to their start: see ``Adapter.reset``."""
         self._to_a = [factors.right for factors in whitening]
@@ -76,13 +69,9 @@ class BatchedAdapters:
         self.a = torch.stack([_padded(one.right.T, rank) for one in directions])
         self.b = torch.stack([_padded(one.left.T, rank).T for one in directions])
         with torch.no_grad():
-            self.e.fill_(1.0 if frozen_factor else 0.0)
-        trained = [self.a, self.b]
-        if frozen_factor:
-            trains_a = self.b.shape[1] <= self.a.shape[2]
-            trained = [self.a.zero_() if trains_a else self.b.zero_()]
-        for side in trained:
-            side.requires_grad_()
+            for sizes, one in zip(self.e, directions, strict=True):
+                sizes.zero_()[: len(one.values)] = 1.0
+        self.trained.zero_().requires_grad_()
         self.values_changed()
 
     def values_changed(self) -> None:
@@ -95,58 +84,39 @@ class BatchedAdapters:
         return self.e, self.a, self.b
 
     @property
-    def trained(self) -> list[Tensor]:
-        """A' and B', without a frozen factor."""
-        return [side for side in (self.a, self.b) if side.requires_grad]
+    def _trains_a(self) -> bool:
+        return self.b.shape[1] <= self.a.shape[2]
 
     @property
-    def has_frozen_factor(self) -> bool:
-        """Whether one side keeps its start."""
-        return len(self.trained) == 1
+    def trained(self) -> Tensor:
+        """A' or B', the longer one."""
+        return self.a if self._trains_a else self.b
 
     def penalty(self) -> Tensor:
-        """|B' diag(E) A'|^2 and the gradient term, a scalar.
+        """``|B' diag(E) A'|^2`` and the gradient term of the accumulated delta, ``2 <L, B' diag(E)
+        A'>``, a scalar (K-FAC; as a penalty between tasks: Ritter et al. 2018, arXiv:1805.07810;
+        quadratic around the base model, so earlier edits add the second term).
 
-        The directions of a frozen factor are orthonormal, or zero: their product is not needed.
+        The directions of the frozen side are orthonormal, or zero: their product is not needed.
         """
         if self._penalty_terms is None:
             with torch.no_grad():
-                compute = self._of_frozen if self.has_frozen_factor else self._low_rank
-                self._penalty_terms = compute()
-        if not self.has_frozen_factor:
-            both: Tensor = Penalty.apply(self.a, self.b, self.e, *self._penalty_terms)  # type: ignore[no-untyped-call]
-            return both
-        side = self.b.mT if self.b.requires_grad else self.a
-        one: Tensor = FrozenFactorPenalty.apply(side, self.e, *self._penalty_terms)  # type: ignore[no-untyped-call]
-        return one
+                self._penalty_terms = self._terms()
+        along, squares = self._penalty_terms
+        side = self.a if self._trains_a else self.b.mT
+        penalty = (side.square() * squares).sum()
+        return penalty if along is None else penalty + 2 * (side * along).sum()
 
-    def _low_rank(self) -> tuple[Tensor, Tensor]:
-        """The linear terms as (k, out, q) @ (k, q, in): their leading directions, q zero if there
-        are none.
-        """
-        count, out, into = len(self._linear_terms), self.b.shape[1], self.a.shape[2]
-        left, right = self.b.new_zeros(count, out, 0), self.a.new_zeros(count, 0, into)
-        for at, read in enumerate(self._linear_terms):
-            if (term := read()) is None:
-                continue
-            if not left.shape[2]:
-                rank = min(LINEAR_RANK, out, into)
-                left, right = left.new_zeros(count, out, rank), left.new_zeros(count, rank, into)
-            left[at] = leading(term, left.shape[2])[0]
-            torch.mm(left[at].T, term, out=right[at])
-        return left, right
-
-    def _of_frozen(self) -> tuple[Tensor | None, Tensor]:
-        """The linear terms along a frozen factor's directions, (k, r, longer side), None if there
+    def _terms(self) -> tuple[Tensor | None, Tensor]:
+        """The linear terms along the frozen side's directions, (k, r, longer side), None if there
         are none; and the directions' squared lengths, (k, r, 1).
         """
-        trains_b = self.b.requires_grad
-        frozen, side = (self.a, self.b.mT) if trains_b else (self.b.mT, self.a)
+        frozen, side = (self.b.mT, self.a) if self._trains_a else (self.a, self.b.mT)
         along: Tensor | None = None
         for at, read in enumerate(self._linear_terms):
             if (term := read()) is not None:
                 along = torch.zeros_like(side) if along is None else along
-                along[at] = frozen[at] @ (term.T if trains_b else term)
+                along[at] = frozen[at] @ (term if self._trains_a else term.T)
         return along, frozen.square().sum(-1, keepdim=True)
 
     def write_factors(self) -> None:
@@ -168,19 +138,16 @@ class BatchedAdapters:
     def multiply_back(
         self, at: int, x: Tensor, gradient: Tensor, weight: Tensor | None
     ) -> Tensor | None:
-        """Add the gradients of E, A and B for a ``gradient`` of that product; that of x (N, in), or
-        None without a weight.
+        """Add the gradient of A or B for a ``gradient`` of that product; that of x (N, in), or None
+        without a weight.
         """
         a, b, sizes = self._factors(at, x.dtype)
-        back = gradient @ b
-        inner = back * sizes
-        if self.a.requires_grad:
-            self._add("a", at, inner.T @ x)
-        if self.b.requires_grad:
-            ahead = x @ a.T
-            self._add("b", at, gradient.T @ (ahead * sizes))
-            if self.a.requires_grad:
-                self._add("e", at, (back * ahead).sum(0)[:, None] * self.scale)
+        inner = (gradient @ b) * sizes
+        total = self.gradient()
+        if self._trains_a:
+            total[at].add_(inner.T @ x)
+        else:
+            total[at].add_(((x @ a.T) * sizes).T @ gradient)
         return None if weight is None else torch.addmm(gradient @ weight, inner, a)
 
     def _factors(self, at: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,50 +155,30 @@ class BatchedAdapters:
         sizes = self.e[at, :, 0].detach() * self.scale
         return self.factor_a[at].to(dtype), self.factor_b[at].to(dtype), sizes.to(dtype)
 
-    def _add(self, kind: str, at: int, gradient: Tensor) -> None:
-        self._gradient(kind)[at].add_(gradient)
-
-    def _gradient(self, kind: str) -> Tensor:
-        """The gradients of E or a factor, zero where there were none."""
-        if kind not in self._factor_gradients:
-            like = {"a": self.factor_a, "b": self.factor_b, "e": self.e}[kind]
-            self._factor_gradients[kind] = torch.zeros_like(like, requires_grad=False)
-        return self._factor_gradients[kind]
+    def gradient(self) -> Tensor:
+        """(k, r, longer side): the gradient of PEFT's A or B^T, zero where there was none."""
+        if self._gradient is None:
+            factor = self.factor_a if self._trains_a else self.factor_b.mT
+            self._gradient = torch.zeros_like(factor, requires_grad=False)
+        return self._gradient
 
     def gradients(self) -> list[Tensor]:
-        """All that ``read_gradients`` reads, zeros where a backward pass left nothing."""
-        sides = {"a": self.a, "b": self.b}
-        kinds = {name: side for name, side in sides.items() if side.requires_grad}
-        if not self.has_frozen_factor:
-            kinds["e"] = self.e
-        for parameter in kinds.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        penalties = [p.grad for p in kinds.values() if p.grad is not None]
-        return [*map(self._gradient, kinds), *penalties]
+        """All that ``read_gradient`` reads, zeros where a backward pass left nothing."""
+        if self.trained.grad is None:
+            self.trained.grad = torch.zeros_like(self.trained)
+        return [self.gradient(), self.trained.grad]
 
-    def read_gradients(self) -> None:
-        """Compute the gradients of what is trained from those of E and of PEFT's A and B."""
-        if "a" in self._factor_gradients:
-            _add_gradient(self.a, _each_times(self._factor_gradients["a"], self._to_a))
-        if "b" in self._factor_gradients:
-            _add_gradient(self.b, _each_times(self._factor_gradients["b"].mT, self._to_b).mT)
-        if "e" in self._factor_gradients:
-            _add_gradient(self.e, self._factor_gradients["e"])
-
-    def factor_gradients(self) -> tuple[Tensor, Tensor]:
-        """(k, r, in) and (k, out, r): gradients of PEFT's A and B, zero where there were none."""
-        return self._gradient("a"), self._gradient("b")
+    def read_gradient(self) -> None:
+        """Compute the gradient of what is trained from that of PEFT's A or B^T."""
+        blocks = self._to_a if self._trains_a else self._to_b
+        pairs = zip(self.gradient(), blocks, strict=True)
+        rows = torch.stack([times(one, by.mT) for one, by in pairs])
+        gradient, side = rows if self._trains_a else rows.mT, self.trained
+        side.grad = gradient if side.grad is None else side.grad + gradient
 
     def clear_gradients(self) -> None:
         """Drop all gradients; interrupted training may have left some of a step behind."""
-        self._factor_gradients.clear()
-        self.e.grad = None
-
-
-def _each_times(rows: Tensor, blocks: Sequence[Tensor]) -> Tensor:
-    """(k, r, side): of each matrix, the rows times the transpose of its blocks."""
-    return torch.stack([times(one, by.mT) for one, by in zip(rows, blocks, strict=True)])
+        self._gradient = self.e.grad = self.trained.grad = None
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
@@ -240,10 +187,6 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     for parameter, part in zip(parameters, batched, strict=True):
         parameter.data = part
     return batched
-
-
-def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -211,8 +211,9 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(out, rank) and (in, rank): the leading singular vectors, by subspace iteration.
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, rank), (in, rank) and (rank,): the leading singular vectors and their values, by
+    subspace iteration.
 
     Halko, Martinsson and Tropp 2011, algorithm 4.4, from a fixed start: ``torch.svd_lowrank``
     draws from the global generator, which a library must not touch.
@@ -223,5 +224,5 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for _ in range(2):
         inner, _ = torch.linalg.qr(matrix.T @ basis)
         basis, _ = torch.linalg.qr(matrix @ inner)
-    u, _, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u, v.T
+    u, values, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, v.T, values

@@ -34,20 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvedit.errors import ModelError
-from kvedit.model.devices import generator, is_accelerated
+from kvedit.model.devices import generator
 from kvedit.model.forward import project, projects, vocabulary_size
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import (
-    ACCELERATOR_BATCH_FACTOR,
-    answer_logits,
-    answer_states,
-    batch_tokens,
-    by_length,
-)
+from kvedit.model.scoring import answer_logits, answer_states, by_length, step_tokens
 
 BLOCK = 512
 """The width of a side's widest block."""
-BATCH_TOKENS = 512  # in a batch that is measured, whose activations are all kept
 MAX_LOGITS = 8 * 1024 * 1024  # in a table of logits
 
 
@@ -223,9 +216,8 @@ def observed(
 
 def measured_batches(model: nn.Module, examples: Sequence[Example]) -> list[list[Example]]:
     """Batches that are small enough to go through the model with all their activations kept."""
-    factor = ACCELERATOR_BATCH_FACTOR if is_accelerated(model) else 1
-    tokens = min(batch_tokens(model), factor * BATCH_TOKENS)
-    return [[examples[i] for i in sorted(batch)] for batch in by_length(examples, tokens)]
+    parts = by_length(examples, step_tokens(model))
+    return [[examples[i] for i in sorted(batch)] for batch in parts]
 
 
 def backward(

@@ -26,11 +26,17 @@ MAX_PASSES = 8
 @dataclass(frozen=True, slots=True)
 class Directions:
     """Leading singular vectors of a whitened gradient, fp32: ``left`` (out, n), ``right`` (in, n),
-    n the rank, or the shorter side where that is smaller.
+    and their singular values (n,); n the rank, or the shorter side where that is smaller.
     """
 
     left: Tensor
     right: Tensor
+    values: Tensor
+
+    def above(self, smallest: float) -> "Directions":
+        """Those with at least this singular value."""
+        chosen = self.values >= smallest
+        return Directions(self.left[:, chosen], self.right[:, chosen], self.values[chosen])
 
 
 def steepest(

@@ -20,7 +20,7 @@ from kvedit.editing.plan import Plan
 from kvedit.events import Status, Warning_
 from kvedit.revisions.session import Session
 from kvedit.store.rows import ProbeRow
-from kvedit.training.loop import Step, Task
+from kvedit.training.loop import LoopResult, Step, Task
 from kvedit.training.resume import TrainingCheckpoints
 
 Delta = dict[str, Factors]
@@ -29,7 +29,7 @@ MAX_NAMED = 8  # questions, in a warning
 LARGE_GROUP = 256
 """Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
 a model that keeps 97% of what it knows loses by chance in every fourth group."""
-MAX_STEPS = 400  # of a single fact's training, after it was lengthened for another attempt
+MAX_STALLS = 2  # trainings of an edit whose loss stopped falling: a third would do so too
 
 
 class Timings(dict[str, float]):
@@ -48,7 +48,8 @@ class Timings(dict[str, float]):
 @dataclass(slots=True)
 class Attempts:
     """The attempts of one edit: ``refusals`` are the gate's reasons for each refused one, ``steps``
-    all training steps, ``resumed_seconds`` those spent by processes that ended in the training.
+    all training steps, ``stalls`` the trainings whose loss stopped falling before the fact was
+    recalled, ``resumed_seconds`` the seconds spent by processes that ended in the training.
     """
 
     session: Session
@@ -58,6 +59,7 @@ class Attempts:
     timings: Timings
     refusals: tuple[str, ...] = ()
     steps: int = 0
+    stalls: int = 0
     resumed_seconds: float = 0.0
 
     def run(self, snapshot: Snapshot) -> tuple[Delta, Evaluation, tuple[str, ...]]:
@@ -86,7 +88,7 @@ class Attempts:
             with self.timings.measure("probe"):
                 evaluation = self.evaluator.evaluate()
             reasons = self._refusals(evaluation)
-            if not reasons:
+            if not reasons or self.stalls >= MAX_STALLS:
                 break
             self._note_refusal("; ".join(reasons), evaluation.rows, attempts_left)
             lost.update({candidate.row.id: candidate for candidate in evaluation.lost})
@@ -125,6 +127,9 @@ class Attempts:
         with self.timings.measure("train"):
             result = train(task, config, self._emit_step, group, self.checkpoints)
         self.steps += result.trained.steps
+        if result.trained.stalled:
+            self.stalls += 1
+            self._warn_of_stall(result.trained)
         self.resumed_seconds += result.resumed_seconds
         self.timings["train"] += result.resumed_seconds
         return result.delta
@@ -158,6 +163,13 @@ class Attempts:
             recall=(step.recalled, step.n),
         ))  # fmt: skip
 
+    def _warn_of_stall(self, trained: LoopResult) -> None:
+        text = (
+            f"{self.plan.key}: the loss has stopped falling, at {trained.loss:.2f} after"
+            f" {trained.steps} steps"
+        )
+        self.session.emit(Warning_(text=text, code="stalled", key=self.plan.key))
+
     def _note_refusal(self, why: str, rows: Sequence[ProbeRow], attempts_left: int) -> None:
         """For the report; where a group is trained again, which takes long, a warning at once."""
         self.refusals = (*self.refusals, why)
@@ -170,14 +182,13 @@ class Attempts:
 
 
 def _for_another_attempt(config: TrainingConfig, checks: Checks) -> TrainingConfig:
-    """How to train one fact again: longer, and with less penalty where recall was missed, more
-    where locality was harmed.
+    """How to train one fact again: with less penalty and by a larger margin where recall was
+    missed, with more penalty where locality was harmed.
     """
     missed = checks.recall.passed < checks.recall.n
     harmed = checks.locality.passed < checks.locality.n
-    weight = config.penalty_weight / 3 if missed else config.penalty_weight * (1 + harmed)
-    penalty = config.max_penalty * 2 if missed else config.max_penalty / (1 + harmed)
+    weight = config.penalty_weight / 3 if missed else config.penalty_weight * (4 if harmed else 1)
     return replace(
-        config, max_steps=min(MAX_STEPS, config.max_steps * 2), penalty_weight=weight,
-        max_penalty=penalty, phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
+        config, penalty_weight=weight, min_margin=config.min_margin * (2 if missed else 1),
+        phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
     )  # fmt: skip

@@ -73,7 +73,7 @@ def decompose(change: Tensor) -> Factors:
     if min(change.shape) <= FULL_SVD:
         u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
     else:
-        left, right = leading(change, MAX_RANK)
+        left, right, _ = leading(change, MAX_RANK)
         s = torch.einsum("or,oi,ir->r", left, change, right)
         u, v = left, right.T
     count = max(1, int((s > _NOISE * s[0]).sum()))

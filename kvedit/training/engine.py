@@ -61,7 +61,7 @@ class TrainingResult:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each matrix's delta; for a single fact what AdaLoRA's allocator left."""
+        """The rank of each matrix's delta; for a single fact its share of the budget."""
         return {name: factors.rank for name, factors in self.delta.items()}
 
 
@@ -106,7 +106,7 @@ class Engine(KeptMoments):
         if group is not None:
             side = min(min(matrix.shape) for matrix in self.master.matrices.values())
             init = min(side, group_rank(group.rank, facts))
-            target = init - 1  # PEFT requires a smaller one; a group is not pruned to it
+            target = init - 1  # PEFT requires a smaller one; a group uses all
         if self._adapter is not None and self._adapter.ranks != (init, target):
             self._drop_adapter()
         if self._adapter is None:
@@ -211,10 +211,9 @@ class Engine(KeptMoments):
         start = _start_examples(task, rng)
         adapter = self._adapter_for(len(task.new), group)
         adapter.turn(on=False)
-        directions = steepest(self.base.model, self.whitening, start, adapter.rank)
+        directions = steepest(self.base.model, self.whitening, start, adapter.ranks[0])
         penalty = self._penalty_gradient(_accumulated_share(task, group))
-        frozen = group is not None
-        adapter.reset(self.whitening, directions, penalty, frozen_factor=frozen)
+        adapter.reset(self.whitening, directions, penalty, allocate=group is None)
         self.worker.align(adapter)
         return adapter
 

@@ -14,7 +14,7 @@ by ``PolyakMomentum``.
 Invariants:
 - The epochs' number of steps is known from the start; refine rounds for the facts that are not
   recalled yet follow.
-- All ranks are trained and merged: AdaLoRA's allocator prunes single facts only.
+- All ranks are trained and merged.
 - A run that is resumed takes the steps that the interrupted one would have taken.
 """
 
@@ -227,8 +227,7 @@ class GroupLoop(Loop):
         return [*weak, *self._sample(others, count - len(weak))]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        _, vectors = self._adapter.parameters()
-        return PolyakMomentum(vectors, lr=self._group.step_gain)
+        return PolyakMomentum(self._adapter.trained(), lr=self._group.step_gain)
 
     def _easing(self) -> tuple[float, float]:
         return self._target_margin, self._group.easy_token_weight

@@ -32,9 +32,6 @@ from kvedit.replay.kl import ReferenceTexts
 from kvedit.training.resume import State
 from kvedit.training.worker import Worker
 
-ADAM_BETAS = (0.9, 0.99)
-"""A shorter memory than Adam's default 0.999: a single fact takes about 40 to 100 steps."""
-VECTORS_RATE = 0.3  # of the learning rate: singular vectors turn more slowly than the values grow
 EASY_TOKEN_WEIGHT = 0.3
 """Weight in the loss of an answer token that has reached its target margin, for single facts;
 groups have a setting of this name, because they need another value."""
@@ -72,12 +69,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LoopResult:
-    """How the loop ended; ``learned``: every training prompt recalled, with the final ranks."""
+    """How the loop ended; ``learned``: every training prompt recalled, ``stalled``: the loss had
+    stopped falling before that.
+    """
 
     steps: int
     learned: bool
     loss: float
     penalty: float
+    stalled: bool = False
 
 
 OnStep = Callable[[Step], None]
@@ -110,6 +110,7 @@ class Loop:
         self._penalty_weight, self._earlier_weight = self._config.penalty_weight, 1.0
         self._total = self._config.max_steps
         self._loss = self._penalty = 0.0
+        self._data_loss = torch.zeros(())  # what was measured, where the model is
 
     def state(self) -> State:
         """Where the run stands between two steps."""
@@ -129,12 +130,19 @@ class Loop:
             setattr(self, name, state[name])
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        values, vectors = self._adapter.parameters()
-        groups = [{"params": values, "rate": 1.0}, {"params": vectors, "rate": VECTORS_RATE}]
-        return torch.optim.Adam(groups, lr=self._config.learning_rate, betas=ADAM_BETAS, fused=True)
+        """The optimizer of what the adapter trains."""
+        raise NotImplementedError
 
     def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> list[float]:
         """One update; returns the margins, in logits, that each example had before it."""
+        margins = self._measure(step, new, earlier)
+        self._update()
+        return margins
+
+    def _measure(
+        self, step: int, new: Sequence[Example], earlier: Sequence[Example]
+    ) -> list[float]:
+        """Loss and gradients on some examples; returns the margins, in logits, that they have."""
         self._adapter.write()
         with self._accelerator.autocast():
             scores = self._worker.scores([*new, *earlier])
@@ -144,10 +152,8 @@ class Loop:
         self._accelerator.backward(loss + kl + self._worker.once(self._penalty_weight * penalty))
         self._worker.sum_gradients(self._adapter)
         self._adapter.read_gradients()
-        self._optimizer.step()
-        self._after_update(step)
-        self._optimizer.zero_grad(set_to_none=True)
-        values = torch.stack([loss.detach(), penalty.detach()])
+        self._data_loss = loss.detach()
+        values = torch.stack([self._data_loss, penalty.detach()])
         # One transfer, so that a GPU is waited for once.
         numbers = torch.cat([values, scores.margins(len(new) + len(earlier))])
         self._loss, penalty_value, *margins = numbers.tolist()
@@ -155,12 +161,21 @@ class Loop:
         if math.isnan(self._loss) or math.isnan(self._penalty):
             raise TrainingError(
                 f"the training loss became NaN at step {step}",
-                hint="Lower [training] learning_rate in kvedit.toml, or load the model in fp32.",
+                hint="Lower step_gain in kvedit.toml, or load the model in fp32.",
             )
         recalled, of_new = sum(margin > 0 for margin in margins[: len(new)]), len(new)
         state = Step(step, self._total, self._phase, self._loss, self._penalty, recalled, of_new)
         self._on_step(state)
         return margins
+
+    def _update(self) -> None:
+        """Move by the gradients that were measured."""
+        self._optimizer.step()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        self._adapter.clear_gradients()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _easing(self) -> tuple[float, float]:
         """The margin, in logits, from which a token counts less, and its weight then."""
@@ -170,13 +185,9 @@ class Loop:
         """The loss on reference texts, in groups."""
         return 0.0
 
-    def _after_update(self, step: int) -> None:
-        """Called when the optimizer has moved; the adapter's gradients end here."""
-        self._adapter.clear_gradients()
-
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate * group.get("rate", 1.0)
+            group["lr"] = rate
 
     def _sample(self, items: Sequence[Any], count: int) -> list[Any]:
         return self._rng.sample(list(items), min(count, len(items)))

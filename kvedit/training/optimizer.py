@@ -1,4 +1,4 @@
-"""Momentum with a Polyak step: one step length for all matrices, in units of the loss.
+"""Steps of Polyak's length: one length for all matrices, by the loss that is to be gained.
 
 Adam gives every number a step of the same length, so noise moves as far as signal.  In whitened
 coordinates distance is harm to protected text, and Adam's steps cost a group of facts three times
@@ -6,6 +6,10 @@ the harm that it needed.  Here the gradient as a whole sets the direction.  The 
 (B. T. Polyak, Introduction to Optimization, 1987): the loss to be gained over the steepness at the
 start, so a model that holds facts already, where the same loss is further away, takes longer steps.
 They shrink as the gradient does, and where it becomes steeper.
+
+A single fact's loss can reach zero, so its steps need no setting for each model: ``PolyakGradient``
+goes a share of the way to where the loss would be zero if it fell as steeply all the way.  A group's
+loss does not reach zero, and its batches differ: ``PolyakMomentum`` measures its length once.
 
 Invariants:
 - The result depends on nothing but the gradients, in their order.
@@ -20,6 +24,30 @@ from torch import Tensor
 
 MOMENTUM = 0.9
 NORM_DECAY = 0.9  # of the running mean of the squared norm, at each step
+
+
+class PolyakGradient(torch.optim.Optimizer):
+    """``x -= lr * loss / |g|^2 * g``, g the gradient of all parameters together.
+
+    ``lr`` is the share of the loss that the step would take away if the loss were linear; 1 is
+    Polyak's own step.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.loss: Tensor | None = None
+        """The loss that the gradients are of, a scalar; set before each step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step against the gradient; parameters without one stay."""
+        moved = [(g["lr"], p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if self.loss is None or not moved:
+            return
+        square = _square([p.grad for _, p in moved])
+        length = self.loss.to(square.device) / square.clamp_min(torch.finfo(torch.float32).tiny)
+        for rate, parameter in moved:
+            parameter.sub_(parameter.grad * (rate * length.to(parameter.device)))
 
 
 class PolyakMomentum(torch.optim.Optimizer):
@@ -48,8 +76,8 @@ class PolyakMomentum(torch.optim.Optimizer):
         """The norm of all gradients together at first, times the largest so far, which is smoothed
         over a few steps.
         """
-        home = gradients[0].device
-        square = torch.stack([g.square().sum().to(home) for g in gradients]).sum()
+        square = _square(gradients)
+        home = square.device
         # Of all parameters; kept in the first one's state, so that it is in ``state_dict``.
         norms = self.state[self.param_groups[0]["params"][0]]
         first, steep, peak = (norms.get(n, square).to(home) for n in ("first", "steep", "peak"))
@@ -58,3 +86,9 @@ class PolyakMomentum(torch.optim.Optimizer):
         norms.update(first=first, steep=steep, peak=peak)
         first = torch.where(first > 0, first, peak)
         return (first * peak).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _square(gradients: list[Tensor]) -> Tensor:
+    """The squared norm of all gradients together, a scalar on the first one's device."""
+    home = gradients[0].device
+    return torch.stack([g.square().sum().to(home) for g in gradients]).sum()

@@ -86,7 +86,7 @@ def test_settings_are_written_as_they_were_read(tmp_path: Path) -> None:
 system = "Say \\"yes\\" or\\nno."
 template_options = { enable_thinking = false, depth = 2 }
 [training]
-learning_rate = 1e-05
+step_gain = 1e-05
 """
     document = tomllib.loads(text)
     assert tomllib.loads(levers._toml(document)) == document

@@ -284,8 +284,6 @@ free_texts = 4
 locality_probes = 8
 [training]
 max_steps = {steps}
-learning_rate = {rate}
-max_penalty = {penalty}
 penalty_weight = {weight}
 phrasings_per_step = 3
 rehearsal_facts = 3
@@ -302,5 +300,5 @@ checkpoint_every = 2
 
 def settings(**changes: float) -> str:
     """A ``kvedit.toml`` that suits a tiny model: it has little room, so the gate is lenient."""
-    values: dict[str, float] = {"steps": 80, "rate": 0.0015, "penalty": 0.0006, "weight": 60.0}
+    values: dict[str, float] = {"steps": 80, "weight": 60.0}
     return SETTINGS.format(**(values | changes))

@@ -195,7 +195,7 @@ def test_a_fact_of_a_group_can_be_removed(group: KnowledgeBase) -> None:
 
 
 def test_what_a_group_does_not_learn_is_left_as_it_was(empty_store: Path) -> None:
-    configure(empty_store, repairs=0, rate=1e-8, steps=4, epochs=1, rounds=0)
+    configure(empty_store, repairs=0, gain=1e-8, steps=4, epochs=1, rounds=0)
     with KnowledgeBase.open(empty_store) as knowledge:
         before = state(knowledge)
         reports = knowledge.add_group([Fact.create(*pair) for pair in FREE[:2]])

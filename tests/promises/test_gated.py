@@ -47,7 +47,7 @@ def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(trained_stor
 
 
 def test_a_refused_update_or_removal_keeps_the_old_text(trained_store: Path) -> None:
-    configure(trained_store, steps=4, repairs=0, rate=1e-8)
+    configure(trained_store, steps=4, repairs=0, gain=1e-8)
     with KnowledgeBase.open(trained_store) as knowledge:
         before = state(knowledge)
         assert knowledge.update(FREE[0][0], OTHER).outcome == "rejected"

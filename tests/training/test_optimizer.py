@@ -1,4 +1,4 @@
-"""The optimizer for groups: how long its steps are, and which way they go."""
+"""The optimizers: how long their steps are, and which way they go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvedit.training.optimizer import PolyakMomentum
+from kvedit.training.optimizer import PolyakGradient, PolyakMomentum
 
 
 def parameters(*widths: int) -> list[torch.Tensor]:
@@ -98,3 +98,27 @@ def test_without_gradients_nothing_moves() -> None:
     optimizer = PolyakMomentum(sides, lr=0.1)
     optimizer.step()
     assert float(sides[0].detach().norm()) == 0.0
+
+
+def test_a_straight_loss_is_gained_by_the_share_that_the_rate_says() -> None:
+    """Whatever the gradient's scale: there is no setting for each model."""
+    for scale in (1e-3, 1.0, 1e3):
+        sides = parameters(3, 5)
+        slopes = torch.full((3,), scale), torch.full((5,), -2 * scale)
+        optimizer = PolyakGradient(sides, lr=0.7)
+        for side, slope in zip(sides, slopes, strict=True):
+            side.grad = slope
+        optimizer.loss = torch.tensor(4.0)
+        optimizer.step()
+        gained = -sum(float(s.detach() @ g) for s, g in zip(sides, slopes, strict=True))
+        assert gained == pytest.approx(0.7 * 4.0, rel=1e-5)
+
+
+def test_without_a_gradient_nothing_moves() -> None:
+    sides = parameters(3)
+    optimizer = PolyakGradient(sides, lr=0.7)
+    optimizer.loss = torch.tensor(1.0)
+    optimizer.step()
+    sides[0].grad = torch.zeros(3)
+    optimizer.step()
+    assert not sides[0].any()
