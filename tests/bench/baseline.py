@@ -165,7 +165,7 @@ def _learn(
     wrapped: Any, examples: Sequence[Example], config: BaselineConfig, on_step: OnStep
 ) -> tuple[int, bool, float]:
     """Steps until a training forward recalls every prompt; (updates made, recalled, loss)."""
-    batch = _batch(examples, wrapped.device)
+    batch = batch_of(examples, wrapped.device)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
     wrapped.train()
@@ -173,7 +173,7 @@ def _learn(
     for step in range(1, config.max_steps + 1):
         out = wrapped(**batch, use_cache=False)
         loss = float(out.loss.detach())
-        recalled = _recalled(out.logits.detach(), batch["labels"])
+        recalled = recalled_rows(out.logits.detach(), batch["labels"])
         on_step(BaselineStep(step, config.max_steps, loss, recalled, len(examples)))
         if recalled == len(examples):
             return step - 1, True, loss
@@ -184,7 +184,7 @@ def _learn(
     return config.max_steps, False, loss
 
 
-def _batch(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
+def batch_of(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
     """ids, mask and labels, int64 (examples, width); labels are -100 but at the answers."""
     width = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -199,7 +199,7 @@ def _batch(examples: Sequence[Example], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _recalled(logits: Tensor, labels: Tensor) -> int:
+def recalled_rows(logits: Tensor, labels: Tensor) -> int:
     """How many rows of the training forward have the right token first at every answer position."""
     targets = labels[:, 1:]
     right = logits[:, :-1].argmax(-1) == targets

@@ -170,6 +170,53 @@ def strategies(run: Run, given: dict[str, Any]) -> None:
     run(strategies, StrategyOptions(**given), report.tables, report.notes, report.line)
 
 
+@command(
+    o.model, o.seed, o.json_file, o.store_dir, o.resume,
+    click.option("--facts", metavar="FILE|NAME", default="glossary", show_default=True,
+                 help="JSON Lines with key and description, and prompts and paraphrases where there"
+                 " are some; or glossary, glossary-zh, glossary-mixed, which come with this."),
+    o.number("--limit", "Take the first N facts.", None, metavar="N"),
+    click.option("--untaught", type=o.IN,
+                 help="JSON Lines with keys that nobody trains. [facts that --limit leaves out]"),
+    click.option("--method", "methods", multiple=True, default=("add", "ingest", "lora"),
+                 type=click.Choice(["add", "ingest", "lora", "lora-mixed", "plain"]),
+                 show_default=True, help="How to train; may be given more than once."),
+    click.option("--abilities", type=o.IN,
+                 help="JSON Lines of multiple choice: task, prompt, choices, answer (an index)."),
+    click.option("--text", type=o.IN, help="Natural text for the perplexity: lines, or JSON Lines"
+                 " with description or text."),
+    o.number("--text-tokens", "About how much of it to read.", 8000, metavar="N"),
+    o.number("--questions", "General questions that are asked before and after.", 300, low=0,
+             metavar="N"),
+    click.option("--questions-file", "questions_files", type=o.IN, multiple=True,
+                 help="More of them: lines, or JSON Lines with prompt, question or questions."),
+    o.number("--asked", "Phrasings of each kind that each fact is asked. [all]", None,
+             metavar="N"),
+    o.number("--mixed-epochs", "Most passes of lora-mixed over all facts.", 12, metavar="N"),
+    click.option("--config", type=o.IN, help="A kvedit.toml with settings to use."),
+    click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
+                 help="How long making the store may take. [its default]"),
+)  # fmt: skip
+def quality(run: Run, given: dict[str, Any]) -> None:
+    """What several methods teach a model, what that changes, and what it costs.
+
+    Each method starts from the same base model, in a process of its own: one by one (add), together
+    (ingest), LoRA one by one and on all facts mixed, and the plain recipe. Asked by free generation
+    are the facts, general questions, and keys never taught; besides, natural text and multiple
+    choice before and after. With --store-dir stores and parts are kept there, and a store in its
+    folder store is used; with --resume what was measured is not measured again.
+
+    \b
+    Examples:
+      python -m tests.bench quality --model DIR --limit 20 --questions-file passages.jsonl
+      python -m tests.bench quality --model DIR --method lora --abilities abilities.jsonl
+    """
+    from tests.bench import report_quality as report
+    from tests.bench.quality import QualityOptions, quality
+
+    run(quality, QualityOptions(**given), report.tables, report.notes, report.line)
+
+
 @command(*o.common, o.facts(128), *o.others, o.base_sample, *o.baseline, o.group("64"), o.plot)
 def levers(run: Run, given: dict[str, Any]) -> None:
     """Train the same facts with everything, without one part of the method at a time, and by the
