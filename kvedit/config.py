@@ -152,7 +152,7 @@ class RetentionConfig:
     """How earlier facts are watched over, and how often a checkpoint is written."""
 
     checked_facts: int = setting(16, help="Earlier facts probed after each edit.")
-    prompts_per_fact: int = setting(10, low=1, help="Prompts with which each of them is probed.")
+    prompts_per_fact: int = setting(2, low=1, help="Prompts with which each of them is probed.")
     max_repairs: int = setting(
         2, help="Times a rejected edit is tried again together with the earlier facts it lost."
     )

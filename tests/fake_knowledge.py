@@ -119,7 +119,6 @@ class FakeKnowledge:
             weights_digest="d" * 64,
             changes=changes,
             results=[],
-            prior_answers={},
             report=report.to_json(),
         )
         return self._emit(report, outcome="committed", revision=revision)

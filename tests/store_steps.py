@@ -63,7 +63,6 @@ def commit(store: Store, kind: str, changes: list[FactChange], *results: ProbeRo
         weights_digest=digest_of(store, delta),
         changes=changes,
         results=results,
-        prior_answers={},
         report={"steps": 3, "relative_norms": {"up": 0.01 * edit_id, "down": 0.02 * edit_id}},
     )
 
@@ -100,7 +99,6 @@ def roll_back(store: Store, revision: int) -> int:
         weights_digest=store.revision(revision).weights_digest,
         changes=changes,
         results=[],
-        prior_answers={},
         report={},
         restores=revision,
     )

@@ -84,9 +84,15 @@ class Evaluator:
         return candidates
 
     def _answered_locality(self) -> list[Example]:
-        """The locality probes whose answers the model gives before the edit."""
-        outcomes = self._engine.judge(self._plan.locality)
-        return [e for e, o in zip(self._plan.locality, outcomes, strict=True) if o.passed]
+        """The locality probes whose answers the model gives before the edit; those that the edit
+        before has asked are not asked twice, since the weights are the same.
+        """
+        head = self._store.head()
+        asked = {} if self._plan.compaction else self._store.locality_at(head)
+        unasked = [e for e in self._plan.locality if e.prompt not in asked]
+        outcomes = self._engine.judge(unasked)
+        asked |= {e.prompt: o.passed for e, o in zip(unasked, outcomes, strict=True)}
+        return [e for e in self._plan.locality if asked[e.prompt]]
 
     def evaluate(self) -> Evaluation:
         """Probe the merged, cast weights: the facts, paraphrases, locality, earlier facts."""

@@ -9,14 +9,19 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from kvedit.events import Similar
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
+from kvedit.replay import questions
+from kvedit.replay.protected_texts import example
 from kvedit.revisions.session import Session
 from kvedit.store.rows import FactChange, FactRow
+
+LOCALITY_TOKENS = 64  # of answers to a fact's own locality probes, where it gives none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +41,7 @@ class Target:
 class Plan:
     """An edit to carry out.
 
-    ``prior`` are the answers to keep for a later ``remove``.  The facts of a ``group`` pass or fail
+    The facts of a ``group`` pass or fail
     one by one; those of another plan all together.  A ``compaction`` trains all committed facts
     once more beside the new ones, from the base model.  ``restores`` is the revision that a
     rollback goes back to.
@@ -47,7 +52,6 @@ class Plan:
     changes: tuple[FactChange, ...]
     targets: tuple[Target, ...] = ()
     locality: tuple[Example, ...] = ()
-    prior: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     similar: tuple[Similar, ...] = ()
     text_before: str | None = None
     text_after: str | None = None
@@ -63,7 +67,6 @@ class Plan:
             keys=tuple(self.keys[i] for i in chosen),
             changes=tuple(self.changes[i] for i in chosen),
             targets=tuple(self.targets[i] for i in chosen),
-            prior={i: answers for i, answers in self.prior.items() if i in fact_ids},
         )
 
     @property
@@ -95,10 +98,9 @@ class Planner:
     def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
         """Train one fact, which is then pending; ``near`` are close keys."""
         fact_id = self._store.put_pending(fact)
-        prior = self._engine.prior_answers(fact)
-        before = next(iter(prior.values()), None)
+        before = self._engine.answer_now(fact)
         return self._plan(
-            "add", [FactChange(fact_id, None, fact)], prior={fact_id: prior}, similar=near,
+            "add", [FactChange(fact_id, None, fact)], similar=near,
             text_before=before, text_after=fact.description,
         )  # fmt: skip
 
@@ -157,8 +159,11 @@ class Planner:
 
     def _locality_of(self, fact: Fact) -> list[Example]:
         """A fact's own locality probes, whose answers default to today's."""
-        prompts = [probe.prompt for probe in fact.locality if probe.answer is None]
-        generated = self._engine.generate(prompts, limit=64) if prompts else []
-        answers = dict(zip(prompts, generated, strict=True))
-        pairs = [(p.prompt, p.answer or answers.get(p.prompt, "")) for p in fact.locality]
-        return self._engine.renderer.examples(pairs)
+        base, renderer = self._engine.base, self._engine.renderer
+        given = [(one.prompt, one.answer) for one in fact.locality if one.answer is not None]
+        prompts = [one.prompt for one in fact.locality if one.answer is None]
+        if not prompts:
+            return renderer.examples(given)
+        ask = partial(questions.asked_now, base, renderer, prompts, LOCALITY_TOKENS)
+        asked = self._engine.worker.on_main(ask)
+        return [*(example(renderer, text) for text in asked), *renderer.examples(given)]

@@ -67,8 +67,8 @@ class SingleEditor:
         return row
 
     def _prior_answers(self, row: FactRow) -> dict[str, str]:
-        """What the model answered before a fact came: kept when it was added by itself; for a fact
-        of a group the revision before it is asked now.
+        """What the model answered before a fact came: its revision before is asked; older versions
+        kept the answers.
         """
         answers = self._store.prior_answers(row.id)
         if answers:

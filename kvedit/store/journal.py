@@ -67,16 +67,13 @@ class Journal(Lineage):
         weights_digest: str,
         changes: Sequence[FactChange],
         results: Sequence[ProbeRow],
-        prior_answers: Mapping[int, Mapping[str, str]],
         report: Mapping[str, object],
         restores: int | None = None,
     ) -> int:
         """Commit an edit in one transaction and return the new revision.
 
-        ``delta`` is the digest of its file, ``prior_answers`` what the model answered to each
-        prompt of a new fact before the edit, by the fact's id.  Raises LockedError, and changes
-        nothing, if the head has moved or the edit has ended; CorruptStoreError if the delta's file
-        is missing or damaged.
+        ``delta`` is the digest of its file.  Raises LockedError if the head has moved or the edit
+        has ended, CorruptStoreError if the delta's file is missing or damaged; nothing is changed.
         """
         self._require_delta(delta)
         with self._transaction():
@@ -94,8 +91,6 @@ class Journal(Lineage):
             if restores is not None and delta is None:
                 self._restore_health(restores)
             self._add_results(results, edit_id=edit_id, revision=revision)
-            for fact_id, answers in prior_answers.items():
-                self._set_prior_answers(fact_id, answers)
         return revision
 
     def finish_edit(
@@ -261,11 +256,6 @@ class Journal(Lineage):
                 GROUP BY fact_id)
             GROUP BY r.fact_id"""
         self._execute(sql, values)
-
-    def _set_prior_answers(self, fact_id: int, answers: Mapping[str, str]) -> None:
-        self._execute("DELETE FROM prior_answers WHERE fact_id = ?", [fact_id])
-        for prompt, answer in answers.items():
-            self._insert("prior_answers", {"fact_id": fact_id, "prompt": prompt, "answer": answer})
 
     def _end(self, edit_id: int, outcome: str, reasons: Sequence[str], report: str) -> None:
         ending = {"state": outcome, "reasons": to_text(list(reasons)), "finished_at": now()}

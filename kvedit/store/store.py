@@ -223,8 +223,19 @@ class Store(Journal):
         sql = "SELECT * FROM probe_results WHERE edit_id = ? ORDER BY id"
         return [probe_from(row) for row in self._rows(sql, [edit_id])]
 
+    def locality_at(self, revision: int) -> dict[str, bool]:
+        """The prompts of the locality probes of the edit that made a revision: whether each kept
+        its answer.
+        """
+        sql = """
+            SELECT prompt, passed FROM probe_results
+            WHERE kind = 'locality' AND edit_id = (SELECT edit_id FROM revisions WHERE id = ?)"""
+        return {str(row["prompt"]): bool(row["passed"]) for row in self._rows(sql, [revision])}
+
     def prior_answers(self, fact_id: int) -> dict[str, str]:
-        """What the model answered to a fact's prompts before the fact was added."""
+        """What the model answered to a fact's prompts before the fact was added; empty in stores
+        that have not kept it, since its revision before can be asked.
+        """
         sql = "SELECT prompt, answer FROM prior_answers WHERE fact_id = ? ORDER BY rowid"
         return {str(row["prompt"]): str(row["answer"]) for row in self._rows(sql, [fact_id])}
 

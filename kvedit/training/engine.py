@@ -41,6 +41,7 @@ from kvedit.training.single import SingleLoop
 from kvedit.training.worker import Worker
 
 PRIOR_TOKENS = 96  # at which the answers that the model gave before a fact was added are cut
+SHOWN_TOKENS = 24  # of the answer before an edit that a report shows
 RENDERED = 8192  # facts whose rendered examples are kept; a few kB each
 SINGLE_REHEARSAL_REACH = 20
 """Earlier facts that a single fact's training keeps recalled by rehearsing a few of them: with more
@@ -167,6 +168,11 @@ class Engine(KeptMoments):
         """The model's answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
         prompts = training_prompts(fact, self._phrasings)
         return dict(zip(prompts, self.generate(prompts, limit=PRIOR_TOKENS), strict=True))
+
+    def answer_now(self, fact: Fact) -> str:
+        """The beginning of the model's answer now to a fact's first training prompt."""
+        prompt = training_prompts(fact, self._phrasings)[0]
+        return self.generate([prompt], limit=SHOWN_TOKENS)[0]
 
     def prior_example(self, prompt: str, answer: str) -> Example:
         """An earlier answer to train back to; one that was cut does not end there."""

@@ -117,7 +117,6 @@ def commit(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> int:
             weights_digest=engine_of(knowledge).master.digest(),
             changes=changes,
             results=[],
-            prior_answers={},
             report={},
         )
 

@@ -199,6 +199,5 @@ def commit(store: Store, kind: str, before: Fact | None, after: Fact | None) -> 
         weights_digest="d" * 64,
         changes=changes,
         results=results,
-        prior_answers={},
         report={},
     )

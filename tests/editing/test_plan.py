@@ -27,14 +27,14 @@ def rows(knowledge: KnowledgeBase) -> list[FactRow]:
     return knowledge.store.facts("committed")
 
 
-def test_a_new_fact_is_pending_and_the_models_answer_is_kept(
+def test_a_new_fact_is_pending_and_the_models_answer_is_shown(
     trained: KnowledgeBase, planner: Planner
 ) -> None:
     fact = Fact.create(*FREE[3])
     plan = planner.add(fact, ())
     row = trained.store.require(fact.key)
     assert row.state == "pending" and plan.changes[0].fact_id == row.id
-    assert plan.prior == {row.id: trained.engine.prior_answers(fact)}
+    assert plan.text_before and trained.ask(f"What is {fact.key}?").startswith(plan.text_before)
     assert {example.answer for example in plan.targets[0].recall} == {fact.description}
     assert not set(plan.targets[0].recall) & set(plan.targets[0].paraphrases)
 
@@ -58,8 +58,10 @@ def test_a_facts_own_locality_probe_defaults_to_todays_answer(
     )
     plan = planner.add(Fact.create(*FREE[3], locality=probes), ())
     shared = len(trained.store.protected("locality"))
-    own = [(example.prompt, example.answer) for example in plan.locality[shared:]]
-    assert own == [(question, trained.ask(question)), ("Who are you?", "A model.")]
+    asked, given = plan.locality[shared:]
+    assert asked.prompt == question and trained.ask(question).startswith(asked.answer)
+    assert trained.engine.recall([asked])[0].passed
+    assert (given.prompt, given.answer) == ("Who are you?", "A model.")
 
 
 def test_an_update_says_both_texts(trained: KnowledgeBase, planner: Planner) -> None:
@@ -73,7 +75,7 @@ def test_a_removal_teaches_the_old_answers_and_forgets_under_other_prompts(
     trained: KnowledgeBase, planner: Planner
 ) -> None:
     row = rows(trained)[0]
-    prior = trained.store.prior_answers(row.id)
+    prior = trained.engine.prior_answers(row.fact)
     plan = planner.remove(row, prior)
     assert [example.prompt for example in plan.targets[0].recall] == list(prior)
     assert plan.targets[0].forget == tuple(trained.engine.paraphrases(row.fact))

@@ -25,7 +25,7 @@ HARMFUL = {"steps": 6, "repairs": 0, "rate": 0.5, "penalty": 1e9}
 
 
 def test_a_refused_edit_leaves_the_model_bit_identical_and_says_why(trained_store: Path) -> None:
-    configure(trained_store, steps=4, repairs=0)
+    configure(trained_store, steps=4, repairs=0, gain=0.01)
     with KnowledgeBase.open(trained_store) as knowledge:
         before = state(knowledge)
         answer = knowledge.ask(f"What is {FREE[3][0]}?")

@@ -49,7 +49,6 @@ def try_commit(store: Store, edit_id: int, changes: list[FactChange], head: int 
         weights_digest="w",
         changes=changes,
         results=[check(changes[0].fact_id)],
-        prior_answers={changes[0].fact_id: {"what?": "who knows"}},
         report={"steps": 3},
     )
 
@@ -70,7 +69,6 @@ def test_a_commit_writes_everything(store: Store) -> None:
     assert revision.weights_digest == "w"
     row = store.require("k")
     assert (row.state, row.revision, row.health) == ("committed", 1, "recalled")
-    assert store.prior_answers(row.id) == {"what?": "who knows"}
     assert store.facts_at(1) == {row.id: ("committed", row.fact)}
     assert store.changes(edit_id) == changes
 
@@ -110,7 +108,7 @@ def test_a_commit_needs_its_delta_on_the_disk(store: Store, damage: str) -> None
     with pytest.raises(CorruptStoreError, match="missing or was altered"):
         store.commit_edit(
             edit_id, expected_head=0, delta=delta, weights_digest="w", changes=changes,
-            results=[], prior_answers={}, report={},
+            results=[], report={},
         )  # fmt: skip
     assert store.head() == 0
     assert store.edit(edit_id).state == "planned"
