@@ -167,6 +167,8 @@ def build(folder: Path) -> dict[str, Path]:
 
 SETTINGS = """\
 [protect]
+init_minutes = 30
+seconds_per_fact = 300
 samples = {samples}
 max_samples = {max_samples}
 samples_per_fact = {samples_per_fact}

@@ -233,6 +233,8 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
             label, text = FORGOTTEN if forgotten else (field, meaning)
             share = f"{percent(score.passed / score.n)} ({interval_text(score)}), {score.protocol}"
             rows.append((label, f"{score.passed} of {score.n} {text}", share))
+        elif field == "locality" and report.reliability.n:
+            rows.append((field, "nothing to check: this part of the gate is empty", ""))
     return rows
 
 

@@ -139,7 +139,11 @@ def status_table(fields: Mapping[str, Any]) -> RenderableType:
         ("last edit", f"{when(last)} UTC" if last else "never"),
         ("unfinished", unfinished and f"training, saved {when(unfinished)} UTC; {UNFINISHED}"),
         ("change", norm and CHANGE.format(**norm)),
-        ("protected", f"{fields['protected']} texts"),
+        (
+            "protected",
+            f"{fields['protected']} texts, {fields['locality_probes']} of them locality probes",
+        ),
+        ("locality", fields["few_probes"] or None),
         ("checkpoints", fields["checkpoints"]),
         ("size", ", ".join(f"{name} {output.size_text(n)}" for name, n in fields["bytes"].items())),
     ]

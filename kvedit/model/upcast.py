@@ -11,6 +11,8 @@ depend on the processor.
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +28,7 @@ HALF = (torch.bfloat16, torch.float16)
 TIMED_SIZE = 256  # rows and columns of the products that are timed
 SLOW_RATIO = 8.0  # to the time of fp32: quick kernels take less than 2, plain loops 50
 ATTENTION = "kvedit_upcast_sdpa"
+_WIDE = "kvedit_wide_weight"  # a linear layer's weight in fp32, inside ``cast_once``
 
 
 @cache
@@ -83,8 +86,26 @@ def upcast_model(model: Any) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
+@contextmanager
+def cast_once(model: nn.Module, most: float) -> Iterator[None]:
+    """Inside, where products are computed in fp32, each linear layer's weight is cast once and not
+    at every step, of which steps of a few rows are most; nothing that takes more than ``most``
+    bytes.  The weights must not change inside.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _upcasts(m.weight)]
+    if 4 * sum(layer.weight.numel() for layer in layers) > most:
+        layers = []
+    try:
+        for layer in layers:
+            layer.__dict__[_WIDE] = layer.weight.detach().float()
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop(_WIDE, None)
+
+
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    return _multiply(x, layer.weight, layer.bias)
+    return _multiply(x, layer.__dict__.get(_WIDE, layer.weight), layer.bias)
 
 
 def _conv1d(layer: Any, x: Tensor) -> Tensor:

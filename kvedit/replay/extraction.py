@@ -23,16 +23,18 @@ import torch
 from torch import Tensor
 
 from kvedit.model.devices import first_device, generator
-from kvedit.model.forward import next_logits
+from kvedit.model.forward import next_logits, vocabulary_size
 from kvedit.model.generation import Decoding, generate
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
-from kvedit.model.scoring import MAX_BATCH_ROWS, slices
+from kvedit.model.scoring import MAX_BATCH_LOGITS, MAX_BATCH_ROWS, slices
 from kvedit.replay import protected_texts, questions
 from kvedit.replay.protected_texts import EXTRACTED, Protected
 
 STEM_SAMPLES = 3000  # questions sampled to see how questions begin
 STEM_TEMPERATURE = 0.8
+STEM_BATCH = 1024
+STEM_RATIO, SEARCH_RATIO = 0.25, 0.7  # of the time, until the end of each; the rest is for answers
 SAMPLING_TEMPERATURES = (0.7, 0.8, 0.9)  # each finds questions that the others do not
 MAX_STEMS = 96  # and no more than one for each ROUND_QUESTIONS of the budget
 FIRST_ROUND_QUESTIONS, ROUND_QUESTIONS = 32, 128
@@ -51,37 +53,46 @@ def extract_knowledge(
     renderer: Renderer,
     samples: int,
     *,
+    seconds: float = math.inf,
     known: Sequence[Protected],
     unasked: Iterable[str] = (),
     seed: int,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Protected, ...]:
-    """One text for each answer that the model is confident of, from up to ``samples`` questions.
+) -> tuple[tuple[Protected, ...], int]:
+    """One text for each answer that the model is confident of, from up to ``samples`` questions,
+    and how many were asked in about so many ``seconds``; all, if no more answers were new.
 
     Prompts and answers in ``known`` are left out.  The prompts in ``unasked`` are not used, but
     their answers may come from other questions.  A model without a chat template writes free text
     instead, one text for each ``SAMPLES_PER_TEXT`` of the samples.
     """
-    rng = generator(base.model, seed)
+    rng, start = generator(base.model, seed), time.monotonic()
     if renderer.empty_user_turn() is None:
         progress("sampling free text from the model")
-        return tuple(questions.write_freely(base, renderer, samples // SAMPLES_PER_TEXT, rng))
+        count = samples // SAMPLES_PER_TEXT
+        return tuple(questions.write_freely(base, renderer, count, rng)), samples
     count = min(samples, STEM_SAMPLES)
     progress(f"sampling {count:,} questions to see how they begin")
-    sampled = questions.draw_questions(base, renderer, count, rng, STEM_TEMPERATURE)
+    sampled: list[list[int]] = []
+    for at in range(0, count, STEM_BATCH):
+        if time.monotonic() < start + STEM_RATIO * seconds:
+            rows = min(STEM_BATCH, count - at)
+            sampled += questions.draw_questions(base, renderer, rows, rng, STEM_TEMPERATURE)
     stems = _stems(sampled, samples // ROUND_QUESTIONS)
+    end = start + SEARCH_RATIO * seconds
     sources = [
-        *(_Source(_beam_search(base, renderer, stem)) for stem in stems),
+        *(_Source(_beam_search(base, renderer, stem, end)) for stem in stems),
         *(_Source(_sample(base, renderer, t, rng)) for t in SAMPLING_TEMPERATURES),
     ]
     search = _Search(base, renderer, known, unasked)
-    search.race(sources, samples, progress)
+    search.race(sources, samples, end, progress)
     progress(f"answering the {len(search.questions):,} questions whose answers the model knows")
     answered = questions.answer_all(base, renderer, search.questions, EXTRACTED)
     texts = [text for one in answered if one.ended and (text := one.text(renderer))]
     answers = {text.answer for text in known}
     confident = protected_texts.confident(base, renderer, texts)
-    return tuple(text for text in confident if text.answer not in answers)
+    new = tuple(text for text in confident if text.answer not in answers)
+    return new, search.checked if time.monotonic() > end else samples
 
 
 @dataclass(slots=True)
@@ -113,13 +124,16 @@ class _Search:
         losses = protected_texts.mean_losses(base, examples)
         self._max_loss = protected_texts.max_confident_loss(losses)
         self.questions: list[str] = []
+        self.checked = 0
 
     def race(
-        self, sources: Sequence[_Source], samples: int, progress: Callable[[str], None]
+        self, sources: Sequence[_Source], samples: int, end: float, progress: Callable[[str], None]
     ) -> None:
-        """Check up to ``samples`` questions, each round from the source with the highest gain."""
-        racing, checked, start = list(sources), 0, time.monotonic()
-        while checked < samples and racing:
+        """Check up to ``samples`` questions until ``end`` (``time.monotonic``), each round from the
+        source with the highest gain.
+        """
+        racing, start = list(sources), time.monotonic()
+        while self.checked < samples and racing and time.monotonic() < end:
             best = max(racing, key=lambda source: (source.gain, -source.checked))
             if best.gain < MIN_GAIN:
                 break
@@ -129,9 +143,10 @@ class _Search:
                 racing.remove(best)
             best.update(self._check(batch), count)
             best.checked += len(batch)
-            checked += len(batch)
-            left = (time.monotonic() - start) / max(1, checked) * max(0, samples - checked)
-            counts = f"{checked:,} of {samples:,} questions, {len(self.questions):,} answers"
+            self.checked += len(batch)
+            now, to_check = time.monotonic(), max(0, samples - self.checked)
+            left = min(end - now, (now - start) / max(1, self.checked) * to_check)
+            counts = f"{self.checked:,} of {samples:,} questions, {len(self.questions):,} answers"
             progress(f"extracting what the model knows: {counts}, about {left:.0f} s left")
 
     def _check(self, prompts: Sequence[str]) -> int:
@@ -168,8 +183,12 @@ def _stems(questions: Sequence[Sequence[int]], limit: int) -> list[tuple[int, ..
     return stems[: min(limit, MAX_STEMS)]
 
 
-def _beam_search(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> Iterator[str]:
-    """All likely questions with a stem, likelier ones first: the race soon drops most stems."""
+def _beam_search(
+    base: BaseModel, renderer: Renderer, stem: Sequence[int], end: float = math.inf
+) -> Iterator[str]:
+    """All likely questions with a stem, likelier ones first: the race soon drops most stems.  From
+    ``end`` (``time.monotonic``) on, those that were found by then.
+    """
     turn = renderer.empty_user_turn()
     if turn is None:
         return
@@ -177,7 +196,7 @@ def _beam_search(base: BaseModel, renderer: Renderer, stem: Sequence[int]) -> It
     starts = _starts(base.model, renderer.token_strings, before, stem)
     seen: dict[str, None] = {}
     for floor in map(math.log, MIN_PROBABILITIES):
-        searches = (_paths(base.model, before, after, part, floor) for part in starts)
+        searches = (_paths(base.model, before, after, part, floor, end) for part in starts)
         paths = sorted(chain.from_iterable(searches), reverse=True)
         texts = dict.fromkeys(questions.readable(renderer, (ids for _, ids in paths)))
         yield from (text for text in texts if text not in seen)
@@ -213,14 +232,16 @@ def _starts(
 
 @torch.no_grad()
 def _paths(
-    model: Any, before: Sequence[int], after: int, starts: Sequence[_Path], floor: float
-) -> Iterator[_Path]:
+    model: Any, before: Sequence[int], after: int, starts: Sequence[_Path], floor: float,
+    end: float = math.inf,
+) -> Iterator[_Path]:  # fmt: skip
     """Complete questions that continue ``starts``, which are of equal length, with a log
     probability above ``floor``; ``after`` is the token that ends a question.
     """
     beams = [(score, tokens) for score, tokens in starts if score > floor]
     if not beams:
         return
+    width = min(BEAM_WIDTH, MAX_BATCH_LOGITS // vocabulary_size(model))
     run = Decoding(model, [[*before, *tokens] for _, tokens in beams])
     scores = torch.tensor([score for score, _ in beams], device=run.ids.device)
     for _ in range(questions.QUESTION_TOKENS):
@@ -229,9 +250,9 @@ def _paths(
         texts = run.ids[rows[ended], len(before) :].tolist()
         yield from zip(scores[ended].tolist(), map(tuple, texts), strict=True)
         rows, tokens, scores = rows[~ended], tokens[~ended], scores[~ended]
-        if not len(scores):
+        if not len(scores) or time.monotonic() > end:
             return
-        scores, best = scores.topk(min(BEAM_WIDTH, len(scores)))
+        scores, best = scores.topk(min(width, len(scores)))
         run.append(tokens[best], rows[best])
 
 

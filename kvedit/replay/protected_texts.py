@@ -23,7 +23,9 @@ from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import token_scores
 
 EXTRACTED = "extracted"  # the source of texts from knowledge extraction; never probed
-MODEL_SOURCES = frozenset({"drawn", "shipped", "free", EXTRACTED})  # texts that no user gave
+MODEL_SOURCES = frozenset(
+    {"drawn", "shipped", "free", "asked", EXTRACTED}
+)  # texts that no user gave
 CUT = ", cut"  # after the source: the answer goes on
 _AFTER = re.compile(", after ([0-9]+)$")  # after that: so many tokens are given
 KNOWN_LOSS = 0.1  # nats a token: the model knows an answer whose mean loss is below it

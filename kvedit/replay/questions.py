@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,12 +23,14 @@ from kvedit.model.devices import first_device
 from kvedit.model.generation import Decoding, generate
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
-from kvedit.replay.protected_texts import CUT, Protected, after
+from kvedit.model.scoring import token_scores
+from kvedit.replay.protected_texts import CUT, Protected, after, example
 
 QUESTION_TOKENS = 64  # at most; longer questions are left out
 QUESTION_TEMPERATURE = 0.7  # lower ones give more of what the model knows, but repeat themselves
 ANSWER_TOKENS = 256  # at most; longer answers are cut
 MIN_CUT_TOKENS = 4  # of an answer that is cut; shorter ones say nothing
+MAX_LEFT_OUT = 0.3  # of the questions: if more have other tokens, it is the template that does it
 MIN_ANSWERED = 8  # rows: a batch goes on until so many have an answer, whatever it takes
 MAX_FREE_TOKENS = 128
 MIN_LOCALITY_MARGIN = 1.0  # logits: the model is sure of a token from which on it leads by so much
@@ -82,10 +85,10 @@ class Answered:
         return replace(text, source=text.source + after(start)) if start else text
 
     @property
-    def sure_tokens(self) -> int:
-        """How many tokens a probe of it would judge."""
+    def judged(self) -> tuple[int, ...]:
+        """The tokens that a probe of it judges."""
         start, stop = self._sure_run()
-        return stop - start
+        return self.ids[start:stop]
 
     def _sure_run(self) -> tuple[int, int]:
         """The tokens that a probe judges: all with the end, or a run among the first ones."""
@@ -204,7 +207,8 @@ def converse(
     """Answers to ``prompts``, which are shipped ones, and to questions that ``limits.rows`` sample.
 
     Once ``is_over``, what was answered by then is kept, cut.  The second result are questions that
-    could not be answered in this way: their tokens do not follow those of an empty user turn.
+    could not be answered in this way: their tokens do not follow those of an empty user turn, or
+    are others than were sampled.  A few such questions are left out.
     """
     turn = renderer.empty_user_turn()
     if turn is None:
@@ -217,7 +221,9 @@ def converse(
     conversations = _Conversations(renderer, turn, limits, rows)
     _decode(base, conversations, before, rng, is_over)
     others = [prompt for prompt in prompts if prompt not in given]
-    return list(conversations.answered()), [*others, *conversations.asked_again]
+    if len(conversations.asked_again) > limits.rows * MAX_LEFT_OUT:
+        others += conversations.asked_again
+    return list(conversations.answered()), others
 
 
 def _decode(
@@ -295,6 +301,30 @@ def answer_all(
         for prompt, ids in zip(prompts, answers, strict=True)
         if len(ids) >= (1 if len(ids) < limit else MIN_CUT_TOKENS)
     ]
+
+
+def with_margins(
+    base: BaseModel, renderer: Renderer, answered: Sequence[Answered]
+) -> list[Answered]:
+    """The answers that are the same when they are tokenized again, with the margins of their tokens
+    from one forward pass.
+    """
+    texts = [(one, text) for one in answered if (text := one.text(renderer))]
+    if not texts:
+        return []
+    scores = token_scores(base.model, [example(renderer, text) for _, text in texts])
+    margins = defaultdict[int, list[float]](list)
+    for row, margin in zip(scores.rows.tolist(), scores.token_margins.tolist(), strict=True):
+        margins[row].append(margin)
+    return [replace(one, margins=tuple(margins[at])) for at, (one, _) in enumerate(texts)]
+
+
+def asked_now(
+    base: BaseModel, renderer: Renderer, prompts: Sequence[str], limit: int
+) -> list[Protected]:
+    """Locality probes from the model's answers to these prompts, with the weights as they are."""
+    answered = with_margins(base, renderer, answer_all(base, renderer, prompts, "asked", limit))
+    return [probe for one in answered if (probe := one.probe(renderer) or one.text(renderer))]
 
 
 def write_freely(

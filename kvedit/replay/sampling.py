@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 
 from kvedit.config import ProtectConfig
-from kvedit.model.devices import first_device, generator
+from kvedit.model.devices import first_device, generator, is_accelerated
 from kvedit.model.forward import vocabulary_size
 from kvedit.model.generation import Decoding, cache_bytes_per_token, max_batch_rows
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
-from kvedit.model.scoring import token_scores
 from kvedit.replay import questions
-from kvedit.replay.protected_texts import Protected, ProtectedSet, example
+from kvedit.replay.protected_texts import Protected, ProtectedSet
 from kvedit.replay.questions import Answered, Limits
 
 SHIPPED_PROMPTS = Path(__file__).parents[1] / "data" / "protected_prompts.txt"
@@ -35,7 +34,8 @@ LONG_ANSWER_TOKENS = 16  # from which on an answer counts as long
 LONG_LOCALITY_RATIO = 0.5  # of the locality probes whose answers are whole are long
 TIMED_ROWS = 32  # of the batch whose decoding is timed
 MAX_LOGITS = 16 * 1024 * 1024  # of a decoding step
-MAX_CACHE_BYTES = 512 * 1024 * 1024  # of keys and values of a slice on a CPU
+MAX_CACHE_BYTES = 512 * 1024 * 1024  # of the keys and values of a slice
+ACCELERATOR_CACHE_BYTES = 4 * MAX_CACHE_BYTES
 SHORT = Limits(rows=8, question=36, answer=16)  # of a slow model, which gets as many rows as fit
 MIN_SLICES = 3  # that a fast model's whole time must be enough for
 FREE_SEED = 10_000  # apart from the numbers of slices, which are seeds
@@ -96,9 +96,8 @@ class Sampler:
         model = self._base.model
         tokens += len(self._renderer.prefix(""))
         rows = min(max_batch_rows(model, tokens), MAX_LOGITS // vocabulary_size(model))
-        if first_device(model).type == "cpu":
-            rows = min(rows, MAX_CACHE_BYTES // (tokens * cache_bytes_per_token(model)))
-        return max(SHORT.rows, rows)
+        room = ACCELERATOR_CACHE_BYTES if is_accelerated(model) else MAX_CACHE_BYTES
+        return max(SHORT.rows, min(rows, room // (tokens * cache_bytes_per_token(model))))
 
     def limits(self, seconds: float, asked: int) -> Limits:
         """What a slice may take of the seconds that are left for all."""
@@ -172,27 +171,13 @@ class Sampler:
         for source, is_shipped in (("drawn", False), ("shipped", True)):
             asked = [prompt for prompt in prompts if (prompt in shipped) == is_shipped]
             answered += questions.answer_all(self._base, self._renderer, asked, source, limit)
-        return self._with_margins(answered)
-
-    def _with_margins(self, answered: Sequence[Answered]) -> list[Answered]:
-        """The same with the logit margins of their tokens, from one forward pass."""
-        texts = [(one, text) for one in answered if (text := one.text(self._renderer))]
-        if not texts:
-            return list(answered)
-        scores = token_scores(
-            self._base.model, [example(self._renderer, text) for _, text in texts]
-        )
-        margins: dict[int, list[float]] = {}
-        for row, margin in zip(scores.rows.tolist(), scores.token_margins.tolist(), strict=True):
-            margins.setdefault(row, []).append(margin)
-        return [replace(one, margins=tuple(margins[at])) for at, (one, _) in enumerate(texts)]
+        return questions.with_margins(self._base, self._renderer, answered)
 
     def _sorted(self, answered: Sequence[Answered], present: ProtectedSet) -> ProtectedSet:
         """Every second answer may be a probe; the others are control texts, up to their number."""
         probes = _choose(
             [(one, text) for one in answered[::2] if (text := one.probe(self._renderer))],
-            present.locality,
-            self._config.locality_probes,
+            max(0, self._config.locality_probes - len(present.locality)),
         )
         prompts = {text.prompt for text in probes}
         texts = [text for one in answered if (text := one.text(self._renderer))]
@@ -215,22 +200,19 @@ def _shipped() -> list[str]:
     return SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()
 
 
-def _choose(
-    candidates: Sequence[tuple[Answered, Protected]], present: Sequence[Protected], count: int
-) -> list[Protected]:
-    """Up to ``count`` probes with those that are there: long and short whole answers alike, then
-    parts of answers, those of most tokens first.
+def _choose(candidates: Sequence[tuple[Answered, Protected]], count: int) -> list[Protected]:
+    """Up to ``count`` probes: long and short whole answers alike, then parts of answers, those of
+    most tokens first; what the model says again and again only where there is nothing else.
     """
-    whole = [(one, text) for one, text in candidates if not text.is_cut]
-    long = [text for one, text in whole if len(one.ids) >= LONG_ANSWER_TOKENS]
+    whole = [pair for pair in candidates if not pair[1].is_cut]
+    long = [pair for pair in whole if len(pair[0].ids) >= LONG_ANSWER_TOKENS]
     long = long[: round(count * LONG_LOCALITY_RATIO)]
-    short = [text for _, text in whole if text not in long]
-    parts = [(one, text) for one, text in candidates if text.is_cut]
-    parts.sort(key=lambda pair: pair[0].sure_tokens, reverse=True)
-    chosen: dict[str, Protected] = {text.answer: text for text in present}
-    added = []
-    for text in (*long, *short, *(text for _, text in parts)):
-        if len(chosen) < count and text.answer not in chosen:
-            chosen[text.answer] = text
-            added.append(text)
-    return added
+    short = [pair for pair in whole if pair not in long]
+    parts = [pair for pair in candidates if pair[1].is_cut]
+    parts.sort(key=lambda pair: len(pair[0].judged), reverse=True)
+    different: dict[tuple[int, ...], Protected] = {}
+    repeated = []
+    for one, text in (*long, *short, *parts):
+        if different.setdefault(one.judged, text) is not text:
+            repeated.append(text)
+    return [*different.values(), *repeated][:count]

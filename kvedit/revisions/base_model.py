@@ -19,6 +19,9 @@ from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
 
+PROTECTED, COMPLETE = "protected_text", "complete"
+"""What a store says of its protected texts once its making is finished, or an edit made them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
@@ -33,17 +36,32 @@ class ModelSpec:
 
 
 def create(path: Path, spec: ModelSpec, *, check_memory: bool) -> tuple[Store, Engine]:
-    """A new store for a model, and the model, loaded.
+    """A new store for a model, or one whose making was interrupted, and the model, loaded.
 
     Raises UsageError if there is a store already, ModelError if the model cannot be loaded or, with
     ``check_memory``, would not fit.
     """
+    if (begun := _begun(path, spec)) is not None:
+        return begun, load(begun)
     settings = Config.load(path / FILE_NAME)
     device_map = devices.absolute(spec.device_map, Path())
     spec = replace(spec, device_map=device_map, load_in=spec.load_in or settings.model.load_in)
     base = _load(path, spec, settings, check_memory=check_memory)
     engine = _engine(base, path, spec.targets, settings)
     return Store.create(path, _meta(spec, settings, engine)), engine
+
+
+def _begun(path: Path, spec: ModelSpec) -> Store | None:
+    """The store of an interrupted ``create`` for the same model; None if there is none."""
+    if not Store.exists(path):
+        return None
+    store = Store.open(path)
+    asked = (spec.source, spec.revision or "", " ".join(spec.targets))
+    same = asked == tuple(map(store.meta, ("model_path", "model_revision", "targets")))
+    if same and store.meta(PROTECTED) != COMPLETE:
+        return store
+    store.close()
+    return None
 
 
 def load(store: Store) -> Engine:

@@ -19,33 +19,42 @@ from itertools import accumulate
 from kvedit.adapter.fisher import FisherMoments
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
+from kvedit.model.upcast import cast_once
 from kvedit.replay import protected_texts
 from kvedit.replay.protected_texts import EXTRACTED, Protected, ProtectedSet
 from kvedit.replay.questions import Limits
 from kvedit.replay.sampling import Sampler
 from kvedit.revisions import fisher_cache
+from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
+from kvedit.store.integrity import few_probes
 from kvedit.store.rows import ProtectedRow
+from kvedit.training import memory
 
 _PROGRESS = "protected_progress"
 TEXTS_RATIO = 0.6  # of the time that is left go into texts, the rest into measuring them
+TYPICAL_TEXTS = 64  # whose lengths are taken for those of all
+BACKWARD_RATIO = 6.0  # of the time that a token takes to be measured to that of decoding one
+WIDE_RATIO = 0.3  # of the free memory, for weights in fp32 while texts are sampled
 FIRST_MEASURED = 4  # texts, whose time says how many fit
-MEASURING_SECONDS = 10.0  # of a slice
-SAVE_EVERY = 20.0  # seconds: writing the moments of a large model takes a few
+MEASURING_SECONDS = 20.0  # of a slice
+SAVE_EVERY = 10.0  # seconds: writing the moments of a large model takes one or two
 SAY_EVERY = 1.0  # seconds
-MIN_PROBES = 32
+MIN_SECONDS = 5.0  # after an edit; less is kept for the next one
+MIN_TEXTS_SECONDS = 20.0  # the same, where new texts are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """What was done: questions ``asked``, in so many ``slices``, free texts ``written``, and how
-    many control texts were measured.
+    many control texts were measured; ``credit`` are seconds not spent yet.
     """
 
     asked: int = 0
     slices: int = 0
     written: bool = False
     measured: int = 0
+    credit: float = 0.0
 
 
 class Coverage:
@@ -67,7 +76,7 @@ class Coverage:
         text = self._store.meta(_PROGRESS)
         if text is not None:
             return Progress(**json.loads(text))
-        if self._store.meta("protected_text") is None:
+        if self._store.meta(PROTECTED) != COMPLETE:
             return Progress()
         samples, measured = self._config.samples, len(self.measured_texts())
         return Progress(asked=samples, slices=1, written=True, measured=measured)
@@ -102,19 +111,41 @@ class Coverage:
         drawn = sum(text.origin == "drawn" for text in self.texts("control"))
         return drawn < self._config.long_answers + self._config.short_answers
 
-    def fill(self, seconds: float) -> None:
+    def fill(self, seconds: float) -> bool:
         """Go on for so long, with the base weights; what there must be at least is made however
-        little time there is.
+        little time there is.  Returns whether there was time for anything.
         """
-        end = self._end = time.monotonic() + seconds
+        end, before = time.monotonic() + seconds, self.progress
+        self._end = end
         while not self.is_complete:
-            done, left = self.progress, self._left(end)
-            if not done.slices or left * TEXTS_RATIO > self._least_seconds():
-                self._sample(time.monotonic() + left * TEXTS_RATIO)
-            elif self._measured and (left <= 0 or self._measured == len(self.measured_texts())):
-                break
-            self._measure(end)
+            asked = self._sample_within(end)
+            measured = self._measure(end)
             self._save()
+            if not asked and not measured:
+                break
+        if self._engine.fisher is None:
+            self._engine.protect(())  # raises, and says what to do
+        return self.progress != before
+
+    def _sample_within(self, end: float) -> bool:
+        """New texts, if there is time for them; returns whether they were asked for."""
+        if self._has_texts(done := self.progress):
+            return False
+        with cast_once(self._engine.base.model, memory.available() * WIDE_RATIO):
+            left, least = self._left(end), self._least_seconds()
+            measure_too = not done.slices or self._measured < len(self.measured_texts())
+            if done.slices and left * (TEXTS_RATIO if measure_too else 1) < least:
+                return False
+            self._sample(time.monotonic() + max(left * TEXTS_RATIO, least))
+        return True
+
+    def spend(self, seconds: float) -> None:
+        """Go on for so long, but only once the time of several edits is enough for something."""
+        credit = self.progress.credit + seconds
+        unmeasured = self.progress.measured < len(self.measured_texts())
+        self._keep(replace(self.progress, credit=credit))
+        if credit >= (MIN_SECONDS if unmeasured else MIN_TEXTS_SECONDS) and self.fill(credit):
+            self._keep(replace(self.progress, credit=0.0))
 
     def _left(self, end: float) -> float:
         """Seconds, the same in all processes."""
@@ -164,14 +195,13 @@ class Coverage:
     def _add(self, role: str, texts: Iterable[Protected]) -> None:
         self._store.add_protected(ProtectedRow(role=role, **asdict(text)) for text in texts)
 
-    def _measure(self, end: float) -> None:
-        """The moments of the texts that were not measured yet, slice by slice."""
-        texts = self.measured_texts()
-        examples = [protected_texts.example(self._renderer, text) for text in texts]
-        while self._measured < len(examples):
-            part = self._part(examples[self._measured :], end)
-            if not part:
-                return
+    def _measure(self, end: float) -> bool:
+        """The moments of the texts that were not measured yet, slice by slice; returns whether
+        there was time for some.
+        """
+        before, texts = self._measured, self.measured_texts()
+        rest = [protected_texts.example(self._renderer, text) for text in texts[before:]]
+        while part := self._part(rest[self._measured - before :], end):
             numbers = f"{self._measured:,} of {len(texts):,} texts"
             self._say("measuring what must stay", numbers, now=True)
             began = time.monotonic()
@@ -180,6 +210,7 @@ class Coverage:
             self._measured += len(part)
             if time.monotonic() - self._saved_at > SAVE_EVERY:
                 self._save()
+        return self._measured > before
 
     def _part(self, examples: Sequence[Example], end: float) -> Sequence[Example]:
         """As many of them as a slice takes, or as fit into the time that is left."""
@@ -193,6 +224,19 @@ class Coverage:
 
         return examples[: self._engine.worker.on_main(count)]
 
+    def texts_within(self, seconds: float) -> int:
+        """About how many texts are measured within so many seconds: a power of two, so that it is
+        the same again.
+        """
+        texts = self.measured_texts()[:TYPICAL_TEXTS]
+        tokens = sum(len(protected_texts.example(self._renderer, text).ids) for text in texts)
+
+        def count() -> int:
+            each = self._token_seconds or BACKWARD_RATIO * self._sampler.pace.more
+            return int(seconds / max(each * tokens / max(1, len(texts)), 1e-9))
+
+        return 1 << max(1, self._engine.worker.on_main(count)).bit_length() - 1
+
     def _extend(self, examples: Sequence[Example]) -> None:
         """Add the moments of more texts to the base's and to all; they are sums over tokens."""
         before = self._engine.fisher if self._measured else None
@@ -200,7 +244,7 @@ class Coverage:
         if before is None or self._engine.fisher is None:
             return
         more = self._engine.fisher[0]
-        base, total = before
+        self._engine.fisher = base, total = before  # until the sums are formed
         grown_total = None if total is base else _sum(total, deepcopy(more))
         grown = _sum(base, more)
         self._engine.fisher = grown, grown_total or grown
@@ -209,9 +253,12 @@ class Coverage:
         """Keep the base's moments, and of how many texts they are."""
         if self._engine.fisher is None or self._measured == self.progress.measured:
             return
+        base, total = self._engine.fisher
         with self._checkout.best_effort():
-            fisher_cache.write(self._store, 0, "base", self._engine.fisher[0], str(self._measured))
+            fisher_cache.write(self._store, 0, "base", base, str(self._measured))
         self._keep(replace(self.progress, measured=self._measured))
+        if total is base and (kept := self.load()) is not None:
+            self._engine.fisher = kept, kept  # on the disk: memory holds one slice's at a time
         self._saved_at = time.monotonic()
 
     @property
@@ -221,14 +268,13 @@ class Coverage:
 
     def load(self) -> FisherMoments | None:
         """The base's moments as they were kept; None if they have to be measured again."""
-        base = fisher_cache.read(self._store, 0, "base", self.label)
-        self._measured = 0 if base is None else self.progress.measured
-        return base
+        return fisher_cache.read(self._store, 0, "base", self.label)
 
-    def forget(self) -> None:
-        """The moments are gone, or of other matrices: measure all texts again."""
-        self._measured = 0
-        self._keep(replace(self.progress, measured=0))
+    def start_from(self, base: FisherMoments | None) -> None:
+        """The engine's moments of the base are these, from ``load``; None: measure all again."""
+        if base is None:
+            self._keep(replace(self.progress, measured=0))
+        self._measured = self.progress.measured
 
     def _announce(self, limits: Limits) -> None:
         """Say what will be done, and how long it takes."""
@@ -253,22 +299,15 @@ class Coverage:
     def conclude(self) -> None:
         """Say what there is after ``fill``, and warn of too few probes."""
         done, probes = self.progress, len(self.texts("locality"))
-        texts, tokens = len(self.texts("control")), self._engine.fisher[0].tokens
+        texts, fisher = len(self.texts("control")), self._engine.fisher
+        tokens = 0 if fisher is None else fisher[0].tokens
         rest = "" if self.is_complete else "; later edits go on with it"
         self._checkout.say(
             f"protected: {texts:,} texts, {done.measured:,} of them measured ({tokens:,} tokens),"
             f" {probes} locality probes{rest}"
         )
-        if probes < min(MIN_PROBES, self._config.locality_probes):
-            self._checkout.emit(Warning_(text=few_probes(probes), code="few-probes"))
-
-
-def few_probes(probes: int) -> str:
-    """What it means that there are fewer than ``MIN_PROBES`` locality probes."""
-    part = "this part of the gate"
-    if not probes:
-        return f"locality: no probes: {part} checks nothing"
-    return f"locality: only {probes} probes: {part} sees little"
+        if (text := few_probes(probes)) and probes < self._config.locality_probes:
+            self._checkout.emit(Warning_(text=text, code="few-probes"))
 
 
 def _sum(one: FisherMoments, more: FisherMoments) -> FisherMoments:

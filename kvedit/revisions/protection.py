@@ -21,13 +21,13 @@ from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
 from kvedit.replay.protected_texts import Protected
 from kvedit.revisions import fisher_cache
+from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
 from kvedit.revisions.coverage import Coverage
 from kvedit.store.rows import ProtectedRow
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_STATE, _COMPLETE = "protected_text", "complete"
 _SAMPLES = "protected_samples"
 MIN_FACTS, GROWTH = 16, 1.5
 """Moments are measured on the head once there are so many facts, and again when there are half as
@@ -51,7 +51,7 @@ class Protection:
 
     def prepare(self) -> None:
         """Before any edit that trains: protected texts, and the Fisher moments of these weights."""
-        if self._store.meta(_STATE) != _COMPLETE:
+        if self._store.meta(PROTECTED) != COMPLETE:
             self.create()
         if self._measured_at != self._checkout.revision:
             self._load_moments()
@@ -78,16 +78,26 @@ class Protection:
             self._store.set_protected(_rows("control", extra))
         seconds = self._config.protect.init_minutes * 60 if seconds is None else seconds
         self._fill(seconds)
-        self._store.set_meta(_STATE, _COMPLETE)
+        self._store.set_meta(PROTECTED, COMPLETE)
         self._measure_facts()
         self.save()
         self._coverage.conclude()
 
     def _fill(self, seconds: float) -> None:
         """More protected texts and moments, within the time."""
-        if self._engine.fisher is None and (base := self._coverage.load()) is not None:
-            self._engine.fisher = base, base
+        if self._engine.fisher is None:
+            base = self._coverage.load()
+            self._coverage.start_from(base)
+            if base is not None:
+                self._engine.fisher = base, base
         self._checkout.at(0, lambda: self._coverage.fill(seconds))
+
+    def extend(self, edit_seconds: float) -> None:
+        """After an edit: go on with what there was no time for, for a share of the edit's time."""
+        if self._measured_at is None or self._coverage.is_complete:
+            return
+        seconds = edit_seconds * self._config.protect.edit_ratio
+        self._checkout.at(0, lambda: self._coverage.spend(seconds))
 
     def extend_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
         """Extract enough protected texts for so many facts more than are committed.
@@ -95,6 +105,11 @@ class Protection:
         A new text that contains one of the names in ``leave_out`` is not protected.
         """
         settings = self._config.protect
+        seconds = facts * settings.seconds_per_fact
+        if not self._coverage.is_complete:  # the model is slow, and common questions come first
+            self._fill(seconds)
+            self._engine.reference_texts = self._margins = None
+            return
         facts += len(self._store.keys("committed"))
         samples = min(settings.max_samples, facts * settings.samples_per_fact)
         drawn = int(self._store.meta(_SAMPLES) or settings.samples)
@@ -103,9 +118,10 @@ class Protection:
         # The questions of locality probes are never asked, but their answers may come under another
         # question: otherwise the probes would only show knowledge that is never replayed.
         unasked = [text.prompt for text in self._texts("locality")]
-        new = self._ask_base(
-            extraction.extract_knowledge, samples - drawn, known=self._texts("control"),
-            unasked=unasked, seed=drawn, progress=self._checkout.say,
+        new, asked = self._ask_base(
+            extraction.extract_knowledge, samples - drawn, seconds=seconds,
+            known=self._texts("control"), unasked=unasked, seed=drawn,
+            progress=self._checkout.say,
         )  # fmt: skip
         names = [normalise(name) for name in leave_out]
 
@@ -115,7 +131,8 @@ class Protection:
 
         self._store.add_protected(_rows("control", filter(is_allowed, new)))
         self._engine.reference_texts = self._margins = None
-        self._store.set_meta(_SAMPLES, str(samples))  # last: a run that was killed does it again
+        # Last: a run that was killed does it again.  Later groups go on with what was not asked.
+        self._store.set_meta(_SAMPLES, str(drawn + asked))
 
     def locality_examples(self) -> list[Example]:
         """The store's locality probes."""
@@ -167,7 +184,8 @@ class Protection:
         base, self._measured_at, self._measured_facts = self._moments()[0], None, 0
         references = self._engine.reference_texts
         known = references.examples if references is not None else ()
-        examples = random.Random(0).sample(known, min(MEASURED_TEXTS, len(known)))
+        count = self._measured_count(len(self._store.keys("committed")))
+        examples = random.Random(0).sample(known, min(count, len(known)))
         ids = repr((self._engine.names, [example.ids for example in examples]))
         texts = hashlib.sha256(ids.encode()).hexdigest()
         if self._margins is None and examples:
@@ -201,9 +219,11 @@ class Protection:
 
     def _load_moments(self) -> None:
         base, revision = self._coverage.load(), self._checkout.revision
+        if base is not None and set(base.inputs_of) != set(self._engine.names):
+            base = None
         total = fisher_cache.read(self._store, revision, "head", self._coverage.label)
-        if base is None or set(base.inputs_of) != set(self._engine.names):
-            self._coverage.forget()
+        self._coverage.start_from(base)
+        if base is None:
             self._fill(self._config.protect.init_minutes * 60)
             self._measure_facts()
             self.save()
@@ -234,11 +254,18 @@ class Protection:
             return
         self._checkout.say(f"measuring what must stay, with {facts} facts")
         self._engine.measure_at_head(
-            self._measured_examples(MEASURED_TEXTS, seed=self._checkout.revision),
+            self._measured_examples(self._measured_count(facts), seed=self._checkout.revision),
             self._fact_examples(),
             self._config.group.fact_weight,
         )
         self._measured_at, self._measured_facts = self._checkout.revision, facts
+
+    def _measured_count(self, facts: int) -> int:
+        """How many texts moments that are measured often are of: those that take no longer than
+        texts for so many facts.
+        """
+        seconds = max(MIN_FACTS, facts) * self._config.protect.seconds_per_fact
+        return min(MEASURED_TEXTS, self._coverage.texts_within(seconds))
 
     def _moments(self) -> tuple[FisherMoments, FisherMoments]:
         if self._engine.fisher is None:

@@ -42,6 +42,7 @@ Query = Callable[[str], list[Row]]
 _RUN_TIME = frozenset({"lock", "lock.json", "exports", "deltas", "checkpoints"})
 _DESCRIPTION = ("model_name", "model_fingerprint", "dtype", "created_at")
 _RESTORE = "Restore it from a backup."
+MIN_PROBES = 32  # if all of so many pass, the 95% interval of the share begins at 89%
 
 
 def status(store: Store, query: Query) -> dict[str, object]:
@@ -49,6 +50,7 @@ def status(store: Store, query: Query) -> dict[str, object]:
     facts = store.facts()
     edits = query("SELECT state, count(*) AS n, max(finished_at) AS last FROM edits GROUP BY state")
     meta = {row["name"]: row["value"] for row in query("SELECT name, value FROM meta")}
+    protected = Counter(row["role"] for row in query("SELECT role FROM protected"))
     return {
         "path": str(store.path),
         "head": store.head(),
@@ -61,12 +63,21 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "unfinished_at": _unfinished(store),
         "relative_norm": _largest_norm(query),
         "checkpoints": len(store.checkpoints()),
-        "protected": query("SELECT count(*) AS n FROM protected")[0]["n"],
+        "protected": sum(protected.values()),
+        "locality_probes": protected["locality"],
+        "few_probes": few_probes(protected["locality"]),
         "bytes": {
             "database": _size(store.db_path), "deltas": _size(store.deltas),
             "checkpoints": _size(store.checkpoints_path), "cache": _size(store.cache),
         },
     }  # fmt: skip
+
+
+def few_probes(count: int) -> str:
+    """What it means that a store has so few locality probes; empty when it has enough."""
+    if not count:
+        return "no locality probes: this part of the gate checks nothing"
+    return f"only {count} locality probes: this part of the gate sees little" * (count < MIN_PROBES)
 
 
 def _unfinished(store: Store) -> str | None:

@@ -275,7 +275,7 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
     words = ("--model", "some/model", "--revision", "abc", "--trust-remote-code")
     more = ("--protect-file", "mine.txt", "--targets", "q_proj, v_proj", "--device-map", "auto")
-    result = run("--store", "s", "init", *words, *more, "--load-in", "4bit")
+    result = run("--store", "s", "init", *words, *more, "--load-in", "4bit", "--time", "1m30s")
     assert result.exit_code == 0
     assert FakeBase.last is not None
     options = {
@@ -286,6 +286,7 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
         "device_map": "auto",
         "load_in": "4bit",
         "check_memory": True,
+        "time": 90.0,
     }
     assert FakeBase.last.calls == [("create", "some/model", options)]
     assert "created the store" in result.stdout

@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 
 from kvedit.facts.fact import Fact
-from kvedit.store.rows import FactChange
+from kvedit.store.rows import FactChange, ProtectedRow
 from kvedit.store.store import Store
 from tests.cli.cli_fakes import META, FakeBase, commit, run
 
@@ -144,7 +144,16 @@ def test_history_shows_why_an_edit_was_refused(filled: Path) -> None:
 def test_status(filled: Path) -> None:
     text = run("status").stdout
     assert "kvedit-tiny" in text and "unfinished" not in text and "change" not in text
-    assert json.loads(run("status", "--json").stdout)["head"] == 2
+    assert "no locality probes: this part of the gate checks nothing" in text
+    fields = json.loads(run("status", "--json").stdout)
+    assert fields["head"] == 2 and fields["locality_probes"] == 0
+    with Store.open(filled) as store:
+        probe = ProtectedRow(role="locality", prompt="q", answer="a")
+        store.add_protected([probe] * 31)
+        assert "only 31 locality probes" in run("status").stdout
+        store.add_protected([probe])
+    assert "32 texts, 32 of them locality" in run("status").stdout.replace("\n", " ")
+    assert json.loads(run("status", "--json").stdout)["few_probes"] == ""
     (filled / "cache").mkdir(exist_ok=True)
     (filled / "cache" / "training-5-0123456789abcdef.safetensors").write_bytes(b"kept")
     assert "if it was interrupted, repeat the command" in run("status").stdout

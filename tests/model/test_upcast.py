@@ -113,3 +113,17 @@ def test_gpt2s_layers_too() -> None:
     out = upcast._conv1d(layer, x)
     wide = functional.linear(x.float(), layer.weight.float().T, layer.bias.float())
     assert torch.equal(out, wide.to(torch.bfloat16))
+
+
+def test_weights_that_are_cast_once_give_the_same_to_the_bit(
+    load: Callable[[str], BaseModel],
+) -> None:
+    base = load("bf16")
+    layer = base.model.model.layers[0].mlp.up_proj
+    before, keys = _logits(base), base.model.state_dict().keys()
+    with upcast.cast_once(base.model, most=1e9):
+        assert layer.__dict__[upcast._WIDE].dtype == torch.float32
+        assert torch.equal(_logits(base), before)
+    assert upcast._WIDE not in layer.__dict__ and base.model.state_dict().keys() == keys
+    with upcast.cast_once(base.model, most=1e4):  # more than there is room for
+        assert upcast._WIDE not in layer.__dict__

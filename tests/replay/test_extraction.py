@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,13 @@ from small_model import KNOWN
 from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
-from kvedit.replay import extraction, protected_texts
-from kvedit.replay.extraction import extract_knowledge
+from kvedit.replay import extraction, protected_texts, questions
 from kvedit.replay.protected_texts import EXTRACTED, Protected
+
+
+def extract_knowledge(*args: Any, **options: Any) -> tuple[Protected, ...]:
+    """The texts alone."""
+    return extraction.extract_knowledge(*args, **options)[0]
 
 
 @pytest.fixture
@@ -69,11 +75,12 @@ def test_the_beam_search_gives_likely_questions_each_once(
     base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stem = renderer.tokens("What is")
-    questions = list(extraction._beam_search(base, renderer, stem))
-    assert len(set(questions)) == len(questions) > len(KNOWN) / 2
-    assert {f"What is {key}?" for key in KNOWN} & set(questions[: 2 * len(KNOWN)])
+    found = list(extraction._beam_search(base, renderer, stem))
+    assert len(set(found)) == len(found) > len(KNOWN) / 2
+    assert {f"What is {key}?" for key in KNOWN} & set(found[: 2 * len(KNOWN)])
     monkeypatch.setattr(extraction, "BEAM_WIDTH", 4)
-    assert len(list(extraction._beam_search(base, renderer, stem))) < len(questions)
+    assert len(list(extraction._beam_search(base, renderer, stem))) < len(found)
+    assert len(list(extraction._beam_search(base, renderer, stem, time.monotonic()))) <= 1
 
 
 def test_a_paths_score_is_its_log_probability(base: BaseModel, renderer: Renderer) -> None:
@@ -103,8 +110,8 @@ def test_a_stem_may_end_within_a_token(base: BaseModel, renderer: Renderer) -> N
     assert tuple(words) in [tokens for _, tokens in starts]
     assert all(renderer.text(tokens).startswith("What i") for _, tokens in starts)
     assert sum(math.exp(score) for score, _ in starts) == pytest.approx(1.0, abs=1e-3)
-    questions = set(extraction._beam_search(base, renderer, cut))
-    assert {f"What is {key}?" for key in KNOWN} & questions
+    found = set(extraction._beam_search(base, renderer, cut))
+    assert {f"What is {key}?" for key in KNOWN} & found
 
 
 def test_the_source_with_most_gain_is_used_and_one_bad_round_does_not_end_it(
@@ -122,7 +129,7 @@ def test_the_source_with_most_gain_is_used_and_one_bad_round_does_not_end_it(
     monkeypatch.setattr(extraction._Search, "_check", check)
     search = extraction._Search(base, renderer, (), ())
     poor = extraction._Source(iter([f"poor {i}" for i in range(5000)]))
-    search.race([poor, extraction._Source(iter(sorted(rich)))], 2500, lambda text: None)
+    search.race([poor, extraction._Source(iter(sorted(rich)))], 2500, math.inf, lambda text: None)
     assert rich <= set(asked)
     assert len(asked) <= 2500 + extraction.ROUND_QUESTIONS
 
@@ -135,7 +142,7 @@ def test_a_search_ends_when_nothing_is_new(
         extraction._Search, "_check", lambda self, prompts: asked.extend(prompts) or 0
     )
     sources = [extraction._Source(iter([f"{n} {i}" for i in range(5000)])) for n in range(3)]
-    extraction._Search(base, renderer, (), ()).race(sources, 100_000, lambda text: None)
+    extraction._Search(base, renderer, (), ()).race(sources, 100_000, math.inf, lambda text: None)
     assert 0 < len(asked) < 3 * 8 * extraction.ROUND_QUESTIONS
     assert {text[0] for text in asked} == {"0", "1", "2"}
 
@@ -143,7 +150,7 @@ def test_a_search_ends_when_nothing_is_new(
 def test_questions_of_a_model_that_never_ends_them_are_none(
     base: BaseModel, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protected_texts, "QUESTION_TOKENS", 1)
+    monkeypatch.setattr(questions, "QUESTION_TOKENS", 1)
     assert extract_knowledge(base, renderer, 256, known=(), seed=1) == ()
 
 
@@ -160,3 +167,17 @@ def test_progress_gives_counts_and_the_time_left(base: BaseModel, renderer: Rend
     counts = [line for line in lines if line.startswith("extracting what the model knows: ")]
     assert counts and all(" of 256 questions, " in line for line in counts)
     assert all(re.search(r"about \d+ s left$", line) for line in counts)
+
+
+def test_a_search_whose_time_is_up_says_how_many_were_asked(
+    base: BaseModel, renderer: Renderer
+) -> None:
+    """What was not asked is left for the next group."""
+    texts, asked = extraction.extract_knowledge(base, renderer, 2000, known=(), seed=1)
+    assert asked == 2000 and texts
+    some, asked = extraction.extract_knowledge(
+        base, renderer, 64_000, seconds=0.5, known=(), seed=1
+    )
+    assert asked < 64_000 and len(some) <= len(texts)
+    none = extraction.extract_knowledge(base, renderer, 2000, seconds=0.0, known=(), seed=1)
+    assert none == ((), 0)

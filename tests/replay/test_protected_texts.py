@@ -1,74 +1,17 @@
-"""Protected texts: from the model itself, reproducible, control texts and probes disjoint."""
+"""Protected texts: what of them counts, which are known, and a user's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 from small_model import KNOWN
 
-from kvedit.config import ProtectConfig
 from kvedit.errors import InvalidFactError
-from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
 from kvedit.replay import protected_texts
-from kvedit.replay.protected_texts import Protected, ProtectedSet
-
-CONFIG = ProtectConfig(
-    samples=64, long_answers=8, short_answers=16, free_texts=6, locality_probes=8
-)
-
-
-def sample(base: BaseModel, *extra: Protected, number: int = 0) -> ProtectedSet:
-    renderer = Renderer(base.tokenizer, context=base.context)
-    sampler = Sampler(base, renderer, CONFIG)
-    present = ProtectedSet(extra, ())
-    limits = sampler.limits(1e6, 0)
-    return sampler.sample(present, number, limits)
-
-
-def test_controls_and_probes_are_disjoint_and_asked_once(base: BaseModel) -> None:
-    texts = sample(base)
-    assert len(texts.locality) == 8
-    prompts = [text.prompt for text in (*texts.control, *texts.locality) if text.prompt]
-    assert len(set(prompts)) == len(prompts) > 16
-    assert {text.source for text in texts.locality} == {"drawn"}
-    assert {"drawn", "free"} <= {text.source for text in texts.control}
-
-
-def test_every_answer_is_generated_by_the_model(base: BaseModel) -> None:
-    renderer = Renderer(base.tokenizer, context=base.context)
-    texts = sample(base)
-    asked = [text for text in (*texts.control, *texts.locality) if text.prompt]
-    outcomes = scoring.recall(
-        base.model, [protected_texts.example(renderer, text) for text in asked]
-    )
-    assert all(outcome.passed for outcome in outcomes)
-
-
-def test_control_texts_include_what_the_model_knows(base: BaseModel) -> None:
-    answers = {text.answer for text in sample(base).control}
-    assert len(answers & set(KNOWN.values())) >= 4
-
-
-def test_the_same_seed_gives_the_same_texts(base: BaseModel) -> None:
-    state = torch.random.get_rng_state()
-    first = sample(base)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(7)
-    assert sample(base) == first != sample(base, seed=1)
-
-
-def test_the_users_texts_are_all_included_and_not_asked_again(base: BaseModel) -> None:
-    shipped = protected_texts.SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()[0]
-    drawn = sample(base).locality[0].prompt
-    given = [Protected(shipped, "Mine.", "user"), Protected(drawn, "Mine too.", "user")]
-    texts = sample(base, *given)
-    assert list(texts.control[:2]) == given
-    prompts = [text.prompt for text in (*texts.control, *texts.locality)]
-    assert prompts.count(shipped) == prompts.count(drawn) == 1
+from kvedit.replay.protected_texts import Protected
 
 
 def test_guesses_are_not_known_and_a_users_texts_always_are(base: BaseModel) -> None:
@@ -99,18 +42,26 @@ def test_a_model_confident_of_little_keeps_its_more_confident_half(
     assert {text.answer for text in again} == answers
 
 
-def test_without_a_chat_template_no_questions_are_sampled(base: BaseModel) -> None:
-    base.tokenizer.chat_template = None
-    texts = sample(base)
-    assert texts.locality == ()
-    assert not [text for text in texts.control if text.source == "drawn"]
-
-
 def test_free_text_fits_the_context(base: BaseModel) -> None:
     renderer = Renderer(base.tokenizer, context=32)
     example = protected_texts.example(renderer, Protected("", "Made of oak. " * 40, "free"))
     assert len(example.ids) == 32 and example.start == 1
-    assert example.ids[0] == renderer.begin
+    assert example.ids[0] == renderer.begin and example.ids[-1] == renderer.end
+    begun = protected_texts.example(renderer, Protected("", "Made of oak.", "free, cut"))
+    assert begun.ids[-1] != renderer.end
+
+
+def test_a_cut_answer_has_no_end_and_what_is_given_is_not_asked(base: BaseModel) -> None:
+    renderer = Renderer(base.tokenizer, context=base.context)
+    whole = renderer.example("What is bread?", "Food, made of flour.")
+    cut = Protected("What is bread?", "Food, made of flour.", "drawn, cut, after 2")
+    example = protected_texts.example(renderer, cut)
+    assert example.ids == whole.ids[:-1] and example.start == whole.start + 2
+    assert (cut.origin, cut.is_cut, cut.given) == ("drawn", True, 2)
+    mine = Protected(
+        "What is bread?", "Food.", "mine, cut, after 2"
+    )  # a user's file may be so named
+    assert (mine.origin, mine.is_cut, mine.given) == ("mine, cut, after 2", False, 0)
 
 
 def test_reading_a_users_file(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_killed_at_every_point_of_an_add(small: dict[str, Path], ram_path: Path)
 
 
 TRANSACTIONS = {
-    "init": ("set_protected", "set_meta"),
+    "init": ("add_protected", "set_meta"),
     "update": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
     "remove": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
     "rollback": ("plan_edit", "commit_edit"),

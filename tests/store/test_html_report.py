@@ -57,6 +57,7 @@ def test_it_shows_what_is_recalled_and_what_regressed(store: Store) -> None:
     assert "50.0% [9.5, 90.5], 1 of 2" in text  # retention, with its interval
     assert text.index("bread regressed") < text.index("anvil recalled")
     assert "what a candle is" in text
+    assert "no locality probes: this part of the gate checks nothing" in text
     assert page.count("<figure>") == 4
 
 
