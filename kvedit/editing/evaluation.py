@@ -89,10 +89,11 @@ class Evaluator:
         """
         head = self._store.head()
         asked = {} if self._plan.compaction else self._store.locality_at(head)
-        unasked = [e for e in self._plan.locality if e.prompt not in asked]
-        outcomes = self._engine.judge(unasked)
-        asked |= {e.prompt: o.passed for e, o in zip(unasked, outcomes, strict=True)}
-        return [e for e in self._plan.locality if asked[e.prompt]]
+        probes = {(e.prompt, e.answer): e for e in self._plan.locality}
+        unasked = {which: e for which, e in probes.items() if which not in asked}
+        outcomes = self._engine.judge(list(unasked.values()))
+        asked |= {which: o.passed for which, o in zip(unasked, outcomes, strict=True)}
+        return [example for which, example in probes.items() if asked[which]]
 
     def evaluate(self) -> Evaluation:
         """Probe the merged, cast weights: the facts, paraphrases, locality, earlier facts."""

@@ -223,14 +223,15 @@ class Store(Journal):
         sql = "SELECT * FROM probe_results WHERE edit_id = ? ORDER BY id"
         return [probe_from(row) for row in self._rows(sql, [edit_id])]
 
-    def locality_at(self, revision: int) -> dict[str, bool]:
-        """The prompts of the locality probes of the edit that made a revision: whether each kept
-        its answer.
+    def locality_at(self, revision: int) -> dict[tuple[str, str], bool]:
+        """The locality probes of the edit that made a revision, as prompt and expected answer:
+        whether each kept its answer.
         """
         sql = """
-            SELECT prompt, passed FROM probe_results
+            SELECT prompt, expected, passed FROM probe_results
             WHERE kind = 'locality' AND edit_id = (SELECT edit_id FROM revisions WHERE id = ?)"""
-        return {str(row["prompt"]): bool(row["passed"]) for row in self._rows(sql, [revision])}
+        rows = self._rows(sql, [revision])
+        return {(row["prompt"], row["expected"]): bool(row["passed"]) for row in rows}
 
     def prior_answers(self, fact_id: int) -> dict[str, str]:
         """What the model answered to a fact's prompts before the fact was added; empty in stores

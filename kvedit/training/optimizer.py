@@ -8,8 +8,8 @@ start, so a model that holds facts already, where the same loss is further away,
 They shrink as the gradient does, and where it becomes steeper.
 
 A single fact's loss can reach zero, so its steps need no setting for each model: ``PolyakGradient``
-goes a share of the way to where the loss would be zero if it fell as steeply all the way.  A group's
-loss does not reach zero, and its batches differ: ``PolyakMomentum`` measures its length once.
+goes a share of the way to where it would be zero if it fell as steeply all the way.  A group's
+loss does not, and its batches differ: ``PolyakMomentum`` measures its length once.
 
 Invariants:
 - The result depends on nothing but the gradients, in their order.

@@ -38,7 +38,7 @@ class SingleLoop(Loop):
         for step in range(1, steps + 1):
             new, earlier = self._draw()
             margins = self._measure(step, new, earlier)
-            if min(margins[: len(new)]) > self._config.min_margin and self._all_recalled():
+            if min(margins) > self._config.min_margin and self._all_recalled():
                 return self._result(step, learned=True)
             if self._has_stalled(step):
                 return self._result(step, learned=False, stalled=True)

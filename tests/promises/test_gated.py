@@ -20,7 +20,7 @@ from kvedit.model import scoring
 from kvedit.training.engine import Engine, TrainingResult
 from kvedit.training.loop import LoopResult
 
-HARMFUL = {"steps": 6, "repairs": 0, "rate": 0.5, "penalty": 1e9}
+HARMFUL = {"steps": 4, "repairs": 0, "gain": 10.0}
 """Settings with which one edit wrecks the model."""
 
 

@@ -27,7 +27,7 @@ def test_a_report_gives_scores_with_their_protocol(trained_template: StoreTempla
         assert report.locality.n > 0
         assert report.retention == Score(number - 1, number - 1, "teacher-forced")
         assert report.steps > 0 and 0 < sum(report.timings.values()) <= report.seconds
-        assert report.ranks and max(report.ranks.values()) <= 12
+        assert report.ranks and max(report.ranks.values()) <= 48
         assert report.text_after == FREE[number - 1][1] != report.text_before
 
 
@@ -43,7 +43,7 @@ def test_progress_and_retention_are_reported_as_they_happen(
     trained_template: StoreTemplate,
 ) -> None:
     steps = [e for e in trained_template.events if isinstance(e, Status) and e.step]
-    assert {"learn", "prune", "hold"} <= {event.phase for event in steps}
+    assert {event.phase for event in steps} == {"learn"}
     assert all(event.loss is not None and event.recall is not None for event in steps)
     checks = [e for e in trained_template.events if isinstance(e, RetentionCheck)]
     assert {(c.key, c.revision) for c in checks} >= {(FREE[0][0], 2), (FREE[0][0], 3)}
