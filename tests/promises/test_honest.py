@@ -27,7 +27,7 @@ def test_a_report_gives_scores_with_their_protocol(trained_template: StoreTempla
         assert report.locality.n > 0
         assert report.retention == Score(number - 1, number - 1, "teacher-forced")
         assert report.steps > 0 and 0 < sum(report.timings.values()) <= report.seconds
-        assert report.ranks and max(report.ranks.values()) <= 48
+        assert report.ranks and max(report.ranks.values()) <= 32
         assert report.text_after == FREE[number - 1][1] != report.text_before
 
 
