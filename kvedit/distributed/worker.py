@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from kvedit.distributed.processes import ProcessGroup, joined
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome, TokenScores
-from kvedit.replay.kl import ReferenceTexts, robust_mean
+from kvedit.replay.kl import ReferenceTexts
 from kvedit.training.worker import Worker
 
 TEXTS_PER_EXCHANGE = 256
@@ -35,29 +36,33 @@ class ParallelWorker(Worker):
         super().__init__(model, prefix_cache)
         self._group = group
 
-    def scores(self, examples: Sequence[Example]) -> TokenScores:
-        """Those of all examples; the losses of this process's own have a gradient."""
+    def backward(
+        self, examples: Sequence[Example], loss: Callable[[TokenScores], Tensor]
+    ) -> TokenScores:
+        """The scores of all examples; the gradients of this process's own."""
         self._require_same_texts(examples)
         with self.in_step():
             mine = self._mine([len(example.ids) for example in examples])
-            own = super().scores([examples[i] for i in mine]) if mine else self._no_scores()
-            device = own.losses.device
-            rows = torch.tensor(mine, dtype=torch.long, device=device)[own.rows]
-            losses = self._joined(own.losses)
-            ours = own.token_margins.cpu(), own.tolerances.cpu(), rows.cpu()
-            parts = zip(*self._group.exchange("scores", ours), strict=True)
-        margins, tolerances, rows = (torch.cat(each).to(device) for each in parts)
-        return TokenScores(margins, tolerances, rows, losses)
+            places = torch.tensor(mine, dtype=torch.long)
 
-    def divergence(self, reference_texts: ReferenceTexts, chosen: Sequence[int]) -> Tensor:
-        """Over all tokens; those of this process's own texts have a gradient."""
+            def loss_of(scores: TokenScores) -> Tensor:
+                rows = places.to(scores.rows.device)[scores.rows]
+                return loss(replace(scores, rows=rows))
+
+            own = super().backward([examples[i] for i in mine], loss_of) if mine else None
+            parts = self._group.exchange("scores", own and _message(own, places))
+        tensors = zip(*filter(None, parts), strict=True)
+        device = next(self.model.parameters()).device
+        return TokenScores(*(torch.cat(each).to(device) for each in tensors))
+
+    def _add_divergence(
+        self, reference_texts: ReferenceTexts, chosen: Sequence[int], weight: float
+    ) -> None:
+        """Of this process's own texts."""
         self._require_same_texts([reference_texts.examples[i] for i in chosen])
         with self.in_step():
             mine = chosen[self._group.rank :: self._group.count]
-            own = self._no_scores().losses
-            if mine:
-                own = reference_texts.divergences(self.model, mine, self.prefix_cache)
-            return robust_mean(self._joined(own))
+            super()._add_divergence(reference_texts, mine, weight)
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """Each process probes its own examples; all get all outcomes."""
@@ -113,12 +118,6 @@ class ParallelWorker(Worker):
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         return order[self._group.rank :: self._group.count]
 
-    def _joined(self, own: Tensor) -> Tensor:
-        """The values (N,) of all processes; those of this one keep their gradient."""
-        parts = self._group.exchange("losses", own.detach().cpu())
-        parts[self._group.rank] = own
-        return torch.cat([part.to(own.device) for part in parts])
-
     def _dealt(
         self, items: Sequence[Any], lengths: Sequence[int], work: Callable[[Any], Sequence[_T]]
     ) -> list[_T]:
@@ -133,7 +132,8 @@ class ParallelWorker(Worker):
                     results.update(shared)
         return [results[i] for i in range(len(items))]
 
-    def _no_scores(self) -> TokenScores:
-        """Those of no examples, where the model is."""
-        empty = torch.empty(0, device=next(self.model.parameters()).device)
-        return TokenScores(empty, empty, empty.long(), empty)
+
+def _message(scores: TokenScores, places: Tensor) -> tuple[Tensor, ...]:
+    """A process's scores for the others, their rows those of all examples."""
+    margins, tolerances, losses = scores.token_margins, scores.tolerances, scores.losses
+    return margins.cpu(), tolerances.cpu(), places[scores.rows.cpu()], losses.cpu()

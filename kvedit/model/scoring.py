@@ -12,7 +12,7 @@ Invariants:
   projection dominates small models.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,14 @@ from kvedit.model.devices import first_device, is_accelerated, padded_rows, padd
 from kvedit.model.forward import last_hidden, project, projects, vocabulary_size
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
+from kvedit.model.targets import blocks, is_matrix, matrix_shape
 
 # Sizes of a batch, chosen for memory: its logits must not outweigh the model.
 MAX_BATCH_TOKENS = 4096
 MAX_BATCH_LOGITS = 64 * 1024 * 1024
 MIN_BATCH_TOKENS = 256  # for a vocabulary so large that the limit on logits would leave less
 MAX_BATCH_ROWS = 256
+MAX_ACTIVATIONS = 256 * 1024 * 1024  # bytes, of a batch that is trained on
 ACCELERATOR_BATCH_FACTOR = 4  # times the tokens: small batches do not fill an accelerator
 SLICE_ROWS = 128  # of a logits table: about what fits a CPU's cache
 ACCELERATOR_SLICE_LOGITS = 64 * 1024 * 1024  # there every kernel launch costs
@@ -132,14 +134,21 @@ def token_scores(
     model: nn.Module, examples: Sequence[Example], prefix_cache: PrefixCache | None = None
 ) -> TokenScores:
     """Score every answer token, examples of similar length together to save padding."""
-    parts = [_scores(model, examples, batch, prefix_cache) for batch in batches(model, examples)]
-    names = ("token_margins", "tolerances", "rows", "losses")
+    return joined(
+        batch_scores(model, examples, batch, prefix_cache) for batch in batches(model, examples)
+    )
+
+
+def joined(parts: Iterable[TokenScores]) -> TokenScores:
+    """The scores of several batches as one."""
+    parts, names = list(parts), ("token_margins", "tolerances", "rows", "losses")
     return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def _scores(
+def batch_scores(
     model: Any, examples: Sequence[Example], batch: Sequence[int], prefix_cache: PrefixCache | None
 ) -> TokenScores:
+    """Score the examples with these indices, together."""
     answers = answer_logits(model, [examples[i] for i in batch], prefix_cache, in_float=False)
     losses, token_margins = token_losses(answers.logits, answers.targets)
     target_logits = answers.logits.detach().gather(1, answers.targets[:, None])[:, 0].float()
@@ -210,6 +219,28 @@ def batch_tokens(model: nn.Module) -> int:
     factor = ACCELERATOR_BATCH_FACTOR if is_accelerated(model) else 1
     tokens = factor * min(MAX_BATCH_TOKENS, MAX_BATCH_LOGITS // vocabulary_size(model))
     return max(MIN_BATCH_TOKENS, tokens)
+
+
+def step_tokens(model: nn.Module) -> int:
+    """The number of padded tokens in a batch that is trained on or measured, whose activations in
+    the upper half of the blocks are all kept.
+    """
+    factor = ACCELERATOR_BATCH_FACTOR if is_accelerated(model) else 1
+    tokens = factor * MAX_ACTIVATIONS // max(1, activation_bytes(model))
+    return min(batch_tokens(model), max(MIN_BATCH_TOKENS, tokens))
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """Of one token, about: a number for each input and output of a linear layer (measured)."""
+    layers = list(blocks(model)[1])
+    upper = (m for block in layers[len(layers) // 2 :] for m in block.modules() if is_matrix(m))
+    widths = sum(sum(matrix_shape(module)) for module in upper)
+    return widths * next(model.parameters()).itemsize
+
+
+def step_batches(model: nn.Module, examples: Sequence[Example]) -> Iterator[list[int]]:
+    """``batches`` that are small enough to be trained on, each with a backward pass of its own."""
+    return by_length(examples, step_tokens(model), equal_width=not is_accelerated(model))
 
 
 def batches(model: nn.Module, examples: Sequence[Example]) -> Iterator[list[int]]:

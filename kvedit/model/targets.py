@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -130,6 +131,14 @@ def is_matrix(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer; Conv1D keeps its weight as (in, out)."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features  # a quantized weight has another shape
+    width, out = module.weight.shape
+    return out, width
 
 
 def _target_hint(model: nn.Module) -> str:

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 import torch
-from torch import Tensor
 
 from kvedit.adapter.adalora import group_rank
 from kvedit.config import GroupConfig
@@ -232,12 +231,11 @@ class GroupLoop(Loop):
     def _easing(self) -> tuple[float, float]:
         return self._target_margin, self._group.easy_token_weight
 
-    def _kl_loss(self) -> Tensor | float:
+    def _backward_divergence(self) -> None:
         texts, weight = self._task.reference_texts, self._group.kl_weight
-        if not texts or not weight or not self._reference_count:
-            return 0.0
-        chosen = self._sample(range(len(texts)), self._reference_count)
-        return weight * self._worker.divergence(texts, chosen)
+        if texts and weight and self._reference_count:
+            chosen = self._sample(range(len(texts)), self._reference_count)
+            self._worker.backward_divergence(texts, chosen, weight)
 
     def _missing(self) -> dict[int, list[int]]:
         """The facts that are not recalled, and the prompts that fail.

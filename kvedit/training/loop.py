@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from kvedit.adapter.adalora import Adapter
@@ -30,7 +29,7 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import TokenScores
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.training.resume import State
-from kvedit.training.worker import Worker
+from kvedit.training.worker import Worker, answer_tokens
 
 EASY_TOKEN_WEIGHT = 0.3
 """Weight in the loss of an answer token that has reached its target margin, for single facts;
@@ -98,19 +97,21 @@ class Setup:
 class Loop:
     """The state of one training run, and one step of it."""
 
-    _saved: tuple[str, ...] = ("_phase", "_penalty_weight", "_total", "_loss", "_penalty")
+    _saved: tuple[str, ...] = (
+        "_phase", "_penalty_weight", "_total", "_loss", "_penalty", "_mean_weights",
+    )  # fmt: skip
     """What a training checkpoint has besides adapter, optimizer and random state."""
 
     def __init__(self, setup: Setup) -> None:
         self._worker, self._adapter, self._task = setup.worker, setup.adapter, setup.task
         self._config, self._rng, self._on_step = setup.config, setup.rng, setup.on_step
-        self._accelerator = Accelerator()
         self._optimizer = self._make_optimizer()
         self._phase = "learn"
         self._penalty_weight, self._earlier_weight = self._config.penalty_weight, 1.0
         self._total = self._config.max_steps
         self._loss = self._penalty = 0.0
         self._data_loss = torch.zeros(())  # what was measured, where the model is
+        self._mean_weights = torch.ones(2)  # of the last step's tokens, see ``StepLoss``
 
     def state(self) -> State:
         """Where the run stands between two steps."""
@@ -144,16 +145,16 @@ class Loop:
     ) -> list[float]:
         """Loss and gradients on some examples; returns the margins, in logits, that they have."""
         self._adapter.write()
-        with self._accelerator.autocast():
-            scores = self._worker.scores([*new, *earlier])
-            kl = self._kl_loss()
-        loss = _loss(scores, len(new), len(earlier), self._easing(), self._earlier_weight)
-        penalty = self._adapter.penalty().to(loss.device)
-        self._accelerator.backward(loss + kl + self._worker.once(self._penalty_weight * penalty))
+        loss = StepLoss(new, earlier, self._easing(), self._earlier_weight, self._mean_weights)
+        scores = self._worker.backward([*new, *earlier], loss)
+        self._backward_divergence()
+        penalty = self._adapter.penalty()
+        weighted = self._worker.once(self._penalty_weight * penalty)
+        self._worker.accelerator.backward(weighted)
         self._worker.sum_gradients(self._adapter)
         self._adapter.read_gradients()
-        self._data_loss = loss.detach()
-        values = torch.stack([self._data_loss, penalty.detach()])
+        self._data_loss, self._mean_weights = loss.of(scores), loss.weights_of(scores)
+        values = torch.stack([self._data_loss, penalty.detach().to(self._data_loss.device)])
         # One transfer, so that a GPU is waited for once.
         numbers = torch.cat([values, scores.margins(len(new) + len(earlier))])
         self._loss, penalty_value, *margins = numbers.tolist()
@@ -181,9 +182,8 @@ class Loop:
         """The margin, in logits, from which a token counts less, and its weight then."""
         return self._config.target_margin, EASY_TOKEN_WEIGHT
 
-    def _kl_loss(self) -> Tensor | float:
-        """The loss on reference texts, in groups."""
-        return 0.0
+    def _backward_divergence(self) -> None:
+        """Add the gradients of the loss on reference texts, in groups."""
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -193,23 +193,50 @@ class Loop:
         return self._rng.sample(list(items), min(count, len(items)))
 
 
-def _loss(
-    scores: TokenScores, new: int, others: int, easing: tuple[float, float], earlier_weight: float
-) -> Tensor:
-    """Weighted cross-entropy of the answer tokens: of ``new`` facts, plus ``earlier_weight`` times
-    that of the ``others`` that follow them; ``easing`` is that of ``Loop``.
+class StepLoss:
+    """Weighted cross-entropy of a step's answer tokens: of the new facts, plus ``earlier_weight``
+    times that of the earlier ones, each a sum over tokens that is divided by its weights' sum.
 
     Exact recall fails on a single token, so tokens that have reached their target margin count
-    little and the few others more, each at most ``MAX_TOKEN_SHARE`` times its share of its side.
+    little and the few others more, each at most ``MAX_TOKEN_SHARE`` times its share of its side;
+    ``easing`` is that of ``Loop``.  Where a step has several batches, the sum of its weights is not
+    known before the last one: it is then the number of tokens times ``mean_weights`` (2,), those of
+    the step before.
     """
-    weight = (easing[0] - scores.token_margins).clamp(easing[1], 1.0)
-    # Numbers, not an index: a GPU would be waited for to know how many there are.
-    of_new = (scores.rows < new).to(weight.dtype)
-    loss = _weighted(scores.losses, weight, of_new)
-    return loss + earlier_weight * _weighted(scores.losses, weight, 1 - of_new) if others else loss
 
+    def __init__(
+        self,
+        new: Sequence[Example],
+        earlier: Sequence[Example],
+        easing: tuple[float, float],
+        earlier_weight: float,
+        mean_weights: Tensor,
+    ) -> None:
+        self._new, self._easing = len(new), easing
+        self._counts = answer_tokens(new), answer_tokens(earlier)
+        self._shares, self._mean_weights = (1.0, earlier_weight), mean_weights
 
-def _weighted(losses: Tensor, weight: Tensor, side: Tensor) -> Tensor:
-    """The weighted mean of the tokens on one side, (N,) of ones and zeros."""
-    weights = weight * side
-    return (losses * weights).sum() / torch.maximum(weights.sum(), side.sum() / MAX_TOKEN_SHARE)
+    def __call__(self, scores: TokenScores) -> Tensor:
+        """The part of the loss that these tokens have; all of it if they are all."""
+        if len(scores.losses) == sum(self._counts):
+            self._mean_weights = self.weights_of(scores)
+        return self.of(scores)
+
+    def of(self, scores: TokenScores) -> Tensor:
+        """The same with the mean weights of the last call."""
+        means = self._mean_weights.to(scores.losses.device).clamp_min(1 / MAX_TOKEN_SHARE)
+        counts = torch.tensor(self._counts, device=means.device).clamp_min(1)
+        factors = torch.tensor(self._shares, device=means.device) / (means * counts)
+        return ((self._weights(scores) @ scores.losses) * factors).sum()
+
+    def weights_of(self, scores: TokenScores) -> Tensor:
+        """(2,): the mean weights of new and earlier facts' tokens; one without tokens."""
+        sums = self._weights(scores).sum(1)
+        return torch.stack([s / n if n else s + 1 for s, n in zip(sums, self._counts, strict=True)])
+
+    def _weights(self, scores: TokenScores) -> Tensor:
+        """(2, N): the weights of the tokens of either side, zero on the other."""
+        weight = (self._easing[0] - scores.token_margins).clamp(self._easing[1], 1.0)
+        # Numbers, not an index: a GPU would be waited for to know how many there are.
+        of_new = (scores.rows < self._new).to(weight.dtype)
+        return torch.stack([weight * of_new, weight * (1 - of_new)])

@@ -23,15 +23,14 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from kvedit.adapter.batched import LINEAR_RANK
 from kvedit.adapter.fisher import block_count
 from kvedit.adapter.start import MAX_GRADIENTS, MAX_PASSES
 from kvedit.config import TrainingConfig
 from kvedit.errors import ModelError, OutOfMemoryError
 from kvedit.model.forward import vocabulary_size
 from kvedit.model.prefix_cache import MAX_PREFIX_CACHE_BYTES
-from kvedit.model.scoring import batch_tokens
-from kvedit.model.targets import blocks, is_matrix, matrices, target_names
+from kvedit.model.scoring import activation_bytes, batch_tokens, step_tokens
+from kvedit.model.targets import blocks, matrices, matrix_shape, target_names
 
 TEXT_TOKENS = 128
 """Length of a text while none is known yet: a question and a short description."""
@@ -120,7 +119,7 @@ class Sizes:
     def __init__(
         self, model: nn.Module, targets: Sequence[str] = (), *, bits: float | None = None
     ) -> None:
-        shapes = {name: _shape(model.get_submodule(name)) for name in matrices(model)}
+        shapes = {name: matrix_shape(model.get_submodule(name)) for name in matrices(model)}
         self._touched = {name: shapes[name] for name in target_names(model, targets)}
         self._itemsize = next(model.parameters()).itemsize
         self._weights = sum(p.numel() * p.itemsize for p in model.parameters())  # tied ones once
@@ -128,15 +127,13 @@ class Sizes:
             for name in shapes.keys() - self._touched.keys():
                 layer: Any = model.get_submodule(name)
                 self._weights -= int(math.prod(shapes[name]) * (layer.weight.itemsize - bits / 8))
-        upper = list(blocks(model)[1])
-        upper = upper[len(upper) // 2 :]
-        linear = [module for block in upper for module in block.modules() if is_matrix(module)]
-        self._blocks = len(upper)
-        self._widths = sum(sum(_shape(module)) for module in linear)  # in and out, of all blocks
+        layers = len(blocks(model)[1])
+        self._blocks = layers - layers // 2  # the upper half
+        self._token_bytes = activation_bytes(model)
         config: Any = model.config
         self._hidden = int(getattr(config.get_text_config(), "hidden_size", 0))
         self._vocabulary = vocabulary_size(model)
-        self._batch = batch_tokens(model)
+        self._batch, self._step = batch_tokens(model), step_tokens(model)
 
     def estimate(self, config: TrainingConfig, load: Load | None = None) -> Estimate:
         """What editing takes with this load (one fact, if None)."""
@@ -147,8 +144,6 @@ class Sizes:
         rank = min(load.rank, *outs, *inputs)  # the same for all matrices
         both, longer = sum(outs + inputs), sum(map(max, self._touched.values()))
         numbers = rank * (_GROUP_COPIES * both + _GROUP_TRAINED * longer)
-        if not load.reference_texts:
-            numbers = (rank * _SINGLE_COPIES + LINEAR_RANK) * both
         # Layers that read the same input share that side's moments.
         shared = {(name.rpartition(".")[0], width) for name, (_, width) in self._touched.items()}
         sides = [*outs, *(width for _, width in shared)]
@@ -168,26 +163,16 @@ class Sizes:
         )
 
     def _activations(self, config: TrainingConfig, load: Load) -> int:
-        """What the upper blocks keep for the backward pass of a step or of a batch (measured: one
-        number for each input and output of a linear layer), the logits (on reference texts, those
-        of the base model too), and those of a batch with its softmax in fp32.
+        """What the upper blocks keep for the backward pass of a batch, its logits (on reference
+        texts, those of the base model too) with their gradient, and the logits of a batch that is
+        only scored.
         """
-        widths = self._widths
+        of_token = self._token_bytes
         if config.gradient_checkpointing:
-            widths = widths // max(1, self._blocks) + self._blocks * self._hidden
-        references = load.reference_texts * load.length
-        tokens = max(self._batch, load.texts * load.length + references)
-        logits = (tokens + references) * self._vocabulary
-        saved = (tokens * widths + logits) * self._itemsize
-        return saved + 2 * self._batch * self._vocabulary * _FP32
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer; Conv1D keeps its weight as (in, out)."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features  # a quantized weight has another shape
-    width, out = module.weight.shape
-    return out, width
+            of_token = of_token // self._blocks + self._blocks * self._hidden * self._itemsize
+        tokens = min(self._step, (load.texts + load.reference_texts) * load.length)
+        logits = self._vocabulary * self._itemsize * tokens * (3 if load.reference_texts else 2)
+        return max(tokens * of_token + logits, self._batch * self._vocabulary * self._itemsize)
 
 
 def require(parts: Estimate, *, spread: bool = False) -> None:

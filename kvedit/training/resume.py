@@ -27,7 +27,7 @@ from torch import Tensor
 from kvedit import files
 from kvedit.errors import KveditError, OutOfTimeError
 
-FORMAT = 6  # of the states that loops keep; part of the file's name
+FORMAT = 7  # of the states that loops keep; part of the file's name
 EVERY = 120.0  # seconds between two checkpoints, at least
 SHARE = 0.02  # of the training time may be spent on writing them
 State = dict[str, Any]

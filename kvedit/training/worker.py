@@ -2,9 +2,8 @@
 
 A ``Worker`` does all of the work in one process.  The one in ``kvedit.distributed`` does a share of
 it: texts are dealt out over the processes, each runs the model on its own, and the results are
-gathered in all of them.  A loss is then computed from all tokens everywhere, and its gradient in
-each process is that of the process's own tokens: summed, they are the gradient of the whole loss,
-whatever weighted mean over tokens it is.
+gathered in all of them.  A loss is a sum over tokens, and its gradient in each process is that of
+the process's own tokens: summed, they are the gradient of the whole loss.
 
 Invariants:
 - With one process nothing is exchanged, and no bit differs from calling the model directly.
@@ -13,8 +12,11 @@ Invariants:
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from kvedit.adapter.adalora import Adapter
@@ -33,13 +35,46 @@ class Worker:
     def __init__(self, model: Any, prefix_cache: PrefixCache | None = None) -> None:
         self.model, self.prefix_cache = model, prefix_cache
 
-    def scores(self, examples: Sequence[Example]) -> TokenScores:
-        """``scoring.token_scores``."""
-        return scoring.token_scores(self.model, examples, self.prefix_cache)
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """Of accelerate; it knows the precision that a launcher has asked for."""
+        return Accelerator()
 
-    def divergence(self, reference_texts: ReferenceTexts, chosen: Sequence[int]) -> Tensor:
-        """The KL divergence from the base model on the chosen texts, a robust mean; a scalar."""
-        return robust_mean(reference_texts.divergences(self.model, chosen, self.prefix_cache))
+    def backward(
+        self, examples: Sequence[Example], loss: Callable[[TokenScores], Tensor]
+    ) -> TokenScores:
+        """Add the gradients of a loss that is a sum over answer tokens; returns their scores.
+
+        Each batch has a forward and a backward pass of its own, so that only its activations are in
+        memory, however many examples there are.
+        """
+        parts = []
+        for batch in scoring.step_batches(self.model, examples):
+            with self.accelerator.autocast():
+                scores = scoring.batch_scores(self.model, examples, batch, self.prefix_cache)
+            self.accelerator.backward(loss(scores))
+            parts.append(replace(scores, losses=scores.losses.detach()))
+        return scoring.joined(parts)
+
+    def backward_divergence(
+        self, reference_texts: ReferenceTexts, chosen: Sequence[int], weight: float
+    ) -> None:
+        """Add the gradients of ``weight`` times the KL divergence from the base model on the chosen
+        texts, a robust mean over their answer tokens.
+        """
+        tokens = answer_tokens([reference_texts.examples[i] for i in chosen])
+        self._add_divergence(reference_texts, chosen, weight / tokens)
+
+    def _add_divergence(
+        self, reference_texts: ReferenceTexts, chosen: Sequence[int], weight: float
+    ) -> None:
+        """The same, of the sum over tokens."""
+        texts = [reference_texts.examples[i] for i in chosen]
+        for batch in scoring.step_batches(self.model, texts):
+            part = [chosen[i] for i in batch]
+            with self.accelerator.autocast():
+                values = reference_texts.divergences(self.model, part, self.prefix_cache)
+            self.accelerator.backward(weight * len(values) * robust_mean(values))
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
         """``scoring.recall``."""
@@ -79,3 +114,8 @@ class Worker:
 
     def sum_gradients(self, adapter: Adapter) -> None:
         """After a backward pass: add up the gradients of all processes."""
+
+
+def answer_tokens(examples: Sequence[Example]) -> int:
+    """How many tokens the examples' answers have."""
+    return sum(len(example.ids) - example.start for example in examples)

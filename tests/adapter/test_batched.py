@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvedit.adapter import batched
 from kvedit.adapter.batched import NAME, BatchedAdapters
 from kvedit.adapter.deltas import leading
 from kvedit.adapter.fisher import WhiteningFactors
 from kvedit.adapter.start import Directions
 
-COUNT, OUT, INTO, RANK, SCALE = 3, 6, 8, 4, 0.25
+COUNT, SHORT, LONG, RANK, SCALE = 3, 6, 8, 4, 0.25
 TOKENS = 5
 
 
@@ -24,37 +23,40 @@ def some(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def wrapped(generator: torch.Generator) -> Any:
+def wrapped(generator: torch.Generator, out: int, into: int) -> Any:
     """What batched adapters use of one of PEFT's modules."""
-    sides = {"lora_A": (RANK, INTO), "lora_B": (OUT, RANK), "lora_E": (RANK, 1)}
+    sides = {"lora_A": (RANK, into), "lora_B": (out, RANK), "lora_E": (RANK, 1)}
     parts = {kind: {NAME: torch.nn.Parameter(torch.zeros(s))} for kind, s in sides.items()}
     return SimpleNamespace(**parts)
 
 
 class Setting:
-    """Batched adapters with random values, and the same by a formula for each matrix."""
+    """Batched adapters with random values, and the same by a formula for each matrix.
 
-    def __init__(self, *, blocks: bool, frozen_factor: bool, moved: bool = True) -> None:
+    ``tall``: more outputs than inputs, so that B is trained.  The last matrix has a rank less.
+    """
+
+    def __init__(self, *, tall: bool, blocks: bool = False, moved: bool = True) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.modules = [wrapped(self.generator) for _ in range(COUNT)]
-        self.weights = [self.some(OUT, INTO) for _ in range(COUNT)]
-        sides = ((2, OUT // 2), (4, INTO // 4)) if blocks else ((1, OUT), (1, INTO))
+        out, into = (LONG, SHORT) if tall else (SHORT, LONG)
+        self.out, self.into, self.tall = out, into, tall
+        self.modules = [wrapped(self.generator, out, into) for _ in range(COUNT)]
+        self.weights = [self.some(out, into) for _ in range(COUNT)]
+        sides = ((2, out // 2), (2, into // 2)) if blocks else ((1, out), (1, into))
         self.whitening = [
             WhiteningFactors(*(self.some(k, width, width) for k, width in sides))
             for _ in range(COUNT)
         ]
-        self.linear_terms = [self.some(OUT, INTO) if moved else None for _ in range(COUNT)]
-        directions = [Directions(*leading(self.some(OUT, INTO), RANK)) for _ in range(COUNT)]
+        self.linear_terms = [self.some(out, into) if moved else None for _ in range(COUNT)]
+        ranks = (RANK, RANK, RANK - 1)
+        directions = [Directions(*leading(self.some(out, into), rank)) for rank in ranks]
         self.adapters = BatchedAdapters(self.modules, SCALE)
-        self.adapters.start(
-            self.whitening,
-            directions,
-            [partial(self.linear_terms.__getitem__, at) for at in range(COUNT)],
-            frozen_factor=frozen_factor,
-        )
+        readers = [partial(self.linear_terms.__getitem__, at) for at in range(COUNT)]
+        self.adapters.start(self.whitening, directions, readers)
         with torch.no_grad():
-            for part in (self.adapters.e, *self.adapters.trained):
-                part.copy_(self.some(*part.shape))
+            values = self.some(*self.adapters.trained.shape)
+            sizes = self.adapters.e.mT if tall else self.adapters.e
+            self.adapters.trained.copy_(values * sizes)
             self.adapters.write_factors()
 
     def some(self, *shape: int) -> Tensor:
@@ -67,18 +69,17 @@ class Setting:
             for factor in (self.whitening[at].left, self.whitening[at].right)
         )
         adapters = self.adapters
-        return (left @ adapters.b[at]) * adapters.e[at].T, adapters.a[at] @ right
+        return (left @ adapters.b[at]) * adapters.e[at].detach().T, adapters.a[at] @ right
 
 
-both = pytest.mark.parametrize("blocks", [False, True])
-frozen = pytest.mark.parametrize("frozen_factor", [False, True])
+either = pytest.mark.parametrize("tall", [False, True])
 
 
-@both
-@frozen
-def test_each_matrix_is_edited_by_its_own_factors(blocks: bool, frozen_factor: bool) -> None:
-    setting = Setting(blocks=blocks, frozen_factor=frozen_factor)
-    x = setting.some(TOKENS, INTO)
+@either
+@pytest.mark.parametrize("blocks", [False, True])
+def test_each_matrix_is_edited_by_its_own_factors(blocks: bool, tall: bool) -> None:
+    setting = Setting(blocks=blocks, tall=tall)
+    x = setting.some(TOKENS, setting.into)
     for at, module in enumerate(setting.modules):
         b, a = setting.factors(at)
         torch.testing.assert_close(module.lora_A[NAME].detach(), a.detach())
@@ -87,74 +88,63 @@ def test_each_matrix_is_edited_by_its_own_factors(blocks: bool, frozen_factor: b
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
-@both
-@frozen
-def test_gradients_are_those_of_each_matrix(blocks: bool, frozen_factor: bool) -> None:
+@either
+@pytest.mark.parametrize("blocks", [False, True])
+def test_gradients_are_those_of_each_matrix(blocks: bool, tall: bool) -> None:
     """Summed over batches; a matrix that no batch reached has none."""
-    setting = Setting(blocks=blocks, frozen_factor=frozen_factor)
+    setting = Setting(blocks=blocks, tall=tall)
     adapters = setting.adapters
-    batches = [(at, setting.some(TOKENS, INTO), setting.some(TOKENS, OUT)) for at in (0, 2, 0)]
-    asked = [*adapters.trained] if frozen_factor else [adapters.e, *adapters.trained]
+    assert adapters.trained is (adapters.b if tall else adapters.a)
+    sides = setting.into, setting.out
+    batches = [(at, *(setting.some(TOKENS, side) for side in sides)) for at in (0, 2, 0)]
     loss = torch.zeros(())
     for at, x, gradient in batches:
         b, a = setting.factors(at)
         x.requires_grad_()
         loss = loss + ((x @ (setting.weights[at] + SCALE * b @ a).T) * gradient).sum()
-    expected = torch.autograd.grad(loss, [*asked, *(x for _, x, _ in batches)])
-    with torch.no_grad():
-        of_inputs = [
-            adapters.multiply_back(at, x, gradient, setting.weights[at])
-            for at, x, gradient in batches
-        ]
-        adapters.read_gradients()
+    expected, *of_inputs = torch.autograd.grad(
+        loss, [adapters.trained, *(x for _, x, _ in batches)]
+    )
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    for parameter, gradient in zip(asked, expected, strict=False):
-        close(parameter.grad, gradient)
-    for found, gradient in zip(of_inputs, expected[len(asked) :], strict=True):
-        close(found, gradient)
-    adapters.clear_gradients()
-    assert adapters.e.grad is None
-    assert not any(part.any() for part in adapters.factor_gradients())
-
-
-@frozen
-def test_processes_sum_all_that_is_trained(frozen_factor: bool) -> None:
-    """Also of matrices that this process's texts did not reach."""
-    setting = Setting(blocks=False, frozen_factor=frozen_factor)
-    shapes = [tuple(part.shape) for part in setting.adapters.gradients()]
-    assert len(shapes) == (2 if frozen_factor else 6)
     with torch.no_grad():
-        setting.adapters.multiply_back(
-            1, setting.some(TOKENS, INTO), setting.some(TOKENS, OUT), None
-        )
+        for (at, x, gradient), of_x in zip(batches, of_inputs, strict=True):
+            close(adapters.multiply_back(at, x, gradient, setting.weights[at]), of_x)
+        adapters.read_gradient()
+    close(adapters.trained.grad, expected)
+    adapters.clear_gradients()
+    assert adapters.trained.grad is None and not adapters.gradient().any()
+
+
+@either
+def test_processes_sum_all_that_is_trained(tall: bool) -> None:
+    """Also of matrices that this process's texts did not reach, and in place."""
+    setting = Setting(tall=tall)
+    shapes = [part.shape for part in setting.adapters.gradients()]
+    x, gradient = setting.some(TOKENS, setting.into), setting.some(TOKENS, setting.out)
+    with torch.no_grad():
+        assert setting.adapters.multiply_back(1, x, gradient, None) is None
     found = setting.adapters.gradients()
-    assert [tuple(part.shape) for part in found] == shapes
-    assert any(part[1].any() for part in found) and not any(part[0].any() for part in found)
+    assert [part.shape for part in found] == shapes and len(shapes) == 2
+    assert found[0][1].any() and not found[0][0].any()
+    for part in found:
+        part.zero_()
+    setting.adapters.read_gradient()
+    assert setting.adapters.trained.grad is not None and not setting.adapters.trained.grad.any()
 
 
-@frozen
+@either
 @pytest.mark.parametrize("moved", [False, True])
-def test_the_penalty_is_the_sum_over_the_matrices(frozen_factor: bool, moved: bool) -> None:
-    setting = Setting(blocks=False, frozen_factor=frozen_factor, moved=moved)
+def test_the_penalty_is_the_sum_over_the_matrices(tall: bool, moved: bool) -> None:
+    """And so are its gradients."""
+    setting = Setting(tall=tall, moved=moved)
     adapters, expected = setting.adapters, torch.zeros(())
     for at, linear_term in enumerate(setting.linear_terms):
-        change = (adapters.b[at] * adapters.e[at].T) @ adapters.a[at]
+        change = (adapters.b[at] * adapters.e[at].detach().T) @ adapters.a[at]
         expected = expected + change.square().sum()
         if linear_term is not None:
             expected = expected + 2 * (change * linear_term).sum()
-    torch.testing.assert_close(adapters.penalty(), expected, rtol=1e-4, atol=1e-3)
-
-
-def test_of_large_gradient_terms_the_leading_directions_are_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three directions of which one is small; a matrix that was not moved has none."""
-    monkeypatch.setattr(batched, "LINEAR_RANK", 2)
-    setting = Setting(blocks=False, frozen_factor=False)
-    u, v = (torch.linalg.qr(setting.some(side, 3))[0] for side in (OUT, INTO))
-    sizes = torch.tensor([5.0, 3.0, 1e-3])
-    setting.linear_terms[0], setting.linear_terms[1] = (u * sizes) @ v.T, None
-    left, right = setting.adapters._low_rank()
-    assert left.shape == (COUNT, OUT, 2)
-    torch.testing.assert_close(left[0] @ right[0], setting.linear_terms[0], rtol=0, atol=2e-3)
-    assert not (left[1] @ right[1]).any()
+    found = adapters.penalty()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    (own,), (other,) = (torch.autograd.grad(one, [adapters.trained]) for one in (found, expected))
+    used = (adapters.e.mT if tall else adapters.e).expand_as(own) > 0
+    torch.testing.assert_close(own[used], other[used], rtol=1e-3, atol=1e-3)

@@ -59,7 +59,7 @@ def test_gradients_do_not_depend_on_batches_or_passes(
         real(model, part, loss)
 
     monkeypatch.setattr(start, "backward", counted)
-    monkeypatch.setattr(fisher, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(fisher, "step_tokens", lambda model: 64)
     monkeypatch.setattr(start, "MAX_GRADIENTS", limit)
     monkeypatch.setattr(start, "MAX_PASSES", len(names))
     parts = found(base, names)

@@ -25,7 +25,7 @@ from kvedit.distributed.worker import ParallelWorker
 from kvedit.errors import ProcessesDifferError
 from kvedit.store.rows import ProtectedRow
 from kvedit.store.store import Store
-from kvedit.training.loop import _loss
+from kvedit.training.loop import StepLoss
 from kvedit.training.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -317,7 +317,7 @@ class Threads:
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], rows: int) -> None:
-    """Loss, margins and the gradient of a weighted mean, with more processes than one row too."""
+    """Loss, margins and the gradient of a weighted sum, with more processes than one row too."""
     base = load("fp32")
     examples = make_engine(base).renderer.examples(
         [(f"What is {key}?", text) for key, text in FREE[:rows]]
@@ -325,10 +325,13 @@ def test_the_shares_of_a_step_add_up_to_the_step(load: Callable[[str], Any], row
 
     def step(worker: Worker) -> tuple[float, Sequence[float], Any]:
         weight = worker.model.model.layers[-1].mlp.down_proj.weight.requires_grad_()
-        scores = worker.scores(examples)
-        loss = _loss(scores, (rows + 1) // 2, rows // 2, (2.0, 0.3), 1.5)
-        (loss + worker.once((weight**2).sum())).backward()
-        return float(loss.detach()), scores.margins(rows).tolist(), weight.grad
+        new, earlier = examples[: (rows + 1) // 2], examples[(rows + 1) // 2 :]
+        means = torch.tensor([0.7, 0.9])
+        loss = StepLoss(new, earlier, (2.0, 0.3), 1.5, means)
+        loss._counts = tuple(count + 1 for count in loss._counts)  # no batch has all of them
+        scores = worker.backward(examples, loss)
+        worker.once((weight**2).sum()).backward()
+        return float(loss.of(scores)), scores.margins(rows).tolist(), weight.grad
 
     alone, margins, gradient = step(Worker(base.model))
     models = [load("fp32").model for _ in range(2)]
@@ -346,7 +349,7 @@ def test_processes_that_draw_different_texts_do_not_go_on(load: Callable[[str], 
     def step(member: ProcessGroup) -> str:
         drawn = examples[member.rank : member.rank + 2]
         with pytest.raises(ProcessesDifferError) as raised:
-            ParallelWorker(member, models[member.rank]).scores(drawn)
+            ParallelWorker(member, models[member.rank]).backward(drawn, lambda s: s.losses.sum())
         return str(raised.value)
 
     assert all("different texts" in text for text in Threads(2).run(step))
