@@ -121,9 +121,11 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     options |= {"load_in": load_in or "", "check_memory": not ignore_memory}
     with (make_reporter(quiet=settings.quiet) as reporter,
           KnowledgeBase.create(path, model, on_event=reporter, **options) as base):  # fmt: skip
-        name, lines = base.store.meta("model_name"), base.example_lines()
+        status, lines = base.store.status(), base.example_lines()
     print_parts(
-        f"created the store {path} for the model {name}",
+        f"created the store {path} for the model {status['model_name']}",
+        f"protected: {status['protected']} texts, {status['locality_probes']} of them locality"
+        " probes",
         "facts are trained and asked like this (see [prompts] in kvedit.toml):",
     )
     print_parts(*lines, indent=2)

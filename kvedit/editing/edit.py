@@ -64,6 +64,9 @@ class Edit:
         if report.revision is not None and self._plan.restores is None:
             self._remember(report)
         self._session.emit(report)
+        if report.revision is not None:
+            with self._session.best_effort(), memory.watched():
+                self._session.protection.extend(report.seconds)
         return report
 
     def _carry_out(self, edit_id: int, head: int, snapshot: Snapshot) -> EditReport:
@@ -117,7 +120,7 @@ class Edit:
         with self._timings.measure("journal"):
             revision = self._store.commit_edit(
                 edit_id, expected_head=head, delta=None, weights_digest=digest,
-                changes=self._plan.changes, results=(), prior_answers={},
+                changes=self._plan.changes, results=(),
                 report=report.to_json(), restores=restores,
             )  # fmt: skip
         return self._finished(report, revision)
@@ -155,7 +158,7 @@ class Edit:
             revision = self._store.commit_edit(
                 edit_id, expected_head=head, delta=name, weights_digest=digest,
                 changes=[*self._plan.changes, *self._retrained], results=evaluation.rows,
-                prior_answers=self._plan.prior, report=report.to_json(),
+                report=report.to_json(),
                 restores=0 if self._plan.compaction else None,
             )  # fmt: skip
         self._emit_retention(evaluation.rows, revision)

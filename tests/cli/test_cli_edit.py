@@ -290,4 +290,5 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
     }
     assert FakeBase.last.calls == [("create", "some/model", options)]
     assert "created the store" in result.stdout
+    assert "protected: 0 texts, 0 of them locality probes" in result.stdout
     assert "kvedit --store s add KEY FILE" in result.stderr
