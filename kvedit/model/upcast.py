@@ -3,16 +3,19 @@
 torch multiplies bf16 and fp16 quickly where oneDNN has kernels for them: on x86 from AVX-512 on.
 On other CPUs, those of most laptops, it uses a plain loop that is fifty times slower than fp32.
 There the operands are cast to fp32, multiplied, and the product rounded once, as the quick kernels
-do: they accumulate in fp32 too.
+do: they accumulate in fp32 too.  A single row, as in decoding one text, is quickest with the plain
+loop: it is bound by reading the weights, and half-precision ones are half as many bytes.
 
-Invariant: weights and activations keep their dtype, so that digests and numerical ties do not
-depend on the processor.
+Invariants:
+- Weights and activations keep their dtype, so that digests and numerical ties do not depend on the
+  processor.
+- A weight is cast a block at a time: there is never an fp32 copy of it, not for the backward pass
+  either.
 """
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -27,23 +30,36 @@ log = logging.getLogger(__name__)
 HALF = (torch.bfloat16, torch.float16)
 TIMED_SIZE = 256  # rows and columns of the products that are timed
 SLOW_RATIO = 8.0  # to the time of fp32: quick kernels take less than 2, plain loops 50
+ONE_ROW_SIZE = 1024  # rows and columns of the matrix of the one-row products that are timed
+BLOCK = 2**19  # numbers of a weight that are cast at a time: they stay in the processor's cache
 ATTENTION = "kvedit_upcast_sdpa"
-_WIDE = "kvedit_wide_weight"  # a linear layer's weight in fp32, inside ``cast_once``
 
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a dtype much more slowly than fp32 ones; measured."""
-    return dtype in HALF and _seconds(dtype) > SLOW_RATIO * _seconds(torch.float32)
+    if dtype not in HALF:
+        return False
+    half, full = (torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=d) for d in (dtype, torch.float32))
+    return _seconds(lambda: half @ half) > SLOW_RATIO * _seconds(lambda: full @ full)
 
 
-def _seconds(dtype: torch.dtype) -> float:
+@cache
+def is_slow_for_one_row(dtype: torch.dtype) -> bool:
+    """Whether the product of one row and a matrix is quicker in fp32, cast included; measured."""
+    weight = torch.ones(ONE_ROW_SIZE, ONE_ROW_SIZE, dtype=dtype)
+    row = weight[:1]
+    return _seconds(lambda: functional.linear(row, weight)) > _seconds(
+        lambda: _forward(row, weight, None)
+    )
+
+
+def _seconds(product: Callable[[], Tensor]) -> float:
     """Time of the quickest of three products."""
-    matrix = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=dtype)
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        matrix @ matrix
+        product()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -86,26 +102,8 @@ def upcast_model(model: Any) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-@contextmanager
-def cast_once(model: nn.Module, most: float) -> Iterator[None]:
-    """Inside, where products are computed in fp32, each linear layer's weight is cast once and not
-    at every step, of which steps of a few rows are most; nothing that takes more than ``most``
-    bytes.  The weights must not change inside.
-    """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and _upcasts(m.weight)]
-    if 4 * sum(layer.weight.numel() for layer in layers) > most:
-        layers = []
-    try:
-        for layer in layers:
-            layer.__dict__[_WIDE] = layer.weight.detach().float()
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop(_WIDE, None)
-
-
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    return _multiply(x, layer.__dict__.get(_WIDE, layer.weight), layer.bias)
+    return _multiply(x, layer.weight, layer.bias)
 
 
 def _conv1d(layer: Any, x: Tensor) -> Tensor:
@@ -114,30 +112,54 @@ def _conv1d(layer: Any, x: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., out): a linear layer of a weight (out, in)."""
-    if _upcasts(x) and not weight.requires_grad:
-        y: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return y
-    if _upcasts(x):
-        weight, bias = weight.float(), None if bias is None else bias.float()
-    return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    """(..., out), in the dtype of ``x``: ``functional.linear`` in that of the weight (out, in)."""
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+    if not _upcasts(weight) or _is_quick_row(rows, weight):
+        out = functional.linear(rows, weight, bias)
+    elif weight.requires_grad:
+        wide = None if bias is None else bias.float()
+        out = functional.linear(rows.float(), weight.float(), wide).to(weight.dtype)
+    else:
+        out = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """A linear layer in fp32 whose weight is cast anew in the backward pass: autograd would keep an
-    fp32 copy of every weight of the model.
-    """
+def _is_quick_row(rows: Tensor, weight: Tensor) -> bool:
+    """Whether this is one row whose product in the weight's dtype is the quickest."""
+    plain = len(rows) == 1 and weight.is_contiguous() and not rows.requires_grad
+    return plain and not is_slow_for_one_row(weight.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """``rows`` (n, in) times a frozen ``weight`` (out, in): (n, out), all of the same dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        wide = None if bias is None else bias.float()
-        return functional.linear(x.float(), weight.float(), wide).to(x.dtype)
+        return _forward(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return (gradient.float() @ weight.float()).to(gradient.dtype), None, None
+        total = gradient.new_zeros(len(gradient), weight.shape[1], dtype=torch.float32)
+        for part, block in _blocks(weight):
+            total.addmm_(gradient[:, part].float(), block)
+        return total.to(gradient.dtype), None, None
+
+
+def _forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, out = rows.float(), rows.new_empty(len(rows), len(weight))
+    for part, block in _blocks(weight):
+        out[:, part] = functional.linear(x, block, None if bias is None else bias[part].float())
+    return out
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Each block of a weight's rows, cast to fp32, and which rows they are."""
+    size = max(1, BLOCK // weight.shape[1])
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        yield part, weight[part].float()
 
 
 def _attention(

@@ -19,7 +19,6 @@ from itertools import accumulate
 from kvedit.adapter.fisher import FisherMoments
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
-from kvedit.model.upcast import cast_once
 from kvedit.replay import protected_texts
 from kvedit.replay.protected_texts import EXTRACTED, Protected, ProtectedSet
 from kvedit.replay.questions import Limits
@@ -29,13 +28,11 @@ from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
 from kvedit.store.integrity import few_probes
 from kvedit.store.rows import ProtectedRow
-from kvedit.training import memory
 
 _PROGRESS = "protected_progress"
 TEXTS_RATIO = 0.6  # of the time that is left go into texts, the rest into measuring them
 TYPICAL_TEXTS = 64  # whose lengths are taken for those of all
 BACKWARD_RATIO = 6.0  # of the time that a token takes to be measured to that of decoding one
-WIDE_RATIO = 0.3  # of the free memory, for weights in fp32 while texts are sampled
 FIRST_MEASURED = 4  # texts, whose time says how many fit
 MEASURING_SECONDS = 20.0  # of a slice
 SAVE_EVERY = 10.0  # seconds: writing the moments of a large model takes one or two
@@ -131,12 +128,11 @@ class Coverage:
         """New texts, if there is time for them; returns whether they were asked for."""
         if self._has_texts(done := self.progress):
             return False
-        with cast_once(self._engine.base.model, memory.available() * WIDE_RATIO):
-            left, least = self._left(end), self._least_seconds()
-            measure_too = not done.slices or self._measured < len(self.measured_texts())
-            if done.slices and left * (TEXTS_RATIO if measure_too else 1) < least:
-                return False
-            self._sample(time.monotonic() + max(left * TEXTS_RATIO, least))
+        left, least = self._left(end), self._least_seconds()
+        measure_too = not done.slices or self._measured < len(self.measured_texts())
+        if done.slices and left * (TEXTS_RATIO if measure_too else 1) < least:
+            return False
+        self._sample(time.monotonic() + max(left * TEXTS_RATIO, least))
         return True
 
     def spend(self, seconds: float) -> None:
