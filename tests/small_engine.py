@@ -125,11 +125,8 @@ def random_train() -> Callable[..., TrainingResult]:
 
     def train(engine: Engine, *_: object) -> TrainingResult:
         delta = {}
-        for name, weight in engine.master.snapshot().items():
-            b, a = (
-                torch.randn(s, generator=generator)
-                for s in ((len(weight), 1), (1, weight.shape[1]))
-            )
+        for name, shape in engine.master.shapes.items():
+            b, a = (torch.randn(s, generator=generator) for s in ((shape[0], 1), (1, shape[1])))
             delta[name] = Factors(b * 1e-3, a * 1e-2)
         return TrainingResult(delta, LoopResult(1, True, 0.0, 0.0), 0.0)
 

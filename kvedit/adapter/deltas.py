@@ -1,30 +1,35 @@
-"""Deltas: what an edit adds to the weights, and the full-precision copy they are added to.
+"""Deltas: what an edit adds to the weights, and the full-precision weights they are added to.
 
 Invariants:
-- The master copy is fp32 and the only thing deltas are added to; the served weights are cast from
-  it, once, so that thousands of small deltas are not lost to bf16 rounding.
+- The master weights are fp32 and the only thing deltas are added to; the served ones are cast from
+  them, once, so that thousands of small deltas are not lost to bf16 rounding.
+- In memory a master matrix is a ``Split``: what is served, which is the model's own, and what that
+  leaves out.  A matrix that no edit changed costs nothing, and none is ever formed as a whole here.
 - Adding the same deltas in the same order gives the same bits: sums are formed in fp64 and rounded
   once for each delta.
 - A delta's bytes depend on its factors alone, so its SHA-256 names it.
 """
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvedit.errors import CorruptStoreError, ModelMismatchError
-from kvedit.files import verify_manifest, write_atomic, write_manifest
+from kvedit.adapter.split import Split, Splitter, row_blocks, split
+from kvedit.errors import CorruptStoreError, KveditError, ModelMismatchError
+from kvedit.files import verify_manifest, write_manifest
 from kvedit.model.loading import weights_digest
 
-_MASTER_FILE = "master.safetensors"
-_BLOCK = 2**18  # fp64 numbers of a sum formed at a time: they stay in the processor's cache
+MASTER_FILE = "master.safetensors"
 _MIN_NORM = 1e-12  # keeps the relative norm of a matrix of zeros finite
 
 
@@ -72,36 +77,42 @@ def from_bytes(data: bytes) -> dict[str, Factors]:
         ) from error
 
 
+Snapshot = Mapping[str, Split]
+
+
 class Master:
-    """The touched matrices of a model in fp32, and the model's own copy cast from them."""
+    """The touched matrices of a model in full precision, and the model's own, cast from them."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._weights = {name: _weight(model, name) for name in names}
-        # Copies: ``to`` alone gives an fp32 model's own memory, which serving then overwrites.
-        self._base = {
-            name: weight.detach().to("cpu", torch.float32, copy=True).contiguous()
-            for name, weight in self._weights.items()
-        }
-        self._master = dict(self._base)
+        self._base = {name: Split(_own(weight)) for name, weight in self._weights.items()}
+        self._state = dict(self._base)
         self._stale: set[str] = set()  # matrices whose cast may not be in the model yet
 
     @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """(out, in) of each touched matrix."""
+        return {name: base.shape for name, base in self._base.items()}
+
+    @property
     def matrices(self) -> Mapping[str, Tensor]:
-        """The touched matrices in full precision, (out, in), fp32, on the CPU."""
-        return self._master
+        """The touched matrices in full precision, (out, in), fp32, on the CPU; each is formed when
+        it is asked for, and not kept.
+        """
+        return _Formed(self._base, lambda name: self._state[name].rows())
 
     def served(self) -> dict[str, Tensor]:
         """The model's own copy of them, (out, in), in its dtype and on its device."""
         return dict(self._weights)
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self) -> dict[str, Split]:
         """The state that ``restore`` comes back to; cheap: no tensor is changed in place."""
-        return dict(self._master)
+        return dict(self._state)
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Snapshot) -> None:
         """Put a snapshot back, bit-exactly; what did not change since is not cast again."""
-        changed = [name for name, tensor in state.items() if tensor is not self._master[name]]
-        self._master = dict(state)
+        changed = [name for name, own in state.items() if own is not self._state[name]]
+        self._state = dict(state)
         self._serve(changed)
 
     def reset(self) -> None:
@@ -115,91 +126,178 @@ class Master:
         """
         changed = {}
         for name, factors in delta.items():
-            old = self._master.get(name)
+            old = self._state.get(name)
             if old is None or old.shape != (factors.b.shape[0], factors.a.shape[1]):
                 raise ModelMismatchError(
                     f"a delta for {name} does not fit this model",
                     hint="Open the store with the model that it was made for.",
                 )
             changed[name] = _sum(old, factors)
-        self._master |= changed
+        self._state |= changed
         self._serve(delta)
 
     def _serve(self, names: Iterable[str]) -> None:
         """Cast these, and any that an interrupted call before has left."""
         self._stale.update(names)
         for name in sorted(self._stale):
-            weight = self._weights[name]
-            with torch.no_grad():
-                weight.copy_(self._master[name].to(weight.dtype))
+            _set(self._weights[name], self._state[name].served)
             self._stale.discard(name)
 
     def write_into(self, model: nn.Module) -> None:
         """Give another copy of the base model these weights, cast to its own dtype."""
-        for name, master in self._master.items():
+        for name, own in self._state.items():
             weight = _weight(model, name)
             with torch.no_grad():
-                weight.copy_(master.to(weight.dtype))
+                for part, block in own.blocks():
+                    weight[part].copy_(block.to(weight.dtype))
 
     def digest(self) -> str:
         """SHA-256 of the touched matrices as served."""
         return weights_digest(iter(self._weights.items()))
 
-    def accumulated_delta(self) -> dict[str, Tensor]:
-        """Each matrix's difference from the base, (out, in), fp32."""
-        return {name: self._master[name] - base for name, base in self._base.items()}
+    def accumulated_delta(self) -> Mapping[str, Tensor]:
+        """Each matrix's difference from the base, (out, in), fp32, formed when it is asked for."""
+        state = self._state
+
+        def difference(name: str) -> Tensor:
+            total = torch.zeros(self._base[name].shape)
+            for part, block in _differences(state[name], self._base[name]):
+                total[part] = block
+            return total
+
+        return _Formed(self._base, difference)
 
     @cached_property
-    def _base_norms(self) -> dict[str, Tensor]:
-        return {name: base.norm().clamp_min(_MIN_NORM) for name, base in self._base.items()}
+    def _base_norms(self) -> dict[str, float]:
+        return {name: max(_norm(base.blocks()), _MIN_NORM) for name, base in self._base.items()}
 
     def norms(self) -> dict[str, float]:
         """Relative Frobenius norms of the accumulated deltas: as a share of the base matrix's."""
         return {
-            name: float(_distance(self._master[name], self._base[name]) / norm)
+            name: _norm(_differences(self._state[name], self._base[name])) / norm
             for name, norm in self._base_norms.items()
         }
 
     def write_checkpoint(self, folder: Path) -> str:
-        """Write the master copy to a folder, its manifest last; returns the manifest's digest."""
+        """Write the matrices that differ from the base to a folder, its manifest last; returns the
+        manifest's digest.  Raises OSError or KveditError.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / _MASTER_FILE, save_tensors(self._master))
+        tensors: dict[str, Tensor] = {}
+        for name, own in self._state.items():
+            if own is not self._base[name]:
+                parts = {"": own.served, _REMAINDER: own.remainder, _TIES: own.ties}
+                tensors |= {name + end: x.contiguous() for end, x in parts.items() if x is not None}
+        try:
+            save_file(tensors, folder / MASTER_FILE, {"matrices": self._identity})
+        except SafetensorError as error:
+            raise KveditError(f"cannot write {folder}: {error}") from error
         return write_manifest(folder)
 
-    def read_checkpoint(self, folder: Path, digest: str) -> None:
-        """Load a checkpoint; raises CorruptStoreError when any part is missing or altered."""
-        verify_manifest(folder, digest)
+    def read_checkpoint(self, folder: Path, digest: str, *, trusted: bool = False) -> None:
+        """Serve a checkpoint: its file is mapped, and read where it is used.
+
+        Raises CorruptStoreError, and changes nothing, when any part is missing or altered;
+        ``trusted``: that was checked before.
+        """
+        if not trusted:
+            verify_manifest(folder, digest)
         try:
-            tensors = load_tensors((folder / _MASTER_FILE).read_bytes())
+            state = self._mapped(folder / MASTER_FILE)
         except (OSError, SafetensorError) as error:
             raise CorruptStoreError(f"the checkpoint {folder} cannot be read: {error}") from error
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self._base.items()}:
+        if state is None:
             raise CorruptStoreError(f"the checkpoint {folder} is for other matrices")
-        self._master = {name: tensors[name] for name in self._base}
-        self._serve(self._master)
+        self.restore(self._base | state)
+
+    @cached_property
+    def _identity(self) -> str:
+        """Of which matrices a checkpoint is: SHA-256 of names, shapes and dtypes."""
+        form = [(name, tuple(own.shape), str(own.served.dtype)) for name, own in self._base.items()]
+        return hashlib.sha256(repr(form).encode()).hexdigest()
+
+    def _mapped(self, path: Path) -> dict[str, Split] | None:
+        """The matrices of a checkpoint; None if it is for others."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            identity = (file.metadata() or {}).get("matrices")
+        if identity is None:  # of format 1: all matrices, in fp32
+            if {n: t.shape for n, t in tensors.items()} != self.shapes:
+                return None
+            return {n: split(t, self._base[n].served.dtype) for n, t in tensors.items()}
+        if identity != self._identity:
+            return None
+        return {
+            name: Split(tensors[name], tensors.get(name + _REMAINDER), tensors.get(name + _TIES))
+            for name in self._base.keys() & tensors.keys()
+        }
 
 
-def _sum(old: Tensor, change: Factors) -> Tensor:
-    """(out, in): ``old + b @ a``, formed in fp64 and rounded once to fp32."""
+_REMAINDER, _TIES = ".remainder", ".ties"  # of a matrix, in a checkpoint
+
+
+class _Formed(Mapping[str, Tensor]):
+    """Matrices that are formed one at a time, each time they are asked for."""
+
+    def __init__(self, names: Iterable[str], form: Callable[[str], Tensor]) -> None:
+        self._names, self._form = dict.fromkeys(names), form
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._form(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _sum(old: Split, change: Factors) -> Split:
+    """``old + b @ a``, formed in fp64 and rounded once to fp32."""
     a, b = change.a.double(), change.b.double()
-    total, rows = torch.empty_like(old), _block_rows(old)
-    buffer = old.new_empty(rows, old.shape[1], dtype=torch.float64)
-    for out, before, left in zip(*(torch.split(x, rows) for x in (total, old, b)), strict=True):
-        block = buffer[: len(before)]
-        torch.mm(left, a, out=block)
-        out.copy_(block.add_(before))
-    return total
+    new = Splitter(old.shape, old.served.dtype)
+    parts = row_blocks(old.shape)
+    buffer = torch.empty(parts[0].stop, old.shape[1], dtype=torch.float64)
+    for part in parts:
+        block = buffer[: part.stop - part.start]
+        torch.mm(b[part], a, out=block)
+        new.put(part, block.add_(old.rows(part)))
+    return new.done()
 
 
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """The Frobenius norm of the difference, a scalar."""
-    blocks = zip(*(torch.split(x, _block_rows(one)) for x in (one, other)), strict=True)
-    norm: Tensor = torch.stack([(first - second).norm() for first, second in blocks]).norm()
-    return norm
+def _differences(one: Split, other: Split) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of the difference, and where they are; none for one and the same matrix."""
+    if one is not other:
+        for part, block in one.blocks():
+            yield part, block - other.rows(part)
 
 
-def _block_rows(matrix: Tensor) -> int:
-    return max(1, _BLOCK // matrix.shape[1])
+def _norm(blocks: Iterable[tuple[slice, Tensor]]) -> float:
+    """The Frobenius norm of a matrix that is given in blocks."""
+    return math.hypot(*(float(block.norm()) for _, block in blocks))
+
+
+def _own(weight: Tensor) -> Tensor:
+    """(out, in), on the CPU, never written to: the model's own memory where serving replaces it."""
+    kept = weight.detach()
+    return kept if _is_replaced(weight) else kept.to("cpu", copy=True).contiguous()
+
+
+def _is_replaced(weight: Tensor) -> bool:
+    """Whether the model is given another tensor, and not other numbers in the same one: that needs
+    a whole parameter (not a Conv1D's, turned) on the CPU.
+    """
+    return isinstance(weight, nn.Parameter) and weight.device.type == "cpu"
+
+
+@torch.no_grad()
+def _set(weight: Tensor, served: Tensor) -> None:
+    if _is_replaced(weight):
+        weight.data = served
+    else:
+        weight.copy_(served)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

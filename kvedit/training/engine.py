@@ -105,7 +105,7 @@ class Engine(KeptMoments):
         """
         init, target = self.config.init_rank, self.config.target_rank
         if group is not None:
-            side = min(min(matrix.shape) for matrix in self.master.matrices.values())
+            side = min(map(min, self.master.shapes.values()))
             init = min(side, group_rank(group.rank, facts))
             target = init - 1  # PEFT requires a smaller one; a group uses all
         if self._adapter is not None and self._adapter.ranks != (init, target):

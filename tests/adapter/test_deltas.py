@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from kvedit.adapter import deltas
+from kvedit.adapter import deltas, split
 from kvedit.adapter.deltas import Factors, Master, from_bytes, to_bytes
 from kvedit.errors import CorruptStoreError, ModelMismatchError
+from kvedit.files import write_manifest
 
 NAMES = ["first", "second"]
 SHAPES = {"first": (24, 16), "second": (8, 24)}
@@ -52,7 +55,7 @@ def test_the_same_deltas_in_the_same_order_give_the_same_bits() -> None:
         two.add(from_bytes(to_bytes(delta(seed))))
     assert bits(first) == bits(second)
     assert one.digest() == two.digest()
-    assert all(torch.equal(one.snapshot()[n], two.snapshot()[n]) for n in NAMES)
+    assert all(torch.equal(one.matrices[n], two.matrices[n]) for n in NAMES)
 
 
 def test_the_served_weights_are_the_master_cast_once() -> None:
@@ -61,7 +64,7 @@ def test_the_served_weights_are_the_master_cast_once() -> None:
     for seed in range(5):
         master.add(delta(seed))
     for name in NAMES:
-        assert torch.equal(layers[name].weight, master.snapshot()[name].bfloat16())
+        assert torch.equal(layers[name].weight, master.matrices[name].bfloat16())
 
 
 def test_restore_is_exact_and_covers_every_matrix() -> None:
@@ -80,23 +83,25 @@ def test_restore_is_exact_and_covers_every_matrix() -> None:
     assert bits(layers) == before
 
 
-def test_matrices_left_by_an_interrupted_restore_are_served_by_the_next() -> None:
+def test_matrices_left_by_an_interrupted_restore_are_served_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layers = model()
     master = Master(layers, NAMES)
     before, state = bits(layers), master.snapshot()
     master.add(delta(1))
 
-    class Broken:
-        dtype = torch.bfloat16
+    set_weight = deltas._set
 
-        def copy_(self, _: torch.Tensor) -> None:
+    def broken(weight: torch.Tensor, served: torch.Tensor) -> None:
+        if weight is layers["second"].weight:
             raise KeyboardInterrupt
+        set_weight(weight, served)
 
-    whole = master._weights["second"]
-    master._weights["second"] = Broken()  # type: ignore[assignment]
+    monkeypatch.setattr(deltas, "_set", broken)
     with pytest.raises(KeyboardInterrupt):
         master.restore(state)
-    master._weights["second"] = whole
+    monkeypatch.setattr(deltas, "_set", set_weight)
     assert bits(layers) != before
     master.restore(state)
     assert bits(layers) == before
@@ -105,13 +110,13 @@ def test_matrices_left_by_an_interrupted_restore_are_served_by_the_next() -> Non
 @pytest.mark.parametrize("numbers", [1, 40, 64, 10_000])
 def test_a_sum_in_blocks_is_the_sum(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
     """Formed in fp64 and rounded once, however many rows a block has; so is how far it moved."""
-    monkeypatch.setattr(deltas, "_BLOCK", numbers)
+    monkeypatch.setattr(split, "BLOCK", numbers)
     layers = model(torch.float32)
     master = Master(layers, NAMES)
-    base, change = master.snapshot(), delta(1, size=0.25)
+    base, change = dict(master.matrices), delta(1, size=0.25)
     master.add(change)
     for name, (b, a) in {n: (f.b.double(), f.a.double()) for n, f in change.items()}.items():
-        assert torch.equal(master.snapshot()[name], (base[name].double() + b @ a).float())
+        assert torch.equal(master.matrices[name], (base[name].double() + b @ a).float())
         moved = float((b @ a).norm() / base[name].double().norm())
         assert master.norms()[name] == pytest.approx(moved, rel=1e-5)
 
@@ -128,19 +133,19 @@ def test_reset_is_the_base_model() -> None:
 
 
 def test_the_master_keeps_small_deltas_that_merging_in_place_loses() -> None:
-    deltas = [delta(seed, size=1e-4) for seed in range(400)]
+    small = [delta(seed, size=1e-4) for seed in range(400)]
     kept = model()
     start = {n: kept[n].weight.detach().double().clone() for n in NAMES}
-    wanted = {n: sum(d[n].b.double() @ d[n].a.double() for d in deltas) for n in NAMES}
+    wanted = {n: sum(d[n].b.double() @ d[n].a.double() for d in small) for n in NAMES}
     master = Master(kept, NAMES)
     in_place = model()
-    for each in deltas:
+    for each in small:
         master.add(each)
         for n in NAMES:
             in_place[n].weight.data += (each[n].b @ each[n].a).bfloat16()
     for n in NAMES:
         size = wanted[n].norm()
-        exact = master.snapshot()[n].double() - start[n]
+        exact = master.matrices[n].double() - start[n]
         lost = in_place[n].weight.detach().double() - start[n]
         assert (exact - wanted[n]).norm() < 1e-3 * size
         assert (lost - wanted[n]).norm() > 0.3 * size
@@ -200,10 +205,10 @@ def test_a_delta_for_other_matrices_is_refused(wrong: dict[str, Factors]) -> Non
 def test_a_refused_delta_changes_nothing() -> None:
     layers = model()
     master = Master(layers, NAMES)
-    before = master.snapshot()
+    before = dict(master.matrices)
     with pytest.raises(ModelMismatchError):
         master.add({**delta(1, names=["first"]), "third": delta(1)["second"]})
-    assert all(torch.equal(before[n], master.snapshot()[n]) for n in NAMES)
+    assert all(torch.equal(before[n], master.matrices[n]) for n in NAMES)
 
 
 def test_another_copy_gets_the_weights_in_its_own_dtype() -> None:
@@ -212,25 +217,28 @@ def test_another_copy_gets_the_weights_in_its_own_dtype() -> None:
     other = model(torch.float32, seed=9)
     master.write_into(other)
     for name in NAMES:
-        assert torch.equal(other[name].weight.detach(), master.snapshot()[name])
+        assert torch.equal(other[name].weight.detach(), master.matrices[name])
 
 
-def test_a_checkpoint_brings_the_master_back(tmp_path: Path) -> None:
-    master = Master(model(), NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_checkpoint_brings_the_master_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    master = Master(model(dtype), NAMES)
     for seed in range(3):
         master.add(delta(seed, size=1e-4))
     digest = master.write_checkpoint(tmp_path / "one")
-    other = Master(model(), NAMES)
+    other = Master(model(dtype), NAMES)
     other.read_checkpoint(tmp_path / "one", digest)
     assert other.digest() == master.digest()
     # What lies below the served dtype's grain is in it too: the next delta lands on the same bits.
-    assert all(torch.equal(other.snapshot()[n], master.snapshot()[n]) for n in NAMES)
+    assert all(torch.equal(other.matrices[n], master.matrices[n]) for n in NAMES)
 
 
 @pytest.mark.parametrize("harm", ["weights", "manifest", "missing", "digest"])
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path: Path, harm: str) -> None:
     folder = tmp_path / "one"
-    digest = Master(model(seed=3), NAMES).write_checkpoint(folder)
+    edited = Master(model(), NAMES)
+    edited.add(delta(1))
+    digest = edited.write_checkpoint(folder)
     file = folder / ("manifest.json" if harm == "manifest" else "master.safetensors")
     if harm == "missing":
         file.unlink()
@@ -245,6 +253,55 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path: Path, har
     with pytest.raises(CorruptStoreError):
         master.read_checkpoint(folder, digest)
     assert master.digest() == before
+
+
+def test_a_checkpoint_has_the_changed_matrices_alone(tmp_path: Path) -> None:
+    master = Master(model(), NAMES)
+    master.add(delta(1, names=["second"]))
+    digest = master.write_checkpoint(tmp_path / "one")
+    with safe_open(tmp_path / "one" / "master.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"second", "second.remainder", "second.ties"}
+    other = Master(model(), NAMES)
+    other.add(delta(2, names=["first"]))
+    other.read_checkpoint(tmp_path / "one", digest)
+    assert other.digest() == master.digest()
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    """All matrices, in fp32."""
+    master = Master(model(), NAMES)
+    master.add(delta(1, size=1e-4))
+    save_file(dict(master.matrices), tmp_path / "master.safetensors")
+    other = Master(model(), NAMES)
+    other.read_checkpoint(tmp_path, write_manifest(tmp_path))
+    assert other.digest() == master.digest()
+    assert all(torch.equal(other.matrices[n], master.matrices[n]) for n in NAMES)
+
+
+def test_the_model_serves_the_masters_memory_and_the_base_is_kept() -> None:
+    layers = model()
+    base = layers["first"].weight.data_ptr()
+    master = Master(layers, NAMES)
+    assert master.snapshot()["first"].served.data_ptr() == base
+    master.add(delta(1))
+    state = master.snapshot()["first"]
+    assert layers["first"].weight.data_ptr() == state.served.data_ptr() != base
+    master.reset()
+    assert layers["first"].weight.data_ptr() == base
+
+
+def test_what_is_accumulated_is_formed_when_asked_for() -> None:
+    layers = model()
+    base = layers["first"].weight.detach().float()
+    master = Master(layers, NAMES)
+    master.add(delta(1, names=["first"]))
+    moved = master.accumulated_delta()
+    assert list(moved) == NAMES and len(moved) == 2
+    assert torch.equal(moved["first"], master.matrices["first"] - base)
+    assert not moved["second"].any()
+    with pytest.raises(KeyError):
+        moved["third"]
+    assert master.shapes == SHAPES
 
 
 def test_a_checkpoint_of_other_matrices_is_refused(tmp_path: Path) -> None:
