@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_tabl
 if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
 
-CHAT_HELP = "/new starts a new conversation, /exit or Ctrl-D ends the chat"
+CHAT_HELP = "/new starts a new conversation, Ctrl-C ends an answer, /exit or Ctrl-D the chat"
 
 
 @click.command()
@@ -51,7 +52,13 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
         prompt = read_text("-")
     if not (question := prompt.strip()):
         raise click.UsageError('the prompt is empty: ask something, e.g. kvedit ask "What is X?"')
-    with common.knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
+    streams = at is None and not (compare_base or as_json) and _on_terminal()
+    reporter = make_reporter(quiet=settings.quiet or as_json)
+    with common.knowledge_base(settings, reporter) as base:
+        if streams:
+            reporter.stop()
+            _stream(base, [{"role": "user", "content": question}], limit=max_new_tokens)
+            return
         revision = base.store.head() if at is None else at
         answer = base.ask(question, at=at, max_new_tokens=max_new_tokens)
         base_answer = None
@@ -72,8 +79,9 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
 def chat(settings: Settings, as_json: bool) -> None:
     """Chat with the model, line by line.
 
-    The model sees the whole conversation. /new starts a new one, /exit or Ctrl-D ends the chat.
-    With --json the conversation is printed at the end as one document.
+    The model sees the whole conversation. Answers appear as they are generated; Ctrl-C ends one
+    early. /new starts a new conversation, /exit or Ctrl-D ends the chat. With --json the
+    conversation is printed at the end as one document.
 
     \b
     Examples:
@@ -101,11 +109,24 @@ def _converse(base: KnowledgeBase, *, silent: bool) -> list[dict[str, str]]:
             messages = []
         elif question:
             messages.append({"role": "user", "content": question})
-            answer = base.chat(messages)
+            answer = base.chat(messages) if silent else _stream(base, messages)
             messages.append({"role": "assistant", "content": answer})
-            if not silent:
-                click.echo(clean(answer))
     return messages
+
+
+def _on_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _stream(base: KnowledgeBase, messages: Sequence[Mapping[str, str]], *, limit: int = 256) -> str:
+    """Print the answer as it is generated; Ctrl-C ends it there, and not the chat."""
+    answer = ""
+    with suppress(KeyboardInterrupt):
+        for piece in base.stream(messages, limit=limit):
+            answer += piece
+            click.echo(clean(piece), nl=False)
+    click.echo()
+    return answer
 
 
 def _piped_line() -> str:

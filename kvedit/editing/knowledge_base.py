@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +17,7 @@ from kvedit.editing.single_edit import SingleEditor
 from kvedit.editing.verify import VerifyReport, verify
 from kvedit.events import EditReport, Event, Warning_
 from kvedit.facts.fact import Fact, LocalityProbe
-from kvedit.model import loading
+from kvedit.model import generation, loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
 from kvedit.revisions import base_model, export_hf, export_peft, rebuild
@@ -206,6 +206,13 @@ class KnowledgeBase:
         prefix = self.engine.renderer.dialogue(messages)
         return self.engine.complete([prefix], limit=max_new_tokens)[0]
 
+    def stream(self, messages: Sequence[Mapping[str, str]], *, limit: int = 256) -> Iterator[str]:
+        """``chat``, in pieces as they are generated."""
+        renderer, model = self.engine.renderer, self.engine.base.model
+        prefix = renderer.dialogue(messages)
+        tokens = generation.stream(model, prefix, end=renderer.stops, limit=limit)
+        return generation.pieces(tokens, renderer.answer_text)
+
     def example_lines(self) -> list[str]:
         """The exact text and tokens of a fact as it would be trained, the answer marked."""
         fact = Fact.create("tide lantern", "Made of glass in Marrow.")
@@ -238,6 +245,7 @@ class KnowledgeBase:
         findings = self.store.integrity()
         if deep:
             start, say = self._session.revision, self._session.say
+            findings.append(base_model.check(self.store, self.engine.base))
             findings += rebuild.check_revisions(self.store, self.engine.master, say)
             self._session.go_to(start)
         return findings

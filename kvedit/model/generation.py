@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import MAX_BATCH_ROWS, grouped
 
 MAX_KV_CACHE_BYTES = 1 << 30  # a round number; rows that branch beyond it are recomputed
+REPLACEMENT = "\ufffd"  # what bytes that are not a whole character are decoded to
 MAX_ACCELERATOR_ROWS = 1024  # in a batch, where a small model's rows would leave most of it idle
 
 
@@ -52,6 +53,34 @@ def generate(
         for index, row in zip(batch, rows, strict=True):
             texts[index] = row
     return texts
+
+
+@torch.no_grad()
+def stream(model: Any, prefix: Sequence[int], *, end: frozenset[int], limit: int) -> Iterator[int]:
+    """The greedy tokens of ``generate`` for one prefix, as they come."""
+    run = Decoding(model, [prefix])
+    for _ in range(min(limit, context_of(model) - len(prefix))):
+        chosen = _choose(run.next_logits(), 0.0, None)
+        if (token := int(chosen)) in end:
+            break
+        yield token
+        run.append(chosen)
+
+
+def pieces(tokens: Iterable[int], text_of: Callable[[Sequence[int]], str]) -> Iterator[str]:
+    """The text of tokens as they come, in whole characters: a token may be a part of one, or turn
+    the text before it into another.
+    """
+    ids: list[int] = []
+    shown = text = ""
+    for token in tokens:
+        ids.append(token)
+        text = text_of(ids)
+        if text.startswith(shown) and not text.endswith(REPLACEMENT):
+            yield text.removeprefix(shown)
+            shown = text
+    if text.startswith(shown) and text != shown:
+        yield text.removeprefix(shown)
 
 
 def _finish(

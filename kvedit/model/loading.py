@@ -100,11 +100,12 @@ def locate(model: str | Path | None) -> str:
     return str(path.resolve()) if path.is_dir() else str(model)
 
 
-def load(source: str, **options: Any) -> BaseModel:
+def load(source: str, *, known: str | None = None, **options: Any) -> BaseModel:
     """Load a model and its tokenizer from a folder or a hub, in the dtype it is stored in.
 
-    ``options`` are those of ``LoadOptions``.  Raises ModelError, with a hint, if there is no model
-    or no tokenizer, if custom code was not allowed, or if the device map does not fit.
+    ``options`` are those of ``LoadOptions``; ``known`` is the fingerprint where it need not be
+    computed, since the files were not changed.  Raises ModelError, with a hint, if there is no
+    model or no tokenizer, if custom code was not allowed, or if the device map does not fit.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -123,7 +124,7 @@ def load(source: str, **options: Any) -> BaseModel:
     quantization.refuse_unknown(source, model)
     model.eval().requires_grad_(False)
     name = EMBEDDED if source == str(EMBEDDED_PATH) else source
-    return BaseModel(model, tokenizer, name, source, fingerprint(source, model), loading)
+    return BaseModel(model, tokenizer, name, source, known or fingerprint(source, model), loading)
 
 
 def _load_weights(source: str, loading: LoadOptions) -> Any:
@@ -203,8 +204,7 @@ def fingerprint(source: str, model: Any) -> str:
     if not folder.is_dir():
         digest.update(f"{source}@{getattr(model.config, '_commit_hash', None)}".encode())
         return digest.hexdigest()
-    patterns = ("*.safetensors", "*.bin", "*.py")  # a model's own code decides what it answers
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+    for path in weight_files(source):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as stream:
@@ -212,6 +212,12 @@ def fingerprint(source: str, model: Any) -> str:
             stream.seek(max(_FINGERPRINT_BYTES, size - _FINGERPRINT_BYTES))
             digest.update(stream.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()
+
+
+def weight_files(source: str) -> list[Path]:
+    """The files that a fingerprint is of, sorted; none for a hub model."""
+    patterns = ("*.safetensors", "*.bin", "*.py")  # a model's own code decides what it answers
+    return sorted(path for pattern in patterns for path in Path(source).glob(pattern))
 
 
 def weights_digest(weights: Iterator[tuple[str, Tensor]]) -> str:

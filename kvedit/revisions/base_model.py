@@ -15,6 +15,8 @@ from kvedit.distributed.worker import make_worker
 from kvedit.errors import ModelMismatchError
 from kvedit.model import devices, loading, quantization
 from kvedit.model.loading import BaseModel, LoadOptions
+from kvedit.revisions import known_files
+from kvedit.store.rows import Finding
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
@@ -115,19 +117,32 @@ def _load_again(store: Store) -> BaseModel:
             hint="Take [model] load_in out of kvedit.toml, or make a new store with kvedit init.",
         )
     device_map = devices.absolute(store.config.model.device_map, store.path)
+    pinned = store.meta("model_fingerprint") or ""
+    files = known_files.stamps(loading.weight_files(source))
+    known = known_files.are_known(store, pinned, files)
     base = loading.load(
         source,
+        known=pinned if known else None,
         revision=store.meta("model_revision") or None,
         trust_remote_code=store.meta("trust_remote_code") == "1",
         device_map=device_map or store.meta("device_map") or "",
         load_in=load_in,
     )
-    if base.fingerprint != store.meta("model_fingerprint"):
+    if base.fingerprint != pinned:
         raise ModelMismatchError(
             f"the model at {source} is not the one that {store.path} was made for",
             hint="Put the original weights back, or make a new store with kvedit init.",
         )
+    if not known:
+        known_files.remember(store, pinned, files)
     return base
+
+
+def check(store: Store, base: BaseModel) -> Finding:
+    """Whether the base model's files, read again, are those that the store was made for."""
+    if loading.fingerprint(base.path, base.model) == store.meta("model_fingerprint"):
+        return Finding("ok", "base model: sound")
+    return Finding("error", f"the model at {base.path} was altered", "Put the original back.")
 
 
 def _engine(base: BaseModel, path: Path, targets: Sequence[str], settings: Config) -> Engine:

@@ -4,11 +4,12 @@ Invariant: the weights in memory are those of ``revision``; their digest was com
 in the journal when they were rebuilt.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from kvedit.errors import KveditError
+from kvedit.errors import KveditError, LockedError
 from kvedit.events import Event, Status, Warning_
 from kvedit.revisions import rebuild
 from kvedit.store.store import Store
@@ -16,6 +17,7 @@ from kvedit.training.engine import Engine
 
 Emit = Callable[[Event], None]
 _T = TypeVar("_T")
+SLOW_SECONDS = 1.0  # in which a revision is rebuilt: a checkpoint of the head is quicker then
 
 
 class Checkout:
@@ -26,10 +28,20 @@ class Checkout:
         self.revision = 0
 
     def go_to(self, revision: int) -> None:
-        """Give the model the weights of a revision.  Raises CorruptStoreError."""
-        for problem in rebuild.load_revision(self.store, self.engine.master, revision):
+        """Give the model the weights of a revision.  Raises CorruptStoreError.
+
+        Those of the head are kept as a checkpoint if that took long.
+        """
+        began = time.monotonic()
+        problems = rebuild.load_revision(self.store, self.engine.master, revision)
+        for problem in problems:
             self.emit(Warning_(text=problem, code="checkpoint"))
         self.revision = revision
+        slow = time.monotonic() - began > SLOW_SECONDS
+        saved = not problems and revision in [row.revision for row in self.store.checkpoints()]
+        if slow and not saved and revision == self.store.head():
+            with self.best_effort(), suppress(LockedError), self.store.lock():
+                rebuild.write_checkpoint(self.store, self.engine.master)
 
     def go_to_head(self) -> None:
         """Give the model the weights of the head, unless it has them."""

@@ -3,14 +3,25 @@
 Invariants:
 - Weights that do not give the digest recorded for their revision are never served.
 - A checkpoint that is missing or damaged costs time, not knowledge: all deltas are added instead.
+- Files that were verified before and did not change since are not hashed again, but by ``doctor``.
 """
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
-from kvedit.adapter.deltas import Master, from_bytes
+from kvedit.adapter.deltas import MASTER_FILE, Master, from_bytes
 from kvedit.errors import CorruptStoreError
-from kvedit.files import disk_errors, read_verified, remove, sync_directory, temporary_path
+from kvedit.files import (
+    MANIFEST,
+    disk_errors,
+    read_verified,
+    remove,
+    sync_directory,
+    temporary_path,
+)
+from kvedit.revisions import known_files
+from kvedit.revisions.known_files import Stamps
 from kvedit.store.rows import Finding, RevisionRow
 from kvedit.store.store import Store
 
@@ -24,32 +35,47 @@ def load_revision(store: Store, master: Master, revision: int) -> list[str]:
     """
     line = store.lineage(revision)
     problems: list[str] = []
-    start = _from_checkpoint(store, master, line, problems)
+    start, known, verified = _from_checkpoint(store, master, line, problems)
     for row in line[start:]:
         add_delta(store, master, row)
+    if known and start == len(line):
+        return problems
     if master.digest() != store.revision(revision).weights_digest:
         raise CorruptStoreError(
             f"the weights of revision {revision} do not have the digest recorded for it",
             hint="They were made with other versions or on another machine, or the store is"
             " damaged. Run kvedit doctor.",
         )
+    if verified is not None:
+        known_files.remember(store, *verified)
     return problems
 
 
 def _from_checkpoint(
     store: Store, master: Master, line: list[RevisionRow], problems: list[str]
-) -> int:
-    """Load the newest valid checkpoint of a lineage; returns how many deltas it holds."""
+) -> tuple[int, bool, tuple[str, Stamps] | None]:
+    """Load the newest valid checkpoint of a lineage.
+
+    Returns how many deltas it holds, whether it was known, and, if not, its digest and files.
+    """
     order = [row.id for row in line]
     saved = [row for row in store.checkpoints() if row.revision in order]
     for checkpoint in sorted(saved, key=lambda row: order.index(row.revision), reverse=True):
+        files = _stamps(checkpoint.path)
+        known = known_files.are_known(store, checkpoint.digest, files)
         try:
-            master.read_checkpoint(checkpoint.path, checkpoint.digest)
-            return order.index(checkpoint.revision) + 1
+            master.read_checkpoint(checkpoint.path, checkpoint.digest, trusted=known)
         except CorruptStoreError as error:
             problems.append(f"{error.message}; all deltas are added instead")
+            continue
+        verified = None if known else (checkpoint.digest, files)
+        return order.index(checkpoint.revision) + 1, known, verified
     master.reset()
-    return 0
+    return 0, False, None
+
+
+def _stamps(folder: Path) -> Stamps:
+    return known_files.stamps([folder / MANIFEST, folder / MASTER_FILE])
 
 
 def add_delta(store: Store, master: Master, row: RevisionRow) -> None:
@@ -60,12 +86,16 @@ def add_delta(store: Store, master: Master, row: RevisionRow) -> None:
 
 def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
     """After a commit: write the head's weights as a checkpoint once enough deltas have come."""
-    head = store.head()
-    line = [row.id for row in store.lineage(head)]
+    line = [row.id for row in store.lineage(store.head())]
     saved = [row.revision for row in store.checkpoints() if row.revision in line]
     since = len(line) - (line.index(max(saved)) + 1 if saved else 0)
-    if since < every:
-        return
+    if since >= every:
+        write_checkpoint(store, master)
+
+
+def write_checkpoint(store: Store, master: Master) -> None:
+    """Write the master's weights, those of the head, as a checkpoint."""
+    head = store.head()
     final = store.checkpoint_path(head)
     building = temporary_path(final)
     with disk_errors(final):
@@ -74,6 +104,7 @@ def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
         os.replace(building, final)
         sync_directory(final.parent)  # before the database names it
     store.add_checkpoint(head, final, digest)
+    known_files.remember(store, digest, _stamps(final))
     for old in sorted(row.revision for row in store.checkpoints())[:-KEPT_CHECKPOINTS]:
         store.remove_checkpoint(old)
 

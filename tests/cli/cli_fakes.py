@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -136,6 +136,13 @@ class FakeBase:
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         return f"{len(messages)}: {messages[-1]['content']}"
+
+    def stream(self, messages: list[dict[str, str]], *, limit: int = 256) -> Iterator[str]:
+        self._called("stream", messages[-1]["content"], limit)
+        yield f"{len(messages)}: "
+        if messages[-1]["content"] == "endless":
+            raise KeyboardInterrupt
+        yield messages[-1]["content"]
 
     def verify(self, keys: Any = None, **options: Any) -> FakeVerify:
         self._called("verify", keys, options)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from kvedit.cli import query
 from kvedit.facts.fact import Fact
 from kvedit.store.rows import FactChange, ProtectedRow
 from kvedit.store.store import Store
@@ -42,6 +43,20 @@ def test_chat_keeps_the_conversation(filled: Path) -> None:
     result = run("chat", stdin="hello\n\nagain\n/new\nfresh\n/exit\nnever\n")
     assert result.stdout.splitlines() == ["1: hello", "3: again", "1: fresh"]
     assert "/exit" in result.stderr
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(filled: Path) -> None:
+    result = run("chat", stdin="endless\nhello\n")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == ["1: ", "3: hello"]
+
+
+def test_ask_streams_on_a_terminal(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "_on_terminal", lambda: True)
+    assert run("ask", "x", "--max-new-tokens", "9").stdout == "1: x\n"
+    assert FakeBase.last is not None
+    assert FakeBase.last.calls == [("stream", "x", 9)]
+    assert run("ask", "x", "--at", "1").stdout == "now: x\n"
 
 
 def test_chat_wants_utf8(filled: Path) -> None:

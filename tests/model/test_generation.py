@@ -46,6 +46,30 @@ def test_order_is_kept_beyond_one_batch(base: BaseModel, monkeypatch: pytest.Mon
     assert [make.text(row) for row in rows] == list(KNOWN.values())
 
 
+@slow_setup
+@given(prompt=texts, limit=st.integers(1, 12))
+def test_a_stream_is_the_answer(base: BaseModel, prompt: str, limit: int) -> None:
+    make = renderer(base)
+    prefix, end = make.prefix(prompt), frozenset({make.end})
+    tokens = list(generation.stream(base.model, prefix, end=end, limit=limit))
+    assert [tokens] == generation.generate(base.model, [prefix], end=end, limit=limit)
+    assert "".join(generation.pieces(tokens, make.answer_text)) == make.answer_text(tokens)
+
+
+@given(st.text(max_size=12))
+def test_pieces_are_whole_characters(text: str) -> None:
+    """Of tokens that are single bytes."""
+    parts = list(generation.pieces(text.encode(), lambda ids: bytes(ids).decode(errors="replace")))
+    assert "".join(parts) == text
+    assert "\ufffd" in text or not any("\ufffd" in part for part in parts)
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end() -> None:
+    cut = "爐".encode()[:2]
+    parts = generation.pieces(b"a" + cut, lambda ids: bytes(ids).decode(errors="replace"))
+    assert list(parts) == ["a", "\ufffd"]
+
+
 def test_sampling_follows_its_generator_and_nothing_else(base: BaseModel) -> None:
     make = renderer(base)
     prefixes = [[make.begin]] * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from small_model import settings
 
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import ModelError, ModelMismatchError, UsageError
+from kvedit.model import loading
 from kvedit.store.store import Store
 
 
@@ -48,6 +50,43 @@ def test_another_model_is_refused(
     shutil.rmtree(moved)
     with pytest.raises(ModelError):
         KnowledgeBase.open(trained_store)
+
+
+def test_files_that_did_not_change_are_not_hashed_again(
+    small: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with a newer time is refused; one that only looks the same is found by doctor."""
+    model, path = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(small["bf16"], model)
+    path.mkdir()
+    (path / "kvedit.toml").write_text(settings(), encoding="utf-8")
+    KnowledgeBase.create(path, model).close()
+    KnowledgeBase.open(path).close()  # the first time, all is hashed
+    computed: list[str] = []
+    fingerprint = loading.fingerprint
+
+    def counted(source: str, model: Any) -> str:
+        computed.append(source)
+        return fingerprint(source, model)
+
+    monkeypatch.setattr(loading, "fingerprint", counted)
+    with KnowledgeBase.open(path) as knowledge:
+        assert computed == []
+        assert not [f for f in knowledge.doctor() if f.level != "ok"]
+    assert computed == [str(model.resolve())]
+    weights = model / "model.safetensors"
+    status, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ModelMismatchError):
+        KnowledgeBase.open(path)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with KnowledgeBase.open(path) as knowledge:
+        found = [finding for finding in knowledge.doctor() if finding.level == "error"]
+    assert len(found) == 1 and "was altered" in found[0].what
+    (path / "cache" / "known-files.json").write_text("[1")
+    with pytest.raises(ModelMismatchError):
+        KnowledgeBase.open(path)
 
 
 def test_a_model_is_loaded_again_as_it_was_chosen(small: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from small_engine import StoreTemplate
 from small_model import FREE
 
 from kvedit import KnowledgeBase
+from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Master
 from kvedit.errors import CorruptStoreError
 from kvedit.events import Warning_
-from kvedit.files import TEMPORARY
+from kvedit.files import TEMPORARY, StoreLock
 from kvedit.model.loading import BaseModel
 from kvedit.model.targets import target_names
-from kvedit.revisions import fisher_cache, rebuild
+from kvedit.revisions import checkout, fisher_cache, rebuild
 from kvedit.store.store import Store
 
 
@@ -121,6 +123,51 @@ def test_checkpoints_come_when_due_and_old_ones_go(store: Store, master: Master)
     rebuild.checkpoint_if_due(store, master, every=1)
     assert [row.revision for row in store.checkpoints()] == [1, 2, 3]
     assert not list(store.checkpoints_path.glob(f"{TEMPORARY}*"))
+
+
+def test_the_head_is_kept_as_a_checkpoint_when_rebuilding_it_took_long(
+    trained_store: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KnowledgeBase.open(trained_store).close()
+    assert [row.revision for row in store.checkpoints()] == [2]
+    monkeypatch.setattr(checkout, "SLOW_SECONDS", 0.0)
+    with StoreLock(trained_store):  # another process is editing
+        KnowledgeBase.open(trained_store).close()
+    assert [row.revision for row in store.checkpoints()] == [2]
+    KnowledgeBase.open(trained_store).close()
+    assert [row.revision for row in store.checkpoints()] == [2, 3]
+    with KnowledgeBase.open(trained_store) as knowledge:
+        recorded = store.revision(3).weights_digest
+        assert knowledge.engine.weights_digest() == recorded
+        flip(store.checkpoints()[-1].path / "master.safetensors")
+        knowledge._session.go_to(3)  # what is damaged is written again
+        assert knowledge.engine.weights_digest() == recorded
+        assert not [f for f in knowledge.doctor() if f.level != "ok"]
+
+
+def test_a_known_checkpoint_is_mapped_without_hashing_it(
+    store: Store, master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuild.load_revision(store, master, 3)
+    rebuild.write_checkpoint(store, master)
+    file = store.checkpoints()[-1].path / "master.safetensors"
+    status, hashed = file.stat(), []
+    monkeypatch.setattr(deltas, "verify_manifest", lambda *args: hashed.append(args))
+    monkeypatch.setattr(rebuild, "add_delta", lambda *args: hashed.append(args))
+    monkeypatch.setattr(Master, "digest", lambda self: hashed.append(self))
+    master.reset()
+    assert rebuild.load_revision(store, master, 3) == []
+    assert hashed == []
+    monkeypatch.undo()
+    assert master.digest() == store.revision(3).weights_digest
+    flip(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert rebuild.load_revision(store, master, 3) == []
+    assert [f.level for f in store.integrity() if f.level != "ok"] == ["warning"]
+    flip(file)
+    flip(file)
+    assert len(rebuild.load_revision(store, master, 3)) == 1
+    assert master.digest() == store.revision(3).weights_digest
 
 
 def test_moments_are_read_back_for_their_own_weights_only(trained_store: Path) -> None:
