@@ -506,3 +506,21 @@ def data(folder: Path | None) -> None:
         if problems:
             raise GateFailedError(f"{len(problems)} file(s) missing or malformed")
         click.echo(f"{folder}: all files are there and well formed")
+
+
+@command(
+    click.option("--store", type=o.FOLDER, required=True, help="The store that is asked."),
+    click.option("--prompt", default="What is the capital of France?", show_default=True),
+    o.number("--limit", "Most tokens of an answer.", 32, metavar="N"),
+    o.number("--repeats", "Answers of each way.", 3, metavar="N"),
+)
+def answer(run: Run, given: dict[str, Any]) -> None:
+    """What one answer takes from start to end, beside plain transformers on the base model.
+
+    \b
+    Examples:
+      python -m tests.bench answer --store store
+    """
+    from tests.bench import answer as bench_answer
+
+    run(bench_answer.answers, bench_answer.AnswerOptions(**given), bench_answer.tables)
