@@ -169,12 +169,13 @@ class BatchedAdapters:
         return [self.gradient(), self.trained.grad]
 
     def read_gradient(self) -> None:
-        """Compute the gradient of what is trained from that of PEFT's A or B^T."""
-        blocks = self._to_a if self._trains_a else self._to_b
-        pairs = zip(self.gradient(), blocks, strict=True)
-        rows = torch.stack([times(one, by.mT) for one, by in pairs])
-        gradient, side = rows if self._trains_a else rows.mT, self.trained
-        side.grad = gradient if side.grad is None else side.grad + gradient
+        """Add the gradient of what is trained, by that of PEFT's A or B^T."""
+        side, blocks = self.trained, self._to_a if self._trains_a else self._to_b
+        if side.grad is None:
+            side.grad = torch.zeros_like(side)
+        total = side.grad if self._trains_a else side.grad.mT
+        for place, rows, by in zip(total, self.gradient(), blocks, strict=True):
+            place.add_(times(rows, by.mT))
 
     def clear_gradients(self) -> None:
         """Drop all gradients; interrupted training may have left some of a step behind."""

@@ -208,6 +208,7 @@ class Engine(KeptMoments):
                 delta = self.worker.on_main(adapter.factors)
             finally:
                 adapter.turn(on=False)
+                memory.give_back()
         return TrainingResult(delta, trained, time.monotonic() - began, resumed_seconds)
 
     def _started_adapter(

@@ -17,6 +17,7 @@ from kvedit.adapter.deltas import Master
 from kvedit.adapter.fisher import FisherMoments, WhiteningFactors
 from kvedit.config import TrainingConfig
 from kvedit.model.prompts import Example
+from kvedit.training.memory import give_back
 from kvedit.training.worker import Worker
 
 
@@ -46,7 +47,9 @@ class KeptMoments:
 
     def _measure(self, examples: Sequence[Example], **how: Any) -> FisherMoments:
         with self.worker.in_step():
-            return fisher.measure(self.worker.model, self.names, examples, **how).on_cpu()
+            measured = fisher.measure(self.worker.model, self.names, examples, **how).on_cpu()
+        give_back()
+        return measured
 
     def protect(self, examples: Sequence[Example]) -> None:
         """Measure text that must stay."""
@@ -94,9 +97,10 @@ class KeptMoments:
         served, delta = self.master.served(), self.master.accumulated_delta()
 
         def gradient(name: str) -> Tensor | None:
-            if not bool(delta[name].any()):
+            moved = delta[name]
+            if not bool(moved.any()):
                 return None
-            of_matrix = fisher.penalty_gradient(base, name, delta[name].to(served[name].device))
+            of_matrix = fisher.penalty_gradient(base, name, moved.to(served[name].device))
             return of_matrix.mul_(share)
 
         return gradient
