@@ -23,6 +23,7 @@ from kvedit.errors import UsageError
 from kvedit.events import Event, Status
 from kvedit.store.store import Store
 
+DTYPES = ("bfloat16", "float32")  # in which plain transformers is run
 PLAIN = """
 import sys, torch, transformers
 path, dtype, prompt, limit = sys.argv[1:]
@@ -81,7 +82,7 @@ def answers(options: AnswerOptions, *, emit: Callable[[Event], None]) -> AnswerR
     limit = str(options.limit)
     ask = ["-m", "kvedit", "--store", str(options.store), "ask", options.prompt]
     ways = {"kvedit ask": [*ask, "--max-new-tokens", limit]}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in DTYPES:
         ways[f"transformers, {dtype}"] = ["-c", PLAIN, model, dtype, options.prompt, limit]
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for turn in range(options.repeats):

@@ -172,11 +172,11 @@ def test_a_known_checkpoint_is_mapped_without_hashing_it(
 
 def test_moments_are_read_back_for_their_own_weights_only(trained_store: Path) -> None:
     with KnowledgeBase.open(trained_store) as knowledge:
-        store = knowledge.store
-        found = fisher_cache.read(store, 3, "head")
+        store, texts = knowledge.store, knowledge._session.protection._coverage.label
+        found = fisher_cache.read(store, 3, "head", texts)
         assert found is not None
-        assert fisher_cache.read(store, 2, "head") is None
-        assert fisher_cache.read(store, 3, "base") is None
+        assert fisher_cache.read(store, 2, "head", texts) is None
+        assert fisher_cache.read(store, 3, "base", texts) is None
         fisher_cache.write(store, 2, "head", found)
         back = fisher_cache.read(store, 2, "head")
         assert back is not None and back.tokens == found.tokens
