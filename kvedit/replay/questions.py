@@ -46,6 +46,7 @@ class Limits:
     rows: int
     question: int
     answer: int
+    given: int = 0  # rows whose question is given, beside those that ask
 
 
 @dataclass(frozen=True, slots=True)

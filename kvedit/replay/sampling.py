@@ -30,6 +30,7 @@ from kvedit.replay.protected_texts import Protected, ProtectedSet
 from kvedit.replay.questions import Answered, Limits
 
 SHIPPED_PROMPTS = Path(__file__).parents[1] / "data" / "protected_prompts.txt"
+GENERAL_QUESTIONS = SHIPPED_PROMPTS.with_name("general_questions.txt")
 LONG_ANSWER_TOKENS = 16  # from which on an answer counts as long
 LONG_LOCALITY_RATIO = 0.5  # of the locality probes whose answers are whole are long
 TIMED_ROWS = 32  # of the batch whose decoding is timed
@@ -40,7 +41,7 @@ SHORT = Limits(rows=8, question=36, answer=16)  # of a slow model, which gets as
 MIN_SLICES = 3  # that a fast model's whole time must be enough for
 FREE_SEED = 10_000  # apart from the numbers of slices, which are seeds
 SHIPPED_SLICES = 3  # in which the shipped questions are asked
-SHIPPED_ROWS = 16  # of a slow model's slice, beside the rows that ask
+GIVEN_TOKENS = 12  # of a general question, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ class Sampler:
         room = ACCELERATOR_CACHE_BYTES if is_accelerated(model) else MAX_CACHE_BYTES
         return max(SHORT.rows, min(rows, room // (tokens * cache_bytes_per_token(model))))
 
-    def limits(self, seconds: float, asked: int) -> Limits:
-        """What a slice may take of the seconds that are left for all."""
+    def limits(self, seconds: float, asked: int, number: int) -> Limits:
+        """What slice ``number`` may take of the seconds that are left for all."""
         left, most = max(1, self._config.samples - asked), self._most
         most = replace(most, rows=min(most.rows, left))
         slices = math.ceil(left / most.rows)
@@ -109,10 +110,15 @@ class Sampler:
         steps = seconds / slices / self.pace.step(most.rows) * self._speedup
         answer = int(steps) - most.question
         if answer >= 2 * SHORT.answer:
-            return replace(most, answer=min(answer, most.answer))
-        rows = self._fitting(seconds, self._short_steps)
-        rows = min(rows, left, self._rows(SHORT.question + SHORT.answer)) - SHIPPED_ROWS
-        return replace(SHORT, rows=max(SHORT.rows, rows), answer=min(SHORT.answer, most.answer))
+            given = len(_lines(SHIPPED_PROMPTS)) if number < SHIPPED_SLICES else 0
+            return replace(most, answer=min(answer, most.answer), given=given)
+        short = replace(SHORT, answer=min(SHORT.answer, most.answer))
+        most_rows = self._rows(SHORT.question + SHORT.answer)
+        if not number:  # a given question costs half as much as one that is sampled
+            given = self._fitting(seconds, self._short_steps - SHORT.question + GIVEN_TOKENS)
+            return replace(short, rows=0, given=max(SHORT.rows, min(given, most_rows)))
+        rows = min(self._fitting(seconds, self._short_steps), left, most_rows)
+        return replace(short, rows=max(SHORT.rows, rows))
 
     def sample(
         self, present: ProtectedSet, number: int, limits: Limits,
@@ -121,8 +127,7 @@ class Sampler:
         """The new texts of slice ``number``; once ``is_over``, answers are cut where they are."""
         rng = generator(self._base.model, number)
         asked = {text.prompt for text in (*present.control, *present.locality)}
-        prompts = [p for p in _shipped() if p not in asked] if number < SHIPPED_SLICES else []
-        prompts = prompts[: SHIPPED_ROWS if self._turn and self.is_short(limits) else None]
+        prompts = self._given(limits, asked)
         began = time.monotonic()
         answered, others = questions.converse(
             self._base, self._renderer, prompts, limits, rng, is_over
@@ -131,10 +136,19 @@ class Sampler:
             asked |= {one.prompt for one in answered}
             again = [prompt for prompt in dict.fromkeys(others) if prompt not in asked]
             answered += self._answer(again, limits.answer, set(prompts))
-            planned = (limits.question + limits.answer) * self.pace.step(limits.rows)
-            self._speedup = max(1.01, planned / (time.monotonic() - began))
+            if not self.is_short(limits):
+                step = self.pace.step(limits.rows + limits.given)
+                planned = (limits.question + limits.answer) * step
+                self._speedup = max(1.01, planned / (time.monotonic() - began))
         asked = {text.prompt for text in (*present.control, *present.locality)}
         return self._sorted([one for one in answered if one.prompt not in asked], present)
+
+    def _given(self, limits: Limits, asked: set[str]) -> list[str]:
+        """The questions of a slice that are not sampled: a slow model gets general ones first."""
+        prompts = _lines(SHIPPED_PROMPTS)
+        if self.is_short(limits):
+            prompts = [*_lines(GENERAL_QUESTIONS), *prompts]
+        return [prompt for prompt in prompts if prompt not in asked][: limits.given]
 
     def write_freely(self, seconds: float) -> list[Protected]:
         """Texts that begin with nothing: fewer, and cut, where time runs short."""
@@ -196,8 +210,8 @@ class Sampler:
         return len(self._renderer.tokens(text.answer)) >= LONG_ANSWER_TOKENS
 
 
-def _shipped() -> list[str]:
-    return SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _choose(candidates: Sequence[tuple[Answered, Protected]], count: int) -> list[Protected]:

@@ -171,7 +171,7 @@ class Coverage:
             return time.monotonic() > end
 
         def ask() -> tuple[int, ProtectedSet]:
-            limits = self._sampler.limits(end - time.monotonic(), done.asked)
+            limits = self._sampler.limits(end - time.monotonic(), done.asked, done.slices)
             if not done.slices:
                 self._announce(limits)
             return limits.rows, self._sampler.sample(present, done.slices, limits, is_over)
@@ -275,12 +275,11 @@ class Coverage:
     def _announce(self, limits: Limits) -> None:
         """Say what will be done, and how long it takes."""
         seconds = max(0.0, self._end - time.monotonic())
-        wanted = self._config.samples
-        if limits.rows < wanted and self._sampler.is_short(limits):
-            what = f"about {limits.rows} questions, their answers cut at {limits.answer} tokens"
-            more = f"; the rest of {wanted:,} questions with later edits"
-        else:
-            what, more = f"up to {wanted:,} questions", ""
+        what, more = f"up to {self._config.samples:,} questions", ""
+        if self._sampler.is_short(limits):
+            questions = limits.rows + limits.given
+            more = f"; at first {questions}, answers cut at {limits.answer} tokens; what does not"
+            more += " fit is done with later edits"
         self._checkout.say(f"asking and measuring {what}: at most about {seconds:.0f} s{more}")
 
     def _say(self, phase: str, numbers: str = "", *, now: bool = False) -> None:

@@ -83,14 +83,14 @@ class Protection:
         self.save()
         self._coverage.conclude()
 
-    def _fill(self, seconds: float) -> None:
-        """More protected texts and moments, within the time."""
+    def _fill(self, seconds: float) -> bool:
+        """More protected texts and moments, within the time; returns whether there are any."""
         if self._engine.fisher is None:
             base = self._coverage.load()
             self._coverage.start_from(base)
             if base is not None:
                 self._engine.fisher = base, base
-        self._checkout.at(0, lambda: self._coverage.fill(seconds))
+        return self._checkout.at(0, lambda: self._coverage.fill(seconds))
 
     def extend(self, edit_seconds: float) -> None:
         """After an edit: go on with what there was no time for, for a share of the edit's time."""
@@ -107,8 +107,8 @@ class Protection:
         settings = self._config.protect
         seconds = facts * settings.seconds_per_fact
         if not self._coverage.is_complete:  # the model is slow, and common questions come first
-            self._fill(seconds)
-            self._engine.reference_texts = self._margins = None
+            if seconds and self._fill(seconds):
+                self._engine.reference_texts = self._margins = None
             return
         facts += len(self._store.keys("committed"))
         samples = min(settings.max_samples, facts * settings.samples_per_fact)

@@ -13,7 +13,7 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
 from kvedit.replay.protected_texts import Protected, ProtectedSet, example
 from kvedit.replay.questions import QUESTION_TOKENS, Limits
-from kvedit.replay.sampling import SHIPPED_PROMPTS, SHORT, Pace, Sampler
+from kvedit.replay.sampling import GENERAL_QUESTIONS, SHIPPED_PROMPTS, SHORT, Pace, Sampler
 
 CONFIG = ProtectConfig(
     samples=64, long_answers=8, short_answers=16, free_texts=6, locality_probes=8
@@ -27,7 +27,7 @@ def sampler(base: BaseModel, config: ProtectConfig = CONFIG) -> Sampler:
 
 def sample(base: BaseModel, *extra: Protected, number: int = 0) -> ProtectedSet:
     one = sampler(base)
-    return one.sample(ProtectedSet(extra, ()), number, one.limits(AMPLE, 0))
+    return one.sample(ProtectedSet(extra, ()), number, one.limits(AMPLE, 0, number))
 
 
 def prompts(texts: ProtectedSet) -> list[str]:
@@ -45,8 +45,8 @@ def test_controls_and_probes_are_disjoint_and_asked_once(base: BaseModel) -> Non
 
 def test_a_further_slice_is_about_other_questions(base: BaseModel) -> None:
     one = sampler(base)
-    first = one.sample(ProtectedSet((), ()), 0, one.limits(AMPLE, 0))
-    second = one.sample(first, 1, one.limits(AMPLE, 32))
+    first = one.sample(ProtectedSet((), ()), 0, one.limits(AMPLE, 0, 0))
+    second = one.sample(first, 1, one.limits(AMPLE, 32, 1))
     assert not set(prompts(first)) & set(prompts(second))
     assert not second.locality  # there are enough
 
@@ -89,10 +89,10 @@ def test_without_a_chat_template_only_shipped_questions_are_asked(base: BaseMode
 def test_what_fits_follows_from_the_pace(base: BaseModel) -> None:
     config = replace(CONFIG, samples=2400)
 
-    def limits(pace: Pace, seconds: float = 60.0) -> Limits:
+    def limits(pace: Pace, number: int = 1) -> Limits:
         one = sampler(base, config)
         one._pace = pace
-        return one.limits(seconds, 0)
+        return one.limits(60.0, 0, number)
 
     full = limits(Pace(0.001, 0.0001))
     assert (full.question, full.answer) == (QUESTION_TOKENS, base.context // 2)
@@ -103,6 +103,18 @@ def test_what_fits_follows_from_the_pace(base: BaseModel) -> None:
     steps = slow.question + slow.answer
     assert steps * Pace(0.4, 0.006).step(slow.rows) < 60
     assert limits(Pace(10.0, 1.0)).rows == SHORT.rows  # something there must be
+    first = limits(Pace(0.4, 0.006), number=0)  # general questions are not sampled
+    assert first.rows == 0 and first.given > slow.rows
+
+
+def test_a_slow_model_is_asked_general_questions_first(base: BaseModel) -> None:
+    one = sampler(base)
+    one._pace = Pace(0.4, 0.006)
+    limits = replace(one.limits(60.0, 0, 0), given=24)
+    texts = one.sample(ProtectedSet((), ()), 0, limits)
+    general = GENERAL_QUESTIONS.read_text(encoding="utf-8").splitlines()
+    assert set(prompts(texts)) <= set(general)
+    assert {text.origin for text in texts.control} == {"shipped"}
 
 
 def test_a_pace_is_measured(base: BaseModel) -> None:
