@@ -4,7 +4,8 @@ Each part (the base model, the common store, each method) runs in a process of i
 peak memory is its own, and leaves a JSON file; what it means is computed from those.
 
 Invariants:
-- The base model is measured once, before all methods, and every method starts from it.
+- The base model is measured before all methods, and every method starts from it; once more in fp32
+  where LoRA, which is asked so, would else be compared with another dtype.
 - A general question counts only if no store protects it: of all methods the same ones count.
 - A part is measured again unless it was kept and everything that decides it is the same.
 """
@@ -33,12 +34,20 @@ from kvedit.model import loading
 from kvedit.store.database import DB_NAME
 from tests.bench import quality_material, quality_methods, quality_probes
 from tests.bench.quality_material import Material
-from tests.bench.quality_methods import ADD, INGEST, STORE, Start, TrainOptions
+from tests.bench.quality_methods import (
+    ADD,
+    FP32,
+    IN_FP32,
+    INGEST,
+    STORE,
+    Start,
+    TrainOptions,
+)
 from tests.bench.quality_probes import State
 from tests.bench.quality_scores import MethodScores, scores
 
 Emit = Callable[[Event], None]
-BASE = "base"
+BASE, BASE_FP32 = "base", "base-float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,7 @@ class Part:
 
     name: str
     model: str = ""
+    dtype: str = ""
     learned: tuple[bool, ...] = ()
     outcomes: dict[str, int]
     seconds: float = 0.0
@@ -78,6 +88,7 @@ class QualityResult:
     untaught: int
     questions: int
     base: MethodScores
+    base_fp32: MethodScores | None = None
     store: Start | None = None
     methods: tuple[MethodScores, ...] = ()
 
@@ -94,26 +105,31 @@ def quality(
     opened = nullcontext(given) if given else TemporaryDirectory(prefix="kvedit-quality-")
     with opened as folder:
         parts = _Parts(options, Path(folder), emit)
-        start, base = parts.start(), parts.get(BASE)
+        start, bases = parts.start(), parts.bases()
         measured: list[Part] = []
-        result = _result(material, base, start, measured)
+        result = _result(material, bases, start, measured)
         for method in options.methods:
             measured.append(parts.get(method))
-            result = _result(material, base, start, measured)
+            result = _result(material, bases, start, measured)
             tell(result, result.methods[-1])
     return result
 
 
 def _result(
-    material: Material, base: Part, start: Start | None, measured: Sequence[Part]
+    material: Material, bases: Sequence[Part], start: Start | None, measured: Sequence[Part]
 ) -> QualityResult:
-    """All scores, from the parts so far."""
+    """All scores, from the parts so far; ``bases`` are the base model's, the last one in fp32."""
     seen = {prompt for part in measured for prompt in part.seen}
     counted = [at for at, prompt in enumerate(material.questions) if prompt not in seen]
-    score = partial(scores, material, base.state, counted)
+
+    def score(part: Part) -> MethodScores:
+        base = bases[-1] if part.name in (*IN_FP32, BASE_FP32) else bases[0]
+        return scores(material, base.state, counted, part)
+
+    own, *fp32 = map(score, bases)
     return QualityResult(
-        model=base.model, facts=len(material.facts), untaught=len(material.untaught),
-        questions=len(counted), base=score(base), store=start,
+        model=bases[0].model, facts=len(material.facts), untaught=len(material.untaught),
+        questions=len(counted), base=own, base_fp32=fp32[0] if fp32 else None, store=start,
         methods=tuple(map(score, measured)),
     )  # fmt: skip
 
@@ -133,6 +149,12 @@ class _Parts:
             self._emit(Status(phase=f"{name}: starting"))
             in_child(self._options, name, self._folder, path, digest, self._emit)
         return read_part(path)
+
+    def bases(self) -> list[Part]:
+        """The base model in its own dtype, and in fp32 where a method needs that and it differs."""
+        own = self.get(BASE)
+        both = own.dtype != FP32 and not set(IN_FP32).isdisjoint(self._options.methods)
+        return [own, self.get(BASE_FP32)] if both else [own]
 
     def _make_room(self, name: str, digest: str) -> None:
         """Remove the store that another run left, unless this one goes on with it."""
@@ -168,7 +190,7 @@ def digest_of(options: QualityOptions, name: str) -> str:
     shown = replace(options, methods=(), store_dir=None, resume=False)
     if name == STORE:
         whole = (*whole, options.time)
-    elif name == BASE:  # whatever the methods are told
+    elif name in (BASE, BASE_FP32):  # whatever the methods are told
         whole = (*whole, replace(shown, time=None, mixed_epochs=0), quality_material.load(options))
     else:
         whole = (*whole, shown, quality_material.load(options))
@@ -207,9 +229,10 @@ def measure_part(options: QualityOptions, name: str, folder: Path, emit: Emit) -
         quality_probes.measure, material=material, emit=_prefixed(name, emit),
         text_tokens=options.text_tokens,
     )  # fmt: skip
-    if name == BASE:
-        base, asked = quality_methods.base_model(options)
-        return Part(name=name, model=base.name, outcomes={}, state=measure(asked, facts=False))
+    if name in (BASE, BASE_FP32):
+        base, asked = quality_methods.base_model(options, in_fp32=name == BASE_FP32)
+        state, dtype = measure(asked, facts=False), str(base.dtype)
+        return Part(name=name, model=base.name, dtype=dtype, outcomes={}, state=state)
     with quality_methods.train(name, options, material.facts, folder, emit) as trained:
         return Part(
             name=name, learned=trained.learned, outcomes=dict(trained.outcomes),

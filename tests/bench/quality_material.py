@@ -169,13 +169,16 @@ def _untaught_prompts(key: str) -> Iterator[str]:
 
 
 def _questions(options: MaterialOptions, named: Sequence[str]) -> tuple[str, ...]:
-    """The shipped prompts, then a sample of those in the files; none that names a key."""
+    """A sample of those in the files, then the shipped prompts; none that names a key.
+
+    The shipped ones come last: a store protects nearly all of them, and then they do not count.
+    """
     shipped = SHIPPED_PROMPTS.read_text(encoding="utf-8").splitlines()
     drawn = [text for path in options.questions_files for text in _file_questions(path)]
     random.Random(options.seed).shuffle(drawn)
     unrelated = (
         text
-        for text in dict.fromkeys((*shipped, *drawn))
+        for text in dict.fromkeys((*drawn, *shipped))
         if text.strip() and not any(key in normalise(text) for key in named)
     )
     return tuple(unrelated)[: options.questions]

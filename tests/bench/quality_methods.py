@@ -2,7 +2,8 @@
 
 Invariants:
 - Every method trains at least the phrasings in ``Material.trained`` of every fact.
-- What comes out is asked in the dtype that the base model is stored in, whatever it was trained in.
+- What comes out is asked in the dtype that the base model is stored in; after LoRA, which stops at
+  the first recall, in fp32: rounding alone would undo that recall.
 - Peak memory is read when training has ended, before anything is asked.
 """
 
@@ -15,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from tests.bench.quality_material import MaterialOptions, trained_prompts
 
 Emit = Callable[[Event], None]
 ADD, INGEST, LORA, LORA_MIXED, PLAIN = "add", "ingest", "lora", "lora-mixed", "plain"
+IN_FP32 = (LORA, LORA_MIXED)
+FP32 = "torch.float32"
 METHODS = (ADD, INGEST, LORA, LORA_MIXED, PLAIN)
 STORE = "store"
 EDITS = "edits.jsonl"
@@ -82,11 +85,16 @@ class Start:
     peak: int
 
 
-def base_model(options: TrainOptions) -> tuple[BaseModel, AskedModel]:
-    """The base model, to be asked as the others are."""
+def base_model(options: TrainOptions, *, in_fp32: bool = False) -> tuple[BaseModel, AskedModel]:
+    """The base model, to be asked as the others are; ``in_fp32`` as it is for LoRA."""
     base = loading.load(loading.locate(options.model))
     prompts = Config.load(options.config).prompts if options.config else None
     renderer = Renderer(base.tokenizer, context=base.context, prompts=prompts, stops=base.stops)
+    if not in_fp32:
+        return base, AskedModel(base.model, renderer)
+    base = replace(base, model=None)  # its memory is given back before the other is loaded
+    gc.collect()
+    base = replace(base, model=_in_fp32(options))
     return base, AskedModel(base.model, renderer)
 
 
@@ -227,22 +235,12 @@ def _plain(options: TrainOptions, facts: Sequence[Fact], emit: Emit) -> Trained:
 
 
 def _lora(options: TrainOptions, facts: Sequence[Fact], emit: Emit, *, mixed: bool) -> Trained:
-    """LoRA in fp32, then cast to the dtype of the base model."""
-    base, asked = base_model(options)
-    renderer, dtype = asked.renderer, base.dtype
-    del base, asked
-    gc.collect()
-    model = _in_fp32(options)
+    """LoRA, in fp32 from the first step to the last answer."""
+    _, asked = base_model(options, in_fp32=True)
     train_all = _mixed if mixed else _one_by_one
-    edits, seconds, steps = train_all(model, renderer, facts, options, emit)
-    peak = peak_memory()
-    _, served = base_model(options)
-    served.model.load_state_dict({name: v.to(dtype) for name, v in model.state_dict().items()})
-    done = _of_edits(served, edits, peak)
-    return Trained(
-        asked=served, learned=done.learned, outcomes=done.outcomes, seconds=seconds, steps=steps,
-        peak=peak, edits=() if mixed else done.edits,
-    )  # fmt: skip
+    edits, seconds, steps = train_all(asked.model, asked.renderer, facts, options, emit)
+    done = _of_edits(asked, edits, peak_memory())
+    return replace(done, seconds=seconds, steps=steps, edits=() if mixed else done.edits)
 
 
 def _in_fp32(options: TrainOptions) -> Any:

@@ -68,7 +68,7 @@ def notes(result: QualityResult) -> str:
         " trained text. Perplexity: interval of the ratio by bootstrap over texts. Multiple choice:"
         " mean log-likelihood a token of each choice after the bare prompt; difference paired, in"
         " points, interval of Agresti and Min (Wald's with half a pair added to each cell). LoRA is"
-        " trained in fp32 and asked in the dtype that the base model is stored in. Peak memory is"
+        " trained and asked in fp32, and compared with the base model in fp32. Peak memory is"
         " that of loading and training, of the process."
     )
 
@@ -102,7 +102,8 @@ def _changed(result: QualityResult) -> Table:
         "general answers with a leak", "answers about keys never taught, with a leak",
         "keys never taught, with a leak", "perplexity", "ratio",
     )  # fmt: skip
-    rows = [_changed_row(one) for one in (result.base, *result.methods)]
+    bases = (result.base, result.base_fp32) if result.base_fp32 else (result.base,)
+    rows = [_changed_row(one) for one in (*bases, *result.methods)]
     title = f"What else changed, on {result.questions} general questions"
     return Table(title, columns, tuple(rows))
 

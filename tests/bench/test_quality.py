@@ -227,6 +227,8 @@ def test_every_method_is_asked_the_same(result: QualityResult, options: QualityO
     assert [one.method for one in result.methods] == list(METHODS)
     assert result.base.first_tokens.rate == result.base.whole.rate == 1.0
     assert result.base.perplexity is not None and result.base.perplexity.ratio == 1.0
+    assert result.base_fp32 is not None and result.base_fp32.whole.rate == 1.0
+    assert result.base_fp32.perplexity != result.base.perplexity, "rounding shows"
     assert result.store is not None and result.store.seconds > 0
     phrasings = len(load_phrasings("en").train)
     for one in result.methods:
