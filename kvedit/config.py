@@ -44,7 +44,7 @@ class TrainingConfig:
     init_rank: int = setting(32, low=2, help="Highest rank of a matrix's adapter.")
     target_rank: int = setting(12, low=1, help="Average rank over all matrices.")
     phrasings_per_step: int = setting(2, low=1, help="Phrasings of each new fact in a step.")
-    rehearsal_facts: int = setting(3, help="Earlier facts in a step, each under one phrasing.")
+    rehearsal_facts: int = setting(2, help="Earlier facts in a step, each under one phrasing.")
     penalty_weight: float = setting(
         400.0, help="Weight of the Fisher penalty (predicted harm, nats a token) in the loss."
     )

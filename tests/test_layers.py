@@ -35,8 +35,8 @@ KNOWS: dict[str, tuple[str, ...]] = {
     "bench": ("ingest",),
     "cli": ("bench",),
 }
-ROOMS_A_FOLDER = 13
-LINES_A_ROOM = 450
+ROOMS_A_FOLDER = 10
+LINES_A_ROOM = 350
 LINES_A_FUNCTION = {"median": 8, "p90": 20, "longest": 60}
 
 HEAVY = frozenset({"torch", "transformers", "peft", "accelerate"})

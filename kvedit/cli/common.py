@@ -176,9 +176,9 @@ def knowledge_base(settings: Settings, reporter: Reporter, *,
         if missing:
             reporter.say(f"no store at {path} yet: creating one with the embedded model")
         from kvedit.editing.knowledge_base import KnowledgeBase
-        from kvedit.model import threads
+        from kvedit.model.devices import choose_threads
 
-        threads.choose()
+        choose_threads()
         make = KnowledgeBase.create if missing else KnowledgeBase.open
         with make(path, on_event=reporter) as base:
             yield base

@@ -114,8 +114,10 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
       kvedit init --model ./my-model --time 10m
     """
     from kvedit.editing.knowledge_base import KnowledgeBase
+    from kvedit.model.devices import choose_threads
     from kvedit.store.store import resolve_store
 
+    choose_threads()
     path = resolve_store(settings.store)
     options["targets"] = [name.strip() for name in targets.split(",") if name.strip()]
     options |= {"load_in": load_in or "", "check_memory": not ignore_memory}

@@ -3,15 +3,22 @@
 transformers spreads a model by a device map, and accelerate's hooks carry activations from device
 to device.  Those hooks replace a module's ``forward``; an offloaded weight is on the meta device.
 
+All threads of a product wait for the slowest: where cores are shared with others, one that has to
+wait for its core stops the others, and two threads were five to ten times slower than one.
+
 Invariants:
 - A temporary replacement of a module's ``forward`` restores the earlier one, hooks included.
 - A matrix that edits touch is not offloaded: it could not be changed in place.
 """
 
 import json
+import logging
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +26,11 @@ from torch import Tensor, nn
 
 from kvedit.errors import ModelError
 
+log = logging.getLogger(__name__)
+
+TIMED_ROWS, TIMED_SIZE = 64, 1024  # of a product that takes some milliseconds
+TIMED_PRODUCTS = 9
+CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 _MAP_HINT = (
     f"Give one of {', '.join(MODES)}, a device such as cuda:1, or a JSON file of devices by module"
@@ -126,3 +138,29 @@ def replaced_forward(
             del module.forward
             if forward is not None:  # accelerate's hook, which moves or fetches the weights
                 module.forward = forward
+
+
+def choose_threads() -> None:
+    """Let this process compute with all threads or with one, whichever is quicker now; not where
+    the environment says how many.
+    """
+    count = torch.get_num_threads()
+    if count == 1 or any(name in os.environ for name in CHOSEN_BY_USER):
+        return
+    seconds = {threads: _product_seconds(threads) for threads in (count, 1)}
+    best = min(seconds, key=seconds.__getitem__)
+    torch.set_num_threads(best)
+    times = ", ".join(f"{1e3 * spent:.1f} ms with {n}" for n, spent in seconds.items())
+    log.info("threads: %d (a product takes %s)", best, times)
+
+
+def _product_seconds(threads: int) -> float:
+    """The median time of a product: the shortest would not show that others use the cores too."""
+    torch.set_num_threads(threads)
+    rows, matrix = torch.ones(TIMED_ROWS, TIMED_SIZE), torch.ones(TIMED_SIZE, TIMED_SIZE)
+    times = []
+    for _ in range(TIMED_PRODUCTS):
+        start = time.perf_counter()
+        rows @ matrix
+        times.append(time.perf_counter() - start)
+    return median(times)

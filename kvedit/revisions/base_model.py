@@ -15,7 +15,7 @@ from kvedit.distributed.worker import make_worker
 from kvedit.errors import ModelMismatchError
 from kvedit.model import devices, loading, quantization
 from kvedit.model.loading import BaseModel, LoadOptions
-from kvedit.revisions import known_files
+from kvedit.store import known_files
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
 from kvedit.training import memory

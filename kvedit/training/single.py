@@ -38,7 +38,7 @@ class SingleLoop(Loop):
         for step in range(1, steps + 1):
             new, earlier = self._draw()
             margins = self._measure(step, new, earlier)
-            if min(margins) > self._config.min_margin and self._all_recalled():
+            if self._are_recalled(margins, len(new)) and self._all_recalled():
                 return self._result(step, learned=True)
             if self._has_stalled(step):
                 return self._result(step, learned=False, stalled=True)
@@ -76,6 +76,10 @@ class SingleLoop(Loop):
         if self._loss < PROGRESS * self._lowest:
             self._lowest, self._lowest_at = self._loss, step
         return step - self._lowest_at >= PATIENCE
+
+    def _are_recalled(self, margins: list[float], new: int) -> bool:
+        """Whether the examples of a step are recalled, the new ones by the minimum margin."""
+        return min(margins[:new]) > self._config.min_margin and min(margins) > 0
 
     def _all_recalled(self) -> bool:
         """Whether every training prompt of every new fact is recalled by the minimum margin.
