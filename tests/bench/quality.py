@@ -215,7 +215,7 @@ def read_part(path: Path) -> Part:
     document = json.loads(path.read_text(encoding="utf-8"))
     document["edits"] = tuple(EditTime(**edit) for edit in document["edits"])
     document["state"] = State.from_json(document["state"])
-    values = {item.name: document[item.name] for item in fields(Part)}
+    values = {item.name: document[item.name] for item in fields(Part) if item.name in document}
     return Part(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
