@@ -116,7 +116,9 @@ class Sampler:
         most_rows = self._rows(SHORT.question + SHORT.answer)
         if not number:  # a given question costs half as much as one that is sampled
             given = self._fitting(seconds, self._short_steps - SHORT.question + GIVEN_TOKENS)
-            return replace(short, rows=0, given=max(SHORT.rows, min(given, most_rows)))
+            there_are = len(_lines(GENERAL_QUESTIONS)) + len(_lines(SHIPPED_PROMPTS))
+            given = max(SHORT.rows, min(given, most_rows, there_are))
+            return replace(short, rows=0, given=given)
         rows = min(self._fitting(seconds, self._short_steps), left, most_rows)
         return replace(short, rows=max(SHORT.rows, rows))
 
