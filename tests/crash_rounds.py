@@ -48,7 +48,7 @@ Texts = dict[str, str]
 NAMES = ("init", "add", "update", "remove", "rollback", "compaction")
 JOURNAL = (
     "put_pending", "plan_edit", "mark_trained", "commit_edit", "finish_edit", "add_checkpoint",
-    "remove_checkpoint", "set_protected", "set_meta",
+    "remove_checkpoint", "set_protected", "add_protected", "set_meta",
 )  # fmt: skip
 """The transactions at which ``--quick`` kills."""
 

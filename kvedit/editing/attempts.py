@@ -13,7 +13,7 @@ from typing import Any
 
 from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Factors
-from kvedit.config import GroupConfig, TrainingConfig
+from kvedit.config import GateConfig, GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
 from kvedit.editing.gate import Checks, misses, refusals
 from kvedit.editing.plan import Plan
@@ -94,7 +94,7 @@ class Attempts:
             lost.update({candidate.row.id: candidate for candidate in evaluation.lost})
             harmed = self._harmed(evaluation.checks)
             if group is None:
-                config = _for_another_attempt(config, evaluation.checks)
+                config = _for_another_attempt(config, evaluation.checks, settings.gate)
             else:
                 config = replace(config, seed=config.seed + 1)
                 stricter = replace(group, penalty_scale=group.penalty_scale * 2)
@@ -181,14 +181,17 @@ class Attempts:
             self.session.emit(Warning_(text=text, code="refused"))
 
 
-def _for_another_attempt(config: TrainingConfig, checks: Checks) -> TrainingConfig:
-    """How to train one fact again: with less penalty and by a larger margin where recall was
-    missed, with more penalty where locality was harmed.
+def _for_another_attempt(
+    config: TrainingConfig, checks: Checks, gate: GateConfig
+) -> TrainingConfig:
+    """How to train one fact again: by a larger margin where its answers were missed, with more
+    penalty where locality was harmed.
     """
-    missed = checks.recall.passed < checks.recall.n
+    unseen = misses(checks.paraphrase, gate.min_paraphrase)
+    missed = unseen or checks.recall.passed < checks.recall.n
     harmed = checks.locality.passed < checks.locality.n
-    weight = config.penalty_weight / 3 if missed else config.penalty_weight * (4 if harmed else 1)
     return replace(
-        config, penalty_weight=weight, min_margin=config.min_margin * (2 if missed else 1),
+        config, penalty_weight=config.penalty_weight * (4 if harmed else 1),
+        min_margin=config.min_margin * (4 if missed else 1),
         phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
     )  # fmt: skip

@@ -76,7 +76,8 @@ def test_the_start_spans_the_steepest_directions(base: BaseModel, names: list[st
     whitening = fisher.whitening(moments, devices, 0.03, 0.5)
     directions = start.steepest(base.model, whitening, TEXTS, 4)
     for name, gradient in found(base, names).items():
-        left, right = leading(whitening[name].whiten(gradient), 4)
+        left, right, values = leading(whitening[name].whiten(gradient), 4)
+        torch.testing.assert_close(directions[name].values, values)
         torch.testing.assert_close(directions[name].left @ directions[name].left.T, left @ left.T)
         torch.testing.assert_close(
             directions[name].right @ directions[name].right.T, right @ right.T

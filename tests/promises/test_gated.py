@@ -20,7 +20,7 @@ from kvedit.model import scoring
 from kvedit.training.engine import Engine, TrainingResult
 from kvedit.training.loop import LoopResult
 
-HARMFUL = {"steps": 4, "repairs": 0, "gain": 10.0}
+HARMFUL = {"steps": 6, "repairs": 0, "gain": 10.0}
 """Settings with which one edit wrecks the model."""
 
 
@@ -206,9 +206,11 @@ def test_a_group_is_not_held_to_what_it_changes(
             return train(task, *rest)
 
         monkeypatch.setattr(knowledge.engine, "train", counted)
-        prompts = " ".join(row.prompt for row in knowledge.store.protected("control"))
-        names = [key for key in KNOWN if key in prompts][:2]
-        knowledge.add_group([Fact.create(name, "Another thing altogether.") for name in names])
+        knowledge._session.protection.prepare_texts(2)
         references = knowledge.engine.reference_texts
-        assert references is not None and 0 < counts[0] < len(references)
+        assert references is not None
+        texts = " ".join(f"{one.prompt} {one.answer}" for one in references.examples)
+        names = [key for key in KNOWN if key in texts][:2]
+        knowledge.add_group([Fact.create(name, "Another thing altogether.") for name in names])
+        assert 0 < counts[0] < len(references)
         assert counts[0] == len(references.without(names))
