@@ -46,12 +46,7 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
       kvedit ask "Who was Ada Lovelace?" --compare-base
       kvedit ask "What is Porto?" --at 2
     """
-    if prompt == "-":
-        from kvedit.files import read_text
-
-        prompt = read_text("-")
-    if not (question := prompt.strip()):
-        raise click.UsageError('the prompt is empty: ask something, e.g. kvedit ask "What is X?"')
+    question = _question(prompt)
     streams = at is None and not (compare_base or as_json) and _on_terminal()
     reporter = make_reporter(quiet=settings.quiet or as_json)
     with common.knowledge_base(settings, reporter) as base:
@@ -71,6 +66,17 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
     rows = [(styled("base model", "yellow"), base_answer)]
     rows.append((styled(f"revision {revision}", "green"), answer))
     print_result(as_json, {**document, "base_answer": base_answer}, pairs(rows))
+
+
+def _question(prompt: str) -> str:
+    """The prompt, or what standard input has for '-'; raises UsageError for an empty one."""
+    if prompt == "-":
+        from kvedit.files import read_text
+
+        prompt = read_text("-")
+    if not (question := prompt.strip()):
+        raise click.UsageError('the prompt is empty: ask something, e.g. kvedit ask "What is X?"')
+    return question
 
 
 @click.command()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kvedit.errors import TextTooLongError
 from kvedit.model.devices import first_device
 from kvedit.model.generation import Decoding, generate
 from kvedit.model.loading import BaseModel
@@ -110,7 +111,11 @@ def _longest_run(sure: Sequence[bool]) -> tuple[int, int]:
 
 
 def _tokens(renderer: Renderer, prompt: str, answer: str) -> tuple[int, ...]:
-    example = renderer.example(prompt, answer, ended=False)
+    """The answer's tokens; none where it does not fit, as bytes that are no text may become."""
+    try:
+        example = renderer.example(prompt, answer, ended=False)
+    except TextTooLongError:
+        return ()
     return example.ids[example.start :]
 
 
