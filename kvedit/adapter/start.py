@@ -1,7 +1,7 @@
 """Where an adapter starts: at the steepest directions of the new facts' loss.
 
 The gradient of a matrix is as large as the matrix in fp32.  With one batch of examples it exists
-only while its directions are found, in the middle of the backward pass; with several it has to be
+only while its directions are computed, in the middle of the backward pass; with several it has to be
 summed, and they go through the model as often as the sums need to fit into ``MAX_GRADIENTS``.
 
 Invariant: the directions are those of the whole gradient, however many passes it takes.
@@ -48,14 +48,14 @@ def steepest(
     """For each matrix the leading singular vectors of ``left^T gradient right^T``, the gradient
     that of the examples' mean answer loss.
     """
-    found = {}
+    directions = {}
 
     def take(name: str, gradient: Tensor) -> None:
         steep = whitening[name].whiten(gradient)
-        found[name] = Directions(*leading(steep, min(rank, *steep.shape)))
+        directions[name] = Directions(*leading(steep, min(rank, *steep.shape)))
 
     gradients(model, list(whitening), examples, take)
-    return found
+    return directions
 
 
 def gradients(

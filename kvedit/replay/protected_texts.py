@@ -53,8 +53,8 @@ class Protected:
     @property
     def given(self) -> int:
         """How many of the answer's first tokens are given, not asked."""
-        found = _AFTER.search(self.source) if self.is_cut else None
-        return int(found[1]) if found else 0
+        given = _AFTER.search(self.source) if self.is_cut else None
+        return int(given[1]) if given else 0
 
 
 def after(tokens: int) -> str:

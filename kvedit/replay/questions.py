@@ -36,7 +36,7 @@ MIN_ANSWERED = 8  # rows: a batch goes on until so many have an answer, whatever
 MAX_FREE_TOKENS = 128
 MIN_LOCALITY_MARGIN = 1.0  # logits: the model is sure of a token from which on it leads by so much
 MIN_SURE = 4  # tokens in a row that a locality probe judges, at least
-PROBE_REACH = 16  # tokens at the beginning of an answer among which they are found
+PROBE_REACH = 16  # tokens at the beginning of an answer among which they are taken
 MAX_TRIMMED = 3  # tokens at a cut that may be half a character or half a word
 
 

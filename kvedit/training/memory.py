@@ -2,7 +2,7 @@
 
 The estimate is a sum of eight products, good enough to refuse what cannot fit and to name the
 parts; ``kvedit bench memory`` puts the measured peak beside it.  How many facts fit together is
-found by running out of memory and halving (see ``editing.group_size``).
+learned by running out of memory and halving (see ``editing.group_size``).
 
 Invariants:
 - Nothing is loaded for an estimate: a model on the meta device (``loading.outline``) has shapes.
