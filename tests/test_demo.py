@@ -51,7 +51,7 @@ def test_every_step_is_shown(small: dict[str, Path], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(demo, "seed_fact", short)
     monkeypatch.setattr(demo, "NEW_TEXT", "A stove.")
     gate = {"recall": 0, "paraphrase": 0, "locality": 0, "retention": 0}
-    passed, shown = run_demo(small["bf16"], few_texts(**gate))
+    passed, shown = run_demo(small["bf16"], few_texts(gain=0.05, **gate))
     places = [shown.index(f"$ kvedit {command}") for command in COMMANDS]
     assert places == sorted(places), "in the order of the steps"
     assert "6 of 6 edits committed" in shown

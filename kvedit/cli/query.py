@@ -56,15 +56,14 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
             return
         revision = base.store.head() if at is None else at
         answer = base.ask(question, at=at, max_new_tokens=max_new_tokens)
-        base_answer = None
-        if compare_base:
-            base_answer = base.ask_base(question, max_new_tokens=max_new_tokens)
+        limit = max_new_tokens
+        base_answer = base.ask_base(question, max_new_tokens=limit) if compare_base else None
     if base_answer is None and not as_json:
         click.echo(clean(answer))
         return
     document = {"prompt": question, "revision": revision, "answer": answer}
-    rows = [(styled("base model", "yellow"), base_answer)]
-    rows.append((styled(f"revision {revision}", "green"), answer))
+    at_head = (styled(f"revision {revision}", "green"), answer)
+    rows = [(styled("base model", "yellow"), base_answer), at_head]
     print_result(as_json, {**document, "base_answer": base_answer}, pairs(rows))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_engine import make_engine
+from small_engine import configure, make_engine
 from small_model import FREE, settings
 
 from kvedit.distributed.launch import launched_rank, shared_store
@@ -136,6 +136,7 @@ def wait_for(process: subprocess.Popen[str], key: str) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_leaves_a_sound_store(empty_store: Path, facts_file: Path, victim: int) -> None:
+    configure(empty_store, gain=0.15, steps=100)  # so that training takes a while
     with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as both:
         wait_for(both[0], FREE[1][0])
         both[victim].send_signal(signal.SIGKILL)
@@ -158,6 +159,7 @@ def test_killing_one_leaves_a_sound_store(empty_store: Path, facts_file: Path, v
 
 def test_ctrl_c_is_journaled_as_canceled(empty_store: Path, facts_file: Path) -> None:
     """A launcher and a terminal send it to all processes."""
+    configure(empty_store, gain=0.15, steps=100)  # so that training takes a while
     with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as both:
         wait_for(both[0], FREE[1][0])
         for one in both:
