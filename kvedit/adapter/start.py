@@ -1,8 +1,8 @@
 """Where an adapter starts: at the steepest directions of the new facts' loss.
 
 The gradient of a matrix is as large as the matrix in fp32.  With one batch of examples it exists
-only while its directions are computed, in the middle of the backward pass; with several it has to be
-summed, and they go through the model as often as the sums need to fit into ``MAX_GRADIENTS``.
+only while its directions are computed, in the middle of the backward pass; with several it is a
+sum, and they go through the model as often as the sums need to fit into ``MAX_GRADIENTS``.
 
 Invariant: the directions are those of the whole gradient, however many passes it takes.
 """
