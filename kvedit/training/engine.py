@@ -299,10 +299,17 @@ class Engine(KeptMoments):
 
 
 def _start_examples(task: Task, rng: random.Random) -> list[Example]:
-    """The examples whose gradient the adapter starts from: a prompt or two of each fact."""
+    """The examples whose gradient the adapter starts from: a prompt or two of each fact, all where
+    each prompt has an answer of its own, as when a fact is removed.
+    """
     facts = rng.sample(list(task.new), min(START_FACTS, len(task.new)))
     each = 2 if len(facts) <= START_FACTS // 4 else 1
-    return [e for fact in facts for e in rng.sample(list(fact), min(each, len(fact)))]
+    answers = [len({example.answer for example in fact}) for fact in facts]
+    counts = [
+        min(each, len(fact)) if n == 1 else len(fact)
+        for fact, n in zip(facts, answers, strict=True)
+    ]
+    return [e for fact, n in zip(facts, counts, strict=True) for e in rng.sample(list(fact), n)]
 
 
 def _accumulated_share(task: Task, group: GroupConfig | None) -> float:
