@@ -58,10 +58,6 @@ class Split:
         for part in row_blocks(self.shape):
             yield part, self.rows(part)
 
-    def is_for(self, other: Split) -> bool:
-        """Whether it is another state of the same matrix."""
-        return (self.shape, self.served.dtype) == (other.shape, other.served.dtype)
-
 
 def row_blocks(shape: torch.Size) -> list[slice]:
     """Slices of the rows of a matrix, each of about ``BLOCK`` numbers."""

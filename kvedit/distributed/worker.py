@@ -103,7 +103,7 @@ class ParallelWorker(Worker):
         self._group.align(adapter.starting_values())
 
     def sum_gradients(self, adapter: Adapter) -> None:
-        """Before the coordinates are changed: the allocator judges by these gradients too."""
+        """After a backward pass, before the gradients are read: add up those of all processes."""
         self._group.sum(adapter.gradients())
 
     def _require_same_texts(self, examples: Sequence[Example]) -> None:

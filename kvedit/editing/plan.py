@@ -41,10 +41,9 @@ class Target:
 class Plan:
     """An edit to carry out.
 
-    The facts of a ``group`` pass or fail
-    one by one; those of another plan all together.  A ``compaction`` trains all committed facts
-    once more beside the new ones, from the base model.  ``restores`` is the revision that a
-    rollback goes back to.
+    The facts of a ``group`` pass or fail one by one; those of another plan all together.  A
+    ``compaction`` trains all committed facts once more beside the new ones, from the base model.
+    ``restores`` is the revision that a rollback goes back to.
     """
 
     kind: str

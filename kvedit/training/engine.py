@@ -304,12 +304,12 @@ def _start_examples(task: Task, rng: random.Random) -> list[Example]:
     """
     facts = rng.sample(list(task.new), min(START_FACTS, len(task.new)))
     each = 2 if len(facts) <= START_FACTS // 4 else 1
-    answers = [len({example.answer for example in fact}) for fact in facts]
-    counts = [
-        min(each, len(fact)) if n == 1 else len(fact)
-        for fact, n in zip(facts, answers, strict=True)
-    ]
-    return [e for fact, n in zip(facts, counts, strict=True) for e in rng.sample(list(fact), n)]
+
+    def count(fact: Sequence[Example]) -> int:
+        one_answer = len({example.answer for example in fact}) == 1
+        return min(each, len(fact)) if one_answer else len(fact)
+
+    return [e for fact in facts for e in rng.sample(list(fact), count(fact))]
 
 
 def _accumulated_share(task: Task, group: GroupConfig | None) -> float:

@@ -110,7 +110,6 @@ class Loop:
         self._penalty_weight, self._earlier_weight = self._config.penalty_weight, 1.0
         self._total = self._config.max_steps
         self._loss = self._penalty = 0.0
-        self._data_loss = torch.zeros(())  # what was measured, where the model is
         self._mean_weights = torch.ones(2)  # of the last step's tokens, see ``StepLoss``
 
     def state(self) -> State:
@@ -153,8 +152,8 @@ class Loop:
         self._worker.accelerator.backward(weighted)
         self._worker.sum_gradients(self._adapter)
         self._adapter.read_gradients()
-        self._data_loss, self._mean_weights = loss.of(scores), loss.weights_of(scores)
-        values = torch.stack([self._data_loss, penalty.detach().to(self._data_loss.device)])
+        data_loss, self._mean_weights = loss.of(scores), loss.weights_of(scores)
+        values = torch.stack([data_loss, penalty.detach().to(data_loss.device)])
         # One transfer, so that a GPU is waited for once.
         numbers = torch.cat([values, scores.margins(len(new) + len(earlier))])
         self._loss, penalty_value, *margins = numbers.tolist()
@@ -171,7 +170,7 @@ class Loop:
 
     def _update(self) -> None:
         """Move by the gradients that were measured."""
-        self._optimizer.step()
+        self._optimizer.step(lambda: self._loss)
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:

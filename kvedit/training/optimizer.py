@@ -16,7 +16,7 @@ Invariants:
 - Nothing is read back from an accelerator in a step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,17 +35,17 @@ class PolyakGradient(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr})
-        self.loss: Tensor | None = None
-        """The loss that the gradients are of, a scalar; set before each step."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step against the gradient; parameters without one stay."""
+    def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
+        """One step against the gradient; parameters without one stay.  ``closure`` gives the loss
+        that the gradients are of.
+        """
         moved = [(g["lr"], p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if self.loss is None or not moved:
+        if not moved:
             return
         square = _square([p.grad for _, p in moved])
-        length = self.loss.to(square.device) / square.clamp_min(torch.finfo(torch.float32).tiny)
+        length = closure() / square.clamp_min(torch.finfo(torch.float32).tiny)
         for rate, parameter in moved:
             parameter.sub_(parameter.grad * (rate * length.to(parameter.device)))
 

@@ -52,8 +52,7 @@ class SingleLoop(Loop):
         return LoopResult(steps, learned, self._loss, self._penalty, stalled)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        self._polyak = PolyakGradient(self._adapter.trained(), lr=self._config.step_gain)
-        return self._polyak
+        return PolyakGradient(self._adapter.trained(), lr=self._config.step_gain)
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, those that failed first, and one of earlier facts."""
@@ -70,7 +69,7 @@ class SingleLoop(Loop):
         factor = SHORTER if self._loss > OVERSHOT * self._last else LONGER
         self._gain = min(self._config.step_gain, self._gain * factor)
         self._set_rate(self._gain)
-        self._last, self._polyak.loss = self._loss, self._data_loss
+        self._last = self._loss
 
     def _has_stalled(self, step: int) -> bool:
         if self._loss < PROGRESS * self._lowest:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,27 +125,40 @@ def train_baseline(
     """Train one fact to a bare model and merge it, as the baseline does."""
     config = config or BaselineConfig()
     began = time.monotonic()
+    with merged_afterwards(model, config.seed, lambda: _adalora(model, config)) as wrapped:
+        steps, recalled, loss = _learn(wrapped, examples, config, on_step)
+    return BaselineResult(steps, time.monotonic() - began, recalled, loss)
+
+
+@contextmanager
+def merged_afterwards(model: Any, seed: int, make_config: Callable[[], Any]) -> Iterator[Any]:
+    """PEFT around a bare model, merged into it at the end and left out when training is broken off;
+    the global random state is as before.
+    """
+    from peft import get_peft_model
+
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)
-        wrapped = _wrap(model, config)
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
+            wrapped = get_peft_model(model, make_config())
         try:
-            steps, recalled, loss = _learn(wrapped, examples, config, on_step)
+            yield wrapped
             wrapped.merge_and_unload(progressbar=False)
         except BaseException:
             wrapped.unload()
             raise
         finally:
             model.eval().requires_grad_(False)
-    return BaselineResult(steps, time.monotonic() - began, recalled, loss)
 
 
-def _wrap(model: Any, config: BaselineConfig) -> Any:
-    """PEFT around the model.  ``tinit < total_step - tfinal`` must hold, or the allocator fails."""
-    from peft import AdaLoraConfig, get_peft_model
+def _adalora(model: Any, config: BaselineConfig) -> Any:
+    """PEFT's settings.  ``tinit < total_step - tfinal`` must hold, or the allocator fails."""
+    from peft import AdaLoraConfig
 
     settle = min(config.settle, (config.max_steps - 1) // 2)
-    adalora = AdaLoraConfig(
+    return AdaLoraConfig(
         init_r=config.init_rank,
         target_r=config.target_rank,
         lora_alpha=config.alpha,
@@ -156,9 +170,6 @@ def _wrap(model: Any, config: BaselineConfig) -> Any:
         deltaT=1,
         total_step=config.max_steps,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
-        return get_peft_model(model, adalora)
 
 
 def _learn(

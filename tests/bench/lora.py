@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from kvedit.model.prompts import Example
-from tests.bench.baseline import batch_of, recalled_rows
+from tests.bench.baseline import batch_of, merged_afterwards, recalled_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,31 +70,18 @@ def train_lora(
 ) -> LoraResult:
     """Train a set of examples to a bare model in fp32, and merge."""
     settings, began = settings or LoraSettings(), time.monotonic()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(settings.seed)
-        wrapped = _wrap(model, settings)
-        try:
-            steps, epochs, recalled = _learn(wrapped, examples, settings, on_batch)
-            wrapped.merge_and_unload(progressbar=False)
-        except BaseException:
-            wrapped.unload()
-            raise
-        finally:
-            model.eval().requires_grad_(False)
+    with merged_afterwards(model, settings.seed, lambda: _lora(settings)) as wrapped:
+        steps, epochs, recalled = _learn(wrapped, examples, settings, on_batch)
     return LoraResult(steps, epochs, time.monotonic() - began, recalled)
 
 
-def _wrap(model: Any, settings: LoraSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _lora(settings: LoraSettings) -> Any:
+    from peft import LoraConfig
 
-    config = LoraConfig(
+    return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which are not touched
-        return get_peft_model(model, config)
 
 
 def _learn(
