@@ -52,6 +52,11 @@ class Task:
     reference_texts: ReferenceTexts | None = None
     earlier: int = 0
 
+    @property
+    def tells_prompts_apart(self) -> bool:
+        """Whether prompts of one fact have answers of their own, as when a fact is removed."""
+        return any(len({example.answer for example in fact}) > 1 for fact in self.new)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

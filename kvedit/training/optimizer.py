@@ -22,19 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SQUARE_DECAY, STEP_DECAY = 0.9, 0.8  # of the running means of adaptive steps
 MOMENTUM = 0.9
 NORM_DECAY = 0.9  # of the running mean of the squared norm, at each step
 
 
 class PolyakGradient(torch.optim.Optimizer):
-    """``x -= lr * loss / |g|^2 * g``, g the gradient of all parameters together.
+    """``x -= lr * loss / <g, d> * d``, g the gradient of all parameters together, d the same.
 
     ``lr`` is the share of the loss that the step would take away if the loss were linear; 1 is
-    Polyak's own step.
+    Polyak's own step.  With ``adaptive`` d is g divided by its root mean square, number by number,
+    as in Adam (Kingma and Ba 2014, arXiv:1412.6980), and steps are averaged: where a few small
+    differences decide, the plain gradient goes back and forth.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, *, adaptive: bool = False) -> None:
         super().__init__(params, {"lr": lr})
+        self._adaptive = adaptive
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
@@ -44,10 +48,31 @@ class PolyakGradient(torch.optim.Optimizer):
         moved = [(g["lr"], p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not moved:
             return
-        square = _square([p.grad for _, p in moved])
-        length = closure() / square.clamp_min(torch.finfo(torch.float32).tiny)
-        for rate, parameter in moved:
-            parameter.sub_(parameter.grad * (rate * length.to(parameter.device)))
+        gradients = [p.grad for _, p in moved]
+        if not self._adaptive:
+            directions, slope = gradients, _square(gradients)
+        else:
+            directions = [self._scaled(p) for _, p in moved]
+            slope = _product(gradients, directions)
+        length = closure() / slope.clamp_min(torch.finfo(torch.float32).tiny)
+        for (rate, parameter), direction in zip(moved, directions, strict=True):
+            step = direction * (rate * length.to(parameter.device))
+            parameter.sub_(self._averaged(parameter, step) if self._adaptive else step)
+
+    def _scaled(self, parameter: Tensor) -> Tensor:
+        """The gradient divided by its root mean square over the last steps."""
+        state: Any = self.state[parameter]
+        gradient: Any = parameter.grad
+        square = state.setdefault("square", torch.zeros_like(parameter))
+        square.lerp_(gradient.square(), 1 - SQUARE_DECAY)
+        state["steps"] = state.get("steps", 0) + 1
+        unbiased = square / (1 - SQUARE_DECAY ** state["steps"])
+        scaled: Tensor = gradient / unbiased.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        return scaled
+
+    def _averaged(self, parameter: Tensor, step: Tensor) -> Tensor:
+        mean: Tensor = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+        return mean.lerp_(step, 1 - STEP_DECAY)
 
 
 class PolyakMomentum(torch.optim.Optimizer):
@@ -90,5 +115,11 @@ class PolyakMomentum(torch.optim.Optimizer):
 
 def _square(gradients: list[Tensor]) -> Tensor:
     """The squared norm of all gradients together, a scalar on the first one's device."""
-    home = gradients[0].device
-    return torch.stack([g.square().sum().to(home) for g in gradients]).sum()
+    return _product(gradients, gradients)
+
+
+def _product(ones: list[Tensor], others: list[Tensor]) -> Tensor:
+    """The inner product of all tensors together, a scalar on the first one's device."""
+    home = ones[0].device
+    pairs = zip(ones, others, strict=True)
+    return torch.stack([(one * other).sum().to(home) for one, other in pairs]).sum()

@@ -16,6 +16,9 @@ from kvedit.training.optimizer import PolyakGradient
 
 PATIENCE = 8
 """Steps without progress after which training ends: a fact that does not move by then never did."""
+SLOW = 3
+"""Times as many steps, and as much patience, where prompts of a fact must be told apart: the
+gradient of what they have in common hides what they differ in."""
 PROGRESS = 0.95
 """Of the lowest loss so far: a loss below it is progress."""
 OVERSHOT = 1.5
@@ -29,12 +32,13 @@ class SingleLoop(Loop):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._gain = self._config.step_gain
+        self._pace = SLOW if self._task.tells_prompts_apart else 1
         self._lowest, self._lowest_at, self._last = float("inf"), 0, float("inf")
         self._failing: set[Example] = set()  # of the new examples, when all were last checked
 
     def run(self) -> LoopResult:
         """Take the steps.  Raises TrainingError for a loss that is not a number."""
-        steps = self._config.max_steps
+        steps = self._total = self._pace * self._config.max_steps
         for step in range(1, steps + 1):
             new, earlier = self._draw()
             margins = self._measure(step, new, earlier)
@@ -52,7 +56,9 @@ class SingleLoop(Loop):
         return LoopResult(steps, learned, self._loss, self._penalty, stalled)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        return PolyakGradient(self._adapter.trained(), lr=self._config.step_gain)
+        adaptive = self._task.tells_prompts_apart
+        trained = self._adapter.trained()
+        return PolyakGradient(trained, lr=self._config.step_gain, adaptive=adaptive)
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, those that failed first, and one of earlier facts."""
@@ -74,7 +80,7 @@ class SingleLoop(Loop):
     def _has_stalled(self, step: int) -> bool:
         if self._loss < PROGRESS * self._lowest:
             self._lowest, self._lowest_at = self._loss, step
-        return step - self._lowest_at >= PATIENCE
+        return step - self._lowest_at >= self._pace * PATIENCE
 
     def _are_recalled(self, margins: list[float], new: int) -> bool:
         """Whether the examples of a step are recalled, the new ones by the minimum margin."""

@@ -120,3 +120,16 @@ def test_without_a_gradient_nothing_moves() -> None:
     sides[0].grad = torch.zeros(3)
     optimizer.step(lambda: 1.0)
     assert not sides[0].any()
+
+
+def test_an_adaptive_step_gains_its_share_whatever_the_scale_of_a_number() -> None:
+    """Numbers with small and large gradients move alike; the average holds back the first step."""
+    for scale in (1e-3, 1e3):
+        sides = parameters(2)
+        optimizer = PolyakGradient(sides, lr=0.5, adaptive=True)
+        sides[0].grad = torch.tensor([scale, -100 * scale])
+        optimizer.step(lambda: 3.0)
+        moved = sides[0].detach()
+        assert float(moved[0]) == pytest.approx(-float(moved[1]), rel=1e-4)
+        gained = -float(moved @ sides[0].grad)
+        assert gained == pytest.approx(0.2 * 0.5 * 3.0, rel=1e-4)
