@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from kvedit.cli import common, output
-from kvedit.cli.check import verify_parts
+from kvedit.cli.commands.verify import verify_parts
 from kvedit.cli.output import FirstLine, pairs, styled
 from kvedit.cli.progress import Reporter, make_reporter
 from kvedit.errors import KveditError, RejectedError

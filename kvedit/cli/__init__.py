@@ -13,12 +13,16 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 import click
 
 from kvedit import __version__
-from kvedit.cli.bench import bench
-from kvedit.cli.check import backup, doctor, export, verify
+from kvedit.cli.commands.ask import ask, chat
+from kvedit.cli.commands.bench import bench
+from kvedit.cli.commands.doctor import backup, doctor
+from kvedit.cli.commands.edit import add, remove, rollback, update
+from kvedit.cli.commands.export import export
+from kvedit.cli.commands.ingest import ingest
+from kvedit.cli.commands.init import init
+from kvedit.cli.commands.query import history, list_facts, report, show, similar, status
+from kvedit.cli.commands.verify import verify
 from kvedit.cli.common import EXIT_INTERRUPTED, KveditGroup, Settings, configure_logging
-from kvedit.cli.edit import add, init, remove, rollback, update
-from kvedit.cli.ingest import ingest
-from kvedit.cli.query import ask, chat, history, list_facts, report, show, similar, status
 from kvedit.distributed.launch import launched_rank, leave, shared_store
 
 EXIT_CODES = """\b

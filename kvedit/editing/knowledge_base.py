@@ -20,9 +20,10 @@ from kvedit.facts.fact import Fact, LocalityProbe
 from kvedit.model import generation, loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
-from kvedit.revisions import base_model, export_hf, export_peft, rebuild
+from kvedit.revisions import base_model, rebuild
 from kvedit.revisions.base_model import ModelSpec
-from kvedit.revisions.export_hf import ExportReport
+from kvedit.revisions.export import hf, peft
+from kvedit.revisions.export.hf import ExportReport
 from kvedit.revisions.session import Session
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
@@ -256,7 +257,7 @@ class KnowledgeBase:
         """Write the head as a folder that transformers loads, then reload and re-probe it."""
         examples = self._all_examples()
         self._session.say("writing the model")
-        return export_hf.write(
+        return hf.write(
             self.engine, examples, Path(directory), dtype=dtype, revision=self._session.revision,
             max_shard_size=max_shard_size, progress=self._session.say,
         )  # fmt: skip
@@ -269,7 +270,7 @@ class KnowledgeBase:
         facts = [row.fact for row in self.store.facts("committed")]
         unseen = [e for fact in facts for e in self.engine.paraphrases(fact)]
         locality = self.locality_examples()
-        return export_peft.write(
+        return peft.write(
             self.engine, self._all_examples(), [*unseen, *locality], Path(directory),
             revision=self._session.revision, progress=self._session.say,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from small_model import FREE, settings
 
 from kvedit.bench import architectures, memory, speed, strategies, tables
 from kvedit.cli import cli
-from kvedit.cli.bench import bench
+from kvedit.cli.commands.bench import bench
 from kvedit.errors import UsageError
 
 HEADING = {"schema", "benchmark", "command", "commit", "machine", "model", "seed", "started",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from kvedit.cli import query
+from kvedit.cli.commands import ask
 from kvedit.facts.fact import Fact
 from kvedit.store.rows import FactChange, ProtectedRow
 from kvedit.store.store import Store
@@ -52,7 +52,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(filled: Path) -> None:
 
 
 def test_ask_streams_on_a_terminal(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query, "_on_terminal", lambda: True)
+    monkeypatch.setattr(ask, "_on_terminal", lambda: True)
     assert run("ask", "x", "--max-new-tokens", "9").stdout == "1: x\n"
     assert FakeBase.last is not None
     assert FakeBase.last.calls == [("stream", "x", 9)]

@@ -13,7 +13,7 @@ from small_model import FREE
 
 from kvedit import KnowledgeBase
 from kvedit.errors import UsageError
-from kvedit.revisions import export_peft
+from kvedit.revisions.export import peft
 
 
 def test_peft_alone_gives_the_same_answers(
@@ -60,34 +60,34 @@ def test_no_smaller_rank_would_do(trained: KnowledgeBase, tmp_path: Path) -> Non
     moved = trained.engine.master.accumulated_delta()
     report = trained.export_adapter(tmp_path / "out")
     assert report.rank is not None
-    terms = {n: export_peft.decompose(d) for n, d in moved.items() if bool(d.any())}
+    terms = {n: peft.decompose(d) for n, d in moved.items() if bool(d.any())}
     assert report.rank < max(own.rank for own in terms.values())  # there was something to save
-    wrapped = export_peft._loaded(trained.engine, tmp_path / "out")
+    wrapped = peft._loaded(trained.engine, tmp_path / "out")
     examples = trained._all_examples()
-    assert all(o.passed for o in export_peft.scoring.recall(wrapped, examples))
+    assert all(o.passed for o in peft.scoring.recall(wrapped, examples))
 
 
 def test_a_change_is_the_sum_of_its_terms() -> None:
     generator = torch.Generator().manual_seed(1)
     b = torch.randn(40, 6, generator=generator)
     a = torch.randn(6, 30, generator=generator)
-    own = export_peft.decompose(b @ a)
+    own = peft.decompose(b @ a)
     assert own.rank == 6
     torch.testing.assert_close(own.b @ own.a, b @ a, atol=1e-4, rtol=1e-4)
-    half = export_peft._cut(own, 3)
+    half = peft._cut(own, 3)
     whole, left = float((b @ a).norm()), float((b @ a - half.b @ half.a).norm())
-    assert export_peft._error({"w": b @ a}, {"w": half}) == pytest.approx(left / whole, rel=1e-4)
-    wide = export_peft._cut(own, 9)
+    assert peft._error({"w": b @ a}, {"w": half}) == pytest.approx(left / whole, rel=1e-4)
+    wide = peft._cut(own, 9)
     assert wide.rank == 9
     torch.testing.assert_close(wide.b @ wide.a, b @ a, atol=1e-4, rtol=1e-4)
 
 
 def test_wide_matrices_are_decomposed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_peft, "FULL_SVD", 16)
-    monkeypatch.setattr(export_peft, "MAX_RANK", 8)
+    monkeypatch.setattr(peft, "FULL_SVD", 16)
+    monkeypatch.setattr(peft, "MAX_RANK", 8)
     generator = torch.Generator().manual_seed(2)
     change = torch.randn(40, 5, generator=generator) @ torch.randn(5, 30, generator=generator)
-    own = export_peft.decompose(change)
+    own = peft.decompose(change)
     assert own.rank == 5
     torch.testing.assert_close(own.b @ own.a, change, atol=1e-3, rtol=1e-3)
 

@@ -14,7 +14,7 @@ from kvedit.model import loading
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
 from kvedit.model.targets import target_names
-from kvedit.revisions import peft_format
+from kvedit.revisions.export import peft_format
 
 RANK = 3
 

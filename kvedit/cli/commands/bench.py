@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
+from kvedit.cli.commands.ingest import group_size
 from kvedit.cli.common import COUNT, INPUT_FILE, Settings, json_option
-from kvedit.cli.ingest import group_size
 from kvedit.errors import GateFailedError
 
 model_option = click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]")

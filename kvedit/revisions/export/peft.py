@@ -22,8 +22,8 @@ from kvedit.adapter.deltas import Factors, leading
 from kvedit.errors import UsageError
 from kvedit.model import loading, scoring
 from kvedit.model.prompts import Example
-from kvedit.revisions import peft_format
-from kvedit.revisions.export_hf import ExportReport, building, compare, save_tokenizer
+from kvedit.revisions.export import peft_format
+from kvedit.revisions.export.hf import ExportReport, building, compare, save_tokenizer
 from kvedit.training.engine import Engine
 
 FULL_SVD = 2048

@@ -1,10 +1,8 @@
-"""Commands that look after the store: verify, doctor, backup, export."""
+"""verify: are the facts still recalled?"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -12,21 +10,18 @@ from xml.etree import ElementTree
 import click
 
 from kvedit.cli import common, output
-from kvedit.cli.common import COUNT, FILE, Settings, json_lines_option, json_option
-from kvedit.cli.output import print_result, score_text, styled
+from kvedit.cli.common import COUNT, FILE, Settings, json_lines_option
+from kvedit.cli.output import score_text, styled
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
-from kvedit.cli.tables import finding_parts, first_of, margin_text
-from kvedit.errors import CorruptStoreError, GateFailedError, RejectedError
+from kvedit.cli.tables import first_of, margin_text
+from kvedit.errors import GateFailedError, RejectedError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kvedit.editing.verify import BaseKnowledgeReport, VerifyReport
     from kvedit.events import Event, RetentionCheck, Score
-    from kvedit.revisions.export_hf import ExportReport
-    from kvedit.store.rows import Finding
 
-DOCTOR_HINT = "restore the store from a backup; without one, see docs/store-format.md"
 SHOWN = 50
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -188,118 +183,3 @@ def _add_case(suite: ElementTree.Element, check: RetentionCheck) -> None:
         margin = "" if check.margin is None else f" (margin {check.margin:.3f})"
         message = f"no longer recalled at revision {check.revision}{margin}"
         ElementTree.SubElement(case, "failure", message=message)
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="Check database and files only, without the model.")
-@json_option
-@click.pass_obj
-def doctor(settings: Settings, quick: bool, as_json: bool) -> None:
-    """Check the store for damage.
-
-    Database, deltas, checkpoints and model weights must agree with each other. Nothing is changed.
-    The exit code is 4 if there are errors.
-
-    \b
-    Examples:
-      kvedit doctor
-      kvedit doctor --quick --json
-    """
-    findings = _findings(settings, quick=quick)
-    errors = sum(finding.level == "error" for finding in findings)
-    document = {"ok": not errors, "findings": [asdict(one) for one in findings]}
-    print_result(as_json, document, *finding_parts(findings))
-    if errors:
-        raise GateFailedError(f"the store has {errors} error(s)", hint=DOCTOR_HINT)
-
-
-def _findings(settings: Settings, *, quick: bool) -> Sequence[Finding]:
-    """What is wrong; a store too damaged to open is a finding, not a crash."""
-    from kvedit.store.rows import Finding
-
-    errors = []
-    if not quick:
-        try:
-            with common.knowledge_base(settings, make_reporter(quiet=settings.quiet)) as base:
-                return base.doctor(deep=True)
-        except CorruptStoreError as error:
-            errors.append(Finding(level="error", what=error.message, hint=error.hint))
-    with common.read_only(settings) as store:
-        return [*errors, *store.integrity()]
-
-
-@click.command()
-@click.argument("file", type=FILE)
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-@json_option
-@click.pass_obj
-def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
-    """Write a consistent copy of the store to a tar FILE.
-
-    The copy holds database, deltas and checkpoints, and may be made while another kvedit command is
-    running. To restore it, unpack FILE into an empty folder.
-
-    \b
-    Examples:
-      kvedit backup monday.tar
-    """
-    if file.exists() and not force:
-        raise click.UsageError(f"{file} exists; choose another name, or --force to replace it")
-    with common.read_only(settings) as store:
-        store.backup(file)
-        head = store.head()
-    size = file.stat().st_size
-    fields = {"path": str(file), "revision": head, "bytes": size}
-    print_result(as_json, fields, f"wrote {file}: revision {head}, {output.size_text(size)}")
-
-
-@click.command()
-@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="Type of the weights. [that of the base model]")  # fmt: skip
-@click.option(
-    "--format", "kind", type=click.Choice(["hf", "peft"]), default="hf", show_default=True,
-    help="A whole model, or one LoRA adapter for the unchanged base model.",
-)  # fmt: skip
-@click.option("--max-shard-size", metavar="SIZE", help="Size of one weight file, such as 2GB.")
-@json_option
-@click.pass_obj
-def export(settings: Settings, directory: Path, dtype: str | None, kind: str,
-           max_shard_size: str | None, as_json: bool) -> None:  # fmt: skip
-    """Write the model to a folder that transformers and vLLM load.
-
-    The written files are loaded again and asked for all facts; the exit code is 4 if an answer
-    differs. An adapter gets the smallest rank with which every probe still passes; --dtype and
-    --max-shard-size are for whole models only.
-
-    \b
-    Examples:
-      kvedit export my-model
-      kvedit export my-model --dtype float16 --max-shard-size 2GB
-      kvedit export my-adapter --format peft
-    """
-    if kind == "peft" and (dtype or max_shard_size):
-        raise click.UsageError("--dtype and --max-shard-size do not go with --format peft")
-    with common.knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
-        if kind == "peft":
-            report = base.export_adapter(directory)
-        else:
-            report = base.export(directory, dtype=dtype, max_shard_size=max_shard_size)
-    names = ("revision", "mismatches", "rank", "error")
-    fields = {"path": str(report.path), "probes": report.probes.to_json()}
-    fields |= {name: getattr(report, name) for name in names}
-    print_result(as_json, fields, *export_parts(report))
-    if report.mismatches:
-        raise GateFailedError(f"{len(report.mismatches)} answer(s) differ in the exported model")
-
-
-def export_parts(report: ExportReport) -> list[RenderableType]:
-    """Where the model went and whether it answers as it should."""
-    rows = []
-    if report.rank is not None:
-        rows.append(("adapter", f"rank {report.rank}, leaves out {report.error:.2%} of the change"))
-    if report.probes.n:
-        rows.append(("same answers", score_text(report.probes)))
-    rows += [("differs", prompt) for prompt in first_of(report.mismatches)]
-    parts: list[RenderableType] = [f"exported revision {report.revision} to {report.path}"]
-    return [*parts, *([output.pairs(rows, 2)] if rows else [])]

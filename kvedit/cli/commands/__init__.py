@@ -1,0 +1,1 @@
+"""One module a family of commands; `kvedit.cli` puts them together."""

@@ -1,0 +1,1 @@
+"""The model of a revision, written for other programs."""
