@@ -104,6 +104,42 @@ def roll_back(store: Store, revision: int) -> int:
     )
 
 
+def erase(store: Store, *keys: str) -> int:
+    """Erase facts, and clean the files, without a model."""
+    plan = store.erase_plan([store.require(key).id for key in keys])
+    store.clean_rejected_files(store.wording(plan.fact_ids))
+    store.release_protected(store.wording(plan.fact_ids))
+    edit = store.plan_edit("erase", [], {})
+    delta, weights, changes = None, "", []
+    if plan.restores is not None:
+        weights = store.revision(plan.restores).weights_digest
+    else:
+        delta = delta_for(store, f"the others, of edit {edit}")
+        store.mark_trained(edit, delta)
+        weights = hashlib.sha256(delta.encode()).hexdigest()
+        rows = [row for row in store.facts("committed") if row.id not in plan.fact_ids]
+        changes = [FactChange(row.id, row.fact, row.fact) for row in rows]
+    revision = store.commit_edit(
+        edit,
+        expected_head=store.head(),
+        delta=delta,
+        weights_digest=weights,
+        changes=changes,
+        results=[],
+        report={"kind": "erase", "key": "1 fact"},
+        restores=plan.restores or 0,
+        erases=plan.fact_ids,
+    )
+    store.scrub()
+    return revision
+
+
+def prune(store: Store, before: int) -> None:
+    """Drop deltas, where a checkpoint stands for them already."""
+    store.mark_pruned(store.prune_plan(before).dropped)
+    store.recover()
+
+
 def committed_texts(store: Store) -> dict[str, str]:
     """Key and text of every committed fact."""
     return {row.fact.key: row.fact.description for row in store.facts("committed")}

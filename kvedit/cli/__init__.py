@@ -17,6 +17,7 @@ from kvedit.cli.commands.ask import ask, chat
 from kvedit.cli.commands.bench import bench
 from kvedit.cli.commands.doctor import backup, doctor
 from kvedit.cli.commands.edit import add, remove, rollback, update
+from kvedit.cli.commands.erase import erase, prune
 from kvedit.cli.commands.export import export
 from kvedit.cli.commands.ingest import ingest
 from kvedit.cli.commands.init import init
@@ -34,7 +35,7 @@ Exit codes:
 
 COMMANDS = (
     init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, doctor, backup, export, bench,
+    report, verify, rollback, erase, prune, doctor, backup, export, bench,
 )  # fmt: skip
 SHARED = ("add", "ingest", "verify")
 """Commands that several processes run together; the others run on rank 0 alone."""

@@ -162,6 +162,12 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
             store.require(key)
 
 
+def require_revision(settings: Settings, revision: int) -> None:
+    """Fail on a revision whose weights are not there now, not after loading the model."""
+    with read_only(settings) as store:
+        store.require_kept(revision)
+
+
 @contextmanager
 def knowledge_base(settings: Settings, reporter: Reporter, *,
                    create: bool = False) -> Iterator[KnowledgeBase]:  # fmt: skip

@@ -118,21 +118,31 @@ def edits_table(edits: Sequence[EditRow]) -> Table:
     """One row for each edit, with the reasons of those that were refused."""
     cells = [
         (styled(edit.revision), edit.kind, styled(edit.state),
-         when(edit.finished_at or edit.started_at),
-         in_words(edit.keys) + (f": {'; '.join(edit.reasons)}" if edit.reasons else ""))
+         when(edit.finished_at or edit.started_at), _subject(edit))
         for edit in edits
     ]  # fmt: skip
     return table(("revision", "kind", "outcome", "time (UTC)", "fact"), cells)
 
 
+def _subject(edit: EditRow) -> str:
+    """What an edit was about, why it was refused, and whether its revision is still there."""
+    key = str(edit.report.get("key") or "")  # of an erase: how many facts
+    named = key if edit.kind == "erase" else in_words(edit.keys) or key
+    reasons = f": {'; '.join(edit.reasons)}" if edit.reasons else ""
+    gone = f" (can no longer be restored: {edit.gone})" if edit.gone else ""
+    return f"{named}{reasons}{gone}"
+
+
 def status_table(fields: Mapping[str, Any]) -> RenderableType:
     """Where the store stands."""
     last, unfinished, norm = map(fields.get, ("last_edit_at", "unfinished_at", "relative_norm"))
+    gone = counts_text(fields["gone"])
     rows = [
         ("store", fields["path"]),
         ("model", f"{fields['model_name']} ({fields['dtype'] or 'dtype unknown'})"),
         ("fingerprint", (fields["model_fingerprint"] or "-")[:16]),
         ("revision", f"{fields['head']} (head)"),
+        ("gone", fields["gone"] and f"revisions that can no longer be restored: {gone}"),
         ("facts", counts_text(fields["facts"])),
         ("health", counts_text(fields["health"])),
         ("edits", counts_text(fields["edits"])),
@@ -147,7 +157,7 @@ def status_table(fields: Mapping[str, Any]) -> RenderableType:
         ("checkpoints", fields["checkpoints"]),
         ("size", ", ".join(f"{name} {output.size_text(n)}" for name, n in fields["bytes"].items())),
     ]
-    return pairs([row for row in rows if row[1] is not None])
+    return pairs([row for row in rows if row[1] is not None and row[1] != {}])
 
 
 def finding_parts(findings: Sequence[Finding]) -> Parts:

@@ -113,7 +113,8 @@ class Attempts:
     ) -> Delta:
         """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
         lost_ids = {candidate.row.id for candidate in lost}
-        committed = self.session.store.keys("committed")
+        rows = self.session.store.facts("committed")
+        committed = [row.fact.key for row in rows if row.id not in self.plan.erases]
         references = self.session.engine.reference_texts
         if references is not None and group is not None:
             references = references.without([*committed, *self.plan.keys])

@@ -121,7 +121,7 @@ class Edit:
             revision = self._store.commit_edit(
                 edit_id, expected_head=head, delta=None, weights_digest=digest,
                 changes=self._plan.changes, results=(),
-                report=report.to_json(), restores=restores,
+                report=report.to_json(), restores=restores, erases=self._plan.erases,
             )  # fmt: skip
         return self._finished(report, revision)
 
@@ -159,7 +159,7 @@ class Edit:
                 edit_id, expected_head=head, delta=name, weights_digest=digest,
                 changes=[*self._plan.changes, *self._retrained], results=evaluation.rows,
                 report=report.to_json(),
-                restores=0 if self._plan.compaction else None,
+                restores=0 if self._plan.compaction else None, erases=self._plan.erases,
             )  # fmt: skip
         self._emit_retention(evaluation.rows, revision)
         return self._finished(report, revision)

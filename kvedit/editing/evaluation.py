@@ -68,7 +68,8 @@ class Evaluator:
     def _choose_candidates(self) -> list[RetentionCandidate]:
         """Earlier facts, with a few prompts each to be probed, drawn again for every edit."""
         settings = self._config.retention
-        committed = self._store.facts("committed")
+        rows = self._store.facts("committed")
+        committed = [row for row in rows if row.id not in self._plan.erases]
         probed = max(settings.checked_facts, len(self._plan.targets))
         if self._plan.compaction:
             probed = len(committed)

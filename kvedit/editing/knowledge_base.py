@@ -20,11 +20,12 @@ from kvedit.facts.fact import Fact, LocalityProbe
 from kvedit.model import generation, loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
-from kvedit.revisions import base_model, rebuild
+from kvedit.revisions import base_model, prune, rebuild
 from kvedit.revisions.base_model import ModelSpec
 from kvedit.revisions.export import hf, peft
 from kvedit.revisions.export.hf import ExportReport
 from kvedit.revisions.session import Session
+from kvedit.store.erasure import PrunePlan
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
 from kvedit.training.engine import Engine
@@ -193,6 +194,20 @@ class KnowledgeBase:
     def rollback(self, revision: int) -> EditReport:
         """Go back to an earlier revision, to the bit, by appending one that restores it."""
         return self._single.rollback(revision)
+
+    def erase(self, *keys: str, force: bool = False) -> EditReport:
+        """Take facts out for good: from the database, from every file, and from the weights, which
+        are trained from the base model without them.
+
+        Revisions that knew them can no longer be restored; ``store.erase_plan`` says which.  Raises
+        UnknownKeyError.
+        """
+        return self._single.erase(keys, force=force)
+
+    def prune(self, before: int) -> PrunePlan:
+        """Drop the deltas that no revision from ``before`` on needs; see ``revisions.prune``."""
+        with self._session.editing():
+            return prune.prune(self._session, before)
 
     def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
         """The model's greedy answer at the head, or at another revision."""

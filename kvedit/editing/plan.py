@@ -19,6 +19,7 @@ from kvedit.model.prompts import Example
 from kvedit.replay import questions
 from kvedit.replay.protected_texts import example
 from kvedit.revisions.session import Session
+from kvedit.store.erasure import ErasePlan
 from kvedit.store.rows import FactChange, FactRow
 
 LOCALITY_TOKENS = 64  # of answers to a fact's own locality probes, where it gives none
@@ -43,7 +44,8 @@ class Plan:
 
     The facts of a ``group`` pass or fail one by one; those of another plan all together.  A
     ``compaction`` trains all committed facts once more beside the new ones, from the base model.
-    ``restores`` is the revision that a rollback goes back to.
+    ``restores`` is the revision that a rollback goes back to.  ``erases`` are facts of which
+    neither the model nor the store keeps anything; the plan does not name them.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Plan:
     group: bool = False
     compaction: bool = False
     restores: int | None = None
+    erases: tuple[int, ...] = ()
 
     def only(self, fact_ids: Container[int]) -> Plan:
         """The part of the plan that is about some of its facts."""
@@ -71,6 +74,8 @@ class Plan:
     @property
     def key(self) -> str:
         """The key to show: of one fact, of the first of several, or where a rollback goes."""
+        if self.erases:
+            return "1 fact" if len(self.erases) == 1 else f"{len(self.erases)} facts"
         if self.restores is not None:
             return f"to {self.restores}"
         return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"
@@ -135,6 +140,16 @@ class Planner:
         """Go back to an earlier revision."""
         changes = tuple(self._store.rollback_changes(revision))
         return Plan(kind="rollback", keys=(), changes=changes, restores=revision)
+
+    def erase(self, plan: ErasePlan) -> Plan:
+        """Train all other facts from the base model, or restore a revision that has just them."""
+        erases, restores = plan.fact_ids, plan.restores
+        if restores is not None:
+            return Plan(kind="erase", keys=(), changes=(), restores=restores, erases=erases)
+        locality = self._locality([])
+        return self._plan(
+            "erase", [], targets=(), locality=locality, group=True, compaction=True, erases=erases
+        )
 
     def _plan(self, kind: str, changes: Sequence[FactChange], **parts: Any) -> Plan:
         """By default the facts are to be recalled as they are after it, their locality kept."""

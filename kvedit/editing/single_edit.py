@@ -7,8 +7,10 @@ from kvedit.editing.plan import Planner
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import similar
+from kvedit.facts.keys import in_words, similar
+from kvedit.facts.wording import Wording
 from kvedit.revisions.session import Session
+from kvedit.store.erasure import ErasePlan
 from kvedit.store.rows import FactRow
 
 
@@ -53,8 +55,40 @@ class SingleEditor:
     def rollback(self, revision: int) -> EditReport:
         """See ``KnowledgeBase.rollback``."""
         with self._session.editing():
-            self._store.revision(revision)  # raises for one that there is not
+            self._store.require_kept(revision)  # raises for one that is not there
             return Edit(self._session, self._planner.rollback(revision)).run()
+
+    def erase(self, keys: Sequence[str], *, force: bool = False) -> EditReport:
+        """See ``KnowledgeBase.erase``."""
+        with self._session.editing():
+            plan = self._store.erase_plan([self._store.require(key).id for key in keys])
+            wording = self._store.wording(plan.fact_ids)
+            self._store.clean_rejected_files(wording)
+            if self._store.release_protected(wording):
+                self._session.protection.start_again()
+            report = self._erase(plan, force=force)
+            if report.outcome == "committed":
+                self._session.scrub()
+                self._warn_of_remains(wording, plan)
+        return report
+
+    def _erase(self, plan: ErasePlan, *, force: bool) -> EditReport:
+        """The edit: without training where a revision without the facts has all others."""
+        if plan.restores is not None:
+            return Edit(self._session, self._planner.erase(plan), force=force).run()
+        self._session.protection.prepare_texts(0)
+        self._session.say(f"training {plan.retrained} other facts from the base model")
+        with self._session.compacting():
+            return Edit(self._session, self._planner.erase(plan), force=force).run()
+
+    def _warn_of_remains(self, wording: Wording, plan: ErasePlan) -> None:
+        """Name what still has the text and is not kvedit's to change."""
+        if plan.shared_with:
+            text = f"other facts have the text too: {in_words(plan.shared_with)}"
+            self._session.emit(Warning_(text=text, code="text-remains"))
+        elif files := [str(path) for path in self._store.files_with(wording)]:
+            text = f"the text still stands in {in_words(files)}"
+            self._session.emit(Warning_(text=text, code="text-remains"))
 
     def committed(self, key: str) -> FactRow:
         """A fact that the model holds; raises UnknownKeyError for any other."""
@@ -75,6 +109,11 @@ class SingleEditor:
             return answers
         self._session.say("asking the model as it was before", row.fact.key)
         before = self._store.revision_before(row.id)
+        if before in self._store.gaps():
+            text = f"revision {before}, before {row.fact.key} came, is no longer there: its"
+            text += " questions get the base model's answers back"
+            self._session.emit(Warning_(text=text, code="gone", key=row.fact.key))
+            before = 0
         return self._session.at(before, lambda: self._engine.prior_answers(row.fact))
 
     def _add_again(self, row: FactRow, fact: Fact) -> EditReport:

@@ -56,6 +56,12 @@ def _pieces(sides: Mapping[str, Tensor], label: Mapping[str, str]) -> Iterator[b
         yield side.contiguous().numpy().data.cast("B")
 
 
+def clear(store: Store) -> None:
+    """Remove all moments: the texts that they were measured on have changed."""
+    for path in store.cache.glob(_path(store, "*").name):
+        remove(path)
+
+
 def read(store: Store, revision: int, name: str, texts: str = "") -> FisherMoments | None:
     """The moments of this revision's weights and of these texts; None if they are not there."""
     path = _path(store, name)

@@ -56,6 +56,15 @@ class Protection:
         if self._measured_at != self._checkout.revision:
             self._load_moments()
 
+    def start_again(self) -> None:
+        """After protected texts were removed: what was measured on them is measured again."""
+        fisher_cache.clear(self._store)
+        self._engine.fisher = None
+        self._engine.reference_texts = self._margins = None
+        self._measured_at, self._measured_facts = None, 0
+        self._coverage = Coverage(self._checkout)
+        self._coverage.start_from(None)
+
     def prepare_group(self, facts: int) -> None:
         """Before so many facts are trained together on the head."""
         self.prepare_texts(facts)

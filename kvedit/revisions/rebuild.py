@@ -22,6 +22,7 @@ from kvedit.files import (
 )
 from kvedit.store import known_files
 from kvedit.store.known_files import Stamps
+from kvedit.store.lineage import in_ranges
 from kvedit.store.rows import Finding, RevisionRow
 from kvedit.store.store import Store
 
@@ -31,8 +32,10 @@ KEPT_CHECKPOINTS = 3
 def load_revision(store: Store, master: Master, revision: int) -> list[str]:
     """Give the master the weights of a revision; returns which checkpoints were damaged.
 
-    Raises CorruptStoreError when a delta is missing or altered, or the digest differs.
+    Raises CorruptStoreError when a delta is missing or altered, or the digest differs, UsageError
+    when what they are made of was erased or pruned.
     """
+    store.require_kept(revision)
     line = store.lineage(revision)
     problems: list[str] = []
     start, known, verified = _from_checkpoint(store, master, line, problems)
@@ -80,6 +83,12 @@ def _stamps(folder: Path) -> Stamps:
 
 def add_delta(store: Store, master: Master, row: RevisionRow) -> None:
     """Add one revision's delta, if it has one."""
+    if row.dropped:
+        raise CorruptStoreError(
+            f"the checkpoint that stands for the deltas up to revision {row.id} is damaged, and"
+            f" they were {row.dropped}",
+            hint="Run kvedit doctor; restore the store from a backup.",
+        )
     if row.delta is not None:
         master.add(from_bytes(read_verified(store.delta_path(row.delta), row.delta)))
 
@@ -94,34 +103,44 @@ def checkpoint_if_due(store: Store, master: Master, every: int) -> None:
 
 
 def write_checkpoint(store: Store, master: Master) -> None:
-    """Write the master's weights, those of the head, as a checkpoint."""
-    head = store.head()
-    final = store.checkpoint_path(head)
+    """Write the master's weights, those of the head, as a checkpoint; remove old ones."""
+    keep_checkpoint(store, master, store.head())
+    kept = sorted({row.revision for row in store.checkpoints()} - store.pinned())
+    for old in kept[:-KEPT_CHECKPOINTS]:
+        store.remove_checkpoint(old)
+
+
+def keep_checkpoint(store: Store, master: Master, revision: int) -> None:
+    """Write the master's weights, those of a revision, as a checkpoint."""
+    final = store.checkpoint_path(revision)
     building = temporary_path(final)
     with disk_errors(final):
         digest = master.write_checkpoint(building)
         remove(final)  # left by a writer that ended before it was recorded
         os.replace(building, final)
         sync_directory(final.parent)  # before the database names it
-    store.add_checkpoint(head, final, digest)
+    store.add_checkpoint(revision, final, digest)
     known_files.remember(store, digest, _stamps(final))
-    for old in sorted(row.revision for row in store.checkpoints())[:-KEPT_CHECKPOINTS]:
-        store.remove_checkpoint(old)
 
 
 def check_revisions(store: Store, master: Master, say: Callable[[str], None]) -> list[Finding]:
-    """Rebuild every revision from the base and compare its digest with the one recorded."""
+    """Rebuild every revision and compare its digest with the one recorded.
+
+    They are built from the base, or from the checkpoint that replaces deltas that were pruned.
+    """
     findings: list[Finding] = []
     at: list[int] = []  # whose deltas the master has
+    gaps = store.gaps()
     master.reset()
     for row in store.revisions():
+        if row.id in gaps:
+            continue
         line = store.lineage(row.id)
         say(f"rebuilding revision {row.id}")
         missing = line[-1:]
-        if [r.id for r in line[:-1]] != at:
-            master.reset()
-            missing = line
         try:
+            if [r.id for r in line[:-1]] != at or any(one.dropped for one in missing):
+                missing = _from_start(store, master, line)
             for one in missing:
                 add_delta(store, master, one)
         except CorruptStoreError as error:
@@ -132,5 +151,37 @@ def check_revisions(store: Store, master: Master, say: Callable[[str], None]) ->
         if master.digest() != row.weights_digest:
             what = f"revision {row.id}: its weights do not have the digest recorded"
             findings.append(Finding("error", what, "Restore the store from a backup."))
-    count = len(store.revisions())
-    return findings or [Finding("ok", f"{count} revisions rebuilt, every digest as recorded")]
+    count = len(store.revisions()) - len(gaps)
+    if not findings:
+        findings = [Finding("ok", f"{count} revisions rebuilt, every digest as recorded")]
+    for why in sorted({*gaps.values()}):
+        gone = in_ranges([number for number in gaps if gaps[number] == why])
+        what = f"no longer there, by a command ({why}): revisions {gone}"
+        findings.append(Finding("ok", what))
+    return findings
+
+
+def from_deltas(store: Store, master: Master, revision: int) -> None:
+    """Give the master the weights of a revision by its deltas, also where a checkpoint has them.
+
+    Raises CorruptStoreError.
+    """
+    for row in _from_start(store, master, store.lineage(revision)):
+        add_delta(store, master, row)
+    if master.digest() != store.revision(revision).weights_digest:
+        what = f"the weights of revision {revision} do not have the digest recorded for it"
+        raise CorruptStoreError(what, hint="Run kvedit doctor.")
+
+
+def _from_start(store: Store, master: Master, line: list[RevisionRow]) -> list[RevisionRow]:
+    """Give the master the base, or the first checkpoint after all deltas that were dropped; returns
+    the revisions whose deltas are still to be added.
+    """
+    dropped = [place for place, row in enumerate(line) if row.dropped]
+    saved = {row.revision: row for row in store.checkpoints()}
+    for place in range(dropped[-1], len(line)) if dropped else ():
+        if (checkpoint := saved.get(line[place].id)) is not None:
+            master.read_checkpoint(checkpoint.path, checkpoint.digest)
+            return line[place + 1 :]
+    master.reset()
+    return line

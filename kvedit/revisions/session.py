@@ -59,6 +59,21 @@ class Session(Checkout):
         except LockedError:
             return
         for edit in interrupted:
-            what = f"the {edit.kind} of {in_words(edit.keys)} was interrupted and did not happen"
+            named = in_words(edit.keys) or "facts that it does not name"
+            what = f"the {edit.kind} of {named} was interrupted and did not happen"
             key = edit.keys[0] if edit.keys else None
             self.emit(Warning_(text=f"recovered: {what}", code="recovered", key=key))
+        self.scrub()
+
+    def scrub(self) -> None:
+        """Clean the files of what was erased, if that was not finished; another process that reads
+        puts it off, and so does a disk that is full.
+        """
+        if not self.store.needs_scrub:
+            return
+        with self.best_effort(), self.store.lock():
+            if self.store.scrub():
+                self.say("the files are clean of what was erased")
+                return
+        text = "files may still hold what was erased: the next command that writes cleans them"
+        self.emit(Warning_(text=text, code="not-clean"))

@@ -104,6 +104,7 @@ def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
             if not readonly:
                 db.enable_wal()
                 db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA secure_delete = ON")  # what is deleted is zeroed at once
     except BaseException:
         db.close()
         raise

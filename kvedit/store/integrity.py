@@ -55,6 +55,7 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "path": str(store.path),
         "head": store.head(),
         "revisions": len(store.revisions()) - 1,
+        "gone": dict(Counter(store.gaps().values())),
         **{name: meta.get(name) for name in _DESCRIPTION},
         "facts": dict(Counter(row.state for row in facts)),
         "health": dict(Counter(row.health for row in facts if row.state == "committed")),
@@ -159,7 +160,7 @@ def _revisions(store: Store) -> Iterator[Finding]:
 
 def _deltas(store: Store, deep: bool) -> Iterator[Finding]:
     for row in store.revisions():
-        if row.delta is None:
+        if row.delta is None or row.dropped:
             continue
         path = store.delta_path(row.delta)
         if not path.is_file():
@@ -169,17 +170,20 @@ def _deltas(store: Store, deep: bool) -> Iterator[Finding]:
 
 
 def _checkpoints(store: Store, deep: bool) -> Iterator[Finding]:
-    hint = "The deltas replace it; its folder may be deleted."
+    pinned = store.pinned()
     for row in store.checkpoints():
+        needed = row.revision in pinned
+        level = "error" if needed else "warning"
+        hint = _RESTORE if needed else "The deltas replace it; its folder may be deleted."
         if not row.path.is_dir():
             what = f"the checkpoint of revision {row.revision} is missing: {row.path}"
-            yield Finding("warning", what, hint)
+            yield Finding(level, what, hint)
         elif deep:
             try:
                 verify_manifest(row.path, row.digest)
             except (KveditError, ValueError) as error:
                 what = f"the checkpoint of revision {row.revision} is damaged: {error}"
-                yield Finding("warning", what, hint)
+                yield Finding(level, what, hint)
 
 
 def _leftovers(store: Store, query: Query) -> Iterator[Finding]:
@@ -188,6 +192,8 @@ def _leftovers(store: Store, query: Query) -> Iterator[Finding]:
         yield Finding("warning", f"edit {row['id']} ({row['kind']}) was not ended", hint)
     for path in store.stray_files():
         yield Finding("warning", f"a file that nothing needs: {path}", hint)
+    if store.needs_scrub:
+        yield Finding("warning", "files may still hold text that was erased", hint)
 
 
 def backup(store: Store, connection: sqlite3.Connection, target: Path) -> None:
@@ -220,21 +226,27 @@ def _snapshot(connection: sqlite3.Connection, path: Path) -> list[str]:
     with closing(sqlite3.connect(path)) as copy:
         connection.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")  # one file, with no -wal beside it
-        deltas = copy.execute("SELECT DISTINCT delta FROM revisions WHERE delta IS NOT NULL")
+        deltas = copy.execute(
+            "SELECT DISTINCT delta FROM revisions WHERE delta IS NOT NULL AND dropped IS NULL"
+        )
         names = [f"deltas/{row[0]}" for row in deltas]
         return names + [str(row[0]) for row in copy.execute("SELECT path FROM checkpoints")]
 
 
 def _add_files(archive: tarfile.TarFile, store: Store, names: list[str], skip: set[Path]) -> None:
     """Add the files that the database names, and settings and texts of the store's folder."""
+    pinned = {store.checkpoint_path(number).relative_to(store.path).as_posix()
+              for number in store.pinned()}  # fmt: skip
     for name in names:
         if name.startswith("deltas/"):
             path = store.delta_path(name.removeprefix("deltas/"))
             if not path.is_file():
                 raise CorruptStoreError(f"the delta {path} is missing", hint=_RESTORE)
             archive.add(path, f"deltas/{path.name}")
-        elif (store.path / name).is_dir():  # a missing checkpoint only costs time
+        elif (store.path / name).is_dir():
             archive.add(store.path / name, name)
+        elif name in pinned:  # any other only costs time
+            raise CorruptStoreError(f"the checkpoint {store.path / name} is missing", hint=_RESTORE)
     skipped = {path.resolve() for path in skip}
     for path in sorted(store.path.iterdir()):
         run_time = path.name in _RUN_TIME or path.name.startswith((DB_NAME, TEMPORARY))

@@ -5,6 +5,7 @@ Invariants:
   not at all, and only if the head is still the one the edit started from.
 - A revision is only recorded when its delta's file is on the disk with the right digest.
 - Revisions are never changed or deleted; a rollback appends one that names what it restores.
+  Only that a delta was dropped is noted in them (see ``erasure``).
 - An edit that is neither committed nor ended was interrupted: ``recover`` ends it.
 """
 
@@ -17,7 +18,7 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
 from kvedit.files import OLD_TRAINING_CHECKPOINTS, TEMPORARY, disk_errors, now, remove, sha256_file
 from kvedit.store.database import DELTA_SUFFIX
-from kvedit.store.lineage import Lineage
+from kvedit.store.erasure import Erasure
 from kvedit.store.rows import (
     EditRow,
     FactChange,
@@ -39,7 +40,7 @@ _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}.*")
 _HEALTH_KINDS = "('recall', 'retention')"
 
 
-class Journal(Lineage):
+class Journal(Erasure):
     """The part of a store that records edits and appends revisions."""
 
     def plan_edit(
@@ -69,10 +70,12 @@ class Journal(Lineage):
         results: Sequence[ProbeRow],
         report: Mapping[str, object],
         restores: int | None = None,
+        erases: Sequence[int] = (),
     ) -> int:
         """Commit an edit in one transaction and return the new revision.
 
-        ``delta`` is the digest of its file.  Raises LockedError if the head has moved or the edit
+        ``delta`` is the digest of its file; ``erases`` are facts whose rows and texts go with it.
+        Raises LockedError if the head has moved or the edit
         has ended, CorruptStoreError if the delta's file is missing or damaged; nothing is changed.
         """
         self._require_delta(delta)
@@ -91,6 +94,8 @@ class Journal(Lineage):
             if restores is not None and delta is None:
                 self._restore_health(restores)
             self._add_results(results, edit_id=edit_id, revision=revision)
+            if erases:
+                self._erase(erases)
         return revision
 
     def finish_edit(
@@ -146,7 +151,7 @@ class Journal(Lineage):
         """Files that nothing in the database needs: deltas, checkpoints, temporary files, and
         training checkpoints of older versions.
         """
-        sql = f"""SELECT delta FROM revisions
+        sql = f"""SELECT delta FROM revisions WHERE dropped IS NULL
             UNION SELECT delta FROM edits WHERE state IN {OPEN_STATES}"""
         deltas = {row["delta"] for row in self._rows(sql)}
         checkpoints = {row["revision"] for row in self._rows("SELECT revision FROM checkpoints")}
@@ -160,7 +165,11 @@ class Journal(Lineage):
     def _edits(self, where: str, values: Sequence[object] = ()) -> list[EditRow]:
         """Edits with the keys of their facts, newest first."""
         rows = self._rows(f"SELECT * FROM edits {where} ORDER BY id DESC", values)
-        return [edit_from(row, self._edit_keys(row["id"])) for row in rows]
+        gaps = self.gaps() if rows else {}
+        return [
+            edit_from(row, self._edit_keys(row["id"]), gaps.get(row["revision"], ""))
+            for row in rows
+        ]
 
     def _edit_keys(self, edit_id: int) -> tuple[str, ...]:
         sql = """SELECT f.key FROM edit_facts e JOIN facts f ON f.id = e.fact_id

@@ -6,7 +6,7 @@ Invariants:
   numbers than their own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from kvedit.errors import CorruptStoreError, UsageError
@@ -52,6 +52,51 @@ class Lineage(StoreBase):
             number = row.restores if row.restores is not None else row.parent or 0
         return line[::-1]
 
+    def gaps(self, without: int | None = None) -> dict[int, str]:
+        """The revisions whose weights can no longer be made, and why: ``erased`` or ``pruned``.
+
+        With ``without`` they are those that would be if that revision had no checkpoint.
+        """
+        return self._gaps(self._saved() - {without})
+
+    def _saved(self) -> set[int]:
+        """The revisions that have a checkpoint."""
+        return {row["revision"] for row in self._rows("SELECT revision FROM checkpoints")}
+
+    def _gaps(self, saved: Container[int], pruned: Container[int] = ()) -> dict[int, str]:
+        """The same with these checkpoints, and without the deltas of ``pruned`` revisions too."""
+        gaps: dict[int, str] = {}
+        for row, before in self._steps():
+            adds = row.restores is None or row.delta is not None
+            dropped = row.dropped or ("pruned" if row.id in pruned else "")
+            why = gaps.get(before, "") or (dropped if adds else "")
+            if dropped == "erased":
+                why = dropped
+            if why and not (adds and row.id in saved):
+                gaps[row.id] = why
+        return gaps
+
+    def _steps(self) -> Iterator[tuple[RevisionRow, int]]:
+        """Every revision but the base, and the one whose weights it starts from."""
+        for row in self.revisions():
+            if row.id:
+                yield row, row.restores if row.restores is not None else row.parent or 0
+
+    def pinned(self) -> set[int]:
+        """The revisions whose checkpoint cannot be replaced by deltas."""
+        return {number for number in self._saved() if number in self.gaps(number)}
+
+    def require_kept(self, number: int) -> RevisionRow:
+        """A revision whose weights can be made; raises UsageError and says why they cannot."""
+        row, gaps = self.revision(number), self.gaps()
+        if number not in gaps:
+            return row
+        kept = [row.id for row in self.revisions() if row.id not in gaps]
+        raise UsageError(
+            f"revision {number} can no longer be restored or asked: {WHY_GONE[gaps[number]]}",
+            hint=f"Still there: {in_ranges(kept)}. See `kvedit history`.",
+        )
+
     def facts_at(self, number: int) -> dict[int, tuple[str, Fact]]:
         """State and text, by its id, of every fact that a commit changed up to a revision."""
         line = {row.id for row in self.lineage(number)}
@@ -95,6 +140,23 @@ class Lineage(StoreBase):
             for fact_id in sorted({*before, *after})
             if before.get(fact_id) != after.get(fact_id)
         ]
+
+
+WHY_GONE = {
+    "erased": "it knew something that was erased",
+    "pruned": "the deltas that it needs were pruned",
+}
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order, for a sentence: '0, 3-7, 9'."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ", ".join("-".join(map(str, ends)) for ends in ranges)
 
 
 def _committed(facts: Mapping[int, tuple[str, Fact]]) -> dict[int, Fact]:

@@ -18,7 +18,7 @@ from kvedit.errors import CorruptStoreError, StoreTooNewError
 from kvedit.renamed_settings import old_settings
 from kvedit.store.rows import to_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIGRATIONS = Migrations("kvedit")
 
 
@@ -52,6 +52,41 @@ def format_2(db: Database) -> None:
         renamed = json.dumps(_rename(json.loads(prompts), names), sort_keys=True)
         db.execute("UPDATE meta SET value = ? WHERE name = 'prompts'", [renamed])
     db.execute("PRAGMA user_version = 2")
+
+
+_EDITS_3 = """\
+CREATE TABLE edits (
+    id INTEGER PRIMARY KEY,
+    kind TEXT NOT NULL
+        CHECK (kind IN ('add', 'update', 'remove', 'repair', 'rollback', 'erase')),
+    state TEXT NOT NULL
+        CHECK (state IN ('planned', 'trained', 'committed', 'rejected', 'failed', 'canceled')),
+    parent INTEGER NOT NULL REFERENCES revisions (id),
+    revision INTEGER UNIQUE REFERENCES revisions (id),
+    delta TEXT,
+    reasons TEXT NOT NULL DEFAULT '[]',
+    report TEXT NOT NULL DEFAULT '{}',
+    config TEXT NOT NULL DEFAULT '{}',
+    started_at TEXT NOT NULL,
+    finished_at TEXT,
+    CHECK ((state = 'committed') = (revision IS NOT NULL))
+)"""
+
+
+@MIGRATIONS()
+def format_3(db: Database) -> None:
+    """Edits of the kind ``erase``, and why the delta of a revision is no longer kept."""
+    db.execute("PRAGMA defer_foreign_keys = ON")  # other rows name those of the table made again
+    db.execute("CREATE TEMP TABLE edits_before AS SELECT * FROM edits")
+    db.execute("DROP TABLE edits")
+    db.execute(_EDITS_3)
+    db.execute("INSERT INTO edits SELECT * FROM edits_before")
+    db.execute("DROP TABLE edits_before")
+    db.execute("CREATE INDEX edits_by_state ON edits (state)")
+    db.execute(
+        "ALTER TABLE revisions ADD COLUMN dropped TEXT CHECK (dropped IN ('erased', 'pruned'))"
+    )
+    db.execute("PRAGMA user_version = 3")
 
 
 def _renamed_config(text: str) -> str:

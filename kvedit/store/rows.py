@@ -87,7 +87,10 @@ class ProbeCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditRow:
-    """One journalled change; ``keys`` are those of the facts that it changes."""
+    """One journalled change; ``keys`` are those of the facts that it changes.
+
+    ``gone`` says why the weights of its revision can no longer be made: ``erased`` or ``pruned``.
+    """
 
     id: int
     kind: str
@@ -101,6 +104,7 @@ class EditRow:
     config: Mapping[str, object]
     started_at: str
     finished_at: str | None
+    gone: str = ""
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields."""
@@ -110,7 +114,10 @@ class EditRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevisionRow:
-    """A committed model state; 0 is the base, ``restores`` is set by a rollback."""
+    """A committed model state; 0 is the base, ``restores`` is set by a rollback.
+
+    ``dropped`` says why the delta is no longer kept: ``erased`` or ``pruned``.
+    """
 
     id: int
     parent: int | None
@@ -120,6 +127,7 @@ class RevisionRow:
     delta: str | None
     weights_digest: str
     created_at: str
+    dropped: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,10 +201,11 @@ def fact_from_columns(row: Row) -> Fact:
     return Fact.from_json({**plain, **{name: json.loads(row[name]) for name in _LISTS}})
 
 
-def edit_from(row: Row, keys: tuple[str, ...]) -> EditRow:
+def edit_from(row: Row, keys: tuple[str, ...], gone: str = "") -> EditRow:
     """An edit from its database row."""
     parsed = {name: json.loads(row[name]) for name in ("report", "config", "reasons")}
-    return EditRow(**{**row, **parsed, "keys": keys, "reasons": tuple(parsed["reasons"])})
+    parsed["reasons"] = tuple(parsed["reasons"])
+    return EditRow(**{**row, **parsed, "keys": keys, "gone": gone})
 
 
 def probe_from(row: Row) -> ProbeRow:

@@ -17,7 +17,7 @@ from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, normalise
 from kvedit.files import StoreLock, disk_errors, now, sync_directory
-from kvedit.store import integrity
+from kvedit.store import erasure, integrity
 from kvedit.store.database import DB_NAME, create_database
 from kvedit.store.journal import Journal
 from kvedit.store.rows import (
@@ -289,6 +289,10 @@ class Store(Journal):
         Raises CorruptStoreError, UsageError or DiskFullError, see ``integrity.backup``.
         """
         integrity.backup(self, self._db.conn, path)
+
+    def scrub(self) -> bool:
+        """Clean the files of what was erased, if they are not clean yet; see ``erasure.scrub``."""
+        return erasure.scrub(self, self._db.conn)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
         """Check the database and every file; without ``deep`` no digest is computed."""

@@ -36,7 +36,7 @@ class KeptMoments:
         return self._fisher
 
     @fisher.setter
-    def fisher(self, value: tuple[FisherMoments, FisherMoments]) -> None:
+    def fisher(self, value: tuple[FisherMoments, FisherMoments] | None) -> None:
         self._fisher = value
         self._whitening = None
 

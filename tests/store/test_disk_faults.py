@@ -18,8 +18,10 @@ from store_steps import (
     checkpoint,
     committed_texts,
     digest_of,
+    erase,
     new_store,
     problems,
+    prune,
     remove,
     roll_back,
     update,
@@ -35,6 +37,8 @@ WORK: dict[str, Callable[[Store], object]] = {
     "update": lambda store: update(store, "first", "newer"),
     "remove": lambda store: remove(store, "second"),
     "rollback": lambda store: roll_back(store, 1),
+    "erase": lambda store: erase(store, "first"),
+    "prune": lambda store: checkpoint(store) or prune(store, 2),
     "checkpoint": checkpoint,
 }
 EXPECTED = {
@@ -42,6 +46,8 @@ EXPECTED = {
     "update": {"first": "newer", "second": "some text"},
     "remove": {"first": "old"},
     "rollback": {"first": "old"},
+    "erase": {"second": "some text"},
+    "prune": {"first": "old", "second": "some text"},
     "checkpoint": {"first": "old", "second": "some text"},
 }
 BEFORE = EXPECTED["checkpoint"]

@@ -53,7 +53,7 @@ def test_migrating_twice_changes_nothing() -> None:
 def test_a_newer_format_is_refused() -> None:
     db = Database(memory=True)
     db.execute(f"PRAGMA user_version = {FORMAT_VERSION + 1}")
-    with pytest.raises(StoreTooNewError, match="here has format 3; this program reads up to 2"):
+    with pytest.raises(StoreTooNewError, match="here has format 4; this program reads up to 3"):
         check_version(db, "here")
     db.close()
 

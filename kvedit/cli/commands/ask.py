@@ -44,6 +44,8 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
     question = _question(prompt)
     streams = at is None and not (compare_base or as_json) and _on_terminal()
     reporter = make_reporter(quiet=settings.quiet or as_json)
+    if at is not None:
+        common.require_revision(settings, at)
     with common.knowledge_base(settings, reporter) as base:
         if streams:
             reporter.stop()

@@ -43,6 +43,9 @@ def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], 
 def _suggest(settings: Settings, report: EditReport) -> None:
     """Say what usually comes next."""
     key = report.key or ""
+    if report.kind == "erase" and report.outcome == "committed":
+        next_step(settings, "verify", "--repair")
+        return
     if report.outcome == "rejected":
         if report.kind == "add":
             note(settings, "a --prompt or --alias of your own may help the model to learn it")
@@ -173,6 +176,5 @@ def rollback(settings: Settings, revision: int, as_json: bool) -> None:
       kvedit rollback 3
       kvedit rollback 0
     """
-    with common.read_only(settings) as store:
-        store.revision(revision)  # an unknown one fails before the model is loaded
+    common.require_revision(settings, revision)
     run_edit(settings, as_json, lambda base: base.rollback(revision))
