@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 OS_CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir")
-WRITES = ("BEGIN", "COMMIT", "INSERT", "UPDATE", "DELETE", "CREATE")
+WRITES = ("BEGIN", "COMMIT", "INSERT", "UPDATE", "DELETE", "CREATE", "VACUUM")
 SQLITE_CODES = {
     errno.EIO: sqlite3.SQLITE_IOERR,
     errno.ENOSPC: sqlite3.SQLITE_FULL,

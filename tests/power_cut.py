@@ -131,6 +131,8 @@ def _watch_files(disk: Disk, patch: pytest.MonkeyPatch) -> None:
         number = handle if isinstance(handle, int) else handle.fileno()
         path = Path(os.readlink(f"/proc/self/fd/{number}"))
         if disk.root in [path, *path.parents]:
+            if path.name.startswith(DB_NAME):  # its log, which SQLite has emptied into the database
+                disk.sync_database(path.parent)
             disk.sync(path)
             disk.record(f"fsync {path.name}")
 

@@ -116,8 +116,10 @@ def check_and_go_on(path: Path, kind: str, label: str, *, whole: bool) -> None:
     """The edit is there or not; the next command recovers, and does it if it was not."""
     with Store.open(path) as store:
         store.recover()
+        store.scrub()
         assert problems(store) == [], label
-        committed = store.head() != 2 or (kind == "checkpoint" and bool(store.checkpoints()))
+        done = {"checkpoint": bool(store.checkpoints()), "prune": bool(store.gaps())}
+        committed = store.head() != 2 or done.get(kind, False)
         assert committed_texts(store) == (EXPECTED[kind] if committed else BEFORE), label
         assert committed or not whole, label
         assert digest_of(store) == store.revision(store.head()).weights_digest, label

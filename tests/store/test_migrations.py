@@ -194,7 +194,7 @@ def test_an_upgrade_that_fails_leaves_the_old_format(
         before = list(connection.iterdump())
     with monkeypatch.context() as patch:
         patch.setattr(migrations, "_renamed_config", fail)
-        with pytest.raises(CorruptStoreError, match=r"format 1 and must be upgraded to 2: .* I/O"):
+        with pytest.raises(CorruptStoreError, match=r"format 1 and must be upgraded to 3: .* I/O"):
             Store.open(old)
     with sqlite3.connect(old / "kvedit.db") as connection:
         assert list(connection.iterdump()) == before
@@ -208,14 +208,14 @@ def test_an_old_store_that_cannot_be_upgraded_says_why(
 ) -> None:
     with StoreLock(old, command="kvedit ingest"), pytest.raises(LockedError) as caught:
         Store.open(old, readonly=True)
-    assert "has format 1 and must be upgraded to 2: the store" in caught.value.message
+    assert "has format 1 and must be upgraded to 3: the store" in caught.value.message
     assert "kvedit ingest" in caught.value.message and "Wait" in caught.value.hint
 
     def unwritable(_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: unwritable(_))
-    with pytest.raises(KveditError, match=r"must be upgraded to 2: cannot write .*lock") as failed:
+    with pytest.raises(KveditError, match=r"must be upgraded to 3: cannot write .*lock") as failed:
         Store.open(old, readonly=True)
     assert "you may write to it" in failed.value.hint
     assert version_of(old) == 1

@@ -65,6 +65,7 @@ def broken(moment: Moment, path: Path, revisions: dict[int, dict[str, str]]) -> 
             # Before the recovery: what the database names has to be there already.
             named = [what for what in problems(store) if "missing" in what or "damaged" in what]
             store.recover()
+            store.scrub()
             wrong = [*named, *problems(store)]
             head = store.head()
             if committed_texts(store) != revisions.get(head):
@@ -97,6 +98,29 @@ def test_after_a_power_cut_the_store_is_sound(template: Path, ram_path: Path, ki
     wrong, count = all_broken(template, ram_path, kind)
     assert wrong == []
     assert count >= 8
+
+
+def test_after_a_power_cut_an_erased_text_is_gone_or_all_there(ram_path: Path) -> None:
+    """The next command cleans the files, whenever the erasing was cut off."""
+    text = "a text that stands nowhere else"
+    with new_store(ram_path / "live") as store:
+        add(store, "first")
+        add(store, "secret", text)
+        checkpoint(store)
+        add(store, "third")
+    found = []
+    for number, moment in enumerate(moments(ram_path / "live", lambda one: erase(one, "secret"))):
+        path = ram_path / str(number)
+        moment.write(path)
+        with Store.open(path) as store:
+            store.recover()
+            store.scrub()
+            there = store.find("secret") is not None
+            assert there == ("secret" in committed_texts(store)), moment.label
+        left = [one for one in path.rglob("*") if one.is_file() and text in str(one.read_bytes())]
+        assert bool(left) == there, moment.label
+        found.append(there)
+    assert found[0] and not found[-1] and len(found) >= 20
 
 
 @pytest.mark.parametrize(
