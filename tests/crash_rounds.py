@@ -40,27 +40,36 @@ from kvedit.errors import NoStoreError  # noqa: E402
 from kvedit.events import Warning_  # noqa: E402
 from kvedit.facts.fact import Fact  # noqa: E402
 from kvedit.model import loading  # noqa: E402
+from kvedit.store import erasure  # noqa: E402
 from kvedit.store.database import StoreBase  # noqa: E402
 from kvedit.store.store import Store  # noqa: E402
 from kvedit.training.engine import Engine  # noqa: E402
 
 Texts = dict[str, str]
-NAMES = ("init", "add", "update", "remove", "rollback", "compaction")
+NAMES = ("init", "add", "update", "remove", "rollback", "compaction", "erase", "prune")
 JOURNAL = (
     "put_pending", "plan_edit", "mark_trained", "commit_edit", "finish_edit", "add_checkpoint",
-    "remove_checkpoint", "set_protected", "add_protected", "set_meta",
+    "remove_checkpoint", "set_protected", "add_protected", "set_meta", "mark_pruned", "unlink",
+    "VACUUM",
 )  # fmt: skip
 """The transactions at which ``--quick`` kills."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One edit, and the texts of the committed facts before and after it."""
+    """One edit, and the texts of the committed facts before and after it.
+
+    ``forgets``: what it removes from files is watched too, and ``gone`` is then in none of them.
+    ``commits``: it makes a revision.
+    """
 
     name: str
     run: Callable[[KnowledgeBase], object]
     before: Texts
     after: Texts
+    forgets: bool = False
+    gone: str = ""
+    commits: bool = True
 
 
 def commands() -> list[Command]:
@@ -73,6 +82,8 @@ def commands() -> list[Command]:
         Command("remove", lambda k: k.remove(FREE[1][0]), two, {key: FREE[0][1]}),
         Command("rollback", lambda k: k.rollback(1), two, {key: FREE[0][1]}),
         Command("compaction", _two_more, two, dict(FREE[:4])),
+        Command("erase", lambda k: k.erase(key), two, dict(FREE[1:2]), True, FREE[0][1]),
+        Command("prune", lambda k: k.prune(2), two, two, forgets=True, commits=False),
     ]
 
 
@@ -133,6 +144,7 @@ class Points:
 
     fatal: int = -1
     journal_only: bool = False
+    removals: bool = False
     labels: list[str] = field(default_factory=list)
 
     def reach(self, label: str) -> None:
@@ -167,11 +179,29 @@ def watched(points: Points) -> Iterator[None]:
             points.reach(f"inside {name}")
         points.reach(f"after {name}")
 
+    def unlinked(path: Any, **options: Any) -> None:
+        inside = points.removals and not str(path).endswith("lock.json")
+        for label in ["before unlink"] * inside:
+            points.reach(label)
+        unlink(path, **options)
+
+    def vacuumed(store: Store, connection: Any) -> bool:
+        class Watched:
+            def execute(self, sql: str) -> Any:
+                points.reach(f"before {sql.split()[0]}")
+                result = connection.execute(sql)
+                points.reach(f"after {sql.split()[0]}")
+                return result
+
+        return bool(scrub(store, Watched()))  # type: ignore[arg-type]
+
+    unlink, scrub = os.unlink, erasure.scrub
     os.fsync, os.replace, StoreBase._transaction = sync, move, counted  # type: ignore[assignment]
+    os.unlink, erasure.scrub = unlinked, vacuumed
     try:
         yield
     finally:
-        os.fsync, os.replace = fsync, rename
+        os.fsync, os.replace, os.unlink, erasure.scrub = fsync, rename, unlink, scrub
         StoreBase._transaction = transaction  # type: ignore[method-assign]
 
 
@@ -234,9 +264,10 @@ def judge(
     with KnowledgeBase.open(path, on_event=events.append) as knowledge:
         store = knowledge.store
         head = store.head()
-        expect(head in (old, old + 1), f"the head is {head}")
-        expect(head == old + 1 or texts(store) == command.before, "a committed fact was changed")
-        expect(head == old or texts(store) == command.after, "not all of the commit is visible")
+        done = head == old + 1 or bool(store.gaps())
+        expect(head in (old, old + command.commits), f"the head is {head}")
+        expect(done or texts(store) == command.before, "a committed fact was changed")
+        expect(not done or texts(store) == command.after, "not all of the commit is visible")
         expect(head == old + (journal == "committed"), f"the edit was {journal}")
         served = knowledge.engine.master.digest()
         expect(served == store.revision(head).weights_digest, "the weights are not the head's")
@@ -244,7 +275,10 @@ def judge(
         expect(len(recovered) == len(left), f"of {len(left)} edits it named {recovered}")
         open_ones = [r for r in store.history() if r.state in ("planned", "trained")]
         expect(not open_ones, "an edit is still open")
-        kind = (command.name, journal, bool(left))
+        kind = (command.name, journal, bool(left) or (done and not command.commits))
+        expect(not store.needs_scrub, "the files were not cleaned")
+        rest = [p.name for p in path.rglob("*") if p.is_file() and _has(p, command.gone)]
+        expect(not (done and command.gone and rest), f"the text is still in {rest}")
         problems = [f.what for f in knowledge.doctor(deep=not quick) if f.level != "ok"]
         expect(not problems, f"doctor: {problems}")
         for key, text in {} if quick else texts(store).items():
@@ -253,9 +287,14 @@ def judge(
             if seen is not None:
                 seen.add(kind)
             command.run(knowledge)
-            expect(store.head() == old + 1, "it could not be done again")
+            again = store.head() == old + 1 if command.commits else store.gaps() == {1: "pruned"}
+            expect(again, "it could not be done again")
             expect(texts(store) == command.after, "done again, it did something else")
-    return {"journal": journal, "head": "new" if head > old else "old"}, wrong
+    return {"journal": journal, "head": "new" if done else "old"}, wrong
+
+
+def _has(path: Path, text: str) -> bool:
+    return text.encode() in path.read_bytes()
 
 
 class Bench:
@@ -286,17 +325,21 @@ class Bench:
         return path
 
 
-def points_of(action: Callable[[], object], journal_only: bool) -> list[str]:
+def points_of(
+    action: Callable[[], object], journal_only: bool, removals: bool = False
+) -> list[str]:
     """The points that an action passes when nothing happens to it."""
-    points = Points(journal_only=journal_only)
+    points = Points(journal_only=journal_only, removals=removals)
     with watched(points):
         action()
     return points.labels
 
 
-def fatal(action: Callable[[], object], number: int, journal_only: bool) -> Callable[[], None]:
+def fatal(
+    action: Callable[[], object], number: int, journal_only: bool, removals: bool = False
+) -> Callable[[], None]:
     def run() -> None:
-        with watched(Points(number, journal_only)):
+        with watched(Points(number, journal_only, removals)):
             action()
 
     return run
@@ -309,10 +352,12 @@ def every_point(bench: Bench, names: Sequence[str]) -> Iterator[dict[str, object
         if command.name not in names:
             continue
         spare = bench.copy()
-        labels = points_of(lambda c=command, s=spare: edit(s, c), bench.quick)
+        forgets = command.forgets
+        labels = points_of(lambda c=command, s=spare: edit(s, c), bench.quick, forgets)
         for number, label in enumerate(labels):
             path = bench.copy()
-            killed, _ = in_child(fatal(lambda c=command, p=path: edit(p, c), number, bench.quick))
+            action = fatal(lambda c=command, p=path: edit(p, c), number, bench.quick, forgets)
+            killed, _ = in_child(action)
             state, wrong = judge(path, command, bench.head, seen, bench.quick)
             if not killed:
                 wrong.append("the child was not killed")

@@ -54,6 +54,8 @@ TRANSACTIONS = {
     "remove": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
     "rollback": ("plan_edit", "commit_edit"),
     "compaction": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
+    "erase": ("plan_edit", "mark_trained", "commit_edit", "set_meta"),
+    "prune": ("mark_pruned",),
 }
 
 
@@ -64,6 +66,8 @@ def test_killed_at_every_step_of_the_journal(small: dict[str, Path], ram_path: P
         points = {line["point"] for line in lines if line["command"] == command}
         expected = {f"{when} {step}" for step in steps for when in ("before", "inside", "after")}
         assert expected <= points, (command, expected - points)
+    assert any(line["point"] == "after VACUUM" for line in lines)
+    assert sum(line["point"] == "before unlink" for line in lines) >= 6
     for line in lines:
         # The commit is one point: before it all is old, after it all is new.
         if line["command"] != "init" and line["point"].endswith("commit_edit"):
@@ -71,7 +75,9 @@ def test_killed_at_every_step_of_the_journal(small: dict[str, Path], ram_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["init", "update", "remove", "rollback", "compaction"])
+@pytest.mark.parametrize(
+    "command", ["init", "update", "remove", "rollback", "compaction", "erase", "prune"]
+)
 def test_killed_at_every_point(small: dict[str, Path], ram_path: Path, command: str) -> None:
     lines = rounds(small["bf16"], ram_path, "--points", command)
     assert len({line["head"] for line in lines}) == 2
