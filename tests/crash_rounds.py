@@ -180,9 +180,9 @@ def watched(points: Points) -> Iterator[None]:
         points.reach(f"after {name}")
 
     def unlinked(path: Any, **options: Any) -> None:
-        inside = points.removals and not str(path).endswith("lock.json")
-        for label in ["before unlink"] * inside:
-            points.reach(label)
+        plain = Path(path).name not in ("lock", "lock.json") and ".tmp-" not in str(path)
+        if points.removals and plain and os.path.lexists(path):
+            points.reach("before unlink")
         unlink(path, **options)
 
     def vacuumed(store: Store, connection: Any) -> bool:

@@ -162,10 +162,10 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
             store.require(key)
 
 
-def require_revision(settings: Settings, revision: int) -> None:
+def require_revision(settings: Settings, revision: int | None) -> None:
     """Fail on a revision whose weights are not there now, not after loading the model."""
     with read_only(settings) as store:
-        store.require_kept(revision)
+        store.require_kept(store.head() if revision is None else revision)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from kvedit.cli import cli
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Similar
 from kvedit.facts.fact import Fact
+from kvedit.store.erasure import PrunePlan
 from kvedit.store.rows import FactChange, Finding, ProbeRow
 from kvedit.store.store import Store
 
@@ -126,6 +127,14 @@ class FakeBase:
 
     def rollback(self, revision: int) -> EditReport:
         return replace(self._called("rollback", revision), kind="rollback", key="")
+
+    def erase(self, *keys: str, force: bool = False) -> EditReport:
+        report = self._called("erase", keys, force)
+        return replace(report, kind="erase", key="1 fact", revision=3)
+
+    def prune(self, before: int) -> PrunePlan:
+        self._called("prune", before)
+        return self.store.prune_plan(before)
 
     def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
         self._called("ask", prompt, at, max_new_tokens)

@@ -44,8 +44,7 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
     question = _question(prompt)
     streams = at is None and not (compare_base or as_json) and _on_terminal()
     reporter = make_reporter(quiet=settings.quiet or as_json)
-    if at is not None:
-        common.require_revision(settings, at)
+    common.require_revision(settings, at)
     with common.knowledge_base(settings, reporter) as base:
         if streams:
             reporter.stop()
@@ -53,8 +52,9 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
             return
         revision = base.store.head() if at is None else at
         answer = base.ask(question, at=at, max_new_tokens=max_new_tokens)
-        limit = max_new_tokens
-        base_answer = base.ask_base(question, max_new_tokens=limit) if compare_base else None
+        base_answer = (
+            base.ask_base(question, max_new_tokens=max_new_tokens) if compare_base else None
+        )
     if base_answer is None and not as_json:
         click.echo(clean(answer))
         return

@@ -80,9 +80,9 @@ def prune(settings: Settings, before: int, dry_run: bool, yes: bool, as_json: bo
     with common.read_only(settings) as store:
         plan = store.prune_plan(before)
     _announce(plan, prune_lines(plan), as_json=as_json and dry_run, dry_run=dry_run)
-    if dry_run or not plan.dropped:
+    if dry_run or not (plan.dropped or plan.checkpoints):
         return
-    if _confirmed(settings, yes, f"drop {len(plan.dropped)} deltas?"):
+    if _confirmed(settings, yes, "drop them?"):
         reporter = make_reporter(quiet=settings.quiet or as_json)
         with common.knowledge_base(settings, reporter) as base:
             done = base.prune(before)
@@ -108,12 +108,17 @@ def _confirmed(settings: Settings, yes: bool, question: str) -> bool:
     """Whether to go on; without --yes a person is asked, and a script is told what to add."""
     if yes:
         return True
-    if not sys.stdin.isatty():
+    if not _on_terminal():
         raise click.UsageError("this cannot be undone: add --yes to confirm it")
     if click.confirm(question, err=True):
         return True
     note(settings, "nothing was changed")
     return False
+
+
+def _on_terminal() -> bool:
+    """Whether somebody can answer."""
+    return sys.stdin.isatty()
 
 
 def erase_lines(plan: ErasePlan, pace: tuple[int, float]) -> list[tuple[str, str]]:
@@ -149,10 +154,12 @@ def prune_lines(plan: PrunePlan) -> list[tuple[str, Any]]:
     """What pruning does, and what will no longer be possible."""
     from kvedit.store.lineage import in_ranges
 
-    if not plan.dropped:
-        return [("deltas", f"all are needed by the revisions from {plan.before} on")]
-    size = output.size_text(plan.delta_bytes)
-    lines = [("drops", f"the deltas of {len(plan.dropped)} revisions, {size}")]
+    lines = [("deltas", f"all are needed by the revisions from {plan.before} on")]
+    if plan.dropped:
+        size = output.size_text(plan.delta_bytes)
+        lines = [("drops", f"the deltas of {len(plan.dropped)} revisions, {size}")]
+    if plan.checkpoints:
+        lines.append(("drops", f"checkpoints of revisions {in_ranges(plan.checkpoints)}"))
     if plan.stands_on is not None:
         lines.append(("instead", f"a checkpoint of revision {plan.stands_on}"))
     if plan.lost:
