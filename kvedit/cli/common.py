@@ -162,10 +162,14 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
             store.require(key)
 
 
-def require_revision(settings: Settings, revision: int | None) -> None:
-    """Fail on a revision whose weights are not there now, not after loading the model."""
-    with read_only(settings) as store:
-        store.require_kept(store.head() if revision is None else revision)
+def kept_revision(
+    context: click.Context, parameter: click.Parameter, value: int | None
+) -> int | None:
+    """Callback of a revision: fail on one whose weights are not there before a model is loaded."""
+    if value is not None and isinstance(context.obj, Settings):
+        with read_only(context.obj) as store:
+            store.require_kept(value)
+    return value
 
 
 @contextmanager

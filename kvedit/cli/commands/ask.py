@@ -23,7 +23,8 @@ CHAT_HELP = "/new starts a new conversation, Ctrl-C ends an answer, /exit or Ctr
 
 @click.command()
 @click.argument("prompt")
-@click.option("--at", type=click.IntRange(min=0), metavar="REV", help="Ask the model of REV.")
+@click.option("--at", type=click.IntRange(min=0), metavar="REV", callback=common.kept_revision,
+              help="Ask the model of REV.")  # fmt: skip
 @click.option("--compare-base", is_flag=True, help="Show the base model's answer as well.")
 @click.option("--max-new-tokens", type=COUNT, default=256, show_default=True, metavar="N",
               help="Stop the answer after N tokens.")  # fmt: skip
@@ -44,7 +45,6 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
     question = _question(prompt)
     streams = at is None and not (compare_base or as_json) and _on_terminal()
     reporter = make_reporter(quiet=settings.quiet or as_json)
-    common.require_revision(settings, at)
     with common.knowledge_base(settings, reporter) as base:
         if streams:
             reporter.stop()
@@ -52,15 +52,14 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, max
             return
         revision = base.store.head() if at is None else at
         answer = base.ask(question, at=at, max_new_tokens=max_new_tokens)
-        base_answer = (
-            base.ask_base(question, max_new_tokens=max_new_tokens) if compare_base else None
-        )
+        limit = max_new_tokens
+        base_answer = base.ask_base(question, max_new_tokens=limit) if compare_base else None
     if base_answer is None and not as_json:
         click.echo(clean(answer))
         return
+    rows = [(styled("base model", "yellow"), base_answer)]
+    rows.append((styled(f"revision {revision}", "green"), answer))
     document = {"prompt": question, "revision": revision, "answer": answer}
-    at_head = (styled(f"revision {revision}", "green"), answer)
-    rows = [(styled("base model", "yellow"), base_answer), at_head]
     print_result(as_json, {**document, "base_answer": base_answer}, pairs(rows))
 
 

@@ -162,7 +162,8 @@ def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("revision", type=click.IntRange(min=0), metavar="REV")
+@click.argument("revision", type=click.IntRange(min=0), metavar="REV",
+                callback=common.kept_revision)  # fmt: skip
 @json_lines_option
 @click.pass_obj
 def rollback(settings: Settings, revision: int, as_json: bool) -> None:
@@ -176,5 +177,4 @@ def rollback(settings: Settings, revision: int, as_json: bool) -> None:
       kvedit rollback 3
       kvedit rollback 0
     """
-    common.require_revision(settings, revision)
     run_edit(settings, as_json, lambda base: base.rollback(revision))
