@@ -61,6 +61,8 @@ class Edit:
             self._session.revision = start
             if not self._put_back and self._store.head() != head:  # also interrupted after it
                 self._session.revision = self._store.head()
+        if report.revision is not None and self._plan.erases:
+            self._session.scrub()  # before anything that takes long
         if report.revision is not None and self._plan.restores is None:
             self._remember(report)
         self._session.emit(report)

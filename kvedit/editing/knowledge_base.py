@@ -8,6 +8,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +23,7 @@ from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
 from kvedit.revisions import base_model, prune, rebuild
 from kvedit.revisions.base_model import ModelSpec
-from kvedit.revisions.export import hf, peft
+from kvedit.revisions.export import conditions, hf, peft
 from kvedit.revisions.export.hf import ExportReport
 from kvedit.revisions.session import Session
 from kvedit.store.erasure import PrunePlan
@@ -269,13 +270,18 @@ class KnowledgeBase:
     def export(
         self, directory: str | Path, *, dtype: str | None = None, max_shard_size: str | None = None
     ) -> ExportReport:
-        """Write the head as a folder that transformers loads, then reload and re-probe it."""
+        """Write the head as a folder that transformers loads, then reload and re-probe it.
+
+        The report says too how many facts are recalled where the model is asked otherwise than it
+        was trained, or its weights are rounded.
+        """
         examples = self._all_examples()
         self._session.say("writing the model")
-        return hf.write(
+        report = hf.write(
             self.engine, examples, Path(directory), dtype=dtype, revision=self._session.revision,
             max_shard_size=max_shard_size, progress=self._session.say,
         )  # fmt: skip
+        return self._with_conditions(report, lambda: hf.loaded(self.engine, Path(directory)))
 
     def export_adapter(self, directory: str | Path) -> ExportReport:
         """Write all edits as one LoRA adapter over the untouched base model, and re-probe it.
@@ -285,10 +291,16 @@ class KnowledgeBase:
         facts = [row.fact for row in self.store.facts("committed")]
         unseen = [e for fact in facts for e in self.engine.paraphrases(fact)]
         locality = self.locality_examples()
-        return peft.write(
+        report = peft.write(
             self.engine, self._all_examples(), [*unseen, *locality], Path(directory),
             revision=self._session.revision, progress=self._session.say,
         )  # fmt: skip
+        return self._with_conditions(report, lambda: peft.loaded(self.engine, Path(directory)))
+
+    def _with_conditions(self, report: ExportReport, load: Callable[[], object]) -> ExportReport:
+        facts = [row.fact for row in self.store.facts("committed")]
+        rows = conditions.measure(self.engine, facts, load, self._session.say)
+        return replace(report, conditions=rows)
 
     def locality_examples(self) -> list[Example]:
         """The store's locality probes, tokens that must stay."""

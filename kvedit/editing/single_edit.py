@@ -68,7 +68,6 @@ class SingleEditor:
                 self._session.protection.start_again()
             report = self._erase(plan, force=force)
             if report.outcome == "committed":
-                self._session.scrub()
                 self._warn_of_remains(wording, plan)
         return report
 
@@ -77,7 +76,8 @@ class SingleEditor:
         if plan.restores is not None:
             return Edit(self._session, self._planner.erase(plan), force=force).run()
         self._session.protection.prepare_texts(0)
-        self._session.say(f"training {plan.retrained} other facts from the base model")
+        others = "fact" if plan.retrained == 1 else "facts"
+        self._session.say(f"training {plan.retrained} other {others} from the base model")
         with self._session.compacting():
             return Edit(self._session, self._planner.erase(plan), force=force).run()
 

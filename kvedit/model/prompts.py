@@ -116,19 +116,23 @@ class Renderer:
         end: int | None = None,
         prompts: PromptsConfig | None = None,
         stops: Iterable[int] = (),
+        system: str | None = None,
+        plain: bool = False,
     ) -> None:
         """``context`` is the longest text in tokens; ``end`` the token that ends an answer;
-        ``stops`` are further tokens at which generation ends.
+        ``stops`` are further tokens at which generation ends.  ``system`` replaces the system
+        prompt of the settings, also by an empty one; ``plain`` uses no template of the model's.
         """
         self._tokenizer = tokenizer
         self._prompts = prompts or PromptsConfig()
+        self._system = (self._prompts.system or None) if system is None else system
         self.context = context
-        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.chat = bool(getattr(tokenizer, "chat_template", None)) and not plain
         # A space at the end belongs to the answer's first token.
         self._template = self._prompts.fallback_template.rstrip(" ")
         if "{prompt}" not in self._template:
             raise UsageError("[prompts] fallback_template must contain {prompt}")
-        self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None))
+        self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None)) and not plain
         self._starts_with_space = not (
             self.chat or self._builds_prompts or self._template[-1].isspace()
         )
@@ -164,6 +168,11 @@ class Renderer:
     def token_strings(self) -> list[str]:
         """The tokenizer's string of every token id; not always text by itself."""
         return list(self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer)))))
+
+    @property
+    def prompts(self) -> PromptsConfig:
+        """How a question is put."""
+        return self._prompts
 
     @property
     def begin(self) -> int:
@@ -206,8 +215,8 @@ class Renderer:
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as text, up to the model's next turn."""
         turns = list(messages)
-        if self._prompts.system and not (turns and turns[0]["role"] == "system"):
-            turns.insert(0, {"role": "system", "content": self._prompts.system})
+        if self._system is not None and not (turns and turns[0]["role"] == "system"):
+            turns.insert(0, {"role": "system", "content": self._system})
         if self.chat:
             return self._apply_template(turns, generation_prompt=True)
         *before, last = [turn["content"] for turn in turns]

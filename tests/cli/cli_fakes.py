@@ -61,6 +61,12 @@ class FakeVerify(NamedTuple):
     seconds: float = 1.5
 
 
+class Condition(NamedTuple):
+    name: str
+    score: Score
+    lost: tuple[str, ...] = ()
+
+
 class FakeExport(NamedTuple):
     path: Path
     revision: int = 1
@@ -68,6 +74,12 @@ class FakeExport(NamedTuple):
     mismatches: tuple[str, ...] = ()
     rank: int | None = None
     error: float | None = None
+    conditions: tuple[Condition, ...] = (
+        Condition("as trained", Score(9, 9)),
+        Condition("weights in 4 bits (Q4_0)", Score(7, 9), ("Porto", "Ada")),
+        Condition("no template", Score()),
+    )
+    serve: str = "transformers serve out"
 
 
 class FakeBase:

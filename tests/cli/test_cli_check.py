@@ -133,10 +133,17 @@ def test_export(filled: Path, fake: type[FakeBase]) -> None:
     assert "exported revision 1 to out" in result.stdout
     assert FakeBase.last is not None
     assert FakeBase.last.calls == [("export", Path("out"), "float16", "2GB")]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["as", "trained", "9", "of", "9", "70-100%"] in lines
+    assert any(line[:5] == ["weights", "in", "4", "bits", "(Q4_0)"] for line in lines)
+    assert "Porto, Ada" in result.stdout and "not asked" in result.stdout
+    assert "to serve it: transformers serve out" in result.stdout
     fake.mismatches = ("What is Porto?",)
     result = run("export", "out", "--json")
     assert result.exit_code == 4
-    assert json.loads(result.stdout)["mismatches"] == ["What is Porto?"]
+    document = json.loads(result.stdout)
+    assert document["mismatches"] == ["What is Porto?"]
+    assert [row["lost"] for row in document["conditions"]] == [[], ["Porto", "Ada"], []]
 
 
 def test_export_of_an_adapter(filled: Path, fake: type[FakeBase]) -> None:

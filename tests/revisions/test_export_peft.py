@@ -15,6 +15,13 @@ from kvedit import KnowledgeBase
 from kvedit.errors import UsageError
 from kvedit.revisions.export import peft
 
+PEFT_0_4 = {
+    "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "modules_to_save", "peft_type", "r", "revision", "target_modules", "task_type",
+}  # fmt: skip
+"""The fields of ``LoraConfig`` in PEFT 0.4.0, of July 2023."""
+
 
 def test_peft_alone_gives_the_same_answers(
     trained: KnowledgeBase, small: dict[str, Path], tmp_path: Path
@@ -24,7 +31,8 @@ def test_peft_alone_gives_the_same_answers(
 
     report = trained.export_adapter(tmp_path / "out")
     assert (report.probes.passed, report.probes.n, report.mismatches) == (30, 30, ())
-    assert report.rank is not None and 1 <= report.rank <= 24
+    assert report.rank in (8, 16, 24)
+    assert f"--max-lora-rank {report.rank if report.rank < 24 else 32} " in report.serve
     assert report.error is not None and 0 <= report.error < 0.9
     base = AutoModelForCausalLM.from_pretrained(small["bf16"], dtype="auto")
     model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
@@ -49,7 +57,7 @@ def test_a_plain_lora_of_one_rank(trained: KnowledgeBase, tmp_path: Path) -> Non
         "LORA", "CAUSAL_LM", "none",
     )  # fmt: skip
     assert config["r"] == config["lora_alpha"] == report.rank
-    assert not config["rank_pattern"] and not config["use_dora"] and not config["modules_to_save"]
+    assert set(config) <= PEFT_0_4
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {name.rpartition(".lora_")[2] for name in tensors} == {"A.weight", "B.weight"}
     shapes = {min(tensor.shape) for tensor in tensors.values()}
@@ -62,7 +70,7 @@ def test_no_smaller_rank_would_do(trained: KnowledgeBase, tmp_path: Path) -> Non
     assert report.rank is not None
     terms = {n: peft.decompose(d) for n, d in moved.items() if bool(d.any())}
     assert report.rank < max(own.rank for own in terms.values())  # there was something to save
-    wrapped = peft._loaded(trained.engine, tmp_path / "out")
+    wrapped = peft.loaded(trained.engine, tmp_path / "out")
     examples = trained._all_examples()
     assert all(o.passed for o in peft.scoring.recall(wrapped, examples))
 

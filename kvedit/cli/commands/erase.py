@@ -125,7 +125,8 @@ def erase_lines(plan: ErasePlan, pace: tuple[int, float]) -> list[tuple[str, str
     """What erasing does, and what will no longer be possible."""
     from kvedit.store.lineage import in_ranges
 
-    lines = [("erases", f"{in_words(plan.keys)}: text, history, probes; not that it was erased")]
+    lines = [("erases", f"{in_words(plan.keys)}: text, history, probes, weights that knew it")]
+    lines.append(("journal", "keeps that something was erased, not what"))
     lines.append(("the model", _model_text(plan, pace)))
     if plan.lost:
         lines.append(("no longer", f"restored or asked: revisions {in_ranges(plan.lost)}"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +14,12 @@ from kvedit.cli.output import print_result, score_text
 from kvedit.cli.progress import make_reporter
 from kvedit.cli.tables import first_of
 from kvedit.errors import GateFailedError
+from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvedit.revisions.export.conditions import Condition
     from kvedit.revisions.export.hf import ExportReport
 
 
@@ -52,8 +55,12 @@ def export(settings: Settings, directory: Path, dtype: str | None, kind: str,
             report = base.export_adapter(directory)
         else:
             report = base.export(directory, dtype=dtype, max_shard_size=max_shard_size)
-    names = ("revision", "mismatches", "rank", "error")
-    fields = {"path": str(report.path), "probes": report.probes.to_json()}
+    names = ("revision", "mismatches", "rank", "error", "serve")
+    fields: dict[str, Any] = {"path": str(report.path), "probes": report.probes.to_json()}
+    fields["conditions"] = [
+        {"name": one.name, "recalled": one.score.to_json(), "lost": list(one.lost)}
+        for one in report.conditions
+    ]
     fields |= {name: getattr(report, name) for name in names}
     print_result(as_json, fields, *export_parts(report))
     if report.mismatches:
@@ -69,4 +76,19 @@ def export_parts(report: ExportReport) -> list[RenderableType]:
         rows.append(("same answers", score_text(report.probes)))
     rows += [("differs", prompt) for prompt in first_of(report.mismatches)]
     parts: list[RenderableType] = [f"exported revision {report.revision} to {report.path}"]
-    return [*parts, *([output.pairs(rows, 2)] if rows else [])]
+    parts += [output.pairs(rows, 2)] if rows else []
+    if report.conditions:
+        parts += ["", _conditions_table(report.conditions)]
+    return [*parts, *(["", f"to serve it: {report.serve}"] if report.serve else [])]
+
+
+def _conditions_table(conditions: Sequence[Condition]) -> RenderableType:
+    """How many facts are recalled where the model is asked or held otherwise, and which are not."""
+    rows = []
+    for one in conditions:
+        score, share = one.score, ("not asked", "")
+        if score.n:
+            low, high = (round(100 * end) for end in score.interval())
+            share = f"{score.passed} of {score.n}", f"{low}-{high}%"
+        rows.append((one.name, *share, in_words(one.lost)))
+    return output.table(("asked", "facts recalled", "95% interval", "lost"), rows)

@@ -7,10 +7,11 @@ Invariants:
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvedit.events import Score
 from kvedit.files import disk_errors, sync_directory, temporary_path
 from kvedit.model import devices, generation, loading, quantization
 from kvedit.model.prompts import Example
+from kvedit.revisions.export.conditions import Condition
 from kvedit.training.engine import Engine
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +34,8 @@ class ExportReport:
     """Where the export is, and how many probes it answers as the store's model does.
 
     ``rank`` and ``error`` are those of an adapter: ``error`` is the share of the change that the
-    rank leaves out, in the Frobenius norm over all matrices.
+    rank leaves out, in the Frobenius norm over all matrices.  ``conditions`` are the facts recalled
+    where the model is asked or held otherwise, ``serve`` a command that serves the export.
     """
 
     path: str
@@ -41,6 +44,8 @@ class ExportReport:
     mismatches: tuple[str, ...]
     rank: int | None = None
     error: float | None = None
+    conditions: tuple[Condition, ...] = ()
+    serve: str = ""
 
 
 def write(
@@ -68,12 +73,17 @@ def write(
     with building(directory) as folder:
         _save(engine, folder, target_dtype, shards)
     progress("reloading the export and asking it again")
-    reloaded = loading.load(
+    report = compare(engine, loaded(engine, directory), examples, directory, revision)
+    return replace(report, serve=shlex.join(["transformers", "serve", str(directory)]))
+
+
+def loaded(engine: Engine, directory: Path) -> Any:
+    """A new copy of an exported model, on the devices of the base model."""
+    return loading.load(
         str(directory),
         trust_remote_code=loading.has_own_code(engine.base.model),
         device_map=engine.base.loading.device_map,
-    )
-    return compare(engine, reloaded.model, examples, directory, revision)
+    ).model
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """The whole journal as one LoRA adapter over the untouched base model.
 
 The sum of all deltas is decomposed matrix by matrix (SVD) and cut to one rank for all of them, the
-smallest with which every probe that the store's model passes still passes.
+smallest multiple of 8 with which every probe that the store's model passes still passes.
 
 Invariants:
 - The folder holds no weights of the base model; PEFT alone loads it over them.
 - What is reported was computed by the adapter as PEFT loads it from the folder, not by our sums.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from kvedit.training.engine import Engine
 
 FULL_SVD = 2048
 """Matrices whose smaller side is wider are decomposed up to ``MAX_RANK`` terms only."""
-MAX_RANK = 512
-"""The largest rank that vLLM serves."""
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
+MAX_RANK = SERVED_RANKS[-1]
 _NOISE = 1e-5  # singular values below this share of the largest are rounding
 
 
@@ -58,14 +59,22 @@ def write(
     probes = [*examples, *others]
     outcomes = engine.recall(probes)
     passing = [probe for probe, outcome in zip(probes, outcomes, strict=True) if outcome.passed]
-    rank = _smallest_rank(engine, terms, passing, progress)
+    rank = _in_eights(_smallest_rank(engine, terms, passing, progress))
     cut = {name: _cut(factors, rank) for name, factors in terms.items()}
     with building(directory) as folder:
         _write(engine, folder, cut)
         save_tokenizer(engine, folder)
     progress("loading the adapter and asking it again")
-    report = compare(engine, _loaded(engine, directory), examples, directory, revision)
-    return replace(report, rank=rank, error=_error(deltas, cut))
+    report = compare(engine, loaded(engine, directory), examples, directory, revision)
+    serve = _server_command(engine.base.path, directory, rank)
+    return replace(report, rank=rank, error=_error(deltas, cut), serve=serve)
+
+
+def _server_command(base: str, directory: Path, rank: int) -> str:
+    """vLLM takes a few values as the largest rank: the least that is enough."""
+    largest = next((most for most in SERVED_RANKS if most >= rank), rank)
+    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(largest)]
+    return shlex.join([*words, "--lora-modules", f"edited={directory}"])
 
 
 def decompose(change: Tensor) -> Factors:
@@ -79,6 +88,11 @@ def decompose(change: Tensor) -> Factors:
     count = max(1, int((s > _NOISE * s[0]).sum()))
     root = s[:count].clamp_min(0).sqrt()
     return Factors((u[:, :count] * root).float(), (root[:, None] * v[:count]).float())
+
+
+def _in_eights(rank: int) -> int:
+    """The next multiple of 8: kernels of servers take no other ranks, or are slow at them."""
+    return -(-rank // 8) * 8
 
 
 def _cut(factors: Factors, rank: int) -> Factors:
@@ -101,7 +115,7 @@ def _smallest_rank(
     full = {name: _cut(factors, largest) for name, factors in terms.items()}
     with TemporaryDirectory(prefix="kvedit-") as folder:
         _write(engine, Path(folder), full)
-        wrapped = _loaded(engine, Path(folder))
+        wrapped = loaded(engine, Path(folder))
     low, high = 1, largest
     while low < high:
         middle = (low + high) // 2
@@ -121,7 +135,7 @@ def _write(engine: Engine, folder: Path, factors: Mapping[str, Factors]) -> None
     peft_format.write(folder, factors, base=engine.base.path, conv=conv)
 
 
-def _loaded(engine: Engine, folder: Path) -> Any:
+def loaded(engine: Engine, folder: Path) -> Any:
     """A fresh base model under the adapter, as transformers' own class: PEFT wraps it in place."""
     fresh = loading.reload(engine.base)
     peft_format.load(fresh.model, folder)

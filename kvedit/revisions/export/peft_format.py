@@ -5,6 +5,7 @@ Invariants:
 - A folder is loaded by PEFT alone, as any user of PEFT would.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,27 @@ from torch import nn
 
 from kvedit.adapter.deltas import Factors
 
+CONFIG_FILE = "adapter_config.json"
+
 
 def write(folder: Path, factors: Mapping[str, Factors], *, base: str, conv: bool) -> None:
     """Write factors, all of one rank, as a LoRA adapter in PEFT's format; it scales them by 1.
 
-    ``base`` is the model that it is for; ``conv`` whether its layers are GPT-2's ``Conv1D``.
+    ``base`` is the model that it is for; ``conv`` whether its layers are GPT-2's ``Conv1D``.  The
+    configuration has only keys that PEFT 0.4 (2023) knows: an older PEFT refuses ones that it does
+    not know, and what is left out has a default that means a plain LoRA.
     """
-    from peft import LoraConfig
     from safetensors.torch import save_file
 
     rank = next(iter(factors.values())).rank
-    config: Any = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(factors), fan_in_fan_out=conv, bias="none",
-        task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True,
-    )  # fmt: skip
-    # PEFT makes a set of the names, whose order varies; the same export must be the same bytes.
-    config.target_modules = sorted(factors)
-    config.save_pretrained(folder)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "inference_mode": True, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0,
+        "target_modules": sorted(factors), "fan_in_fan_out": conv, "bias": "none",
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     tensors = {}
     for name, pair in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.contiguous()
