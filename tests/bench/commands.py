@@ -524,3 +524,27 @@ def answer(run: Run, given: dict[str, Any]) -> None:
     from tests.bench import answer as bench_answer
 
     run(bench_answer.answers, bench_answer.AnswerOptions(**given), bench_answer.tables)
+
+
+@command(
+    click.option("--facts-file", "facts_files", type=o.IN, multiple=True,
+                 help="JSON Lines of facts. Repeatable. [the seed facts]"),
+    o.number("--facts", "Facts to teach and then erase.", 20, metavar="N"),
+    o.number("--others", "Facts to keep beside them.", 8, metavar="N"),
+    click.option("--model", help="The base model. [the embedded one]"),
+    click.option("--time", type=float, default=60.0, show_default=True,
+                 help="Seconds in which the model is asked what it knows."),
+    o.json_file,
+)  # fmt: skip
+def forget(run: Run, given: dict[str, Any]) -> None:
+    """Erase facts; look for their texts in every file, and compare with a model never taught them.
+
+    \b
+    Examples:
+      python -m tests.bench forget
+    """
+    from tests.bench import forget as bench_forget
+
+    chosen = {name: value for name, value in given.items() if value not in (None, ())}
+    result = run(bench_forget.forget, bench_forget.ForgetOptions(**chosen), bench_forget.tables)
+    require(not result.files_after, "a text is still in a file of the store")
