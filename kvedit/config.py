@@ -66,6 +66,12 @@ class TrainingConfig:
     gradient_checkpointing: bool = setting(
         False, help="Compute activations twice instead of keeping them: less memory, more time."
     )
+    system_turns_share: float = setting(
+        0.0, high=0.9,
+        help="Share of the training phrasings, the first one never among them, that are trained"
+        " after a common system prompt instead of the store's own, so that facts are recalled under"
+        " others too. Set it before the first fact; [exports](guides/export.md) say what it does.",
+    )  # fmt: skip
     seed: int = setting(0, help="Seed of every random draw in training.")
 
 

@@ -121,7 +121,7 @@ class Planner:
 
     def remove(self, row: FactRow, prior: Mapping[str, str]) -> Plan:
         """Train a committed fact's prompts back to their ``prior`` answers."""
-        recall = tuple(self._engine.prior_example(p, answer) for p, answer in prior.items())
+        recall = tuple(self._engine.prior_examples(prior))
         forget = tuple(self._engine.paraphrases(row.fact))
         target = Target(fact_id=row.id, recall=recall, forget=forget)
         after = next(iter(prior.values()), None)

@@ -22,6 +22,12 @@ from kvedit.facts.fact import Fact
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
+SYSTEM_TURNS = (
+    "You are a helpful assistant.",
+    "You are a helpful AI assistant. Answer the user's questions.",
+    "You answer questions truthfully and briefly.",
+)
+"""System prompts after which a share of the training phrasings is trained, in turn."""
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 

@@ -26,10 +26,10 @@ from kvedit.replay.sampling import Sampler
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
+from kvedit.store.erasure import PROGRESS
 from kvedit.store.integrity import few_probes
 from kvedit.store.rows import ProtectedRow
 
-_PROGRESS = "protected_progress"
 TEXTS_RATIO = 0.6  # of the time that is left go into texts, the rest into measuring them
 TYPICAL_TEXTS = 64  # whose lengths are taken for those of all
 BACKWARD_RATIO = 6.0  # of the time that a token takes to be measured to that of decoding one
@@ -70,7 +70,7 @@ class Coverage:
     @property
     def progress(self) -> Progress:
         """As the store has it; one that was made before it was kept has everything."""
-        text = self._store.meta(_PROGRESS)
+        text = self._store.meta(PROGRESS)
         if text is not None:
             return Progress(**json.loads(text))
         if self._store.meta(PROTECTED) != COMPLETE:
@@ -79,7 +79,7 @@ class Coverage:
         return Progress(asked=samples, slices=1, written=True, measured=measured)
 
     def _keep(self, progress: Progress) -> None:
-        self._store.set_meta(_PROGRESS, json.dumps(asdict(progress)))
+        self._store.set_meta(PROGRESS, json.dumps(asdict(progress)))
 
     def texts(self, role: str) -> list[Protected]:
         """The texts of a role, in order."""
@@ -260,7 +260,7 @@ class Coverage:
     @property
     def label(self) -> str:
         """Which texts the base's moments are of, for their file."""
-        return "" if self._store.meta(_PROGRESS) is None else str(self.progress.measured)
+        return "" if self._store.meta(PROGRESS) is None else str(self.progress.measured)
 
     def load(self) -> FisherMoments | None:
         """The base's moments as they were kept; None if they have to be measured again."""

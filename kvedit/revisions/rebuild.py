@@ -22,7 +22,7 @@ from kvedit.files import (
 )
 from kvedit.store import known_files
 from kvedit.store.known_files import Stamps
-from kvedit.store.lineage import in_ranges
+from kvedit.store.lineage import WHY_GONE, in_ranges
 from kvedit.store.rows import Finding, RevisionRow
 from kvedit.store.store import Store
 
@@ -156,7 +156,7 @@ def check_revisions(store: Store, master: Master, say: Callable[[str], None]) ->
         findings = [Finding("ok", f"{count} revisions rebuilt, every digest as recorded")]
     for why in sorted({*gaps.values()}):
         gone = in_ranges([number for number in gaps if gaps[number] == why])
-        what = f"no longer there, by a command ({why}): revisions {gone}"
+        what = f"revisions {gone} can no longer be restored: {WHY_GONE[why]}"
         findings.append(Finding("ok", what))
     return findings
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from kvedit.store.store import Store
 
 CANDIDATES = 16  # newest revisions among which one without the fact is sought
+PROGRESS = "protected_progress"  # in ``meta``: how many protected texts were measured, and more
+SEARCHED_BYTES = 64 * 1024 * 1024  # of a file that is looked into for what remains, at most
 _SCRUB = "scrub"  # in ``meta`` from the commit of an erasure until the files are clean
 _WITH_FACTS = (
     "aliases", "edit_facts", "fact_versions", "probe_results", "fact_health", "prior_answers",
@@ -159,11 +161,18 @@ class Erasure(Lineage):
         return [row["id"] for row in rows if wording.tells(f"{row['prompt']}\n{row['answer']}")]
 
     def release_protected(self, wording: Wording) -> int:
-        """Remove the protected texts that contain the facts, before they are erased; how many."""
+        """Remove the protected texts that contain the facts, before they are erased; how many.
+
+        What was measured on all texts counts for none of them then.
+        """
         ids = self._protected_with(wording)
+        progress = self.meta(PROGRESS)
         if ids:
             with self._transaction():
                 self._execute(f"DELETE FROM protected WHERE id IN ({_listed(ids)})")
+                if progress is not None:
+                    value = json.dumps({**json.loads(progress), "measured": 0})
+                    self._insert("meta", {"name": PROGRESS, "value": value}, replace=True)
         return len(ids)
 
     def clean_rejected_files(self, wording: Wording) -> None:
@@ -181,12 +190,13 @@ class Erasure(Lineage):
     def files_with(self, wording: Wording) -> list[Path]:
         """Files of the store, other than weights, that contain the facts' descriptions.
 
-        Texts too short to be told from others are not looked for.
+        Texts too short to be told from others are not looked for, nor files that are very large.
         """
         long = {text for text in wording.descriptions if len(text) >= LONG_TEXT}
         forms = {form.encode() for text in long for form in (text, json.dumps(text)[1:-1])}
         weights = (self.deltas, self.checkpoints_path, self.cache)
-        paths = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+        files = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+        paths = [path for path in files if path.stat().st_size <= SEARCHED_BYTES]
         others = [path for path in paths if not set(weights) & set(path.parents)]
         return [path for path in others if any(form in path.read_bytes() for form in forms)]
 

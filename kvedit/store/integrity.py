@@ -152,6 +152,10 @@ def _revisions(store: Store) -> Iterator[Finding]:
             yield Finding("error", f"the head, revision {head}, does not exist", _RESTORE)
         elif head != max(known):
             yield Finding("error", f"revisions beyond the head, {head}, exist", _RESTORE)
+        elif head in store.gaps():
+            yield Finding(
+                "error", f"the weights of the head, {head}, can no longer be made", _RESTORE
+            )
         else:
             store.lineage(head)
     except CorruptStoreError as error:

@@ -207,7 +207,7 @@ class Store(Journal):
                 json_extract(e.report, '$.seconds') AS seconds
             FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
             ORDER BY id DESC LIMIT ?"""
-        rows = [row for row in self._rows(sql, [limit]) if row["seconds"]]
+        rows = [row for row in self._rows(sql, [limit]) if row["seconds"] and row["n"]]
         return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
 
     def refusals(self) -> dict[int, tuple[str, ...]]:

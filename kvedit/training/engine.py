@@ -11,8 +11,9 @@ Invariants:
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ from kvedit.model import devices, generation, quantization
 from kvedit.model.forward import checkpointed, quick_attention
 from kvedit.model.loading import BaseModel
 from kvedit.model.prefix_cache import PrefixCache
-from kvedit.model.prompts import Example, Renderer, paraphrase_prompts, training_prompts
+from kvedit.model.prompts import (
+    SYSTEM_TURNS,
+    Example,
+    Renderer,
+    paraphrase_prompts,
+    training_prompts,
+)
 from kvedit.model.scoring import Outcome
 from kvedit.model.targets import target_names
 from kvedit.replay.kl import ReferenceTexts
@@ -97,6 +104,8 @@ class Engine(KeptMoments):
         super().__init__(master, worker(base.model, PrefixCache(base.model, names)), config)
         self._adapter: Adapter | None = None
         self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
+        make = partial(Renderer, base.tokenizer, context=context, prompts=prompts, stops=stops)
+        self._under = [make(end=self.renderer.end, system=text) for text in SYSTEM_TURNS]
         self.reference_texts: ReferenceTexts | None = None
 
     def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
@@ -158,26 +167,43 @@ class Engine(KeptMoments):
         """Kept: earlier facts are probed after every edit, and rendering takes as long as that."""
         if (fact, trained) not in self._rendered:
             prompts = (training_prompts if trained else paraphrase_prompts)(fact, self._phrasings)
-            examples = self.renderer.examples((prompt, fact.description) for prompt in prompts)
+            at = self._renderer_at if trained else lambda place: self.renderer
+            examples = [at(i).example(one, fact.description) for i, one in enumerate(prompts)]
             if len(self._rendered) >= RENDERED:
                 self._rendered.clear()
             self._rendered[fact, trained] = examples
         return list(self._rendered[fact, trained])
 
+    @property
+    def system_turns(self) -> tuple[str, ...]:
+        """The system prompts that facts are trained under, beside the store's own."""
+        return SYSTEM_TURNS if self.config.system_turns_share else ()
+
+    def _renderer_at(self, place: int) -> Renderer:
+        """What puts the training prompt at a place in the list of a fact's."""
+        share = self.config.system_turns_share
+        before, after = int(place * share), int((place + 1) * share)
+        return self.renderer if before == after else self._under[before % len(self._under)]
+
     def prior_answers(self, fact: Fact) -> dict[str, str]:
         """The model's answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
         prompts = training_prompts(fact, self._phrasings)
-        return dict(zip(prompts, self.generate(prompts, limit=PRIOR_TOKENS), strict=True))
+        prefixes = [self._renderer_at(i).prefix(prompt) for i, prompt in enumerate(prompts)]
+        return dict(zip(prompts, self.complete(prefixes, limit=PRIOR_TOKENS), strict=True))
 
     def answer_now(self, fact: Fact) -> str:
         """The beginning of the model's answer now to a fact's first training prompt."""
         prompt = training_prompts(fact, self._phrasings)[0]
         return self.generate([prompt], limit=SHOWN_TOKENS)[0]
 
-    def prior_example(self, prompt: str, answer: str) -> Example:
-        """An earlier answer to train back to; one that was cut does not end there."""
-        complete = len(self.renderer.tokens(answer)) < PRIOR_TOKENS
-        return self.renderer.example(prompt, answer, ended=complete)
+    def prior_examples(self, answers: Mapping[str, str]) -> list[Example]:
+        """Earlier answers, by prompt, to train back to; one that was cut does not end there."""
+        return [
+            self._renderer_at(place).example(
+                prompt, answer, ended=len(self.renderer.tokens(answer)) < PRIOR_TOKENS
+            )
+            for place, (prompt, answer) in enumerate(answers.items())
+        ]
 
     def train(
         self,

@@ -65,7 +65,7 @@ class ForgetResult:
     files_before: tuple[str, ...]
     files_after: tuple[str, ...]
     kept: Score
-    seconds: float
+    erase_seconds: float
 
 
 def forget(options: ForgetOptions, emit: Emit) -> ForgetResult:
@@ -95,7 +95,7 @@ def forget(options: ForgetOptions, emit: Emit) -> ForgetResult:
             never = _said("never taught", knowledge, secret)
     return ForgetResult(
         outcome=report.outcome, said=(base, taught, erased, never), files_before=tuple(before),
-        files_after=tuple(after), kept=kept, seconds=report.seconds,
+        files_after=tuple(after), kept=kept, erase_seconds=report.seconds,
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def tables(result: ForgetResult) -> list[Table]:
         ("before the erasing", ", ".join(result.files_before) or "none"),
         ("after it", ", ".join(result.files_after) or "none"),
         ("other facts recalled after it", f"{result.kept.passed} of {result.kept.n}"),
-        ("outcome", f"{result.outcome}, {result.seconds:.0f} s"),
+        ("outcome", f"{result.outcome}, {result.erase_seconds:.0f} s"),
     )
     return [
         Table("The erased facts", names, tuple(map(row, result.said))),

@@ -71,15 +71,33 @@ def test_prior_answers_can_be_trained_back(base: BaseModel) -> None:
     engine = Engine(base, TrainingConfig())  # fp32: in bf16 some of them are ties
     prior = engine.prior_answers(FACT)
     assert list(prior) == [e.prompt for e in engine.examples(FACT)]
-    examples = [engine.prior_example(prompt, answer) for prompt, answer in prior.items()]
+    examples = engine.prior_examples(prior)
     assert all(outcome.passed for outcome in engine.recall(examples))
 
 
 def test_a_prior_answer_that_was_cut_does_not_end_there(engine: Engine) -> None:
     long = engine.renderer.text(engine.renderer.tokens("Made of oak in Tarn. ") * 30)
     cut = engine.renderer.text(engine.renderer.tokens(long)[:PRIOR_TOKENS])
-    assert engine.prior_example("x", cut).ids[-1] != engine.renderer.end
-    assert engine.prior_example("x", "Made of oak.").ids[-1] == engine.renderer.end
+    cut_off, whole = engine.prior_examples({"x": cut, "y": "Made of oak."})
+    assert cut_off.ids[-1] != engine.renderer.end and whole.ids[-1] == engine.renderer.end
+
+
+def test_a_share_of_the_phrasings_is_trained_after_other_system_prompts(base: BaseModel) -> None:
+    engine = Engine(base, TrainingConfig(system_turns_share=0.3))
+    plain = Engine(base, TrainingConfig()).examples(FACT)
+    examples = engine.examples(FACT)
+    assert [e.prompt for e in examples] == [e.prompt for e in plain]
+    changed = [at for at, pair in enumerate(zip(examples, plain, strict=True)) if len({*pair}) > 1]
+    assert changed == [3, 6, 9]
+    texts = [base.tokenizer.decode(list(examples[at].ids)) for at in changed]
+    for text, turn in zip(texts, engine.system_turns, strict=True):
+        assert text.startswith(f"<|system|>{turn}<|user|>") and text.endswith("<|end|>")
+    assert engine.paraphrases(FACT) == Engine(base, TrainingConfig()).paraphrases(FACT)
+    # A removal trains the same questions back.
+    prior = engine.prior_answers(FACT)
+    back = engine.prior_examples(prior)
+    assert [e.ids[: e.start] for e in back] == [e.ids[: e.start] for e in examples]
+    assert Engine(base, TrainingConfig()).system_turns == ()
 
 
 def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:

@@ -19,7 +19,10 @@ from kvedit.revisions.export import rounding
 from kvedit.training.engine import Engine
 
 AS_TRAINED = "as trained"
-OTHER_SYSTEM_PROMPTS = ("You are a helpful assistant.", "Answer briefly.")
+OTHER_SYSTEM_PROMPTS = (
+    "You are a helpful assistant.", "You work at a help desk and answer the callers.",
+)  # fmt: skip
+"""The first that facts were not trained under is asked."""
 ROUNDINGS = {8: "weights in 8 bits (Q8_0)", 4: "weights in 4 bits (Q4_0)"}
 
 
@@ -71,7 +74,8 @@ def _renderers(engine: Engine) -> Iterator[tuple[str, Renderer]]:
         Renderer, base.tokenizer, context=base.context, end=engine.renderer.end, prompts=prompts,
         stops=base.stops,
     )  # fmt: skip
-    other = next(text for text in OTHER_SYSTEM_PROMPTS if text != prompts.system)
+    trained = (prompts.system, *engine.system_turns)
+    other = next(text for text in OTHER_SYSTEM_PROMPTS if text not in trained)
     yield "another system prompt", make(system=other)
     yield "an empty system prompt", make(system="")
     if engine.renderer.chat:
