@@ -143,8 +143,8 @@ class Lineage(StoreBase):
 
 
 WHY_GONE = {
-    "erased": "it knew something that was erased",
-    "pruned": "the deltas that it needs were pruned",
+    "erased": "something that was known there was erased",
+    "pruned": "deltas that are needed for it were pruned",
 }
 
 
