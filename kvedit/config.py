@@ -145,6 +145,9 @@ class GateConfig:
     min_retention: float = setting(
         1.0, high=1.0, help="Share of the checked earlier facts that must still be recalled."
     )
+    max_perplexity_growth: float = setting(
+        1.1, low=1.0, help="Most by which one edit may multiply the perplexity of ordinary text."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

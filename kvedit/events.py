@@ -105,7 +105,8 @@ class EditReport(_Message):
     ``retrained`` counts the committed facts trained once more in a compaction.
     ``resumed_seconds``, a part of ``seconds``, were spent by processes that ended before the edit
     was resumed.  ``relative_norms`` are the Frobenius norms of the accumulated deltas, as shares of
-    the base matrices' norms.
+    the base matrices' norms.  ``perplexity`` of ordinary text is a multiple of the base model's,
+    None for a model that reads none.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -134,6 +135,7 @@ class EditReport(_Message):
     retrained: int = 0
     resumed_seconds: float = 0.0
     relative_norms: Mapping[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -235,6 +235,9 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
             rows.append((label, f"{score.passed} of {score.n} {text}", share))
         elif field == "locality" and report.reliability.n:
             rows.append((field, "nothing to check: this part of the gate is empty", ""))
+    if report.perplexity is not None:
+        times = f"{report.perplexity:.3f} times that of the base model"
+        rows.append(("perplexity", f"of ordinary text: {times}", ""))
     return rows
 
 

@@ -162,6 +162,7 @@ class Edit:
                 restores=0 if self._plan.compaction else None,
             )  # fmt: skip
         self._emit_retention(evaluation.rows, revision)
+        self._session.reading.keep(revision, evaluation.loss)
         return self._finished(report, revision)
 
     def _finished(self, report: EditReport, revision: int) -> EditReport:
@@ -213,6 +214,7 @@ class Edit:
             resumed_seconds=self._resumed_seconds, timings=dict(self._timings), delta=name,
             ranks={matrix: factors.rank for matrix, factors in delta.items()},
             relative_norms=self._engine.master.norms() if committed else {},
+            perplexity=checks.perplexity,
         )  # fmt: skip
 
     def _emit_retention(self, rows: Sequence[ProbeRow], revision: int) -> None:

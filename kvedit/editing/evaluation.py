@@ -37,13 +37,14 @@ class RetentionCandidate:
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """How the merged model answers; ``learned`` are the edit's facts that pass by themselves,
-    ``lost`` the earlier facts that are not recalled.
+    ``lost`` the earlier facts that are not recalled; ``loss`` on ordinary text, nats a token.
     """
 
     checks: Checks
     rows: tuple[ProbeRow, ...]
     lost: tuple[RetentionCandidate, ...]
     learned: frozenset[int]
+    loss: float | None = None
 
     def without(self, fact_ids: frozenset[int]) -> Evaluation:
         """The same, had some facts not been part of the edit."""
@@ -64,6 +65,8 @@ class Evaluator:
         self._plan = plan
         self.candidates = self._choose_candidates()
         self._locality = self._answered_locality()
+        self._reading = session.reading
+        self._losses = self._reading.of(0), self._reading.of(session.store.head())
 
     def _choose_candidates(self) -> list[RetentionCandidate]:
         """Earlier facts, with a few prompts each to be probed, drawn again for every edit."""
@@ -99,6 +102,7 @@ class Evaluator:
         """Probe the merged, cast weights: the facts, paraphrases, locality, earlier facts."""
         probed = [candidate for candidate in self.candidates if candidate.probes]
         rows = self._ask(probed)
+        loss = None if None in self._losses else self._reading.now()
         kept = _passed(rows, "retention")
         lost = [candidate for candidate in probed if kept[candidate.row.id] < 1]
         # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
@@ -110,8 +114,9 @@ class Evaluator:
             _score(rows, "locality"),
             Score(len(judged) - len(blamed), len(judged)),
             tuple(candidate.row.fact.key for candidate in blamed),
+            *(grown(loss, before) for before in self._losses),
         )
-        return Evaluation(checks, tuple(rows), tuple(lost), self._learned(rows))
+        return Evaluation(checks, tuple(rows), tuple(lost), self._learned(rows), loss)
 
     def _ask(self, probed: Sequence[RetentionCandidate]) -> list[ProbeRow]:
         """Every probe of the edit, one row each."""
@@ -168,6 +173,11 @@ def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome
         prompt=example.prompt, expected=example.answer, answer=None, passed=outcome.passed,
         margin=outcome.margin if math.isfinite(outcome.margin) else None,
     )  # fmt: skip
+
+
+def grown(loss: float | None, before: float | None) -> float | None:
+    """The perplexity of a loss as a multiple of that of another one, nats a token."""
+    return None if loss is None or before is None else math.exp(loss - before)
 
 
 def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:

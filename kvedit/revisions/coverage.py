@@ -19,7 +19,7 @@ from itertools import accumulate
 from kvedit.adapter.fisher import FisherMoments
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
-from kvedit.replay import protected_texts
+from kvedit.replay import general_texts, protected_texts
 from kvedit.replay.protected_texts import EXTRACTED, Protected, ProtectedSet
 from kvedit.replay.questions import Limits
 from kvedit.replay.sampling import Sampler
@@ -30,7 +30,7 @@ from kvedit.store.integrity import few_probes
 from kvedit.store.rows import ProtectedRow
 
 _PROGRESS = "protected_progress"
-TEXTS_RATIO = 0.6  # of the time that is left go into texts, the rest into measuring them
+TEXTS_RATIO = 0.5  # of the time that is left go into texts, the rest into measuring them
 TYPICAL_TEXTS = 64  # whose lengths are taken for those of all
 BACKWARD_RATIO = 6.0  # of the time that a token takes to be measured to that of decoding one
 FIRST_MEASURED = 4  # texts, whose time says how many fit
@@ -177,9 +177,16 @@ class Coverage:
             return limits.rows, self._sampler.sample(present, done.slices, limits, is_over)
 
         rows, new = self._engine.worker.on_main(ask)
-        self._add("control", new.control)
+        control = new.control if done.slices else self._with_prose(new.control)
+        self._add("control", control)
         self._add("locality", new.locality)
         self._keep(replace(done, asked=done.asked + rows, slices=done.slices + 1))
+
+    def _with_prose(self, answers: Sequence[Protected]) -> Sequence[Protected]:
+        """The first answers, and text that answers nothing in turn with them."""
+        base, renderer = self._engine.base, self._renderer
+        prose = self._engine.worker.on_main(lambda: general_texts.protected(base, renderer))
+        return general_texts.interleaved(answers, prose)
 
     def _write(self, done: Progress, end: float) -> None:
         """Free texts."""

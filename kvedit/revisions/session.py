@@ -14,6 +14,7 @@ from kvedit.events import Warning_
 from kvedit.facts.keys import in_words
 from kvedit.revisions.checkout import Checkout, Emit
 from kvedit.revisions.protection import Protection
+from kvedit.revisions.reading import Reading
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
@@ -26,6 +27,7 @@ class Session(Checkout):
         super().__init__(store, engine, emit)
         self.config: Config = store.config
         self.protection = Protection(self)
+        self.reading = Reading(self)
 
     @contextmanager
     def editing(self) -> Iterator[None]:
