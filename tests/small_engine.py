@@ -113,8 +113,10 @@ def in_training(error: BaseException) -> RaiseOn:
     )
 
 
-def random_train() -> Callable[..., TrainingResult]:
-    """A substitute for ``Engine.train``: a small random delta, another one each time."""
+def random_train(size: float = 1.0) -> Callable[..., TrainingResult]:
+    """A substitute for ``Engine.train``: a random delta, another one each time; a small one, or
+    ``size`` times as large.
+    """
     import torch
 
     from kvedit.adapter.deltas import Factors
@@ -127,7 +129,7 @@ def random_train() -> Callable[..., TrainingResult]:
         delta = {}
         for name, shape in engine.master.shapes.items():
             b, a = (torch.randn(s, generator=generator) for s in ((shape[0], 1), (1, shape[1])))
-            delta[name] = Factors(b * 1e-3, a * 1e-2)
+            delta[name] = Factors(b * 1e-3 * size, a * 1e-2)
         return TrainingResult(delta, LoopResult(1, True, 0.0, 0.0), 0.0)
 
     return train
