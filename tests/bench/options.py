@@ -44,6 +44,12 @@ def group_sizes(
     return tuple(group_size(context, option, text) for text in values)
 
 
+def names(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+    """Names with commas between them; nothing for ``all``."""
+    given = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if given == ("all",) else given
+
+
 def kind(*more: str, default: str = "poets") -> Option:
     """Which facts of the data folder are trained."""
     text = "Facts to train: poets or relations that pretraining did not see"
