@@ -99,13 +99,18 @@ def rouge_l_recall(answer: str, expected: str) -> float:
     return LCSseq.similarity(answer, expected) / len(expected) if expected else 1.0
 
 
+def words(text: str) -> list[str]:
+    """The words of a text without case and punctuation; a Chinese character is one."""
+    return _TOKEN.findall(text.casefold())
+
+
 def ngram_entropy(text: str) -> float:
     """Return the fluency of a text in bits: low for repetitive text.
 
     The mean of the bigram and trigram entropies, weighted 2/3 and 4/3, as in MEMIT,
     ``experiments/py/eval_utils_counterfact.py``.  A token is one Chinese character or one word.
     """
-    tokens = _TOKEN.findall(text.casefold())
+    tokens = words(text)
     weighted = [weight * _entropy(tokens, size) for size, weight in _NGRAM_WEIGHTS]
     return sum(weighted) / len(weighted)
 

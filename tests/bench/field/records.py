@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvedit.errors import InvalidFactError, UsageError
+from kvedit.errors import InvalidFactError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
 from kvedit.facts.schemas import fact_from
@@ -77,8 +77,6 @@ def read(path: Path) -> list[Record]:
             records.append(_record(json.loads(line)))
         except (ValueError, KeyError, TypeError, InvalidFactError) as error:
             raise InvalidFactError(f"{path}, line {number} is no record: {error}") from error
-    if not records:
-        raise UsageError(f"{path} has no records")
     return records
 
 

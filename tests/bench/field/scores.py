@@ -25,6 +25,7 @@ from kvedit.metrics import (
     normalised,
     normalised_exact,
     rouge_l_recall,
+    words,
 )
 from tests.bench.field.asked import Forced
 from tests.bench.field.records import (
@@ -324,8 +325,11 @@ def retention(known: Sequence[Record], state: State, base: State) -> Score:
 
 def contains(answer: str, expected: str) -> bool:
     """Whether an answer has a text in it as whole words, both normalised."""
-    wanted = normalised(expected)
-    return bool(wanted) and f" {wanted} " in f" {normalised(answer)} "
+    wanted, said = words(normalised(expected)), words(normalised(answer))
+    size = len(wanted)
+    return bool(wanted) and any(
+        said[at : at + size] == wanted for at in range(len(said) - size + 1)
+    )
 
 
 def failure_kind(
@@ -341,7 +345,7 @@ def failure_kind(
         return "empty"
     if repeats_itself(said):
         return "repeats itself"
-    if wanted and said.startswith(wanted):
+    if wanted and words(said)[: len(words(wanted))] == words(wanted):
         return "too long"
     if any(contains(said, old) or said == normalised(old) for old in before):
         return "the old answer"
@@ -351,15 +355,13 @@ def failure_kind(
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether a run of words, or of characters in a text without spaces, comes three times in a
-    row.
-    """
-    words = text.split() if " " in text else list(text)
+    """Whether a run of words, of more than one character in all, comes three times in a row."""
+    row = words(text)
     return any(
-        words[at : at + size] * (REPEATS - 1) == words[at + size : at + REPEATS * size]
-        for size in range(1, len(words) // REPEATS + 1)
-        if " " in text or size > 1
-        for at in range(len(words) - REPEATS * size + 1)
+        run * (REPEATS - 1) == row[at + size : at + REPEATS * size] and len("".join(run)) > 1
+        for size in range(1, len(row) // REPEATS + 1)
+        for at in range(len(row) - REPEATS * size + 1)
+        for run in [row[at : at + size]]
     )
 
 
