@@ -264,6 +264,14 @@ def test_only_texts_whose_key_is_asked_for_are_put_into_the_prompt(
     assert records[0].target in found and records[1].target not in found
 
 
+def test_kvedits_gate_does_not_see_what_will_be_asked(records: list[Record]) -> None:
+    from tests.bench.field.methods.kvedit_store import trained_fact
+
+    fact = trained_fact(records[0])
+    assert (fact.key, fact.description) == (records[0].key, records[0].target)
+    assert fact.prompts == records[0].fact.prompts and not fact.paraphrases and not fact.locality
+
+
 def test_kvedit_edits_a_store_and_goes_on_in_it(
     make: Any, records: list[Record], empty_store: Path, tmp_path: Path
 ) -> None:

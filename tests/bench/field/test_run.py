@@ -103,6 +103,19 @@ def test_tables_keep_the_protocols_apart(result: FieldResult) -> None:
     assert table.line(result.rows[0]).startswith("ft-m (sequential), 2 edits: reliability ")
 
 
+def test_the_results_page_has_a_row_for_each_method(result: FieldResult) -> None:
+    from tests.docs.field_results import COLUMNS, figures
+    from tests.docs.results import section
+
+    whole = document("field", result, table.tables(result))
+    made = figures(json.loads(json.dumps(whole)), "2026-01-01.md#entry", {"answer": "So."})
+    assert [len(row["cells"]) for row in made["rows"]] == [len(COLUMNS)] * len(METHODS)
+    tuned = result.rows[0].points[-1]
+    assert made["rows"][0]["cells"][3] == [tuned.reliability.passed, tuned.reliability.n]
+    assert "all together" in made["rows"][1]["cells"][0]
+    assert "| [2026-01-01](log/2026-01-01.md#entry) |" in section(made)
+
+
 def test_the_picture_has_a_line_for_each_method(result: FieldResult) -> None:
     figure = plots.figure(document("field", result, table.tables(result)))
     first, *_, legend = figure.axes
