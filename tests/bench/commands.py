@@ -224,6 +224,8 @@ def quality(run: Run, given: dict[str, Any]) -> None:
     o.number("--n", "Edit the first N records.", 10, metavar="N"),
     click.option("--methods", metavar="NAME,NAME|all", default="all", show_default=True,
                  callback=o.names, help="Which ways of teaching facts."),
+    click.option("--set", "settings", multiple=True, metavar="METHOD.NAME=VALUE",
+                 callback=o.settings, help="Change a method's setting, as in rome.contexts=1."),
     click.option("--way", "ways", type=click.Choice(["sequential", "batch"]), multiple=True,
                  default=("sequential",), show_default=True, help="One by one or all together; may"
                  " be given twice. A method that has only the other one is run so."),

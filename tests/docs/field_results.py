@@ -20,7 +20,8 @@ SHARES = ("reliability", "generalization", "locality", "trr")
 COLUMNS = (
     "method", "base model", "edits", "its own prompts, exact", "paraphrases, exact",
     "other answers unchanged", "unedited keys still right (TRR)",
-    "harmonic mean of the first three [95%]", "multiple choice, points [95%]", "s an edit",
+    "harmonic mean of the first three [95%]", "multiple choice, points [95%]",
+    "processor s an edit",
 )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def _cells(result: Mapping[str, Any], row: Mapping[str, Any]) -> list[Any]:
     last = row["points"][-1]
     mean = last["harmonic"]
     low, high = mean["interval"]
-    seconds = row["median_seconds"] or row["seconds"] / last["after"]
+    seconds = row["processor_seconds"] / last["after"]
     way = "" if row["way"] == "sequential" else ", all together"
     return [
         f"{row['method']}{way} ({row['changes']})", Path(result["model"]).name, str(last["after"]),

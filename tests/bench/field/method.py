@@ -12,7 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -110,6 +110,17 @@ def trainable(model: Any, parameters: Sequence[nn.Parameter], seed: int) -> Iter
             model.eval().requires_grad_(False)
             for parameter in parameters:
                 parameter.grad = None
+
+
+def make(name: str, setup: Setup, changes: Mapping[str, Any] | None = None) -> Method:
+    """A method with some of its settings changed; raises UsageError for one that it has not."""
+    kind = method(name)
+    known = [item.name for item in fields(kind) if item.name != "setup" and item.init]
+    for wrong in set(changes or ()) - set(known):
+        raise UsageError(
+            f"{name} has no setting {wrong!r}", hint=f"It has: {', '.join(known) or 'none'}."
+        )
+    return kind(setup=setup, **(changes or {}))
 
 
 METHODS = {

@@ -37,7 +37,7 @@ from tests.bench.baseline import batch_of
 from tests.bench.field import records as records_
 from tests.bench.field.asked import Asked
 from tests.bench.field.measure import Material, answer_limit, ask
-from tests.bench.field.method import BATCH, SEQUENTIAL, Method, Setup, method
+from tests.bench.field.method import BATCH, SEQUENTIAL, Method, Setup, make, method
 from tests.bench.field.records import Record, questions
 from tests.bench.field.scores import VERSION, Point, State, judge
 from tests.bench.quality_methods import base_model
@@ -55,7 +55,8 @@ class FieldOptions:
     """What is edited, by which methods, and what is asked.
 
     ``known`` are questions about keys that nobody edits, ``ability_questions`` of ``abilities`` are
-    asked (None: all).  ``minutes`` ends a method after the edit in which they pass; ``time`` is
+    asked (None: all).  ``settings`` are changes to those of methods: method, name and value.
+    ``minutes`` ends a method after the edit in which they pass; ``time`` is
     that of kvedit's ``init``, in seconds.  ``cost`` stops when the cost was said.
     """
 
@@ -63,6 +64,7 @@ class FieldOptions:
     data: Path
     n: int = 10
     methods: tuple[str, ...] = ()
+    settings: tuple[tuple[str, str, Any], ...] = ()
     ways: tuple[str, ...] = (SEQUENTIAL,)
     known: int = 60
     abilities: Path | None = None
@@ -75,6 +77,10 @@ class FieldOptions:
     resume: bool = False
     cost: bool = False
 
+    def changes(self, name: str) -> dict[str, Any]:
+        """What was changed of a method's settings."""
+        return {setting: value for one, setting, value in self.settings if one == name}
+
     @property
     def marks(self) -> tuple[int, ...]:
         """After how many edits everything is asked."""
@@ -83,10 +89,15 @@ class FieldOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """One edit, of a record or of all together; ``right``: all trained prompts, directly after."""
+    """One edit, of a record or of all together; ``right``: all trained prompts, directly after.
+
+    ``processor_seconds`` are those of this process, all threads: on a machine that others use too
+    they say more than the clock.
+    """
 
     key: str
     seconds: float
+    processor_seconds: float
     right: bool
 
 
@@ -136,6 +147,7 @@ class Row:
     points: tuple[Point, ...]
     seconds: float
     median_seconds: float | None
+    processor_seconds: float
     peak: int
     asking_seconds: float
     stopped: bool
@@ -167,13 +179,15 @@ Tell = Callable[[FieldResult, Row | None], None]
 def field_(options: FieldOptions, emit: Emit, tell: Tell = lambda result, row: None) -> FieldResult:
     """Measure the base model, say the cost, then measure each method; ``tell`` gets all so far."""
     kinds = {name: method(name) for name in options.methods}  # a wrong name ends it here
+    for name in {*kinds, *(one for one, *_ in options.settings)}:
+        made(options, name, _empty(options))
     material = load(options)
     given = options.store_dir
     opened = nullcontext(given) if given else TemporaryDirectory(prefix="kvedit-field-")
     with opened as folder:
         parts = _Parts(options, Path(folder), emit)
         base = parts.get(BASE, "")
-        costs = tuple(_costs(options, kinds, material, base, Path(folder)))
+        costs = tuple(_costs(options, kinds, material, base))
         result = _result(options, material, base, costs)
         for line in cost_lines(costs):
             emit(Status(phase="expected", text=line))
@@ -244,12 +258,18 @@ def digest_of(options: FieldOptions, name: str, way: str) -> str:
         for path in (options.data, options.abilities, options.config)
     ]
     shown = replace(
-        options, methods=(), ways=(), store_dir=None, resume=False, cost=False, minutes=None,
+        options, methods=(), ways=(), settings=(), store_dir=None, resume=False, cost=False,
+        minutes=None,
         config=None, time=options.time if name == "kvedit" else None,
     )  # fmt: skip
-    own = "" if name in (BASE, SERVED) else repr(method(name)(setup=_empty(options)).settings())
+    own = "" if name in (BASE, SERVED) else repr(made(options, name, _empty(options)).settings())
     whole = (name, way, files, shown, loading.locate(options.base), own)
     return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def made(options: FieldOptions, name: str, setup: Setup) -> Method:
+    """A method as the options have it."""
+    return make(name, setup, options.changes(name))
 
 
 def _empty(options: FieldOptions) -> Setup:
@@ -290,7 +310,7 @@ def measure_part(options: FieldOptions, name: str, way: str, folder: Path, emit:
         model=options.base, folder=folder / f"{name}-{way}", texts=base.texts, seed=options.seed,
         config=options.config, time=options.time,
     )  # fmt: skip
-    _MethodRun(options, material, method(name)(setup=setup), name, way, keep, emit).run(
+    _MethodRun(options, material, made(options, name, setup), name, way, keep, emit).run(
         read_part(path, digest)
     )
 
@@ -391,12 +411,13 @@ class _MethodRun:
         self._write(complete=True)
 
     def _edit(self, asked: Asked, records: Sequence[Record], key: str) -> tuple[Asked, bool]:
-        began = time.monotonic()
+        began, processor = time.monotonic(), time.process_time()
         asked = self.one.edit(asked, records)
+        spent = time.process_time() - processor
         seconds = time.monotonic() - began
         self.peak = peak_memory()
         right = len(records) == 1 and answered(asked, records[0])
-        self.edits.append(Edit(key=key, seconds=seconds, right=right))
+        self.edits.append(Edit(key=key, seconds=seconds, processor_seconds=spent, right=right))
         return asked, right
 
     def _ask(self, asked: Asked, count: int, *, last: bool) -> None:
@@ -428,9 +449,8 @@ def answered(asked: Asked, record: Record) -> bool:
 
 
 def _costs(
-    options: FieldOptions, kinds: Mapping[str, type[Method]], material: Material, base: Part,
-    folder: Path,
-) -> Iterator[Cost]:  # fmt: skip
+    options: FieldOptions, kinds: Mapping[str, type[Method]], material: Material, base: Part
+) -> Iterator[Cost]:
     """For each method in each way that it has, at most."""
     from kvedit.model.prompts import Example
 
@@ -438,7 +458,7 @@ def _costs(
     count, asking = len(material.records), base.states[0].seconds
     for name, kind in kinds.items():
         ways = [way for way in options.ways if way in kind.ways] or list(kind.ways[:1])
-        passes = kind(setup=Setup(model=options.base, folder=folder)).passes(example)
+        passes = made(options, name, _empty(options)).passes(example)
         prompts = sum(len(record.prompts) for record in material.records)
         editing = None if passes is None else passes * prompts * base.pass_seconds
         for way in ways:
@@ -486,6 +506,7 @@ def _row(material: Material, base: Part, part: Part) -> Row:
     return Row(
         method=part.name, way=part.way, changes=part.changes, settings=part.settings,
         notes=part.notes, edits=part.edits, seconds=sum(seconds), peak=part.peak,
+        processor_seconds=sum(edit.processor_seconds for edit in part.edits),
         median_seconds=median(seconds) if part.way == SEQUENTIAL else None,
         points=tuple(
             _point(material, state, before, after, once[:after])

@@ -53,7 +53,8 @@ def notes(result: FieldResult) -> str:
         " greedy and have 16 tokens more than the longest target. Multiple choice: mean"
         " log-likelihood a token of each choice after the bare prompt, difference paired, interval"
         f" of Agresti and Min; {result.abilities} questions. {result.known} questions are about"
-        " keys that nobody edits. Seconds leave the asking out; peak memory is that of the"
+        " keys that nobody edits. Seconds leave the asking out: the median of single edits by the"
+        " clock, and the mean of the process's own processor time; peak memory is that of the"
         " method's own process."
     )
 
@@ -84,15 +85,16 @@ def _whole(result: FieldResult) -> Table:
     names = ("reliability", "generalization", "locality", "harmonic", "trr")
     columns = (
         *HEAD, *(DEFINITIONS[name].title for name in names), "multiple choice, points",
-        "s an edit", "peak, GiB", "remarks",
+        "s an edit", "processor s an edit", "peak, GiB", "remarks",
     )  # fmt: skip
     base = ("(base model)", "-", "-", "0", *(_cell(getattr(result.base, n)) for n in names))
-    rows = [(*base, "-", "-", "-", "-")]
+    rows = [(*base, "-", "-", "-", "-", "-")]
     for row in result.rows:
         last = row.points[-1]
         rows.append((
             *_head(row, last), *(_cell(getattr(last, name)) for name in names),
-            _difference(last.abilities), number_cell(_seconds(row)), f"{row.peak / GIB:.2f}",
+            _difference(last.abilities), number_cell(_seconds(row)),
+            number_cell(row.processor_seconds / max(1, last.after)), f"{row.peak / GIB:.2f}",
             "; ".join(_remarks(row)) or "-",
         ))  # fmt: skip
     return Table("All methods, by free generation", columns, tuple(rows))

@@ -166,6 +166,8 @@ def test_only_the_cost(options: FieldOptions, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_wrong_name_ends_it_before_anything_is_measured(options: FieldOptions) -> None:
+    with pytest.raises(UsageError, match="lora has no setting 'magic'"):
+        field_(replace(options, settings=(("lora", "magic", 1),)), lambda event: None)
     with pytest.raises(UsageError, match="no method 'magic'"):
         field_(replace(options, methods=("magic",)), lambda event: None)
 
@@ -181,10 +183,12 @@ def test_the_options_reach_the_measurement(
 
     monkeypatch.setattr(run, "field_", stop)
     words = ["field", "--data", str(options.data), "--n", "7", "--methods", "lora, rome"]
-    more = ["--way", "batch", "--minutes", "2", "--cost"]
+    more = ["--way", "batch", "--minutes", "2", "--cost", "--set", "rome.contexts=1"]
     assert CliRunner().invoke(bench, [*words, *more]).exit_code == 2
     assert given[0].methods == ("lora", "rome") and given[0].marks == (1, 7)
     assert (given[0].ways, given[0].minutes, given[0].cost) == ((BATCH,), 2.0, True)
+    assert given[0].changes("rome") == {"contexts": 1} and given[0].changes("lora") == {}
+    assert CliRunner().invoke(bench, [*words, "--set", "rome.contexts=one"]).exit_code == 2
     assert CliRunner().invoke(bench, words[:-2]).exit_code == 2
     assert "kvedit" in given[1].methods and len(given[1].methods) == 20
 
