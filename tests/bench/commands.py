@@ -217,6 +217,56 @@ def quality(run: Run, given: dict[str, Any]) -> None:
     run(quality, QualityOptions(**given), report.tables, report.notes, report.line)
 
 
+@command(
+    click.option("--base", metavar="NAME_OR_DIR", help="Base model. [the embedded one]"),
+    click.option("--data", type=o.IN, required=True, help="JSON Lines with records: CounterFact,"
+                 " zsRE, HalluEditBench, or key and description."),
+    o.number("--n", "Edit the first N records.", 10, metavar="N"),
+    click.option("--methods", metavar="NAME,NAME|all", default="all", show_default=True,
+                 callback=o.names, help="Which ways of teaching facts."),
+    click.option("--set", "settings", multiple=True, metavar="METHOD.NAME=VALUE",
+                 callback=o.settings, help="Change a method's setting, as in rome.contexts=1."),
+    click.option("--way", "ways", type=click.Choice(["sequential", "batch"]), multiple=True,
+                 default=("sequential",), show_default=True, help="One by one or all together; may"
+                 " be given twice. A method that has only the other one is run so."),
+    o.number("--known", "Questions about keys that nobody edits.", 60, low=0, metavar="N"),
+    click.option("--abilities", type=o.IN,
+                 help="JSON Lines of multiple choice: task, prompt, choices, answer (an index)."),
+    o.number("--ability-questions", "How many of them, evenly of all tasks.", 90, metavar="N"),
+    click.option("--minutes", type=click.FloatRange(min=0), metavar="M", help="End a method after"
+                 " the edit in which M minutes are over, and ask then. [no limit]"),
+    click.option("--config", type=o.IN, help="A kvedit.toml for kvedit's store."),
+    click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
+                 help="How long making kvedit's store may take. [its default]"),
+    click.option("--cost", is_flag=True, help="Only say what the methods are expected to take."),
+    o.seed, o.json_file, o.plot, o.store_dir, o.resume,
+)  # fmt: skip
+def field(run: Run, given: dict[str, Any]) -> None:
+    """Every way of teaching facts, side by side, by the scores of the knowledge-editing papers.
+
+    Each method starts from the same base model, in a process of its own, and edits the same records
+    one by one; all that was edited so far is asked after 1, 10, 30, 100, 300 and the last. What all
+    of it is expected to take is said first. With --store-dir and --resume a method that was
+    measured is not measured again.
+
+    \b
+    Methods: notebook, lora, full, last-blocks, adapter, prompt-tuning, prefix-tuning, p-tuning,
+    p-tuning-v2, lora-fixed, ft-l, ft-m, locft-bf, rome, memit, alphaedit, ultraedit, in-context,
+    retrieval, kvedit.
+
+    \b
+    Examples:
+      python -m tests.bench field --base DIR --data counterfact.jsonl --n 10 --cost
+      python -m tests.bench field --data zsre.jsonl --n 30 --methods ft-m,memit,kvedit
+    """
+    from tests.bench.field import table
+    from tests.bench.field.method import METHODS
+    from tests.bench.field.run import FieldOptions, field_
+
+    given["methods"] = given["methods"] or tuple(METHODS)
+    run(field_, FieldOptions(**given), table.tables, table.notes, table.line)
+
+
 @command(*o.common, o.facts(128), *o.others, o.base_sample, *o.baseline, o.group("64"), o.plot)
 def levers(run: Run, given: dict[str, Any]) -> None:
     """Train the same facts with everything, without one part of the method at a time, and by the
