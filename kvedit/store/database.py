@@ -184,10 +184,15 @@ class StoreBase:
 
     def set_meta(self, name: str, value: str) -> None:
         """Set a named value; ``head`` moves by commits only."""
-        if name == "head":
+        self.set_metas({name: value})
+
+    def set_metas(self, values: Mapping[str, str]) -> None:
+        """Set several named values in one transaction."""
+        if "head" in values:
             raise ValueError("the head moves by commits only")
         with self._transaction():
-            self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
+            for item in values.items():
+                self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", item)
 
     def head(self) -> int:
         """The current revision; raises CorruptStoreError if the store names none."""
