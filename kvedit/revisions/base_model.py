@@ -135,7 +135,7 @@ def _load_again(store: Store) -> BaseModel:
     return loading.load(
         source,
         known=store.meta("model_fingerprint") or "",
-        revision=commit or store.meta("model_revision") or None,
+        revision=commit,
         trust_remote_code=_may_run_code(store, source, commit),
         device_map=device_map or store.meta("device_map") or "",
         load_in=load_in,
@@ -163,7 +163,7 @@ def require_same(store: Store, source: str, *, in_full: bool = False) -> str | N
     files = known_files.stamps(fingerprint.deciding_files(folder)) if folder.is_dir() else {}
     if not in_full and store.meta(_FILES) and known_files.are_known(store, pinned, files):
         return None
-    found, commit = loading.identify(source, store.meta("model_revision") or None)
+    found, commit = loading.identify(source, names.hub_revision(store.meta("model_revision")))
     if found.digest != pinned:
         if store.meta(_FILES) is not None or not _was_the_same(pinned, source):
             raise fingerprint.difference(source, _files(store), found.files)

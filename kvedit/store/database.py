@@ -19,8 +19,11 @@ from sqlite_utils import Database
 from kvedit.config import FILE_NAME, Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, NoStoreError, UsageError
 from kvedit.files import StoreLock, disk_errors, disk_full, remove, sync_directory, temporary_path
+from kvedit.store.checks.schema import harden, require_ours
+from kvedit.store.checks.values import require_types
 from kvedit.store.migrations import FORMAT_VERSION, check_version, migrate
 from kvedit.store.rows import Row
+from kvedit.trust import names
 
 DB_NAME = "kvedit.db"
 BUSY_SECONDS = 10.0
@@ -99,7 +102,9 @@ def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
         db = Database(connection, execute_plugins=False)
     try:
         with sqlite_errors(path):
+            harden(connection)
             version = check_version(db, str(path))
+            require_ours(db, version, str(path))
             db.execute("PRAGMA foreign_keys = ON")
             if not readonly:
                 db.enable_wal()
@@ -142,6 +147,7 @@ class StoreBase:
                 f"there is no knowledge store at {path}",
                 hint="Create one with `kvedit init`, or name another with --store.",
             )
+        names.refuse_links(path)
         self._db = connect(self.db_path, readonly=readonly)
         self._store_lock = StoreLock(path)
         try:
@@ -156,8 +162,8 @@ class StoreBase:
         return Config.load(self.path / FILE_NAME)
 
     def delta_path(self, digest: str) -> Path:
-        """The file of a delta."""
-        return self.deltas / f"{digest}{DELTA_SUFFIX}"
+        """The file of a delta; raises CorruptStoreError for anything but a SHA-256 in hex."""
+        return self.deltas / f"{names.delta(digest)}{DELTA_SUFFIX}"
 
     def checkpoint_path(self, revision: int) -> Path:
         """The folder for the checkpoint of a revision."""
@@ -196,11 +202,7 @@ class StoreBase:
 
     def head(self) -> int:
         """The current revision; raises CorruptStoreError if the store names none."""
-        value = self.meta("head")
-        if value is None or not value.isdecimal():
-            hint = "Restore the store from a backup."
-            raise CorruptStoreError(f"{self.db_path} names no head revision", hint=hint)
-        return int(value)
+        return names.revision(self.meta("head"), f"{self.db_path} names no head revision")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -226,8 +228,11 @@ class StoreBase:
     def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
         with sqlite_errors(self.db_path):
             cursor = self._db.execute(sql, list(values))
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            columns = [column[0] for column in cursor.description]
+            rows = cursor.fetchall()
+        if not sql.startswith("PRAGMA"):
+            require_types(columns, rows, str(self.db_path))
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
         return next(iter(self._rows(sql, values)), None)

@@ -7,7 +7,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import stat
@@ -32,8 +31,9 @@ from kvedit.files import (
     temporary_path,
     verify_manifest,
 )
+from kvedit.store.checks.values import from_json
 from kvedit.store.database import DB_NAME, sqlite_errors
-from kvedit.store.rows import Finding, Row
+from kvedit.store.rows import Finding, Row, require_report
 
 if TYPE_CHECKING:
     from kvedit.store.store import Store
@@ -93,7 +93,9 @@ def _largest_norm(query: Query) -> dict[str, object] | None:
     Their number, the median, the largest (``most``) and its matrix; None before the first edit.
     """
     latest = query("SELECT report FROM edits WHERE state = 'committed' ORDER BY id DESC LIMIT 1")
-    norms = json.loads(latest[0]["report"]).get("relative_norms") if latest else None
+    report = from_json(latest[0]["report"], dict, "the latest edit's report") if latest else {}
+    require_report(report, "of the latest edit")
+    norms = report.get("relative_norms")
     if not norms:
         return None
     matrix, most = max(norms.items(), key=lambda item: item[1])

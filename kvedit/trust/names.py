@@ -11,6 +11,7 @@ from kvedit.errors import CorruptStoreError, UsageError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REVISION = re.compile(r"0|[1-9][0-9]{0,17}")
+_HUB_REVISION = re.compile(r"[A-Za-z0-9_][\w./+-]{0,200}", re.ASCII)
 _HUB = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
 _PLAIN_FOLDERS = ("deltas", "checkpoints", "cache", "exports", "phrasings")
 _PLAIN_FILES = ("kvedit.db", "kvedit.db-wal", "kvedit.db-shm", "lock", "lock.json")
@@ -41,8 +42,20 @@ def checkpoint(revision: int, value: object) -> str:
 def revision(value: object, where: str) -> int:
     """A revision's number that is kept as text; raises CorruptStoreError for anything else."""
     if not isinstance(value, str) or not _REVISION.fullmatch(value):
-        raise CorruptStoreError(f"{where}: {value!r:.80} is no revision", hint=RESTORE)
+        raise CorruptStoreError(f"{where}: {value!r:.80} is no number", hint=RESTORE)
     return int(value)
+
+
+def count(value: str, what: str) -> int:
+    """A number that a store keeps as text; raises CorruptStoreError for anything else."""
+    return revision(value, what)
+
+
+def hub_revision(value: str | None) -> str | None:
+    """A branch, tag or commit on a hub; raises CorruptStoreError for anything else."""
+    if value and (not _HUB_REVISION.fullmatch(value) or ".." in value):
+        raise CorruptStoreError(f"{value!r:.80} is no revision of a model", hint=RESTORE)
+    return value or None
 
 
 def model(value: str | None, store: Path) -> str:

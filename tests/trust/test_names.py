@@ -29,7 +29,7 @@ def test_a_checkpoint_is_named_by_its_revision(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["-1", "01", "1.0", "٣", "9" * 5000, "", " 1", 3, None])
 def test_a_revision_is_a_plain_number(value: object) -> None:
-    with pytest.raises(CorruptStoreError, match="no revision"):
+    with pytest.raises(CorruptStoreError, match="no number"):
         names.revision(value, "head")
     assert names.revision("0", "head") == 0 and names.revision("12", "head") == 12
 
