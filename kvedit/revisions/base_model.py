@@ -17,7 +17,7 @@ from kvedit.distributed.worker import make_worker
 from kvedit.errors import KveditError, ModelError, ModelMismatchError
 from kvedit.model import devices, loading, quantization
 from kvedit.model.loading import BaseModel, LoadOptions
-from kvedit.store import known_files
+from kvedit.store.checks import known_files
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
 from kvedit.training import memory

@@ -20,8 +20,8 @@ from kvedit.files import (
     sync_directory,
     temporary_path,
 )
-from kvedit.store import known_files
-from kvedit.store.known_files import Stamps
+from kvedit.store.checks import known_files
+from kvedit.store.checks.known_files import Stamps
 from kvedit.store.rows import Finding, RevisionRow
 from kvedit.store.store import Store
 

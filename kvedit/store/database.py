@@ -8,7 +8,7 @@ Invariants:
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -131,6 +131,20 @@ def upgrade(path: Path, version: int) -> None:
         raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
 
 
+def rows_of(cursor: sqlite3.Cursor, sql: str, where: str) -> list[Row]:
+    """The rows of a query; raises CorruptStoreError for values of another type than kvedit's."""
+    columns = [column[0] for column in cursor.description]
+    rows = cursor.fetchall()
+    if not sql.startswith("PRAGMA"):
+        require_types(columns, rows, where)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def query_of(connection: sqlite3.Connection, where: str) -> Callable[[str], list[Row]]:
+    """A function that returns the rows of a query, as ``rows_of`` does."""
+    return lambda sql: rows_of(connection.execute(sql), sql, where)
+
+
 class StoreBase:
     """A folder with an open database: paths, meta, lock, transactions."""
 
@@ -227,12 +241,7 @@ class StoreBase:
 
     def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
         with sqlite_errors(self.db_path):
-            cursor = self._db.execute(sql, list(values))
-            columns = [column[0] for column in cursor.description]
-            rows = cursor.fetchall()
-        if not sql.startswith("PRAGMA"):
-            require_types(columns, rows, str(self.db_path))
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+            return rows_of(self._db.execute(sql, list(values)), sql, str(self.db_path))
 
     def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
         return next(iter(self._rows(sql, values)), None)

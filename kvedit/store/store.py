@@ -16,7 +16,7 @@ from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, normalise
 from kvedit.files import StoreLock, disk_errors, now, sync_directory
-from kvedit.store import integrity
+from kvedit.store import backup, integrity
 from kvedit.store.database import DB_NAME, create_database
 from kvedit.store.journal import Journal
 from kvedit.store.rows import (
@@ -296,9 +296,9 @@ class Store(Journal):
     def backup(self, path: Path) -> None:
         """Write a consistent copy of the store into one tar file, also while edits run.
 
-        Raises CorruptStoreError, UsageError or DiskFullError, see ``integrity.backup``.
+        Raises CorruptStoreError, UsageError or DiskFullError, see ``backup.backup``.
         """
-        integrity.backup(self, self._db.conn, path)
+        backup.backup(self, self._db.conn, path)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
         """Check the database and every file; without ``deep`` no digest is computed."""

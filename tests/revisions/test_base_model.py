@@ -15,7 +15,7 @@ from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import CorruptStoreError, ModelError, ModelMismatchError, UsageError
 from kvedit.model import loading
 from kvedit.revisions import base_model
-from kvedit.store import known_files
+from kvedit.store.checks import known_files
 from kvedit.store.store import Store
 from kvedit.trust import consent, fingerprint
 
