@@ -232,6 +232,13 @@ def allow_code(store: Store) -> Path:
     return consent.give(_code(source, commit), source)
 
 
+def relocate(store: Store, source: str) -> None:
+    """Record that a store's model lies elsewhere now; ModelMismatchError for another model."""
+    require_same(store, source, in_full=True)
+    name = loading.EMBEDDED if source == loading.locate(None) else source
+    store.set_metas({"model_path": source, "model_name": name})
+
+
 def code_files(source: str) -> list[Path]:
     """The Python files of a model in a folder."""
     return fingerprint.code_files(Path(source))

@@ -146,9 +146,12 @@ def query_of(connection: sqlite3.Connection, where: str) -> Callable[[str], list
 
 
 class StoreBase:
-    """A folder with an open database: paths, meta, lock, transactions."""
+    """A folder with an open database: paths, meta, lock, transactions.
 
-    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+    With ``database`` it is that copy which is opened, in place of the store's own.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool = False, database: Path | None = None) -> None:
         self.path = path
         self.readonly = readonly
         self.db_path = path / DB_NAME
@@ -162,7 +165,8 @@ class StoreBase:
                 hint="Create one with `kvedit init`, or name another with --store.",
             )
         names.refuse_links(path)
-        self._db = connect(self.db_path, readonly=readonly)
+        self.settings: Config | None = None  # in place of those of the file, where they are set
+        self._db = connect(database or self.db_path, readonly=readonly)
         self._store_lock = StoreLock(path)
         try:
             self.head()
@@ -173,7 +177,7 @@ class StoreBase:
     @property
     def config(self) -> Config:
         """The settings, read from ``kvedit.toml`` where there is one."""
-        return Config.load(self.path / FILE_NAME)
+        return self.settings or Config.load(self.path / FILE_NAME)
 
     def delta_path(self, digest: str) -> Path:
         """The file of a delta; raises CorruptStoreError for anything but a SHA-256 in hex."""

@@ -15,12 +15,14 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from kvedit.config import FILE_NAME, Config
 from kvedit.errors import CorruptStoreError, KveditError
 from kvedit.files import (
     TRAINING_CHECKPOINTS,
     sha256_file,
     verify_manifest,
 )
+from kvedit.store.checks import caches
 from kvedit.store.checks.contents import contents
 from kvedit.store.checks.values import from_json
 from kvedit.store.rows import Finding, Row, require_report
@@ -118,7 +120,8 @@ def integrity(store: Store, query: Query, *, deep: bool = True) -> list[Finding]
         "revisions and head": lambda: _revisions(store),
         "deltas": lambda: _deltas(store, deep),
         "checkpoints": lambda: _checkpoints(store, deep),
-        "settings": lambda: _settings(store),
+        "cache": lambda: caches.findings(store.cache, deep=deep),
+        "settings": lambda: settings(store.path),
         "leftovers": lambda: _leftovers(store, query),
     }
     return [finding for name, check in parts.items() for finding in part(name, check)]
@@ -145,8 +148,9 @@ def database(query: Query) -> Iterator[Finding]:
         yield Finding("error", what, _RESTORE)
 
 
-def _settings(store: Store) -> Iterator[Finding]:
-    store.config  # noqa: B018 - raises what is wrong
+def settings(path: Path) -> Iterator[Finding]:
+    """Raises what is wrong with a store's settings."""
+    Config.load(path / FILE_NAME)  # raises what is wrong
     yield from ()
 
 

@@ -229,8 +229,13 @@ def require_report(report: Mapping[str, object], what: str) -> None:
     norms = report.get("relative_norms") or {}
     numbers = [report.get("seconds", 0.0)]
     numbers += norms.values() if isinstance(norms, dict) else [norms]
-    if not all(type(number) in (int, float) and abs(number) < _LARGEST for number in numbers):
+    if not all(map(_is_plain_number, numbers)):
         raise CorruptStoreError(f"the report {what} has a value that is no number", hint=RESTORE)
+
+
+def _is_plain_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -_LARGEST < value < _LARGEST  # type: ignore[operator]
 
 
 _LARGEST = 1e300  # of a number in a report: a larger one, or NaN, would make others infinite

@@ -17,8 +17,8 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, normalise
 from kvedit.files import StoreLock, disk_errors, now, sync_directory
 from kvedit.store import backup, integrity
+from kvedit.store.checks.repairs import Repairs
 from kvedit.store.database import DB_NAME, create_database
-from kvedit.store.journal import Journal
 from kvedit.store.rows import (
     CheckpointRow,
     EditRow,
@@ -49,7 +49,7 @@ def resolve_store(option: str | Path | None = None) -> Path:
     return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
 
 
-class Store(Journal):
+class Store(Repairs):
     """A knowledge store.  Open it with ``Store.open``, make one with ``Store.create``."""
 
     @staticmethod

@@ -70,7 +70,7 @@ def test_status_reports_the_norm_of_the_accumulated_deltas(store: Store, tmp_pat
 
 def test_a_sound_store_has_no_problem_and_lists_what_was_checked(store: Store) -> None:
     assert problems(store) == []
-    assert len(store.integrity()) == 7
+    assert len(store.integrity()) == 8
 
 
 def test_a_missing_or_altered_delta_is_an_error(store: Store) -> None:
