@@ -142,7 +142,12 @@ def rows_of(cursor: sqlite3.Cursor, sql: str, where: str) -> list[Row]:
 
 def query_of(connection: sqlite3.Connection, where: str) -> Callable[[str], list[Row]]:
     """A function that returns the rows of a query, as ``rows_of`` does."""
-    return lambda sql: rows_of(connection.execute(sql), sql, where)
+
+    def query(sql: str) -> list[Row]:
+        with sqlite_errors(Path(where)):
+            return rows_of(connection.execute(sql), sql, where)
+
+    return query
 
 
 class StoreBase:

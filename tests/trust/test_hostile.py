@@ -131,3 +131,68 @@ def test_every_value_in_every_column(template: Path, work: Path, table: str, col
     for name in VALUES:
         if store := poisoned(template, work, table, column, name):
             assert not faults(store, work, *READING, *CHECKING, *ASKING), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["head", "model_name", "model_path", "model_fingerprint", "model_revision", "model_files",
+     "targets", "device_map", "load_in", "prompts", "dtype", "trust_remote_code", "created_at",
+     "protected_text", "protected_progress", "protected_samples", "weights_digest"],
+)  # fmt: skip
+def test_some_values_of_every_name(template: Path, work: Path, name: str) -> None:
+    for kind in chosen("meta", name, 4):
+        value = VALUES[kind]
+        if value is None or kind in hostile.RAW:
+            continue
+        store = hostile.copy(template, work / "store")
+        text = value.replace("{outside}", str(work)) if isinstance(value, str) else value
+        hostile.set_meta(store / "kvedit.db", name, text)
+        commands = (*CHECKING, ("status",), ASKING[0])
+        assert not faults(store, work, *commands), kind
+
+
+SCHEMAS = {
+    "a view that never ends": """
+        ALTER TABLE prior_answers RENAME TO other;
+        CREATE VIEW prior_answers AS WITH RECURSIVE n (fact_id, prompt, answer) AS
+            (SELECT 1, 'a', 'b' UNION ALL SELECT fact_id + 1, prompt, answer FROM n)
+            SELECT * FROM n;""",
+    "a trigger": """CREATE TRIGGER more AFTER UPDATE ON meta BEGIN
+        DELETE FROM facts; END;""",
+    "another table": "CREATE TABLE facts_2 (id INTEGER);",
+    "another column": "ALTER TABLE facts ADD COLUMN extra TEXT DEFAULT (random());",
+    "an index over an expression": "CREATE INDEX odd ON facts (abs(-9223372036854775808 + id));",
+    "a missing index": "DROP INDEX facts_by_state;",
+    "a missing table": "DROP TABLE checkpoints;",
+    "a virtual table": "CREATE VIRTUAL TABLE words USING fts5(text);",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_another_schema_is_refused(template: Path, work: Path, name: str) -> None:
+    store = hostile.copy(template, work / "store")
+    with closing(sqlite3.connect(store / "kvedit.db", isolation_level=None)) as db:
+        db.executescript(SCHEMAS[name])
+    outcomes = list(run(store, work, *READING, *CHECKING))
+    codes = {one.command: one.code for one in outcomes}
+    assert codes.pop("doctor") == 4 and set(codes.values()) == {1}
+    assert all("is not kvedit's own" in one.text or "is missing" in one.text for one in outcomes)
+    assert not faults(store, work, *READING, *CHECKING)
+
+
+def test_a_lineage_that_loops_ends(template: Path, work: Path) -> None:
+    store = hostile.copy(template, work / "store")
+    for number, (column, value) in enumerate([("parent", 3), ("restores", 3), ("parent", 2**60)]):
+        assert hostile.poison(store / "kvedit.db", "revisions", column, value), number
+        for one in run(store, work, *CHECKING, ("ask", "What?", "--at", "3")):
+            assert (one.code in (1, 4) and "which is not older" in one.text) or one.code == 1
+        assert not faults(store, work, *CHECKING)
+
+
+@pytest.mark.parametrize("name", ["deltas", "checkpoints", "cache", "exports", "phrasings"])
+def test_a_folder_that_is_a_link_is_refused(template: Path, work: Path, name: str) -> None:
+    store = hostile.copy(template, work / "store")
+    shutil.rmtree(store / name, ignore_errors=True)
+    (store / name).symlink_to(work / "outside")
+    assert [one.code for one in run(store, work, *CHECKING)] == [4, 1]
+    assert not faults(store, work, *READING, *CHECKING)

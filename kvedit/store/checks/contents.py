@@ -27,6 +27,7 @@ Query = Callable[[str], list[Row]]
 RESTORE = "Restore the store from a backup."
 FIX = "`kvedit doctor --fix` takes the text from the history, where all its copies agree."
 _SETTLED = ("committed", "removed")  # states in which a fact's row is that of its last version
+_ROWS = 5_000  # that are in memory at a time
 _PARTS = (
     "key", "description", "lang", "source", "aliases", "prompts", "paraphrases", "locality",
 )  # fmt: skip
@@ -38,7 +39,8 @@ _WRITTEN = """
 
 
 def contents(query: Query) -> Iterator[Finding]:
-    """What is wrong with the facts, their history, the edits and the named values."""
+    """What is wrong with the facts, their history, the edits, and any value of any row."""
+    yield from _values(query)
     yield from _each(query("SELECT * FROM facts ORDER BY id"), _fact_row)
     yield from _each(query(_WRITTEN), _version)
     yield from _texts(query)
@@ -46,6 +48,21 @@ def contents(query: Query) -> Iterator[Finding]:
     yield from _each(query("SELECT * FROM edit_facts"), _edit_fact)
     yield from _each(query("SELECT revision, path FROM checkpoints"), _checkpoint)
     yield from _each(query("SELECT id, delta FROM revisions WHERE delta NOT NULL"), _delta)
+
+
+def _values(query: Query) -> Iterator[Finding]:
+    """One finding for each table with a value that kvedit never writes; ``query`` says which."""
+    for table in query("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"):
+        if table["name"].startswith(("sqlite_", "_sqlite")):
+            continue
+        try:
+            last: int | None = -(2**63)
+            while last is not None:
+                sql = f"SELECT rowid AS place, * FROM {table['name']} WHERE rowid > {last}"
+                rows = query(f"{sql} ORDER BY rowid LIMIT {_ROWS}")
+                last = rows[-1]["place"] if len(rows) == _ROWS else None
+        except CorruptStoreError as error:
+            yield Finding("error", f"{error.message} (table {table['name']})", RESTORE)
 
 
 def _each(rows: Iterable[Row], check: Callable[[Row], None]) -> Iterator[Finding]:
