@@ -112,6 +112,16 @@ def chosen(table: str, column: str, count: int) -> list[str]:
     return [names[(start + 5 * step) % len(names)] for step in range(count)]
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is a model's on a hub is not asked for."""
+
+    def cached_file(*_: object, **__: object) -> None:
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+
+
 @pytest.fixture
 def work(ram_path: Path) -> Path:
     hostile.make_outside(ram_path)
@@ -160,7 +170,7 @@ SCHEMAS = {
     "a trigger": """CREATE TRIGGER more AFTER UPDATE ON meta BEGIN
         DELETE FROM facts; END;""",
     "another table": "CREATE TABLE facts_2 (id INTEGER);",
-    "another column": "ALTER TABLE facts ADD COLUMN extra TEXT DEFAULT (random());",
+    "another column": "ALTER TABLE facts ADD COLUMN extra TEXT;",
     "an index over an expression": "CREATE INDEX odd ON facts (abs(-9223372036854775808 + id));",
     "a missing index": "DROP INDEX facts_by_state;",
     "a missing table": "DROP TABLE checkpoints;",
@@ -185,7 +195,7 @@ def test_a_lineage_that_loops_ends(template: Path, work: Path) -> None:
     for number, (column, value) in enumerate([("parent", 3), ("restores", 3), ("parent", 2**60)]):
         assert hostile.poison(store / "kvedit.db", "revisions", column, value), number
         for one in run(store, work, *CHECKING, ("ask", "What?", "--at", "3")):
-            assert (one.code in (1, 4) and "which is not older" in one.text) or one.code == 1
+            assert one.code == (4 if one.command == "doctor" else 1), one
         assert not faults(store, work, *CHECKING)
 
 
