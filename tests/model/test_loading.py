@@ -58,6 +58,29 @@ def test_weights_and_code_of_another_place_are_refused(
             action(str(folder))
 
 
+def test_a_model_on_a_hub_is_known_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "models--a--b" / "snapshots" / ("c" * 40) / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}", encoding="utf-8")
+    asked: list[object] = []
+
+    def cached_file(name: str, file: str, revision: str) -> str:
+        asked.append((name, file, revision))
+        return str(config)
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    identity, commit = loading.identify("a/b")
+    assert commit == "c" * 40 and not identity.files
+    assert loading.identify("a/b", "v1") == (identity, commit)
+    assert asked == [("a/b", "config.json", "main"), ("a/b", "config.json", "v1")]
+    assert loading.identify("a/other")[0] != identity
+    config.write_text('{"auto_map": {"AutoConfig": "c/d--code.Config"}}', encoding="utf-8")
+    with pytest.raises(ModelError, match="another place"):
+        loading.identify("a/b")
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_half_a_model_is_refused_with_what_to_do(
     small: dict[str, Path], tmp_path: Path, missing: str

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from small_model import settings
 
+from kvedit.cli import cli
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import CorruptStoreError, ModelError, ModelMismatchError, UsageError
 from kvedit.model import loading
@@ -218,3 +220,20 @@ def test_a_store_of_an_older_version_gets_the_fingerprint_of_whole_files(
     with Store.open(trained_store) as store:
         assert store.meta("model_fingerprint") == fingerprint.of_folder(folder).digest
         assert "config.json" in json.loads(store.meta("model_files") or "")
+
+
+def test_the_command_that_allows_code_lists_it_and_asks(
+    trained_store: Path, with_code: Path, tmp_path: Path
+) -> None:
+    point_to(trained_store, str(with_code), trust_remote_code="1")
+    words = ["--store", str(trained_store), "trust"]
+    refused = CliRunner().invoke(cli, words, input="n\n", prog_name="kvedit")
+    assert "own.py" in refused.stdout and refused.exit_code == 130
+    assert not consent.is_given(consent.of_folder(with_code))
+    allowed = CliRunner().invoke(cli, [*words, "--yes"], prog_name="kvedit")
+    assert allowed.exit_code == 0 and "to take it back, delete" in allowed.stdout
+    assert consent.is_given(consent.of_folder(with_code)) and not (tmp_path / "mark").exists()
+    (with_code / "own.py").write_text("", encoding="utf-8")
+    other = CliRunner().invoke(cli, [*words, "--yes"], prog_name="kvedit")
+    assert other.exit_code == 13
+    assert not consent.is_given(consent.of_folder(with_code))
