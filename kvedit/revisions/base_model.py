@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvedit.config import FILE_NAME, Config
 from kvedit.distributed.worker import make_worker
-from kvedit.errors import KveditError, ModelError, ModelMismatchError
+from kvedit.errors import KveditError, ModelMismatchError
 from kvedit.model import devices, loading, quantization
 from kvedit.model.loading import BaseModel, LoadOptions
 from kvedit.store.checks import known_files
@@ -209,12 +209,12 @@ def _code(source: str, commit: str | None) -> str:
 def _may_run_code(store: Store, source: str, commit: str | None) -> bool:
     """Whether the model's own code is run: if it is needed, and somebody has consented here.
 
-    Raises ModelError where the consent is missing.
+    Raises NotAllowedError where the consent is missing.
     """
     if store.meta("trust_remote_code") != "1":
         return False
     if not consent.is_given(_code(source, commit)):
-        raise ModelError(
+        raise consent.NotAllowedError(
             f"the model at {source} brings its own Python code, and nobody has allowed it to run on"
             " this machine",
             hint="A store cannot allow it. Read the code; if you trust it: kvedit trust.",

@@ -20,6 +20,7 @@ from kvedit.store.checks import caches
 from kvedit.store.checks.inspection import looked_at
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
+from kvedit.trust.consent import NotAllowedError
 
 Say = Callable[[str], None]
 
@@ -51,6 +52,8 @@ def _use_settings(store: Store) -> None:
 def _with_model(store: Store, say: Say) -> list[Finding]:
     try:
         return rebuild.check_revisions(store, base_model.load(store).master, say)
+    except NotAllowedError as error:  # no fault of the store
+        return [Finding("warning", f"no revision was rebuilt: {error.message}", error.hint)]
     except KveditError as error:
         return [Finding("error", error.message, error.hint)]
 

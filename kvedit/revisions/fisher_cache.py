@@ -70,9 +70,13 @@ def read(store: Store, revision: int, name: str, texts: str = "") -> FisherMomen
     if not _is_whole(store, path):
         remove(path)
         return None
-    sides = _FileTensors(path)
-    inputs_of = json.loads(sides.label["inputs_of"])
-    return FisherMoments(sides, inputs_of, int(sides.label["tokens"]))
+    try:
+        sides = _FileTensors(path)
+        inputs_of = json.loads(sides.label["inputs_of"])
+        return FisherMoments(sides, dict(inputs_of), int(sides.label["tokens"]))
+    except (KeyError, TypeError, ValueError, RecursionError):  # no version of kvedit wrote it
+        remove(path)
+        return None
 
 
 def _is_whole(store: Store, path: Path) -> bool:
@@ -116,6 +120,8 @@ class _FileTensors(Mapping[str, Tensor]):
         self._spans = json.loads(self._file.read(size))
         self.label: dict[str, str] = self._spans.pop("__metadata__")
         del self._spans[_SEAL]
+        if any(span["dtype"] != "F32" for span in self._spans.values()):
+            raise ValueError(f"{path} has other numbers than fp32")
         self._start = 8 + size
 
     def __getitem__(self, name: str) -> Tensor:

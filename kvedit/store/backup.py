@@ -55,7 +55,8 @@ def backup(store: Store, connection: sqlite3.Connection, target: Path) -> None:
         with disk_errors(target), sqlite_errors(target):
             deltas, checkpoints = _snapshot(connection, snapshot)
             with open(temporary, "xb") as stream:
-                with tarfile.open(fileobj=stream, mode="w") as archive:
+                # A delta may be a link: its content is known by its digest, and is packed.
+                with tarfile.open(fileobj=stream, mode="w", dereference=True) as archive:
                     archive.add(snapshot, DB_NAME)
                     _add_files(archive, store, deltas, checkpoints, {temporary, snapshot, target})
                 sync_stream(stream)

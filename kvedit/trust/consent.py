@@ -21,6 +21,10 @@ ENVIRONMENT = "KVEDIT_CONFIG_DIR"
 _CHOOSING = ("config.json", "tokenizer_config.json")  # they say which code is run
 
 
+class NotAllowedError(ModelError):
+    """The model brings code of its own, and nobody has consented to it on this machine."""
+
+
 def settings_folder() -> Path:
     """The user's folder for what holds on this machine: ``KVEDIT_CONFIG_DIR``, else kvedit's in
     ``XDG_CONFIG_HOME``, ``APPDATA`` or ``~/.config``.

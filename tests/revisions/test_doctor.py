@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,3 +181,28 @@ def test_a_model_that_lies_elsewhere_now(
     moved = shutil.copytree(small["bf16"], tmp_path / "moved")
     assert f"the model is at {moved}" in mend(trained_store, quiet, str(moved))
     assert errors(trained_store) == []
+
+
+def test_code_that_is_not_allowed_here_is_no_fault_of_the_store(
+    trained_store: Path,
+) -> None:
+    sql(trained_store, "UPDATE meta SET value = '1' WHERE name = 'trust_remote_code'")
+    before = state(trained_store)
+    (warning,) = [one for one in examine(trained_store, quiet) if one.level != "ok"]
+    assert warning.level == "warning" and "nobody has allowed it" in warning.what
+    assert state(trained_store) == before
+
+
+def test_a_database_that_may_not_be_read_is_said_so(
+    trained_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.open
+
+    def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(file) == str(trained_store / "kvedit.db"):
+            raise PermissionError(13, "Permission denied")
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    found = [one.what for one in examine_files(trained_store) if one.level == "error"]
+    assert found == [f"cannot read {trained_store / 'kvedit.db'}: Permission denied"]

@@ -108,3 +108,16 @@ def test_nothing_from_outside_the_store_is_packed(store: Store, tmp_path: Path) 
         assert all(member.isfile() or member.isdir() for member in archive)
     assert "notes.txt" in members and not any("linked" in name for name in members)
     assert b"secret" not in (tmp_path / "backup.tar").read_bytes()
+
+
+def test_a_delta_that_is_a_link_is_packed_by_its_content(store: Store, tmp_path: Path) -> None:
+    path = store.delta_path(str(store.revision(1).delta))
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    store.backup(tmp_path / "backup.tar")
+    with tarfile.open(tmp_path / "backup.tar") as archive:
+        assert archive.getmember(f"deltas/{path.name}").isfile()
+    (tmp_path / "moved").write_text("a secret")
+    with pytest.raises(CorruptStoreError, match="was altered"):
+        store.backup(tmp_path / "other.tar")
+    assert not (tmp_path / "other.tar").exists()

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from kvedit.errors import LockedError
+from kvedit.errors import KveditError, LockedError
 from kvedit.files import disk_errors
 
 TRIES = 5
+_HINT = "Check the permissions of the store's folder and of the files in it."
 _PARTS = ("", "-wal", "-journal")  # the last one is of a database that is not in WAL mode
 
 
@@ -25,15 +26,14 @@ def copied(database: Path) -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix="kvedit-look-") as folder:
         target = Path(folder) / database.name
-        with disk_errors(target):
-            for _ in range(TRIES):
-                before = _last_write(database)
-                _copy(database, target)
-                if _last_write(database) == before:
-                    break
-            else:
-                hint = "Wait until the other command has ended, then try again."
-                raise LockedError(f"{database} is being written all the time", hint=hint)
+        for _ in range(TRIES):
+            before = _last_write(database)
+            _copy(database, target)
+            if _last_write(database) == before:
+                break
+        else:
+            hint = "Wait until the other command has ended, then try again."
+            raise LockedError(f"{database} is being written all the time", hint=hint)
         yield target
 
 
@@ -41,8 +41,14 @@ def _copy(database: Path, target: Path) -> None:
     for end in _PARTS:
         source, copy = (path.with_name(path.name + end) for path in (database, target))
         copy.unlink(missing_ok=True)
-        if source.is_file():
-            shutil.copyfile(source, copy)
+        try:
+            stream = open(source, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise KveditError(f"cannot read {source}: {error.strerror}", hint=_HINT) from error
+        with stream, disk_errors(copy), open(copy, "wb") as out:
+            shutil.copyfileobj(stream, out)
 
 
 def _last_write(database: Path) -> list[tuple[int, int]]:

@@ -4,7 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from kvedit.errors import KveditError, LockedError, NoStoreError, StoreTooNewError
+from kvedit.errors import (
+    DiskFullError,
+    KveditError,
+    LockedError,
+    NoStoreError,
+    StoreTooNewError,
+)
 from kvedit.files import sha256_file, verify_manifest
 from kvedit.store.checks import caches
 from kvedit.store.integrity import part, settings
@@ -17,13 +23,14 @@ from kvedit.trust.names import RESTORE
 def looked_at(path: Path) -> Iterator[tuple[Store | None, list[Finding]]]:
     """A store whose database is a copy; None, and what was found, if it cannot be opened.
 
-    Raises NoStoreError, StoreTooNewError, and LockedError if it is written all the time.
+    Raises NoStoreError, StoreTooNewError, LockedError if it is written all the time, and
+    DiskFullError if there is no space for the copy.
     """
     with ExitStack() as stack:
         store, findings = None, []
         try:
             store = stack.enter_context(Store.inspect(path))
-        except (NoStoreError, StoreTooNewError, LockedError):
+        except (NoStoreError, StoreTooNewError, LockedError, DiskFullError):
             raise
         except KveditError as error:
             findings = [Finding("error", error.message, error.hint), *files_alone(path)]

@@ -50,7 +50,8 @@ def _schema(db: Database) -> Iterator[tuple[str, tuple[str, str, str]]]:
         text = " ".join(str(sql).split())
         if name == _MIGRATIONS and kind == "table" and text.upper().startswith("CREATE TABLE"):
             continue
-        if not (sql is None or kind == "table") or not str(name).startswith(_OWN):
+        plain = sql is None or text.upper().startswith("CREATE TABLE")
+        if not (plain and str(name).startswith(_OWN)):
             yield str(name), (str(kind), str(table), text)
 
 
