@@ -213,15 +213,21 @@ class StoreBase:
 
     def set_meta(self, name: str, value: str) -> None:
         """Set a named value; ``head`` moves by commits only."""
-        self.set_metas({name: value})
+        if name == "head":
+            raise ValueError("the head moves by commits only")
+        with self._transaction():
+            self._set(name, value)
 
     def set_metas(self, values: Mapping[str, str]) -> None:
         """Set several named values in one transaction."""
         if "head" in values:
             raise ValueError("the head moves by commits only")
         with self._transaction():
-            for item in values.items():
-                self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", item)
+            for name, value in values.items():
+                self._set(name, value)
+
+    def _set(self, name: str, value: str) -> None:
+        self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
 
     def head(self) -> int:
         """The current revision; raises CorruptStoreError if the store names none."""
