@@ -313,7 +313,8 @@ _FACT_ROW_COLUMNS = (
 
 
 def _health(row: Row, head: int, stale_after: int) -> str:
-    if row["passed"] is None or row["state"] != "committed":
+    checked = row["passed"] is not None and row["last_checked_revision"] is not None
+    if not checked or row["state"] != "committed":
         return "unchecked"
     if not row["passed"]:
         return "regressed"

@@ -135,6 +135,14 @@ def test_some_values_in_every_column(template: Path, work: Path, table: str, col
             assert not faults(store, work, *CHECKING, ("history", "--json")), name
 
 
+@pytest.mark.parametrize(
+    ("column", "name"), [("last_checked_revision", "nothing"), ("margin", "a text of digits")]
+)
+def test_health_that_no_check_gave(template: Path, work: Path, column: str, name: str) -> None:
+    store = poisoned(template, work, "fact_health", column, name)
+    assert store is not None and not faults(store, work, *READING, *CHECKING)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("table", "column"), columns())
 def test_every_value_in_every_column(template: Path, work: Path, table: str, column: str) -> None:

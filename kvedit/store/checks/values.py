@@ -4,6 +4,7 @@ Column names mean the same in every table, so a result is checked by its columns
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -42,6 +43,8 @@ def require_types(columns: Sequence[str], rows: Sequence[Sequence[Any]], where: 
             kinds = ", ".join(sorted(kind.__name__ for kind in wrong))
             what = f"{where}: a value of the column {name} has a wrong type ({kinds})"
             raise CorruptStoreError(what, hint=RESTORE)
+        if float in allowed and not all(math.isfinite(value or 0.0) for value in values):
+            raise CorruptStoreError(f"{where}: a value of {name} is infinite", hint=RESTORE)
         if name in _NUMBERS and min((v for v in values if v is not None), default=0) < 0:
             what = f"{where}: a value of the column {name} is negative"
             raise CorruptStoreError(what, hint=RESTORE)
