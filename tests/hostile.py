@@ -61,10 +61,10 @@ def poison(database: Path, table: str, column: str, value: object, *, raw: bool 
     how many rows it reached.
     """
     with closing(sqlite3.connect(database, isolation_level=None)) as db:
-        db.execute("PRAGMA ignore_check_constraints = ON")
         (sql,) = db.execute("SELECT sql FROM sqlite_master WHERE name = ?", [table]).fetchone()
-        _set_schema(db, table, re.sub(r"NOT NULL|CHECK \(.*\)(?=,?\n)", "", sql))
+        _set_schema(db, table, re.sub("(?<!IS )NOT NULL", "", sql))
     with closing(sqlite3.connect(database, isolation_level=None)) as db:
+        db.execute("PRAGMA ignore_check_constraints = ON")
         mark = str(value) if raw else "?"
         last = f"rowid = (SELECT max(rowid) FROM {table})"
         last = "name = 'model_path'" if (table, column) == ("meta", "value") else last
@@ -72,7 +72,7 @@ def poison(database: Path, table: str, column: str, value: object, *, raw: bool 
             changed = db.execute(
                 f"UPDATE {table} SET {column} = {mark} WHERE {last}", [] if raw else [value]
             ).rowcount
-        except sqlite3.Error:  # a rowid must be a number, a key must be its own
+        except sqlite3.IntegrityError:  # a rowid must be a number, a key must be its own
             changed = 0
         _set_schema(db, table, sql)
     return int(changed)

@@ -45,6 +45,7 @@ def template(
         rebuild.write_checkpoint(knowledge.store, knowledge.engine.master)
     with closing(sqlite3.connect(path / "kvedit.db", isolation_level=None)) as db:
         db.execute("INSERT OR IGNORE INTO aliases VALUES ('the lantern', 1)")
+        db.execute("INSERT OR IGNORE INTO prior_answers VALUES (1, 'What is it?', 'Nothing.')")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     with model_in_memory():
         yield path

@@ -24,6 +24,7 @@ _TEXTS = (
 )  # fmt: skip
 _OPTIONAL_TEXTS = (
     "delta", "finished_at", "before", "after", "expected", "answer", "source", "last_checked_at",
+    "last", "why",
 )  # fmt: skip
 _ALLOWED: dict[str, frozenset[type]] = {
     **dict.fromkeys(_NUMBERS, frozenset({int, _NONE})),
