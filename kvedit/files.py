@@ -142,6 +142,8 @@ def sha256_file(path: Path) -> str:
 def read_verified(path: Path, digest: str) -> bytes:
     """Read a file and check its SHA-256; raises CorruptStoreError if it is missing or altered."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise CorruptStoreError(f"{path} is not a plain file", hint=_RESTORE_HINT)
         data = path.read_bytes()
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
@@ -175,9 +177,13 @@ def verify_manifest(directory: Path, digest: str) -> dict[str, object]:
 
     Raises CorruptStoreError, naming the file, if anything is missing or altered.
     """
-    document: dict[str, object] = json.loads(read_verified(directory / MANIFEST, digest))
-    files = document.get("files")
-    if not isinstance(files, dict):
+    try:
+        document: dict[str, object] = json.loads(read_verified(directory / MANIFEST, digest))
+    except (ValueError, RecursionError) as error:
+        what = f"{directory / MANIFEST} cannot be read: {error!s:.200}"
+        raise CorruptStoreError(what, hint=_RESTORE_HINT) from error
+    files = document.get("files") if isinstance(document, dict) else None
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         raise CorruptStoreError(f"{directory / MANIFEST} lists no files", hint=_RESTORE_HINT)
     for name, expected in files.items():
         path = directory / name

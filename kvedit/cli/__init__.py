@@ -19,7 +19,7 @@ from kvedit.cli.commands.doctor import backup, doctor
 from kvedit.cli.commands.edit import add, remove, rollback, update
 from kvedit.cli.commands.export import export
 from kvedit.cli.commands.ingest import ingest
-from kvedit.cli.commands.init import init
+from kvedit.cli.commands.init import init, trust
 from kvedit.cli.commands.query import history, list_facts, report, show, similar, status
 from kvedit.cli.commands.verify import verify
 from kvedit.cli.common import EXIT_INTERRUPTED, KveditGroup, Settings, configure_logging
@@ -34,7 +34,7 @@ Exit codes:
 
 COMMANDS = (
     init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, doctor, backup, export, bench,
+    report, verify, rollback, doctor, backup, trust, export, bench,
 )  # fmt: skip
 SHARED = ("add", "ingest", "verify")
 """Commands that several processes run together; the others run on rank 0 alone."""

@@ -246,7 +246,7 @@ class KnowledgeBase:
         findings = self.store.integrity()
         if deep:
             start, say = self._session.revision, self._session.say
-            findings.append(base_model.check(self.store, self.engine.base))
+            findings.append(base_model.check(self.store))
             findings += rebuild.check_revisions(self.store, self.engine.master, say)
             self._session.go_to(start)
         return findings

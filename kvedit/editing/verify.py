@@ -13,12 +13,14 @@ from statistics import mean
 
 from kvedit.editing.evaluation import probe_row
 from kvedit.editing.group_edit import GroupEditor
+from kvedit.errors import CorruptStoreError
 from kvedit.events import EditReport, RetentionCheck, Score
 from kvedit.facts.keys import naming
 from kvedit.metrics import ngram_entropy
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.replay import protected_texts
+from kvedit.revisions import base_model
 from kvedit.revisions.session import Session
 from kvedit.store.rows import FactRow, ProbeRow
 
@@ -72,6 +74,9 @@ def verify(
     to ask besides of what the model knew before the first edit.
     """
     began = time.monotonic()
+    session.require_texts()
+    if repair:
+        _require_sound(session)
     report = check_facts(session, rows)
     repaired: list[EditReport] = []
     for _ in range(REPAIR_ROUNDS if repair else 0):
@@ -84,6 +89,18 @@ def verify(
     base = check_base_knowledge(session, base_knowledge) if base_knowledge else None
     seconds = time.monotonic() - began
     return replace(report, base=base, repaired=tuple(repaired), seconds=seconds)
+
+
+def _require_sound(session: Session) -> None:
+    """Raise CorruptStoreError if ``doctor`` would fault the store: a repair would train that in."""
+    session.say("checking the store before anything is trained")
+    findings = [*session.store.integrity(), base_model.check(session.store)]
+    for finding in findings:
+        if finding.level == "error":
+            raise CorruptStoreError(
+                f"nothing is repaired in a damaged store: {finding.what}",
+                hint="Run `kvedit doctor`.",
+            )
 
 
 def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:

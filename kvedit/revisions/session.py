@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvedit.config import Config
-from kvedit.errors import LockedError, OutOfMemoryError
+from kvedit.errors import CorruptStoreError, LockedError, OutOfMemoryError
 from kvedit.events import Warning_
 from kvedit.facts.keys import in_words
 from kvedit.revisions.checkout import Checkout, Emit
@@ -28,6 +28,7 @@ class Session(Checkout):
         self.config: Config = store.config
         self.protection = Protection(self)
         self.reading = Reading(self)
+        self._texts_compared = False
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -36,11 +37,27 @@ class Session(Checkout):
             try:
                 with memory.watched():
                     self.recover()
+                    self.require_texts()
                     self.go_to_head()
                     yield
             except OutOfMemoryError:
                 self.engine.release()  # caches must not make the next edit fail too
                 raise
+
+    def require_texts(self) -> None:
+        """Raise CorruptStoreError if a fact's text is not what its history says, so that nothing is
+        trained, or blamed on the model, that nobody wrote.  Compared once.
+        """
+        if self._texts_compared:
+            return
+        if altered := self.store.altered():
+            what = f"{', '.join(altered[0].parts)} of the fact {altered[0].key}"
+            more = f", and {len(altered) - 1} more facts" * (len(altered) > 1)
+            raise CorruptStoreError(
+                f"{what}{more}: not what the history of {self.store.path} says",
+                hint="Run `kvedit doctor`; `kvedit doctor --fix` restores what the history holds.",
+            )
+        self._texts_compared = True
 
     @contextmanager
     def compacting(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ Invariants:
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -19,8 +19,11 @@ from sqlite_utils import Database
 from kvedit.config import FILE_NAME, Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, NoStoreError, UsageError
 from kvedit.files import StoreLock, disk_errors, disk_full, remove, sync_directory, temporary_path
+from kvedit.store.checks.schema import harden, require_ours
+from kvedit.store.checks.values import require_types
 from kvedit.store.migrations import FORMAT_VERSION, check_version, migrate
 from kvedit.store.rows import Row
+from kvedit.trust import names
 
 DB_NAME = "kvedit.db"
 BUSY_SECONDS = 10.0
@@ -99,7 +102,9 @@ def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
         db = Database(connection, execute_plugins=False)
     try:
         with sqlite_errors(path):
+            harden(connection)
             version = check_version(db, str(path))
+            require_ours(db, version, str(path))
             db.execute("PRAGMA foreign_keys = ON")
             if not readonly:
                 db.enable_wal()
@@ -126,10 +131,32 @@ def upgrade(path: Path, version: int) -> None:
         raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
 
 
-class StoreBase:
-    """A folder with an open database: paths, meta, lock, transactions."""
+def rows_of(cursor: sqlite3.Cursor, sql: str, where: str) -> list[Row]:
+    """The rows of a query; raises CorruptStoreError for values of another type than kvedit's."""
+    columns = [column[0] for column in cursor.description]
+    rows = cursor.fetchall()
+    if not sql.startswith("PRAGMA"):
+        require_types(columns, rows, where)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
-    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+
+def query_of(connection: sqlite3.Connection, where: str) -> Callable[[str], list[Row]]:
+    """A function that returns the rows of a query, as ``rows_of`` does."""
+
+    def query(sql: str) -> list[Row]:
+        with sqlite_errors(Path(where)):
+            return rows_of(connection.execute(sql), sql, where)
+
+    return query
+
+
+class StoreBase:
+    """A folder with an open database: paths, meta, lock, transactions.
+
+    With ``database`` it is that copy which is opened, in place of the store's own.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool = False, database: Path | None = None) -> None:
         self.path = path
         self.readonly = readonly
         self.db_path = path / DB_NAME
@@ -142,7 +169,9 @@ class StoreBase:
                 f"there is no knowledge store at {path}",
                 hint="Create one with `kvedit init`, or name another with --store.",
             )
-        self._db = connect(self.db_path, readonly=readonly)
+        names.refuse_links(path)
+        self.settings: Config | None = None  # in place of those of the file, where they are set
+        self._db = connect(database or self.db_path, readonly=readonly)
         self._store_lock = StoreLock(path)
         try:
             self.head()
@@ -153,11 +182,11 @@ class StoreBase:
     @property
     def config(self) -> Config:
         """The settings, read from ``kvedit.toml`` where there is one."""
-        return Config.load(self.path / FILE_NAME)
+        return self.settings or Config.load(self.path / FILE_NAME)
 
     def delta_path(self, digest: str) -> Path:
-        """The file of a delta."""
-        return self.deltas / f"{digest}{DELTA_SUFFIX}"
+        """The file of a delta; raises CorruptStoreError for anything but a SHA-256 in hex."""
+        return self.deltas / f"{names.delta(digest)}{DELTA_SUFFIX}"
 
     def checkpoint_path(self, revision: int) -> Path:
         """The folder for the checkpoint of a revision."""
@@ -187,15 +216,22 @@ class StoreBase:
         if name == "head":
             raise ValueError("the head moves by commits only")
         with self._transaction():
-            self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
+            self._set(name, value)
+
+    def set_metas(self, values: Mapping[str, str]) -> None:
+        """Set several named values in one transaction."""
+        if "head" in values:
+            raise ValueError("the head moves by commits only")
+        with self._transaction():
+            for name, value in values.items():
+                self._set(name, value)
+
+    def _set(self, name: str, value: str) -> None:
+        self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
 
     def head(self) -> int:
         """The current revision; raises CorruptStoreError if the store names none."""
-        value = self.meta("head")
-        if value is None or not value.isdecimal():
-            hint = "Restore the store from a backup."
-            raise CorruptStoreError(f"{self.db_path} names no head revision", hint=hint)
-        return int(value)
+        return names.revision(self.meta("head"), f"{self.db_path} names no head revision")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -220,9 +256,7 @@ class StoreBase:
 
     def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
         with sqlite_errors(self.db_path):
-            cursor = self._db.execute(sql, list(values))
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            return rows_of(self._db.execute(sql, list(values)), sql, str(self.db_path))
 
     def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
         return next(iter(self._rows(sql, values)), None)

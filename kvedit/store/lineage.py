@@ -48,8 +48,11 @@ class Lineage(StoreBase):
                 raise CorruptStoreError(f"revision {number} is missing", hint=hint)
             if row.restores is None or row.delta is not None:
                 line.append(row)
-            # Both are smaller than the row's own number (checked by the schema): this ends.
-            number = row.restores if row.restores is not None else row.parent or 0
+            earlier = row.restores if row.restores is not None else row.parent or 0
+            if earlier >= number:  # a database that was tampered with: this would not end
+                what = f"revision {number} comes from revision {earlier}, which is not older"
+                raise CorruptStoreError(what, hint="Restore the store from a backup.")
+            number = earlier
         return line[::-1]
 
     def facts_at(self, number: int) -> dict[int, tuple[str, Fact]]:

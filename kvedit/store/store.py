@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, normalise
 from kvedit.files import StoreLock, disk_errors, now, sync_directory
-from kvedit.store import integrity
+from kvedit.store import backup, integrity
+from kvedit.store.checks.repairs import Repairs
 from kvedit.store.database import DB_NAME, create_database
-from kvedit.store.journal import Journal
 from kvedit.store.rows import (
     CheckpointRow,
     EditRow,
@@ -32,7 +31,9 @@ from kvedit.store.rows import (
     fact_columns,
     fact_from_columns,
     probe_from,
+    reasons_from,
 )
+from kvedit.trust import names
 
 ENVIRONMENT = "KVEDIT_STORE"
 DEFAULT = "store"
@@ -48,7 +49,7 @@ def resolve_store(option: str | Path | None = None) -> Path:
     return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
 
 
-class Store(Journal):
+class Store(Repairs):
     """A knowledge store.  Open it with ``Store.open``, make one with ``Store.create``."""
 
     @staticmethod
@@ -142,8 +143,8 @@ class Store(Journal):
         """Like ``find``; raises UnknownKeyError, with similar keys as a suggestion."""
         if row := self.find(key):
             return row
-        names = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
-        close = did_you_mean(key, names)
+        known = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
+        close = did_you_mean(key, known)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
         raise UnknownKeyError(f"there is no fact {key!r} in {self.path}", hint=hint)
 
@@ -207,7 +208,8 @@ class Store(Journal):
                 json_extract(e.report, '$.seconds') AS seconds
             FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
             ORDER BY id DESC LIMIT ?"""
-        rows = [row for row in self._rows(sql, [limit]) if row["seconds"]]
+        found = self._rows(sql, [limit])
+        rows = [row for row in found if row["seconds"] and type(row["seconds"]) in (int, float)]
         return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
 
     def refusals(self) -> dict[int, tuple[str, ...]]:
@@ -216,7 +218,8 @@ class Store(Journal):
             SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
                 WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
             FROM facts f WHERE f.state = 'rejected'"""
-        return {row["id"]: tuple(json.loads(row["why"] or "[]")) for row in self._rows(sql)}
+        rows = self._rows(sql)
+        return {r["id"]: reasons_from(r["why"] or "[]", f"of fact {r['id']}") for r in rows}
 
     def edit_results(self, edit_id: int) -> list[ProbeRow]:
         """The probe results of an edit, in the order they were taken."""
@@ -261,9 +264,16 @@ class Store(Journal):
             self._insert("protected", {name: getattr(row, name) for name in _PROTECTED_COLUMNS})
 
     def checkpoints(self) -> list[CheckpointRow]:
-        """The checkpoints, oldest revision first; their reader has to verify each one."""
+        """The checkpoints, oldest revision first; their reader has to verify each one.
+
+        Raises CorruptStoreError if one has another name than kvedit gives.
+        """
         rows = self._rows("SELECT * FROM checkpoints ORDER BY revision")
-        return [CheckpointRow(r["revision"], self.path / r["path"], r["digest"]) for r in rows]
+        paths = [self.path / names.checkpoint(row["revision"], row["path"]) for row in rows]
+        return [
+            CheckpointRow(row["revision"], path, row["digest"])
+            for row, path in zip(rows, paths, strict=True)
+        ]
 
     def add_checkpoint(self, revision: int, path: Path, digest: str) -> None:
         """Record a checkpoint that is complete on the disk; ``digest`` is of its manifest."""
@@ -286,9 +296,9 @@ class Store(Journal):
     def backup(self, path: Path) -> None:
         """Write a consistent copy of the store into one tar file, also while edits run.
 
-        Raises CorruptStoreError, UsageError or DiskFullError, see ``integrity.backup``.
+        Raises CorruptStoreError, UsageError or DiskFullError, see ``backup.backup``.
         """
-        integrity.backup(self, self._db.conn, path)
+        backup.backup(self, self._db.conn, path)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
         """Check the database and every file; without ``deep`` no digest is computed."""
@@ -303,7 +313,8 @@ _FACT_ROW_COLUMNS = (
 
 
 def _health(row: Row, head: int, stale_after: int) -> str:
-    if row["passed"] is None or row["state"] != "committed":
+    checked = row["passed"] is not None and row["last_checked_revision"] is not None
+    if not checked or row["state"] != "committed":
         return "unchecked"
     if not row["passed"]:
         return "regressed"
