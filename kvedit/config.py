@@ -20,6 +20,7 @@ from kvedit.errors import UsageError
 from kvedit.renamed_settings import old_settings
 
 FILE_NAME = "kvedit.toml"
+RECALL_SOURCES = ("model", "store")
 _INFINITY = float("inf")
 
 
@@ -205,6 +206,16 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecallConfig:
+    """What `ask --recall` and `chat --recall` put before a question that names facts."""
+
+    source: str = setting(
+        "store", help="Where the texts come from: `store`, or `model` for its own recitation."
+    )
+    max_facts: int = setting(3, low=1, help="Most facts that are recalled for a question.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """How the base model is loaded."""
 
@@ -229,6 +240,7 @@ class Config:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod

@@ -1,0 +1,170 @@
+"""Recite, then answer: the texts of the facts that a question names go before the question.
+
+A text comes from the model, which is asked for the fact as it was trained ("What is KEY?"), or from
+the store.  The model's own recitation says what the weights hold, and works for an exported model
+too (docs/guides/export.md).
+
+Invariants:
+- Facts and weights are those of one revision.
+- A question that names no fact stays as it is, so that the answer is the same to the bit.
+- What is put before a question never drives it out of the model's context: texts that do not fit
+  are left out, and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvedit.asking.mentions import Mention, NameIndex
+from kvedit.asking.nearness import nearest
+from kvedit.config import RECALL_SOURCES
+from kvedit.errors import UsageError
+from kvedit.events import JsonDict
+from kvedit.facts.fact import Fact
+from kvedit.revisions.session import Session
+
+Messages = Sequence[Mapping[str, str]]
+RECITATION_TOKENS = 512  # at which the model's recitation of a fact is cut
+ANSWER_TOKENS = 64  # of the context that stay free for an answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A text that an answer stood on.
+
+    ``name`` is the key or alias that was found, ``score`` how alike the question spells it (100:
+    the same normal form), ``origin`` is ``model`` or ``store``; ``exact`` says whether the text is
+    the store's, word for word.
+    """
+
+    key: str
+    name: str
+    score: float
+    origin: str
+    text: str
+    exact: bool
+
+    def to_json(self) -> JsonDict:
+        """A JSON document of all fields."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recalled:
+    """A conversation with the texts of the facts that it names; ``left_out`` are the keys of those
+    that did not fit into the model's context.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    sources: tuple[Source, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The facts of a revision, found by their names."""
+
+    revision: int
+    by_key: dict[str, Fact]
+    names: NameIndex
+
+
+def with_texts(message: Mapping[str, str], texts: Sequence[str]) -> list[Mapping[str, str]]:
+    """A user's message with texts that it can be answered from."""
+    if not texts:
+        return [message]
+    return [{**message, "content": "\n\n".join([*texts, message["content"]])}]
+
+
+class Recaller:
+    """Finds the facts that a conversation names, and puts their texts into it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._facts: _Facts | None = None
+
+    def recall(self, messages: Messages, origin: str | None = None) -> Recalled:
+        """The conversation with the texts of the facts that the user's messages name, each once,
+        before the message that names it first; by the weights in memory.
+
+        ``origin`` is ``model`` or ``store``, by default the setting of the store.  Raises
+        UsageError for another one.
+        """
+        settings = self._session.config.recall
+        origin = origin or settings.source
+        if origin not in RECALL_SOURCES:
+            hint = f"Use one of {', '.join(RECALL_SOURCES)}."
+            raise UsageError(f"there is no source of recalled texts called {origin!r}", hint=hint)
+        named = self._named(messages, settings.max_facts)
+        found = self._sources([m for turn in named for m in turn], origin)
+        turns = [tuple(found[mention.key] for mention in turn) for turn in named]
+        return self._fitting(messages, turns)
+
+    def _named(self, messages: Messages, most: int) -> list[list[Mention]]:
+        """For each message the facts that it names and none before it did."""
+        known: set[str] = set()
+        named = []
+        for message in messages:
+            turn = self.mentioned(message["content"], most) if message["role"] == "user" else []
+            named.append([mention for mention in turn if mention.key not in known])
+            known.update(mention.key for mention in turn)
+        return named
+
+    def mentioned(self, text: str, most: int) -> list[Mention]:
+        """The facts that a text names at the revision in memory, at most ``most``."""
+        facts = self._facts_now()
+
+        def prefer(keys: list[str]) -> list[str]:
+            return [fact.key for fact, _ in nearest(text, [facts.by_key[key] for key in keys])]
+
+        return facts.names.mentioned(text, most, prefer)
+
+    def _facts_now(self) -> _Facts:
+        """The facts at the revision of the weights in memory; kept until these are another's."""
+        revision, store = self._session.revision, self._session.store
+        if self._facts is None or self._facts.revision != revision:
+            held = list(store.held_at(revision).values())
+            names = [(name, fact.key) for fact in held for name in (fact.key, *fact.aliases)]
+            self._facts = _Facts(revision, {fact.key: fact for fact in held}, NameIndex(names))
+        return self._facts
+
+    def _sources(self, mentions: Sequence[Mention], origin: str) -> dict[str, Source]:
+        """The texts of facts, by key."""
+        held = self._facts_now().by_key
+        texts = [held[mention.key].description for mention in mentions]
+        if origin == "model":
+            texts = self._recited([held[mention.key] for mention in mentions])
+        return {
+            mention.key: Source(
+                key=mention.key, name=mention.name, score=mention.score, origin=origin, text=text,
+                exact=text == held[mention.key].description,
+            )
+            for mention, text in zip(mentions, texts, strict=True)
+        }  # fmt: skip
+
+    def _recited(self, facts: Sequence[Fact]) -> list[str]:
+        """What the model answers when it is asked for facts by their first training prompt."""
+        engine = self._session.engine
+        prompts = [engine.examples(fact)[0].prompt for fact in facts]
+        return engine.generate(prompts, limit=RECITATION_TOKENS) if prompts else []
+
+    def _fitting(self, messages: Messages, turns: list[tuple[Source, ...]]) -> Recalled:
+        """The conversation with as many of the texts as fit: the earliest turns' go first, and of
+        a turn the last.
+        """
+        left_out: list[str] = []
+        renderer = self._session.engine.renderer
+        while True:
+            brought = tuple(
+                turn
+                for message, sources in zip(messages, turns, strict=True)
+                for turn in with_texts(message, [source.text for source in sources])
+            )
+            sources = tuple(source for turn in turns for source in turn)
+            room = renderer.context - ANSWER_TOKENS
+            if not sources or len(renderer.dialogue(brought)) <= room:
+                return Recalled(messages=brought, sources=sources, left_out=tuple(left_out))
+            at = next(number for number, turn in enumerate(turns) if turn)
+            left_out.append(turns[at][-1].key)
+            turns[at] = turns[at][:-1]
