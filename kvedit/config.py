@@ -20,7 +20,6 @@ from kvedit.errors import UsageError
 from kvedit.renamed_settings import old_settings
 
 FILE_NAME = "kvedit.toml"
-RECALL_SOURCES = ("model", "store")
 _INFINITY = float("inf")
 
 
@@ -209,9 +208,7 @@ class PromptsConfig:
 class RecallConfig:
     """What `ask --recall` and `chat --recall` put before a question that names facts."""
 
-    source: str = setting(
-        "store", help="Where the texts come from: `store`, or `model` for its own recitation."
-    )
+    source: str = setting("store", help="`store` for its texts, or `model` for its recitations.")
     max_facts: int = setting(3, low=1, help="Most facts that are recalled for a question.")
 
 

@@ -1,11 +1,12 @@
-"""Why a model says what it says: the facts near a question, and the edit that changed the answer.
+"""Why a model says what it says: the facts near a question, and the edits that changed the answer.
 
-Revisions between the base model and the one explained are bisected: of the revision in the middle
-it is asked whether its answer is nearer to the answer explained or to the base model's.
+Revisions between the base model and the one explained are bisected twice: for the step from which
+on the answer is the same to the letter, and, where that step changed only its wording, for the one
+from which on it is nearly the same.
 
 Invariants:
 - No weight is changed for good: the model comes back to the revision that it had.
-- ``changed`` is a step of the journal at which the answer went over from one side to the other.  An
+- A change is a step of the journal at which the answer went over from one side to the other.  An
   answer that went over several times has several such steps, of which one is found.
 """
 
@@ -13,14 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvedit.asking.mentions import EXACT, NameIndex
 from kvedit.asking.nearness import nearest
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
-from kvedit.revisions.session import Session
+
+if TYPE_CHECKING:
+    from kvedit.revisions.session import Session
 
 SHOWN_FACTS = 5
+NEARLY_SAME = 90.0  # of two answers, rapidfuzz's ratio from which on only the wording differs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +60,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Where an answer comes from; ``changed`` is None where the base model says the same.
+    """Where an answer comes from: the ``changes`` that made it, the latest first; none where the
+    base model says the same.
 
     ``asked`` counts the revisions at which the model was asked.
     """
@@ -64,15 +70,15 @@ class Explanation:
     revision: int
     answer: str
     base_answer: str
-    changed: Change | None
+    changes: tuple[Change, ...]
     facts: tuple[NearFact, ...]
     asked: int
 
     def to_json(self) -> JsonDict:
         """A JSON document of all fields."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        changed = self.changed and _fields(self.changed)
-        return {**fields, "changed": changed, "facts": [_fields(fact) for fact in self.facts]}
+        changes, facts = map(_fields, self.changes), map(_fields, self.facts)
+        return {**fields, "changes": list(changes), "facts": list(facts)}
 
 
 def _fields(row: NearFact | Change) -> JsonDict:
@@ -103,50 +109,63 @@ def explain(
 
     try:
         now, base = answer(line[-1]), answer(0)
-        changed = _change(session, line, answer) if now != base else None
+        changes = _changes(session, line, answer) if now != base else ()
     finally:
         if session.revision != start:
             session.go_to(start)
     return Explanation(
-        question=question, revision=revision, answer=now, base_answer=base, changed=changed,
-        facts=_near_facts(session, revision, question, now, changed)[:limit], asked=len(answers),
+        question=question, revision=revision, answer=now, base_answer=base, changes=changes,
+        facts=_near_facts(session, revision, question, now, changes)[:limit], asked=len(answers),
     )  # fmt: skip
 
 
-def _change(session: Session, line: Sequence[int], answer: Callable[[int], str]) -> Change:
-    """Bisect a line of revisions whose ends answer differently."""
-    low, high = 0, len(line) - 1
-    first, last = answer(line[low]), answer(line[high])
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _nearer(answer(line[middle]), last, first):
-            high = middle
-        else:
-            low = middle
-    row = session.store.revision(line[high])
-    edit = None if row.edit_id is None else session.store.edit(row.edit_id)
-    return Change(
-        before=line[low], revision=line[high], kind=row.kind, keys=edit.keys if edit else (),
-        finished_at=edit.finished_at if edit else None, answer_before=answer(line[low]),
-        answer_after=answer(line[high]),
-    )  # fmt: skip
-
-
-def _nearer(answer: str, one: str, other: str) -> bool:
-    """Whether an answer has more in common with one than with the other."""
+def _changes(
+    session: Session, line: Sequence[int], answer: Callable[[int], str]
+) -> tuple[Change, ...]:
+    """The steps in a line of revisions, whose ends answer differently, that made its answer."""
     from rapidfuzz import fuzz
 
-    return fuzz.ratio(answer, one) > fuzz.ratio(answer, other)
+    final = answer(line[-1])
+
+    def nearly(number: int) -> bool:
+        return fuzz.ratio(answer(number), final) >= NEARLY_SAME
+
+    step = _bisect(line, lambda number: answer(number) == final)
+    steps = [step]
+    if nearly(line[step - 1]) and not nearly(0):
+        steps.append(_bisect(line[:step], nearly))
+    return tuple(_change(session, line[at - 1], line[at], answer) for at in steps)
+
+
+def _bisect(line: Sequence[int], reached: Callable[[int], bool]) -> int:
+    """A place in a line at which something is reached that was not just before it; it is at the
+    end, and not at the start.
+    """
+    low, high = 0, len(line) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(line[middle]) else (middle, high)
+    return high
+
+
+def _change(session: Session, before: int, revision: int, answer: Callable[[int], str]) -> Change:
+    row = session.store.revision(revision)
+    edit = None if row.edit_id is None else session.store.edit(row.edit_id)
+    return Change(
+        before=before, revision=revision, kind=row.kind, keys=edit.keys if edit else (),
+        finished_at=edit.finished_at if edit else None, answer_before=answer(before),
+        answer_after=answer(revision),
+    )  # fmt: skip
 
 
 def _near_facts(
-    session: Session, revision: int, question: str, answer: str, changed: Change | None
+    session: Session, revision: int, question: str, answer: str, changes: Sequence[Change]
 ) -> tuple[NearFact, ...]:
     """Facts that the question names, then those of the edit, then those that share its words."""
     known = session.store.facts_at(revision).values()
     state = {fact.key: (state, fact.description) for state, fact in known}
     facts = [fact for _, fact in known]
-    edited = set(changed.keys) if changed else set()
+    edited = {key for change in changes for key in change.keys}
     names = NameIndex((name, fact.key) for fact in facts for name in (fact.key, *fact.aliases))
     named = {m.key: m.score for m in names.mentioned(question, limit=len(facts))}
     nearness = {fact.key: score for fact, score in nearest(f"{question}\n{answer}", facts)}

@@ -14,17 +14,20 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kvedit.asking.mentions import Mention, NameIndex
 from kvedit.asking.nearness import nearest
-from kvedit.config import RECALL_SOURCES
 from kvedit.errors import UsageError
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
-from kvedit.revisions.session import Session
+
+if TYPE_CHECKING:
+    from kvedit.revisions.session import Session
 
 Messages = Sequence[Mapping[str, str]]
+SOURCES = ("model", "store")
 RECITATION_TOKENS = 512  # at which the model's recitation of a fact is cut
 ANSWER_TOKENS = 64  # of the context that stay free for an answer
 
@@ -63,11 +66,12 @@ class Recalled:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """The facts of a revision, found by their names."""
+    """The facts of a revision, found by their names, and what the model recited of them."""
 
     revision: int
     by_key: dict[str, Fact]
     names: NameIndex
+    recited: dict[str, str] = field(default_factory=dict)
 
 
 def with_texts(message: Mapping[str, str], texts: Sequence[str]) -> list[Mapping[str, str]]:
@@ -93,8 +97,8 @@ class Recaller:
         """
         settings = self._session.config.recall
         origin = origin or settings.source
-        if origin not in RECALL_SOURCES:
-            hint = f"Use one of {', '.join(RECALL_SOURCES)}."
+        if origin not in SOURCES:
+            hint = f"Use one of {', '.join(SOURCES)}."
             raise UsageError(f"there is no source of recalled texts called {origin!r}", hint=hint)
         named = self._named(messages, settings.max_facts)
         found = self._sources([m for turn in named for m in turn], origin)
@@ -132,22 +136,26 @@ class Recaller:
     def _sources(self, mentions: Sequence[Mention], origin: str) -> dict[str, Source]:
         """The texts of facts, by key."""
         held = self._facts_now().by_key
-        texts = [held[mention.key].description for mention in mentions]
-        if origin == "model":
-            texts = self._recited([held[mention.key] for mention in mentions])
+        stored = {mention.key: held[mention.key].description for mention in mentions}
+        texts = self._recited(list(stored)) if origin == "model" else stored
         return {
-            mention.key: Source(
-                key=mention.key, name=mention.name, score=mention.score, origin=origin, text=text,
-                exact=text == held[mention.key].description,
+            m.key: Source(
+                key=m.key, name=m.name, score=m.score, origin=origin, text=texts[m.key],
+                exact=texts[m.key] == stored[m.key],
             )
-            for mention, text in zip(mentions, texts, strict=True)
+            for m in mentions
         }  # fmt: skip
 
-    def _recited(self, facts: Sequence[Fact]) -> list[str]:
-        """What the model answers when it is asked for facts by their first training prompt."""
-        engine = self._session.engine
-        prompts = [engine.examples(fact)[0].prompt for fact in facts]
-        return engine.generate(prompts, limit=RECITATION_TOKENS) if prompts else []
+    def _recited(self, keys: Sequence[str]) -> dict[str, str]:
+        """What the model answers when it is asked for facts by their first training prompt; kept,
+        since the same weights say the same.
+        """
+        facts, engine = self._facts_now(), self._session.engine
+        new = [key for key in keys if key not in facts.recited]
+        prompts = [engine.examples(facts.by_key[key])[0].prompt for key in new]
+        texts = engine.generate(prompts, limit=RECITATION_TOKENS) if new else []
+        facts.recited.update(zip(new, texts, strict=True))
+        return {key: facts.recited[key] for key in keys}
 
     def _fitting(self, messages: Messages, turns: list[tuple[Source, ...]]) -> Recalled:
         """The conversation with as many of the texts as fit: the earliest turns' go first, and of
