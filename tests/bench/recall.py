@@ -43,7 +43,7 @@ SHORTENED = ", passage "  # a number that tells two passages of one article apar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecallOptions:
-    """``limit`` passages are asked about, of which the ``taught`` shortest are added by training."""
+    """``limit`` passages are asked about; the ``taught`` shortest of them are trained first."""
 
     model: str | None
     passages: Path
