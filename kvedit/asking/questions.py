@@ -22,13 +22,14 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the model said at a revision, the texts it stood on, and the keys of facts whose texts
-    did not fit into its context.
+    """What the model said at a revision, and the texts it stood on; the other parts are those of
+    ``Recalled``.
     """
 
     text: str
     revision: int
     sources: tuple[Source, ...] = ()
+    recited: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
@@ -37,7 +38,7 @@ class Questions:
 
     ``recall`` brings the texts of the facts that a question names into the conversation: True for
     the source that the setting ``[recall] source`` names, or ``"model"``, ``"store"``.  A question
-    that names no fact is answered as without it.
+    that names no fact, or is one of a fact's own phrasings, is answered as without it.
     """
 
     def __init__(self, session: Session) -> None:
@@ -75,8 +76,10 @@ class Questions:
         found = self._recalled(messages, recall)
         prefix = self.engine.renderer.dialogue(found.messages)
         text = self.engine.complete([prefix], limit=limit)[0]
-        revision = self._session.revision
-        return Answer(text=text, revision=revision, sources=found.sources, left_out=found.left_out)
+        return Answer(
+            text=text, revision=self._session.revision, sources=found.sources,
+            recited=found.recited, left_out=found.left_out,
+        )  # fmt: skip
 
     def stream(
         self, messages: Messages, *, limit: int = 256, recall: bool | str = False

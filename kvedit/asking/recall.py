@@ -6,7 +6,8 @@ too (docs/guides/export.md).
 
 Invariants:
 - Facts and weights are those of one revision.
-- A question that names no fact stays as it is, so that the answer is the same to the bit.
+- A question that names no fact stays as it is, so that the answer is the same to the bit; so does
+  one of a fact's own phrasings, which the fact was trained or probed to answer by its text.
 - What is put before a question never drives it out of the model's context: texts that do not fit
   are left out, and named.
 """
@@ -14,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kvedit.asking.mentions import Mention, NameIndex
@@ -22,6 +23,7 @@ from kvedit.asking.nearness import nearest
 from kvedit.errors import UsageError
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
+from kvedit.facts.keys import normalise
 
 if TYPE_CHECKING:
     from kvedit.revisions.session import Session
@@ -55,12 +57,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recalled:
-    """A conversation with the texts of the facts that it names; ``left_out`` are the keys of those
-    that did not fit into the model's context.
+    """A conversation with the texts of the facts that it names.
+
+    ``recited`` are the keys of facts whose own phrasing the last question is: nothing was put
+    before it.  ``left_out`` are those whose texts did not fit into the model's context.
     """
 
     messages: tuple[Mapping[str, str], ...]
     sources: tuple[Source, ...] = ()
+    recited: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
@@ -100,20 +105,29 @@ class Recaller:
         if origin not in SOURCES:
             hint = f"Use one of {', '.join(SOURCES)}."
             raise UsageError(f"there is no source of recalled texts called {origin!r}", hint=hint)
-        named = self._named(messages, settings.max_facts)
-        found = self._sources([m for turn in named for m in turn], origin)
-        turns = [tuple(found[mention.key] for mention in turn) for turn in named]
-        return self._fitting(messages, turns)
-
-    def _named(self, messages: Messages, most: int) -> list[list[Mention]]:
-        """For each message the facts that it names and none before it did."""
+        asked = [self._asked_for(message, settings.max_facts) for message in messages]
+        named = [[m for m in turn if not own] for turn, own in asked]
         known: set[str] = set()
-        named = []
-        for message in messages:
-            turn = self.mentioned(message["content"], most) if message["role"] == "user" else []
-            named.append([mention for mention in turn if mention.key not in known])
+        for turn in named:
+            turn[:] = [mention for mention in turn if mention.key not in known]
             known.update(mention.key for mention in turn)
-        return named
+        found = self._sources([m for turn in named for m in turn], origin)
+        recalled = self._fitting(messages, [tuple(found[m.key] for m in turn) for turn in named])
+        recited = [m.key for turn, own in asked[-1:] if own for m in turn]
+        return replace(recalled, recited=tuple(recited))
+
+    def _asked_for(self, message: Mapping[str, str], most: int) -> tuple[list[Mention], bool]:
+        """The facts that a user's message names; and whether it is a phrasing of one's own."""
+        if message["role"] != "user":
+            return [], False
+        named = self.mentioned(message["content"], most)
+        own = [mention for mention in named if self._is_own(mention.key, message["content"])]
+        return own or named, bool(own)
+
+    def _is_own(self, key: str, text: str) -> bool:
+        engine, fact = self._session.engine, self._facts_now().by_key[key]
+        phrasings = [*engine.examples(fact), *engine.paraphrases(fact)]
+        return normalise(text) in {normalise(example.prompt) for example in phrasings}
 
     def mentioned(self, text: str, most: int) -> list[Mention]:
         """The facts that a text names at the revision in memory, at most ``most``."""

@@ -15,21 +15,25 @@ from kvedit.facts.keys import in_words
 if TYPE_CHECKING:
     from kvedit.asking.diff import RevisionDiff
     from kvedit.asking.explain import Change, Explanation, NearFact
-    from kvedit.asking.recall import Source
+    from kvedit.asking.questions import Answer
+    from kvedit.asking.recall import Recalled
 
 ORIGINS = {"model": "the model's recitation", "store": "the store's text"}
 CHANGE_COLOURS = {"added": "green", "updated": "yellow", "removed": "red", "none": "cyan"}
 
 
-def source_lines(sources: tuple[Source, ...], left_out: tuple[str, ...]) -> Iterator[str]:
-    """The facts that an answer stood on, one a line, and those that did not fit."""
-    for one in sources:
-        found = "" if one.score == 100 else f", spelt nearly so ({one.score:.0f})"
+def source_lines(found: Answer | Recalled) -> Iterator[str]:
+    """The facts that an answer stands on, one a line, and those that did not fit."""
+    for one in found.sources:
+        spelt = "" if one.score == 100 else f", spelt nearly so ({one.score:.0f})"
         differs = "" if one.exact else "; the store has another text"
-        where = f"{ORIGINS[one.origin]}{found}{differs}"
-        yield clean(f"recalled {one.key} ({where}): {one.text}")
-    for key in left_out:
+        yield clean(f"recalled {one.key} ({ORIGINS[one.origin]}{spelt}{differs}): {one.text}")
+    for key in found.recited:
+        yield clean(f"not needed for {key}: the question is one of its own phrasings")
+    for key in found.left_out:
         yield clean(f"not recalled {key}: its text does not fit into the model's context")
+    if not (found.sources or found.recited or found.left_out):
+        yield "recalled nothing: the question names no fact"
 
 
 def explanation_parts(explanation: Explanation) -> Parts:

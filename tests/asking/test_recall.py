@@ -31,6 +31,15 @@ def test_nothing_changes_to_the_bit_without_a_name(trained: KnowledgeBase) -> No
     assert trained.answer(messages, recall=True).sources == ()
 
 
+def test_a_phrasing_of_its_own_is_answered_by_the_weights_alone(trained: KnowledgeBase) -> None:
+    key, text = FREE[0]
+    for question in (f"What is {key}?", f"tell me about {key}", f"What do you know about {key}?"):
+        answer = trained.answer([user(question)], recall=True)
+        assert (answer.sources, answer.recited) == ((), (key,))
+        assert answer.text == trained.ask(question)
+    assert trained.ask(f"What is {key}?", recall=True) == text
+
+
 @pytest.mark.parametrize("source", ["model", "store"])
 def test_the_texts_go_before_the_question(trained: KnowledgeBase, source: str) -> None:
     found = trained.recall([user(NAMED)], source=source)

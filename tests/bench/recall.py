@@ -231,7 +231,7 @@ def _messages(
 
 
 def _recites(knowledge: KnowledgeBase, key: str) -> bool:
-    message = {"role": "user", "content": f"“{key}”"}
+    message = {"role": "user", "content": f"“{key}” it is."}  # no phrasing of its own
     return any(s.exact for s in knowledge.recall([message], source="model").sources if s.key == key)
 
 

@@ -75,12 +75,14 @@ class FakeAnswer(NamedTuple):
     text: str
     revision: int
     sources: tuple[FakeSource, ...]
+    recited: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
 class FakeRecalled(NamedTuple):
     messages: tuple[dict[str, str], ...]
     sources: tuple[FakeSource, ...]
+    recited: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
@@ -167,12 +169,12 @@ class FakeBase:
         self._called("ask", question, at, max_new_tokens, *([recall] if recall else []))
         revision = self.store.head() if at is None else at
         text = f"now: {question}" if len(messages) == 1 else f"{len(messages)}: {question}"
-        return FakeAnswer(text, revision, self.sources if recall else (), ())
+        return FakeAnswer(text, revision, self.sources if recall else (), (), ())
 
     def recall(self, messages: list[dict[str, str]], *, source: bool | str = True) -> FakeRecalled:
         self._called("recall", messages[-1]["content"], source)
         texts = [{"role": "user", "content": source.text} for source in self.sources]
-        return FakeRecalled((*texts, *messages), self.sources, ("Faro",))
+        return FakeRecalled((*texts, *messages), self.sources, ("Lagos",), ("Faro",))
 
     def ask_base(self, prompt: str, *, max_new_tokens: int = 256) -> str:
         return f"base: {prompt}"

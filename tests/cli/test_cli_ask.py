@@ -58,13 +58,15 @@ def test_show_recall_says_on_stderr_what_the_answer_stood_on(
     how = "the model's recitation, spelt nearly so (92); the store has another text"
     assert f"recalled Porto ({how}): A harbour." in run("ask", "x", "--show-recall").stderr
     fake.sources = ()
-    assert run("ask", "x", "--show-recall").stderr == "recalled nothing\n"
+    nothing = "recalled nothing: the question names no fact\n"
+    assert run("ask", "x", "--show-recall").stderr == nothing
 
 
 def test_a_recalled_answer_streams_too(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ask, "_on_terminal", lambda: True)
     result = run("ask", "x", "--show-recall")
     assert result.stdout == "2: x\n"
+    assert "not needed for Lagos: the question is one of its own phrasings" in result.stderr
     assert "not recalled Faro: its text does not fit" in result.stderr
     assert run("chat", "--recall", stdin="x\n").stdout == "2: x\n"
 

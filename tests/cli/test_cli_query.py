@@ -99,7 +99,7 @@ def test_long_text_is_shortened_between_words(
 
 
 def test_control_characters_are_escaped(filled: Path, fake: type[FakeBase]) -> None:
-    said = FakeAnswer("a\x1b[31m\u202eb\n", 2, (), ())
+    said = FakeAnswer("a\x1b[31m\u202eb\n", 2, (), (), ())
     fake.answer = lambda self, messages, **options: said  # type: ignore[method-assign]
     assert run("ask", "x").stdout == "a\\x1b[31m\\u202eb\n\n"
     assert "\\x1b[31m" in run("ask", "x", "--compare-base").stdout

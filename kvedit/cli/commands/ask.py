@@ -19,7 +19,8 @@ from kvedit.cli.output import clean, pairs, print_json, print_result, styled
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
-    from kvedit.asking.recall import Source
+    from kvedit.asking.questions import Answer
+    from kvedit.asking.recall import Recalled, Source
     from kvedit.editing.knowledge_base import KnowledgeBase
 
 REVISION = click.IntRange(min=0)
@@ -83,7 +84,7 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, rec
         question = messages[0]["content"]
         base_answer = base.ask_base(question, max_new_tokens=limit) if compare_base else None
     if show and not as_json:
-        _say_sources(answer.sources, answer.left_out)
+        _say_sources(answer)
     if base_answer is None and not as_json:
         click.echo(clean(answer.text))
         return
@@ -172,12 +173,12 @@ def _recalled(base: KnowledgeBase, messages: Sequence[Mapping[str, str]], recall
         return messages
     found = base.recall(messages, source=recall)
     if show:
-        _say_sources(found.sources, found.left_out)
+        _say_sources(found)
     return found.messages
 
 
-def _say_sources(sources: tuple[Source, ...], left_out: tuple[str, ...]) -> None:
-    for line in source_lines(sources, left_out) if sources or left_out else ("recalled nothing",):
+def _say_sources(found: Answer | Recalled) -> None:
+    for line in source_lines(found):
         click.echo(line, err=True)
 
 
