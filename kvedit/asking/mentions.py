@@ -8,8 +8,9 @@ Invariants:
   spaces anywhere.
 - A single ideograph, and a word that any question may contain ("can", "什么"), only count in
   quotation marks or alone; a word with capitals ("IT", "WHO") where it is written like that.
-- A near spelling never differs in a number, nor in a word of up to four letters: "Henry IV" and
-  "Henry V", "Anna" and "Anne" are not the same.
+- A near spelling has as many words, the same numbers, and the same words of up to four letters:
+  "Henry IV" and "Henry V", "Anna" and "Anne" are not the same.  A single word may be
+  in the plural; to differ otherwise it must be long, and a capital stays one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ Prefer = Callable[[list[str]], list[str]]
 EXACT = 100.0
 LONGER = 2  # characters by which a near spelling may be longer or shorter than the name
 SHORT_WORD = 4  # letters of a word that must be spelt rightly
-MIN_NEAR = {"words": 6, "ideographs": 4}  # characters of a name that may be spelt otherwise
-THRESHOLD = {"word": 92.0, "words": 90.0, "ideographs": 85.0}
-WORD_THRESHOLD = 80.0  # of each word in a name of several
+SHORTEST_NEAR = 4  # characters of a name that may be spelt otherwise
+LONG_WORD = 8  # letters of a name of one word that may be spelt otherwise, but for a plural
+WORD_THRESHOLD = 92.0  # rapidfuzz's ratio of a name of one word
+WORDS_THRESHOLD, EACH_WORD_THRESHOLD = 90.0, 82.0  # of one of several, and of each of its words
+IDEOGRAPHS_THRESHOLD = 85.0
 NEAR_CANDIDATES = 50
 UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -52,8 +55,8 @@ _EVERYDAY = frozenset(_EVERYDAY_WORDS.split())  # normal forms
 
 
 class Mention(NamedTuple):
-    """A fact that a question names: its key, the name found, and how alike the spelling is (100:
-    the same normal form).
+    """A fact that a question names: its key, the name found (key or alias, or what stands in it
+    before a bracket), and how alike the spelling is (100: the same normal form).
     """
 
     key: str
@@ -88,9 +91,9 @@ class NameIndex:
             self._names.setdefault(normalise(name), []).append((name, key))
         complete = set(self._names)
         for name, key in pairs:
-            short = normalise(_DISAMBIGUATION.sub("", name))
-            if short and short not in complete:
-                self._names.setdefault(short, []).append((name, key))
+            short = _DISAMBIGUATION.sub("", name)
+            if (form := normalise(short)) and form not in complete:
+                self._names.setdefault(form, []).append((short, key))
 
     def mentioned(self, text: str, limit: int = 3, prefer: Prefer = list) -> list[Mention]:
         """The facts that a text names, the longest name first, each once; at most ``limit``.
@@ -123,7 +126,7 @@ class NameIndex:
     @cached_property
     def _forms(self) -> list[str]:
         """The normal forms of names that are long enough to be spelt otherwise."""
-        return [form for form in self._names if len(form) >= MIN_NEAR[_script(form)]]
+        return [form for form in self._names if len(form) >= SHORTEST_NEAR]
 
     def _near(self, question: _Question, covered: set[int]) -> Iterator[_Span]:
         from rapidfuzz import fuzz, process
@@ -236,34 +239,48 @@ def _runs(count: int, covered: set[int]) -> Iterator[tuple[int, int]]:
             start = at + 1
 
 
-def _script(form: str) -> str:
-    return "ideographs" if UNSPACED.search(form) else "words"
-
-
 @lru_cache(maxsize=8192)
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(normalise(text[unit.start : unit.end]) for unit in _units(text))
+    return tuple(text[unit.start : unit.end] for unit in _units(text))
 
 
 def _likeness(name: str, form: str, written: str, spelt: str) -> float:
-    """How alike a name and something written are, 0 to 100; 0 where they are not the same name."""
+    """How alike a name and something written are, 0 to 100; 0 where they are not the same name.
+
+    ``form`` and ``spelt`` are their normal forms.
+    """
     from rapidfuzz import fuzz
 
     if re.findall(r"\d+", form) != re.findall(r"\d+", spelt):
         return 0.0
     score = fuzz.ratio(form, spelt)
-    if _script(form) == "ideographs":
+    if UNSPACED.search(form):
         ends = form[:1] == spelt[:1] and form[-1:] == spelt[-1:]
-        return score if ends and score >= THRESHOLD["ideographs"] else 0.0
+        return score if ends and score >= IDEOGRAPHS_THRESHOLD else 0.0
     words, others = _words(unicodedata.normalize("NFKC", name)), _words(written)
-    if len(words) == len(others) > 1:
-        alike = all(map(_same_word, words, others))
-        return score if alike and score >= THRESHOLD["words"] else 0.0
-    return score if score >= THRESHOLD["word"] else 0.0
+    if len(words) != len(others):
+        return 0.0
+    if len(words) == 1:
+        return score if _same_single_word(words[0], others[0], score) else 0.0
+    pairs = zip(map(normalise, words), map(normalise, others), strict=True)
+    alike = score >= WORDS_THRESHOLD and all(_same_word(*pair) for pair in pairs)
+    return score if alike else 0.0
+
+
+def _same_single_word(word: str, other: str, score: float) -> bool:
+    """Whether a name of one word is meant: in the plural, or with a letter missing or too many."""
+    form = normalise(word)
+    if normalise(other) in (f"{form}s", f"{form}es"):
+        return True
+    capital = word[0].isupper() == other[0].isupper()
+    return capital and len(word) >= LONG_WORD and score >= WORD_THRESHOLD
 
 
 def _same_word(word: str, other: str) -> bool:
     from rapidfuzz import fuzz
 
-    exact = min(len(word), len(other)) <= SHORT_WORD or any(map(_ROMAN.fullmatch, (word, other)))
-    return word == other if exact else fuzz.ratio(word, other) >= WORD_THRESHOLD
+    if word == other:
+        return True
+    if min(len(word), len(other)) <= SHORT_WORD or any(map(_ROMAN.fullmatch, (word, other))):
+        return False
+    return fuzz.ratio(word, other) >= EACH_WORD_THRESHOLD

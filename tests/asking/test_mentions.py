@@ -11,7 +11,8 @@ from kvedit.asking.mentions import NameIndex
 KEYS = (
     "tide lantern", "Porto", "art", "IT", "C++", "C", "水", "李白", "Henry IV", "Ada Lovelace",
     "Martin Luther", "Martin Luther King", "英雄广场 (维也纳)", "Chicago, passage 14", "can",
-    "Will", "3.11", "planet", "什麼",
+    "Will", "3.11", "planet", "什麼", "M People", "Hilarius", "Agos",
+    "Victoria (Australia)", "Largo Island",
 )  # fmt: skip
 INDEX = NameIndex([*((key, key) for key in KEYS), ("夢中情爐", "夢中情爐"), ("情爐", "夢中情爐")])
 WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=9), min_size=1, max_size=3)
@@ -59,7 +60,13 @@ def test_names_are_found_by_their_normal_forms(question: str, keys: list[str]) -
         ("Who was Henry V?", []),
         ("Chicago, passage 15", ["Chicago, passage 14"]),  # by what stands before the comma
         ("plane ticket", []),
+        ("the planets", ["planet"]),
         ("a port of Hamburg", []),
+        ("who are these M people", ["M People"]),
+        ("many people, long ago", []),
+        ("the Victorian age", ["Victoria (Australia)"]),
+        ("a hilarious victorian", []),
+        ("a large island", []),
     ],
 )
 def test_near_spellings_are_found_where_they_can_only_be_meant(
@@ -113,7 +120,7 @@ def test_a_name_among_other_words_is_found_whatever_its_case(words: list[str], g
     index = NameIndex([(key, key)])
     assert [m.key for m in index.mentioned(f"xyz{gap}{key.upper()}{gap}xyz")] == [key]
     assert index.mentioned(f"xyz{gap}{key}s{gap}xyz", 0) == []
-    assert [m.score for m in index.mentioned(f"z{key}z")] in ([], [pytest.approx(95, abs=6)])
+    assert all(m.score < 100 for m in index.mentioned(f"z{key}z"))
 
 
 @given(st.text(max_size=60))

@@ -88,11 +88,14 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, rec
     if base_answer is None and not as_json:
         click.echo(clean(answer.text))
         return
-    document = {"prompt": question, "revision": answer.revision, "answer": answer.text}
     sources = {"sources": [one.to_json() for one in answer.sources]} if recall else {}
+    document = {"prompt": question, **_answer_fields(answer), "base_answer": base_answer, **sources}
     at_head = (styled(f"revision {answer.revision}", "green"), answer.text)
-    rows = [(styled("base model", "yellow"), base_answer), at_head]
-    print_result(as_json, {**document, "base_answer": base_answer, **sources}, pairs(rows))
+    print_result(as_json, document, pairs([(styled("base model", "yellow"), base_answer), at_head]))
+
+
+def _answer_fields(answer: Answer) -> dict[str, object]:
+    return {"revision": answer.revision, "answer": answer.text}
 
 
 def _question(prompt: str) -> str:
