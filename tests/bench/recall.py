@@ -183,12 +183,11 @@ def _ask_all(
             parts = [(questions, False)] if base_only else []
             parts += [(learned, True)] if learned else []
             for part, of_taught in parts:
-                emit(Status(phase=f"{form}, {way}: {len(part)} questions"))
                 answers = _answers(knowledge, way, form, part, options.max_new_tokens)
-                passed = sum(
-                    answered(said, q.answer) for said, q in zip(answers, part, strict=True)
-                )
+                pairs = zip(answers, part, strict=True)
+                passed = sum(answered(said, question.answer) for said, question in pairs)
                 score = Score(passed, len(part), "generated")
+                emit(Status(phase=f"{form}, {way}: {score_cell(score)}"))
                 yield Asked(way=way, form=form, taught=of_taught, score=score, answers=answers)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import pytest
 
 from kvedit.asking.explain import Change, Explanation, NearFact
+from kvedit.asking.recall import SOURCES
 from kvedit.cli.commands import ask
 from kvedit.facts.fact import Fact
 from kvedit.store.store import Store
@@ -39,6 +41,12 @@ def test_each_option_of_recall_turns_it_on(
 ) -> None:
     assert run("ask", "x", *options).stdout == "now: x\n"
     assert calls() == ["ask" if recall is None else ("ask", recall)]
+
+
+def test_every_source_can_be_chosen() -> None:
+    (option,) = (one for one in ask.ask.params if one.name == "recall_from")
+    assert isinstance(option.type, click.Choice)
+    assert tuple(option.type.choices) == SOURCES
 
 
 def test_sources_stand_in_the_json_of_a_recalled_answer_only(filled: Path) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.asking.recall import SOURCES
 from kvedit.cli import common
 from kvedit.cli.answers import diff_parts, explanation_parts, source_lines
 from kvedit.cli.common import COUNT, Settings, json_option, note, read_only
@@ -39,7 +38,7 @@ def recall_options(function: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--recall", is_flag=True, help="Put the texts of the facts that a question"
                      " names before it."),
-        click.option("--recall-from", type=click.Choice(SOURCES), help="The same, with the"
+        click.option("--recall-from", type=click.Choice(["model", "store"]), help="The same, with the"
                      " model's own recitation or the store's text. [[recall] source]"),
         click.option("--show-recall", is_flag=True, help="The same, and say on stderr which facts"
                      " the answer stood on."),
@@ -71,9 +70,9 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, rec
       kvedit ask "What is Porto?" --at 2
       kvedit ask "Which river flows through Porto?" --recall
     """
-    messages = [{"role": "user", "content": _question(prompt)}]
+    question, limit = _question(prompt), max_new_tokens
+    messages = [{"role": "user", "content": question}]
     streams = at is None and not (compare_base or as_json) and _on_terminal()
-    limit = max_new_tokens
     reporter = make_reporter(quiet=settings.quiet or as_json)
     with common.knowledge_base(settings, reporter) as base:
         if streams:
@@ -81,21 +80,23 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, rec
             _stream(base, _recalled(base, messages, recall, show), limit=limit)
             return
         answer = base.answer(messages, at=at, max_new_tokens=limit, recall=recall)
-        question = messages[0]["content"]
         base_answer = base.ask_base(question, max_new_tokens=limit) if compare_base else None
     if show and not as_json:
         _say_sources(answer)
     if base_answer is None and not as_json:
         click.echo(clean(answer.text))
         return
-    sources = {"sources": [one.to_json() for one in answer.sources]} if recall else {}
-    document = {"prompt": question, **_answer_fields(answer), "base_answer": base_answer, **sources}
     at_head = (styled(f"revision {answer.revision}", "green"), answer.text)
+    document = _answer_document(question, answer, base_answer, recall)
     print_result(as_json, document, pairs([(styled("base model", "yellow"), base_answer), at_head]))
 
 
-def _answer_fields(answer: Answer) -> dict[str, object]:
-    return {"revision": answer.revision, "answer": answer.text}
+def _answer_document(
+    question: str, answer: Answer, base_answer: str | None, recall: bool | str
+) -> dict[str, object]:
+    document = {"prompt": question, "revision": answer.revision, "answer": answer.text}
+    sources = {"sources": [one.to_json() for one in answer.sources]} if recall else {}
+    return {**document, "base_answer": base_answer, **sources}
 
 
 def _question(prompt: str) -> str:
