@@ -38,8 +38,8 @@ def recall_options(function: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--recall", is_flag=True, help="Put the texts of the facts that a question"
                      " names before it."),
-        click.option("--recall-from", type=click.Choice(["model", "store"]), help="The same, with the"
-                     " model's own recitation or the store's text. [[recall] source]"),
+        click.option("--recall-from", type=click.Choice(["model", "store"]), help="The same, with"
+                     " the model's own recitation or the store's text. [[recall] source]"),
         click.option("--show-recall", is_flag=True, help="The same, and say on stderr which facts"
                      " the answer stood on."),
     )  # fmt: skip
