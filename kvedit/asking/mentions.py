@@ -269,8 +269,7 @@ def _likeness(name: str, form: str, written: str, spelt: str) -> float:
 
 def _same_single_word(word: str, other: str, score: float) -> bool:
     """Whether a name of one word is meant: in the plural, or with a letter missing or too many."""
-    form = normalise(word)
-    if normalise(other) in (f"{form}s", f"{form}es"):
+    if _is_plural(normalise(word), normalise(other)):
         return True
     capital = word[0].isupper() == other[0].isupper()
     return capital and len(word) >= LONG_WORD and score >= WORD_THRESHOLD
@@ -279,8 +278,12 @@ def _same_single_word(word: str, other: str, score: float) -> bool:
 def _same_word(word: str, other: str) -> bool:
     from rapidfuzz import fuzz
 
-    if word == other:
+    if word == other or _is_plural(word, other):
         return True
     if min(len(word), len(other)) <= SHORT_WORD or any(map(_ROMAN.fullmatch, (word, other))):
         return False
     return fuzz.ratio(word, other) >= EACH_WORD_THRESHOLD
+
+
+def _is_plural(word: str, other: str) -> bool:
+    return other in (f"{word}s", f"{word}es")

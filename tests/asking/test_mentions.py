@@ -11,7 +11,7 @@ from kvedit.asking.mentions import NameIndex
 KEYS = (
     "tide lantern", "Porto", "art", "IT", "C++", "C", "水", "李白", "Henry IV", "Ada Lovelace",
     "Martin Luther", "Martin Luther King", "英雄广场 (维也纳)", "Chicago, passage 14", "can",
-    "Will", "3.11", "planet", "什麼", "M People", "Hilarius", "Agos",
+    "Will", "3.11", "planet", "什麼", "M People", "Hilarius", "Agos", "care plan",
     "Victoria (Australia)", "Largo Island",
 )  # fmt: skip
 INDEX = NameIndex([*((key, key) for key in KEYS), ("夢中情爐", "夢中情爐"), ("情爐", "夢中情爐")])
@@ -61,6 +61,7 @@ def test_names_are_found_by_their_normal_forms(question: str, keys: list[str]) -
         ("Chicago, passage 15", ["Chicago, passage 14"]),  # by what stands before the comma
         ("plane ticket", []),
         ("the planets", ["planet"]),
+        ("two care plans", ["care plan"]),
         ("a port of Hamburg", []),
         ("who are these M people", ["M People"]),
         ("many people, long ago", []),
