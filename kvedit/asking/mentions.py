@@ -34,6 +34,7 @@ WORD_THRESHOLD = 92.0  # rapidfuzz's ratio of a name of one word
 WORDS_THRESHOLD, EACH_WORD_THRESHOLD = 90.0, 82.0  # of one of several, and of each of its words
 IDEOGRAPHS_THRESHOLD = 85.0
 NEAR_CANDIDATES = 50
+LONGEST_NEAR = 200  # words of a question in which near spellings are looked for
 UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -113,7 +114,7 @@ class NameIndex:
         return list(unique.values())[:limit]
 
     def _exact(self, question: _Question) -> Iterator[_Span]:
-        for first, last, form in question.spans(self._longest):
+        for first, last, form in question.spans(self._longest, starts=self._starts):
             found = self._names.get(form)
             if found and question.is_name(form, first, last, found):
                 mentions = tuple(Mention(key, name) for name, key in found)
@@ -124,6 +125,10 @@ class NameIndex:
         return max(map(len, self._names), default=0)
 
     @cached_property
+    def _starts(self) -> frozenset[str]:
+        return frozenset(form[:1] for form in self._names)
+
+    @cached_property
     def _forms(self) -> list[str]:
         """The normal forms of names that are long enough to be spelt otherwise."""
         return [form for form in self._names if len(form) >= SHORTEST_NEAR]
@@ -131,6 +136,8 @@ class NameIndex:
     def _near(self, question: _Question, covered: set[int]) -> Iterator[_Span]:
         from rapidfuzz import fuzz, process
 
+        if len(question.units) > LONGEST_NEAR:
+            return
         for first, last in _runs(len(question.units), covered):
             text = normalise(question.text_of(first, last))
             forms = self._forms
@@ -166,11 +173,18 @@ class _Question:
         return self.text[self.units[first].start : self.units[last - 1].end]
 
     def spans(
-        self, longest: int, first: int = 0, last: int | None = None
-    ) -> Iterator[tuple[int, int, str]]:
-        """Every run of units whose normal form has up to ``longest`` characters, with that form."""
+        self, longest: int, first: int = 0, last: int | None = None,
+        starts: frozenset[str] | None = None,
+    ) -> Iterator[tuple[int, int, str]]:  # fmt: skip
+        """Every run of units whose normal form has up to ``longest`` characters, with that form;
+        only those that begin with one of ``starts``, if given: of a long text few do.
+        """
         end = len(self.units) if last is None else last
         for a in range(first, end):
+            # Two units as well: Traditional characters are converted by the word they stand in.
+            begins = {normalise(self.text_of(a, b))[:1] for b in (a + 1, min(a + 2, end))}
+            if starts is not None and starts.isdisjoint(begins):
+                continue
             for b in range(a + 1, end + 1):
                 form = normalise(self.text_of(a, b))
                 if len(form) > longest:
