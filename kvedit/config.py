@@ -208,6 +208,14 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecallConfig:
+    """What `ask --recall` and `chat --recall` put before a question that names facts."""
+
+    source: str = setting("store", help="`store` for its texts, or `model` for its recitations.")
+    max_facts: int = setting(3, low=1, help="Most facts that are recalled for a question.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """How the base model is loaded."""
 
@@ -232,6 +240,7 @@ class Config:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod

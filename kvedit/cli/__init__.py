@@ -13,7 +13,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 import click
 
 from kvedit import __version__
-from kvedit.cli.commands.ask import ask, chat
+from kvedit.cli.commands.ask import ask, chat, diff, explain
 from kvedit.cli.commands.bench import bench
 from kvedit.cli.commands.doctor import backup, doctor
 from kvedit.cli.commands.edit import add, remove, rollback, update
@@ -33,8 +33,8 @@ Exit codes:
   13 model does not match the store    130 interrupted"""
 
 COMMANDS = (
-    init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, doctor, backup, trust, export, bench,
+    init, add, ingest, update, remove, ask, chat, explain, list_facts, show, similar, history, diff,
+    status, report, verify, rollback, doctor, backup, trust, export, bench,
 )  # fmt: skip
 SHARED = ("add", "ingest", "verify")
 """Commands that several processes run together; the others run on rank 0 alone."""

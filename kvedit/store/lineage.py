@@ -65,6 +65,10 @@ class Lineage(StoreBase):
             if row["revision"] in line and (fact := fact_from_text(row["fact"])) is not None
         }
 
+    def held_at(self, number: int) -> dict[int, Fact]:
+        """The facts that the model holds at a revision, by their ids."""
+        return _committed(self.facts_at(number))
+
     def revision_before(self, fact_id: int) -> int:
         """The revision in the head's lineage just before a fact was committed last.
 
@@ -91,8 +95,7 @@ class Lineage(StoreBase):
 
     def rollback_changes(self, number: int) -> list[FactChange]:
         """What a rollback from the head to a revision does to the facts."""
-        before = _committed(self.facts_at(self.head()))
-        after = _committed(self.facts_at(number))
+        before, after = self.held_at(self.head()), self.held_at(number)
         return [
             FactChange(fact_id, before.get(fact_id), after.get(fact_id))
             for fact_id in sorted({*before, *after})

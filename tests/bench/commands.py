@@ -574,3 +574,32 @@ def answer(run: Run, given: dict[str, Any]) -> None:
     from tests.bench import answer as bench_answer
 
     run(bench_answer.answers, bench_answer.AnswerOptions(**given), bench_answer.tables)
+
+
+@command(
+    o.model, o.json_file, o.store_dir,
+    click.option("--passages", type=o.IN, required=True,
+                 help="JSON Lines with key, description and questions (question, answer)."),
+    o.number("--limit", "Take the first N passages.", 40, metavar="N"),
+    o.number("--taught", "Add the N shortest of them by training first.", 0, low=0, metavar="N"),
+    click.option("--form", "forms", multiple=True, type=click.Choice(["named", "as asked"]),
+                 default=("named", "as asked"), show_default=True,
+                 help="Put the key before each question, or ask it alone; may be given twice."),
+    o.number("--max-new-tokens", "Most tokens of an answer.", 48, metavar="N"),
+)  # fmt: skip
+def recall(run: Run, given: dict[str, Any]) -> None:
+    """Questions about passages: base model, text in the prompt, and --recall from both sources.
+
+    Passages are registered in a store without training, which is enough for the store's text; with
+    --taught some are trained first, for the model's own recitation. A store in --store-dir is used
+    and added to; measured is a copy.
+
+    \b
+    Examples:
+      python -m tests.bench recall --model DIR --passages passages.jsonl
+      python -m tests.bench recall --model DIR --passages passages.jsonl --taught 8
+    """
+    from tests.bench import recall as bench_recall
+
+    run(bench_recall.recall, bench_recall.RecallOptions(**given), bench_recall.tables,
+        bench_recall.notes)  # fmt: skip

@@ -12,7 +12,7 @@ from kvedit.cli.commands import ask
 from kvedit.facts.fact import Fact
 from kvedit.store.rows import FactChange, ProtectedRow
 from kvedit.store.store import Store
-from tests.cli.cli_fakes import META, FakeBase, commit, run
+from tests.cli.cli_fakes import META, FakeAnswer, FakeBase, commit, run
 
 # --- asking ----------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def test_chat_json_is_one_document(filled: Path) -> None:
     document = json.loads(run("chat", "--json", stdin="hello").stdout)
     assert document["messages"] == [
         {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "1: hello"},
+        {"role": "assistant", "content": "now: hello"},
     ]
 
 
@@ -99,7 +99,8 @@ def test_long_text_is_shortened_between_words(
 
 
 def test_control_characters_are_escaped(filled: Path, fake: type[FakeBase]) -> None:
-    fake.ask = lambda self, prompt, **options: "a\x1b[31m\u202eb\n"  # type: ignore[method-assign]
+    said = FakeAnswer("a\x1b[31m\u202eb\n", 2, (), (), ())
+    fake.answer = lambda self, messages, **options: said  # type: ignore[method-assign]
     assert run("ask", "x").stdout == "a\\x1b[31m\\u202eb\n\n"
     assert "\\x1b[31m" in run("ask", "x", "--compare-base").stdout
 
