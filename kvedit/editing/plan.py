@@ -69,6 +69,12 @@ class Plan:
         )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What questions call the facts."""
+        facts = (change.after or change.before for change in self.changes)
+        return tuple(fact.name for fact in facts if fact is not None)
+
+    @property
     def key(self) -> str:
         """The key to show: of one fact, of the first of several, or where a rollback goes."""
         if self.restores is not None:

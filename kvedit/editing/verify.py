@@ -117,7 +117,7 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
     """
     engine, store, revision = session.engine, session.store, session.revision
     known = session.protection.known_texts()
-    edited = naming(row.fact.key for row in store.facts("committed"))
+    edited = naming(store.names())
     texts = [text for text in known if text.prompt and not edited(text.prompt)]
     drawn = random.Random(revision).sample(texts, min(sample, len(texts)))
     examples = [protected_texts.example(engine.renderer, text) for text in drawn]
