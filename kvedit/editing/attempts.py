@@ -119,9 +119,11 @@ class Attempts:
             references = references.without([*committed, *self.plan.names])
         task = Task(
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
-            [c.all for c in self.evaluator.candidates if c.row.id not in lost_ids],
+            [c.rehearsed for c in self.evaluator.candidates if c.row.id not in lost_ids],
             references,
             0 if self.plan.compaction else len(committed),
+            [*(target.study for target in self.plan.targets), *(c.study for c in lost)],
+            self.session.config.study,
         )
         train = self.session.engine.train
         with self.timings.measure("train"):

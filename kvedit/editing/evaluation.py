@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from kvedit.editing.gate import Checks
 from kvedit.editing.plan import Plan
+from kvedit.editing.study import answers
+from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Score
 from kvedit.facts.keys import similar
 from kvedit.model.prompts import Example
@@ -27,30 +29,46 @@ _FORGET = "forget"
 
 @dataclass(frozen=True, slots=True)
 class RetentionCandidate:
-    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal."""
+    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal, with what
+    was trained of it besides its text.
+    """
 
     row: FactRow
     probes: tuple[Example, ...]
     all: tuple[Example, ...]
+    study: tuple[Example, ...] = ()
+
+    @property
+    def rehearsed(self) -> tuple[Example, ...]:
+        """What rehearsal draws from."""
+        return (*self.all, *self.study)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """How the merged model answers; ``learned`` are the edit's facts that pass by themselves,
-    ``lost`` the earlier facts that are not recalled.
+    ``lost`` the earlier facts that are not recalled.  ``gaps`` are the perturbation gaps of those
+    of the edit's facts that have one.
     """
 
     checks: Checks
     rows: tuple[ProbeRow, ...]
     lost: tuple[RetentionCandidate, ...]
     learned: frozenset[int]
+    gaps: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> Score:
+        """How many held-out questions were answered freely."""
+        return answers.score(self.rows)
 
     def without(self, fact_ids: frozenset[int]) -> Evaluation:
         """The same, had some facts not been part of the edit."""
         rows = tuple(row for row in self.rows if row.fact_id not in fact_ids)
         recall, paraphrase = _score(rows, "recall"), _score(rows, "paraphrase")
         checks = replace(self.checks, recall=recall, paraphrase=paraphrase)
-        return replace(self, checks=checks, rows=rows)
+        gaps = {fact_id: gap for fact_id, gap in self.gaps.items() if fact_id not in fact_ids}
+        return replace(self, checks=checks, rows=rows, gaps=gaps)
 
 
 class Evaluator:
@@ -61,7 +79,7 @@ class Evaluator:
 
     def __init__(self, session: Session, plan: Plan) -> None:
         self._store, self._engine, self._config = session.store, session.engine, session.config
-        self._plan = plan
+        self._session, self._plan = session, plan
         self.candidates = self._choose_candidates()
         self._locality = self._answered_locality()
 
@@ -75,12 +93,13 @@ class Evaluator:
         # A group rehearses all of them in turn: what no step speaks for is lost.
         count = len(committed) if self._plan.group else probed
         rng = random.Random(self._store.head())
+        study = StudyExamples(self._session)
         candidates = []
         for number, row in enumerate(at_risk(committed, self._plan.keys, count)):
             examples = tuple(self._engine.examples(row.fact))
             drawn = rng.sample(examples, min(settings.prompts_per_fact, len(examples)))
             probes = tuple(drawn) if number < probed else ()
-            candidates.append(RetentionCandidate(row, probes, examples))
+            candidates.append(RetentionCandidate(row, probes, examples, study.trained(row.fact)))
         return candidates
 
     def _answered_locality(self) -> list[Example]:
@@ -112,6 +131,15 @@ class Evaluator:
             tuple(candidate.row.fact.key for candidate in blamed),
         )
         return Evaluation(checks, tuple(rows), tuple(lost), self._learned(rows))
+
+    def ask_answers(self, evaluation: Evaluation) -> Evaluation:
+        """With the facts' held-out questions and perturbation gaps, which no gate looks at."""
+        targets = self._plan.targets
+        asked = answers.ask(self._engine, [(t.fact_id, e) for t in targets for e in t.probes])
+        facts = [(c.fact_id, c.after) for c in self._plan.changes if c.after is not None]
+        gaps = answers.perturbation_gaps(self._engine, [fact for _, fact in facts])
+        measured = {i: gap for (i, _), gap in zip(facts, gaps, strict=True) if gap is not None}
+        return replace(evaluation, rows=(*evaluation.rows, *asked), gaps=measured)
 
     def _ask(self, probed: Sequence[RetentionCandidate]) -> list[ProbeRow]:
         """Every probe of the edit, one row each."""

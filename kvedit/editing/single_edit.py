@@ -1,9 +1,11 @@
 """Edits of one fact, and rollbacks: what is checked before each, then the edit itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvedit.editing.edit import Edit
 from kvedit.editing.plan import Planner
+from kvedit.editing.study.examples import trained_questions
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
 from kvedit.facts.fact import Fact
@@ -21,11 +23,11 @@ class SingleEditor:
 
     def add(self, fact: Fact, *, force: bool = False) -> EditReport:
         """See ``KnowledgeBase.add``."""
-        self._engine.examples(fact)  # raises before anything is written
+        self._planner.check([fact])
         with self._session.editing():
             known = self._store.find(fact.key)
             if known is not None and known.state == "committed":
-                return self._add_again(known, fact)
+                return self._add_again(known, fact, force=force)
             near = tuple(similar(fact.key, self._store.keys()))
             self._warn_of_similar(fact.key, near)
             self._session.protection.prepare()
@@ -75,11 +77,18 @@ class SingleEditor:
             return answers
         self._session.say("asking the model as it was before", row.fact.key)
         before = self._store.revision_before(row.id)
-        return self._session.at(before, lambda: self._engine.prior_answers(row.fact))
+        trained = trained_questions(row.fact, self._session.config.study)
+        prompts = [question.prompt for question in trained]
+        return self._session.at(before, lambda: self._engine.prior_answers(row.fact, prompts))
 
-    def _add_again(self, row: FactRow, fact: Fact) -> EditReport:
+    def _add_again(self, row: FactRow, fact: Fact, *, force: bool) -> EditReport:
+        """The same text changes nothing; with other questions or statements it is an update."""
         if row.fact.description == fact.description:
-            return self._unchanged("add", row)
+            more = replace(row.fact, questions=fact.questions, statements=fact.statements)
+            if more == row.fact or not (fact.questions or fact.statements):
+                return self._unchanged("add", row)
+            self._session.protection.prepare()
+            return Edit(self._session, self._planner.update(row, more), force=force).run()
         raise DuplicateKeyError(
             f"{row.fact.key} is in the store with another text",
             hint=f"To change it: kvedit update {row.fact.key} FILE",
