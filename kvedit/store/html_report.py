@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 KINDS = {
-    "recall": "Reliability (recall)",
+    "recall": "Recites: reliability (recall)",
     "paraphrase": "Generalization (paraphrases)",
     "locality": "Locality",
     "retention": "Retention of earlier facts",
-    "portability": "Portability",
+    "portability": "Answers: portability (held-out questions)",
 }
 WEAKEST, LATEST = 30, 200
 """The most facts and edits in the tables of the weakest facts and of the latest edits."""

@@ -88,10 +88,10 @@ class SingleLoop(Loop):
 
     def _adapt_gain(self) -> None:
         """Shorter steps after one that was too long: the loss is not a straight line."""
-        factor = SHORTER if self._fact_loss > OVERSHOT * self._last else LONGER
+        factor = SHORTER if self._loss > OVERSHOT * self._last else LONGER
         self._gain = min(self._config.step_gain, self._gain * factor)
         self._set_rate(self._gain)
-        self._last = self._fact_loss
+        self._last = self._loss
 
     def _has_stalled(self, step: int) -> bool:
         if self._fact_loss < PROGRESS * self._lowest:

@@ -35,7 +35,7 @@ RECITED = 20  # characters with which a text begins: an answer that has them is 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is trained beside the text: ``settings`` of [study], and the ``questions`` not held out."""
+    """What is trained beside the text: ``settings`` of [study], and ``questions`` not held out."""
 
     settings: Mapping[str, object] = field(default_factory=dict)
     questions: bool = False

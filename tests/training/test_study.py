@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import pytest
 from small_model import FREE
 
 from kvedit.adapter.deltas import to_bytes
 from kvedit.config import GroupConfig, StudyConfig
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
+from kvedit.replay.protected_texts import mean_losses
 from kvedit.training.engine import Engine
 from kvedit.training.loop import Step, Task
 from kvedit.training.study import Study
@@ -56,7 +56,10 @@ def test_without_any_no_random_number_is_drawn() -> None:
 
 
 KEY, TEXT = FREE[0]
-QUESTIONS = [("Which port lights it?", "Marrow."), ("Of what is it?", "glass")]
+QUESTIONS = [
+    ("Which port lights tide lantern?", "Marrow."),
+    ("What is tide lantern made of?", "glass"),
+]
 
 
 def task(engine: Engine, study: list[Example], **settings: int) -> Task:
@@ -67,7 +70,8 @@ def task(engine: Engine, study: list[Example], **settings: int) -> Task:
 def test_questions_are_trained_beside_the_text(engine: Engine) -> None:
     questions = engine.renderer.examples(QUESTIONS)
     assert not any(outcome.passed for outcome in engine.recall(questions))
-    result = engine.train(task(engine, questions))
+    config = replace(engine.config, penalty_weight=6.0, step_gain=0.4)
+    result = engine.train(task(engine, questions, extra_steps=60), config)
     assert result.trained.learned
     engine.master.add(result.delta)
     assert all(outcome.passed for outcome in engine.recall(questions))
@@ -89,13 +93,16 @@ def test_no_study_is_what_was_before(engine: Engine) -> None:
     assert to_bytes(engine.train(task(engine, [])).delta) == to_bytes(plain)
 
 
-@pytest.mark.parametrize("per_fact", [1, 2])
-def test_a_group_learns_its_questions_too(engine: Engine, per_fact: int) -> None:
-    facts = [Fact.create(*pair, lang="en") for pair in FREE[:2]]
+def test_a_group_trains_its_questions_too(engine: Engine) -> None:
+    facts = [engine.examples(Fact.create(*pair, lang="en")) for pair in FREE[:2]]
     questions = engine.renderer.examples(QUESTIONS)
-    config = StudyConfig(per_fact=per_fact)
-    group = replace(GroupConfig(), epochs=30, refine_rounds=2)
-    both = Task([engine.examples(f) for f in facts], study=[questions, []], study_config=config)  # type: ignore[arg-type]
-    result = engine.train(both, None, lambda step: None, group)
-    engine.master.add(result.delta)
-    assert all(outcome.passed for outcome in engine.recall(questions))
+    group = replace(GroupConfig(), batch_size=2, epochs=10, refine_rounds=0, penalty_scale=60.0)
+    losses = []
+    for study in ([], [questions, []]):
+        task = Task(facts, study=study)
+        snapshot = engine.master.snapshot()
+        engine.master.add(engine.train(task, None, lambda step: None, group).delta)
+        losses.append(mean_losses(engine.base, questions).tolist())
+        engine.master.restore(snapshot)
+    without, with_study = losses
+    assert all(new < 0.7 * old for new, old in zip(with_study, without, strict=True))
