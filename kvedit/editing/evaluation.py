@@ -48,7 +48,8 @@ class RetentionCandidate:
 class Evaluation:
     """How the merged model answers; ``learned`` are the edit's facts that pass by themselves,
     ``lost`` the earlier facts that are not recalled.  ``gaps`` are the perturbation gaps of those
-    of the edit's facts that have one.
+    of the edit's facts that have one.  The unseen phrasings of facts in ``reported_only`` are
+    reported and not judged.
     """
 
     checks: Checks
@@ -56,6 +57,12 @@ class Evaluation:
     lost: tuple[RetentionCandidate, ...]
     learned: frozenset[int]
     gaps: Mapping[int, float] = field(default_factory=dict)
+    reported_only: frozenset[int] = frozenset()
+
+    @property
+    def generalization(self) -> Score:
+        """How many unseen phrasings were answered exactly, of all facts."""
+        return _score(self.rows, "paraphrase")
 
     @property
     def answers(self) -> Score:
@@ -65,7 +72,8 @@ class Evaluation:
     def without(self, fact_ids: frozenset[int]) -> Evaluation:
         """The same, had some facts not been part of the edit."""
         rows = tuple(row for row in self.rows if row.fact_id not in fact_ids)
-        recall, paraphrase = _score(rows, "recall"), _score(rows, "paraphrase")
+        judged = [row for row in rows if row.fact_id not in self.reported_only]
+        recall, paraphrase = _score(rows, "recall"), _score(judged, "paraphrase")
         checks = replace(self.checks, recall=recall, paraphrase=paraphrase)
         gaps = {fact_id: gap for fact_id, gap in self.gaps.items() if fact_id not in fact_ids}
         return replace(self, checks=checks, rows=rows, gaps=gaps)
@@ -80,6 +88,9 @@ class Evaluator:
     def __init__(self, session: Session, plan: Plan) -> None:
         self._store, self._engine, self._config = session.store, session.engine, session.config
         self._session, self._plan = session, plan
+        # A relation is trained on its own prompt alone: other wordings are a matter of luck.
+        facts = [(change.fact_id, change.after or change.before) for change in plan.changes]
+        self._relations = frozenset(i for i, fact in facts if fact and fact.relation_of)
         self.candidates = self._choose_candidates()
         self._locality = self._answered_locality()
 
@@ -125,12 +136,14 @@ class Evaluator:
         judged = [candidate for candidate in probed if candidate.row.health != "regressed"]
         checks = Checks(
             _score(rows, "recall"),
-            _score(rows, "paraphrase"),
+            _score([row for row in rows if row.fact_id not in self._relations], "paraphrase"),
             _score(rows, "locality"),
             Score(len(judged) - len(blamed), len(judged)),
             tuple(candidate.row.fact.key for candidate in blamed),
         )
-        return Evaluation(checks, tuple(rows), tuple(lost), self._learned(rows))
+        return Evaluation(
+            checks, tuple(rows), tuple(lost), self._learned(rows), reported_only=self._relations
+        )
 
     def ask_answers(self, evaluation: Evaluation) -> Evaluation:
         """With the facts' held-out questions and perturbation gaps, which no gate looks at."""
@@ -164,7 +177,8 @@ class Evaluator:
 
     def _learned(self, rows: Sequence[ProbeRow]) -> frozenset[int]:
         """The facts of the edit that pass the gate by themselves."""
-        recall, paraphrase = _passed(rows, "recall"), _passed(rows, "paraphrase")
+        judged = [row for row in rows if row.fact_id not in self._relations]
+        recall, paraphrase = _passed(rows, "recall"), _passed(judged, "paraphrase")
         gate = self._config.gate
         recalled = {fact_id for fact_id, share in recall.items() if share >= gate.min_recall}
         return frozenset(i for i in recalled if paraphrase.get(i, 1.0) >= gate.min_paraphrase)
