@@ -76,7 +76,7 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class RecipeResult:
     """``recited`` are facts recalled at the end, of all given; ``recitations`` the answers that
-    begin as the text does; seconds are of the edits alone.
+    begin as the text does; seconds are of the edits alone, by the clock and of the processor.
     """
 
     name: str
@@ -86,6 +86,7 @@ class RecipeResult:
     recitations: int
     perturbation_gap: float | None
     seconds: float
+    cpu_seconds: float
     steps: int
     answers: tuple[Answer, ...] = ()
 
@@ -101,19 +102,29 @@ class AnswersResult:
     recipes: tuple[RecipeResult, ...]
 
 
-def answers(options: AnswersOptions, *, emit: Emit) -> AnswersResult:
-    """Measure all recipes.  Raises UsageError for an unknown recipe or no questions."""
+def answers(
+    options: AnswersOptions,
+    *,
+    emit: Emit,
+    tell: Callable[[AnswersResult, RecipeResult], None] = lambda result, point: None,
+) -> AnswersResult:
+    """Measure all recipes; ``tell`` gets what is measured so far after each.
+
+    Raises UsageError for an unknown recipe or no questions.
+    """
     if unknown := [name for name in options.recipes if name not in RECIPES]:
         raise UsageError(f"there is no recipe {unknown[0]!r}", hint=f"Known: {', '.join(RECIPES)}.")
     passages = read_passages(options.passages, options.limit)
     with _folder(options.store_dir) as folder:
         template = folder / "store"
         model, base, in_prompt = _ask_base(template, options, passages, emit)
-        done = tuple(
-            _run(name, _copy(template, folder / name.replace(", ", "-"), options), passages, emit)
-            for name in options.recipes
-        )
-    return AnswersResult(model, len(passages), base, in_prompt, done)
+        result = AnswersResult(model, len(passages), base, in_prompt, ())
+        for name in options.recipes:
+            path = _copy(template, folder / name.replace(", ", "-"), options)
+            done = _run(name, path, passages, emit)
+            result = replace(result, recipes=(*result.recipes, done))
+            tell(result, done)
+    return result
 
 
 def read_passages(path: Path, limit: int | None) -> list[Fact]:
@@ -211,9 +222,9 @@ def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeR
         _configure(path, recipe.settings)
     facts = [_for_recipe(fact, recipe) for fact in passages]
     with KnowledgeBase.open(path, on_event=emit) as knowledge:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         reports = [knowledge.add_fact(fact) for fact in facts]
-        seconds = time.monotonic() - began
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         report = knowledge.verify()
         given = ask(knowledge.engine, facts)
     starts = {fact.key: fact.description[:RECITED] for fact in facts}
@@ -221,26 +232,28 @@ def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeR
         name, sum(one.outcome == "committed" for one in reports),
         Score(report.score.passed, len(facts), report.score.protocol), _score(given),
         sum(one.answer.startswith(starts[one.key]) for one in given), report.perturbation_gap,
-        seconds, sum(one.steps for one in reports), tuple(given),
+        seconds, cpu_seconds, sum(one.steps for one in reports), tuple(given),
     )  # fmt: skip
 
 
 def tables(result: AnswersResult) -> list[Table]:
     """One row for the base model, one with the text in the prompt, one for each recipe."""
     rows = [
-        ("base model", "-", "-", _cell(result.base), "-", "-", "-"),
-        ("text in the prompt", "-", "-", _cell(result.in_prompt), "-", "-", "-"),
+        ("base model", "-", "-", _cell(result.base), *"-----"),
+        ("text in the prompt", "-", "-", _cell(result.in_prompt), *"-----"),
     ]
     for one in result.recipes:
         gap = "-" if one.perturbation_gap is None else f"{one.perturbation_gap:.1f}"
         rows.append(
             (
                 one.name, f"{one.committed} of {result.facts}", _cell(one.recited),
-                _cell(one.answered), str(one.recitations), gap, f"{one.seconds / result.facts:.0f}",
+                _cell(one.answered), str(one.recitations), gap, f"{one.steps / result.facts:.0f}",
+                f"{one.seconds / result.facts:.0f}", f"{one.cpu_seconds / result.facts:.0f}",
             )
         )  # fmt: skip
     columns = (
-        "trained", "committed", "recites", "answers", "recitations", "gap", "seconds a fact",
+        "trained", "committed", "recites", "answers", "recitations", "gap", "steps a fact",
+        "seconds", "CPU seconds",
     )  # fmt: skip
     return [Table(f"{result.facts} passages, one by one", columns, tuple(rows))]
 
@@ -249,6 +262,11 @@ def _cell(score: Score) -> str:
     low, high = score.interval()
     share = f"{100 * (score.rate or 0.0):.1f}% [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{share}, {score.passed} of {score.n}"
+
+
+def line(one: RecipeResult) -> str:
+    """A recipe's result, as soon as it is there."""
+    return f"{one.name}: {one.committed} committed, answers {_cell(one.answered)}"
 
 
 def notes(result: AnswersResult) -> str:

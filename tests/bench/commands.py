@@ -554,4 +554,7 @@ def answers(run: Run, given: dict[str, Any]) -> None:
     from tests.bench import answers as bench_answers
 
     options = bench_answers.AnswersOptions(**given)
-    run(bench_answers.answers, options, bench_answers.tables, bench_answers.notes)
+    run(
+        bench_answers.answers, options, bench_answers.tables, bench_answers.notes,
+        bench_answers.line,
+    )  # fmt: skip
