@@ -9,7 +9,7 @@ from kvedit.editing.study.examples import trained_questions
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import similar
+from kvedit.facts.keys import in_words, similar
 from kvedit.revisions.session import Session
 from kvedit.store.rows import FactRow
 
@@ -41,6 +41,7 @@ class SingleEditor:
             fact = row.fact.with_description(description)
             if fact == row.fact:
                 return self._unchanged("update", row)
+            self._warn_of_dropped(row.fact, fact)
             self._session.protection.prepare()
             return Edit(self._session, self._planner.update(row, fact), force=force).run()
 
@@ -101,6 +102,15 @@ class SingleEditor:
         )  # fmt: skip
         self._session.emit(report)
         return report
+
+    def _warn_of_dropped(self, old: Fact, new: Fact) -> None:
+        """Say so when questions or statements go, because the new text does not say it."""
+        kept = {*new.questions, *new.statements}
+        dropped = [one.prompt for one in old.questions if one not in kept]
+        dropped += [statement for statement in old.statements if statement not in kept]
+        if dropped:
+            text = f"{old.key}: the new text does not say, so it was dropped: {in_words(dropped)}"
+            self._session.emit(Warning_(text=text, code="dropped", key=old.key))
 
     def _warn_of_similar(self, key: str, near: Sequence[Similar]) -> None:
         for hit in near:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from small_engine import configure
+from small_engine import configure, warnings_in
 from small_model import FREE
 
 from kvedit import KnowledgeBase
@@ -84,7 +85,9 @@ def test_an_edit_reports_what_is_answered_and_does_not_refuse_for_it(empty: Know
     assert [c.n for c in empty.store.probe_counts() if c.kind == "portability"] == [4]
 
 
-def test_other_questions_for_the_same_text_are_an_update(trained: KnowledgeBase) -> None:
+def test_other_questions_are_an_update_and_go_when_the_text_does_not_say_them(
+    trained: KnowledgeBase, events: list[Any]
+) -> None:
     fact = trained.store.require(KEY).fact
     assert trained.add(KEY, TEXT).outcome == "unchanged"
     configure(trained.store.path, recall=0, paraphrase=0, locality=0, retention=0, steps=4)
@@ -94,3 +97,10 @@ def test_other_questions_for_the_same_text_are_an_update(trained: KnowledgeBase)
     assert (report.kind, report.outcome) == ("update", "committed")
     assert trained.store.require(KEY).fact == replace(fact, questions=questions)
     assert trained.add(KEY, TEXT, questions=questions).outcome == "unchanged"
+    changed = trained.update(KEY, "Made of glass in Tarn.", force=True)
+    assert changed.outcome == "committed" and trained.store.require(KEY).fact.questions == questions
+    assert not warnings_in(events, "dropped")
+    trained.update(KEY, "Made of silk in Tarn.", force=True)
+    (warning,) = warnings_in(events, "dropped")
+    assert "so it was dropped: Of what is it?" in warning.text
+    assert trained.store.require(KEY).fact.questions == ()
