@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from kvedit.bench.tables import BRACKETS, Table
 from kvedit.config import FILE_NAME
@@ -133,11 +134,17 @@ def read_passages(path: Path, limit: int | None) -> list[Fact]:
     Raises UsageError where there is no question.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    facts = [_held_out(Fact.from_json(row)) for row in rows]
+    facts = [_held_out(Fact.from_json(_with_one_answer(row))) for row in rows]
     facts = sorted((f for f in facts if f.questions), key=lambda fact: len(fact.description))
     if not facts:
         raise UsageError(f"{path} has no passage with questions")
     return facts[:limit]
+
+
+def _with_one_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """A passage in which each question stands once: public sets repeat some."""
+    by_prompt = {one["question"]: one for one in reversed(row.get("questions", []))}
+    return {**row, "questions": list(by_prompt.values())[::-1]}
 
 
 def _held_out(fact: Fact) -> Fact:

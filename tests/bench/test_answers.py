@@ -15,6 +15,7 @@ PASSAGES = [
         {"question": f"Of what is {name} bell?", "answer": metal},
         {"question": f"Where is {name} bell?", "answer": "Pell"},
         {"question": f"Who rings {name} bell?", "answer": "nobody"},
+        {"question": f"Who rings {name} bell?", "answer": "no one"},
     ]}
     for name, metal, text in (
         ("amber", "copper", "Made of copper in Pell. It hangs there."),
