@@ -117,12 +117,13 @@ class Attempts:
         references = self.session.engine.reference_texts
         if references is not None and group is not None:
             references = references.without([*committed, *self.plan.names])
+        rehearsed = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
         task = Task(
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
-            [c.rehearsed for c in self.evaluator.candidates if c.row.id not in lost_ids],
+            [c.all for c in rehearsed],
             references,
             0 if self.plan.compaction else len(committed),
-            [*(target.study for target in self.plan.targets), *(c.study for c in lost)],
+            [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
             self.session.config.study,
         )
         train = self.session.engine.train

@@ -29,7 +29,7 @@ _FORGET = "forget"
 
 @dataclass(frozen=True, slots=True)
 class RetentionCandidate:
-    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal, with what
+    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal; ``study``
     was trained of it besides its text.
     """
 
@@ -37,11 +37,6 @@ class RetentionCandidate:
     probes: tuple[Example, ...]
     all: tuple[Example, ...]
     study: tuple[Example, ...] = ()
-
-    @property
-    def rehearsed(self) -> tuple[Example, ...]:
-        """What rehearsal draws from."""
-        return (*self.all, *self.study)
 
 
 @dataclass(frozen=True, slots=True)

@@ -315,7 +315,7 @@ def _start_examples(task: Task, rng: random.Random) -> list[Example]:
         return min(each, len(fact)) if one_answer else len(fact)
 
     chosen = [e for fact in facts for e in rng.sample(list(fact), count(fact))]
-    study = [e for fact in task.study for e in fact]
+    study = [e for fact in task.study[: len(task.new)] for e in fact]
     return [*chosen, *rng.sample(study, min(START_STUDY, len(study)))]
 
 

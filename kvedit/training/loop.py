@@ -46,7 +46,7 @@ class Task:
     and the reference texts, which only groups use.
 
     ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``
-    has what is trained of each new fact besides (see ``study``).
+    has what is trained besides of each new fact, then of each rehearsed one (see ``study``).
     """
 
     new: Sequence[Sequence[Example]]
@@ -115,7 +115,8 @@ class Loop:
     def __init__(self, setup: Setup) -> None:
         self._worker, self._adapter, self._task = setup.worker, setup.adapter, setup.task
         self._config, self._rng, self._on_step = setup.config, setup.rng, setup.on_step
-        self._study = Study(self._task.new, self._task.study, self._rng)
+        task = self._task
+        self._study = Study(task.new, task.rehearsal, task.study, self._rng)
         self._optimizer = self._make_optimizer()
         self._phase = "learn"
         self._penalty_weight, self._earlier_weight = self._config.penalty_weight, 1.0

@@ -46,6 +46,7 @@ class SingleLoop(Loop):
         for step in range(1, steps + 1):
             new, earlier = self._draw()
             study = self._study.draw(settings.per_step) if self._study else []
+            study += self._study.beside(earlier, 1)
             margins = self._measure(step, new, earlier, study)
             if self._are_recalled(margins, len(new)) and self._may_end(step):
                 return self._result(step, learned=True)

@@ -16,22 +16,25 @@ from kvedit.model.prompts import Example
 class Study:
     """The study examples of one training, drawn for its steps.
 
-    ``by_fact`` has those of each new fact, in the order of the facts ``new``.
+    ``by_fact`` has those of each new fact, then those of each rehearsed one.  Only the new facts'
+    decide when a training has enough of them.
     """
 
     def __init__(
         self,
         new: Sequence[Sequence[Example]],
+        rehearsal: Sequence[Sequence[Example]],
         by_fact: Sequence[Sequence[Example]],
         rng: random.Random,
     ) -> None:
         self._rng = rng
         # ``by_fact`` may be empty.
-        pairs = zip(new, by_fact, strict=False)
+        pairs = zip([*new, *rehearsal], by_fact, strict=False)
         self._of_text = {text: examples for fact, examples in pairs for text in fact if examples}
-        self._margins = {example: float("-inf") for fact in by_fact for example in fact}
+        self._margins = {example: float("-inf") for fact in by_fact[: len(new)] for example in fact}
 
     def __bool__(self) -> bool:
+        """Whether a new fact has any."""
         return bool(self._margins)
 
     @property
@@ -57,8 +60,9 @@ class Study:
         return [e for of_fact in drawn for e in self._rng.sample(of_fact, min(count, len(of_fact)))]
 
     def note(self, examples: Sequence[Example], margins: Sequence[float]) -> None:
-        """Keep the margins that drawn examples had."""
-        self._margins.update(zip(examples, margins, strict=True))
+        """Keep the margins that drawn examples had, those of new facts."""
+        pairs = zip(examples, margins, strict=True)
+        self._margins.update((e, margin) for e, margin in pairs if e in self._margins)
 
     @property
     def is_recalled(self) -> bool:

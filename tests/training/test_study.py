@@ -21,7 +21,7 @@ EXAMPLES = [[Example((2, fact, at), 1) for at in range(4)] for fact in range(2)]
 
 
 def study(by_fact: list[list[Example]] = EXAMPLES) -> Study:
-    return Study(TEXTS, by_fact, random.Random(0))
+    return Study(TEXTS[:2], TEXTS[2:], by_fact, random.Random(0))
 
 
 def test_weak_examples_and_those_never_drawn_come_first() -> None:
@@ -47,10 +47,20 @@ def test_a_group_draws_those_of_the_texts_in_its_step() -> None:
     assert len(drawn) == 2 and set(drawn) <= set(EXAMPLES[1])
 
 
+def test_those_of_rehearsed_facts_are_drawn_and_decide_nothing() -> None:
+    of_rehearsed = [Example((3, 0, 0), 1)]
+    both = study([*EXAMPLES, of_rehearsed])
+    assert both.beside(TEXTS[2][:1], 5) == of_rehearsed
+    both.note([e for fact in EXAMPLES for e in fact], [1.0] * 8)
+    both.note(of_rehearsed, [-1.0])
+    assert both.is_recalled and len(both.draw(20)) == 8
+    assert not study([[], [], of_rehearsed])  # no new fact has any
+
+
 def test_without_any_no_random_number_is_drawn() -> None:
     rng = random.Random(0)
     before = rng.getstate()
-    empty = Study(TEXTS, [], rng)
+    empty = Study(TEXTS, [], [], rng)
     assert not empty and empty.is_recalled and empty.beside([TEXTS[0][0]], 2) == []
     assert rng.getstate() == before
 
