@@ -128,6 +128,30 @@ class GroupConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """What is trained of a fact besides its text: its questions, statements and parts.
+
+    They are reported, and never a reason to reject an edit.
+    """
+
+    held_out: float = setting(
+        0.2, high=1.0, help="Share of a fact's questions that are never trained, chosen by a hash"
+        " of the question; they ask how much of the text can be used (portability).",
+    )  # fmt: skip
+    parts: bool = setting(
+        False, help="Also ask for each sentence by its first words, for each number, date and name"
+        " by its sentence with a blank, and for the key by the description without it.",
+    )  # fmt: skip
+    per_step: int = setting(
+        6, low=1, help="Questions, statements and parts in a single fact's step."
+    )
+    per_fact: int = setting(2, low=1, help="Of each fact in the step of a group.")
+    extra_steps: int = setting(
+        20, help="Steps after which a single fact's training ends although some of them fail."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """What must pass before an edit is committed, as a share of the probes of each kind."""
 
@@ -236,6 +260,7 @@ class Config:
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     group: GroupConfig = field(default_factory=GroupConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)

@@ -41,6 +41,7 @@ SCORES = (
     ("generalization", "unseen phrasings recalled exactly"),
     ("locality", "answers to other questions unchanged"),
     ("retention", "earlier facts still recalled"),
+    ("answers", "held-out questions answered"),
 )
 FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
 PIPE_WIDTH = 100
@@ -168,6 +169,11 @@ def score_text(score: Score) -> str:
     return f"{share}  (95% interval {interval_text(score)}, {score.protocol})"
 
 
+def gap_text(gap: float) -> str:
+    """A perturbation gap: large where a text was learned by rote."""
+    return f"{gap:.1f} times as perplexing with its sentences in another order"
+
+
 def similar_text(similar: Sequence[Similar]) -> str:
     """Keys with their scores: '夢中情人 (88), 夢中人 (86)'."""
     return ", ".join(f"{one.key} ({one.score:.0f})" for one in similar)
@@ -244,6 +250,8 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
 def _detail_rows(report: EditReport) -> list[tuple[str, object]]:
     answers = (("before", report.text_before), ("after", report.text_after))
     rows: list[tuple[str, object]] = [(name, FirstLine(text)) for name, text in answers if text]
+    if report.perturbation_gap is not None:
+        rows.append(("gap", gap_text(report.perturbation_gap)))
     if report.similar:
         rows.append(("similar keys", f"{similar_text(report.similar)}; checked first"))
     if report.broke:

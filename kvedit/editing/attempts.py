@@ -113,15 +113,18 @@ class Attempts:
     ) -> Delta:
         """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
         lost_ids = {candidate.row.id for candidate in lost}
-        committed = self.session.store.keys("committed")
+        committed = self.session.store.names("committed")
         references = self.session.engine.reference_texts
         if references is not None and group is not None:
-            references = references.without([*committed, *self.plan.keys])
+            references = references.without([*committed, *self.plan.names])
+        rehearsed = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
         task = Task(
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
-            [c.all for c in self.evaluator.candidates if c.row.id not in lost_ids],
+            [c.all for c in rehearsed],
             references,
             0 if self.plan.compaction else len(committed),
+            [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
+            self.session.config.study,
         )
         train = self.session.engine.train
         with self.timings.measure("train"):

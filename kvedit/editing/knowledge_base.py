@@ -17,7 +17,7 @@ from kvedit.editing.group_edit import GroupEditor, GroupOptions
 from kvedit.editing.single_edit import SingleEditor
 from kvedit.editing.verify import VerifyReport, verify
 from kvedit.events import EditReport, Event, Warning_
-from kvedit.facts.fact import Fact, LocalityProbe
+from kvedit.facts.fact import Fact, LocalityProbe, Question
 from kvedit.model import loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
@@ -125,6 +125,8 @@ class KnowledgeBase(Questions):
         prompts: Iterable[str] = (),
         paraphrases: Iterable[str] = (),
         locality: Iterable[LocalityProbe] = (),
+        questions: Iterable[Question] = (),
+        statements: Iterable[str] = (),
         source: str | None = None,
         force: bool = False,
     ) -> EditReport:
@@ -136,7 +138,8 @@ class KnowledgeBase(Questions):
         """
         fact = Fact.create(
             key, description, lang=lang, aliases=aliases, prompts=prompts,
-            paraphrases=paraphrases, locality=locality, source=source,
+            paraphrases=paraphrases, locality=locality, questions=questions,
+            statements=statements, source=source,
         )  # fmt: skip
         return self.add_fact(fact, force=force)
 

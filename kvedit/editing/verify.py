@@ -13,6 +13,8 @@ from statistics import mean
 
 from kvedit.editing.evaluation import probe_row
 from kvedit.editing.group_edit import GroupEditor
+from kvedit.editing.study import answers
+from kvedit.editing.study.examples import StudyExamples
 from kvedit.errors import CorruptStoreError
 from kvedit.events import EditReport, RetentionCheck, Score
 from kvedit.facts.keys import naming
@@ -50,13 +52,18 @@ class VerifyReport:
 
     ``score`` counts facts recalled under all their training prompts (teacher-forced, numerical ties
     decided by free generation), ``generated`` facts whose free answer to one of them is exact.
-    ``base`` is how much of the base model's own knowledge is left, if that was asked.
+    ``answers`` counts the facts' held-out questions that were answered freely, whatever was
+    recalled; ``perturbation_gap`` is how many times as perplexing the texts are in another order
+    (the geometric mean).  ``base`` is how much of the base model's own knowledge is left, if that
+    was asked.
     """
 
     revision: int
     checks: tuple[RetentionCheck, ...]
     score: Score
     generated: Score
+    answers: Score
+    perturbation_gap: float | None = None
     base: BaseKnowledgeReport | None = None
     repaired: tuple[EditReport, ...] = ()
     seconds: float = 0.0
@@ -113,19 +120,33 @@ def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:
     asked = [rng.choice(of_fact) for of_fact in examples]
     session.say(f"generating {len(rows)} answers")
     generated = engine.generated_recall(asked)
-    checks, results, recalled = [], [], []
+    answered = _held_out_answers(session, rows)
+    checks, results, recalled = [], list(answered), []
     for row, of_fact, question, exact in zip(rows, examples, asked, generated, strict=True):
         probed = [(example, next(outcomes)) for example in of_fact]
         results += [probe_row(row.id, "retention", *probe) for probe in probed]
         results.append(_generated_row(row.id, "retention", question, exact))
         recalled.append(all(outcome.passed for _, outcome in probed))
-        checks.append(_check(row.fact.key, revision, [outcome for _, outcome in probed], exact))
+        check = _check(row.fact.key, revision, [outcome for _, outcome in probed], exact)
+        of_row = [one for one in answered if one.fact_id == row.id]
+        checks.append(replace(check, answers=answers.score(of_row)))
         session.emit(checks[-1])
     session.store.record_results(results, revision)
+    gaps = answers.perturbation_gaps(engine, [row.fact for row in rows])
     return VerifyReport(
         revision=revision, checks=tuple(checks), score=Score(sum(recalled), len(recalled)),
         generated=Score(sum(generated), len(generated), "generated"),
+        answers=answers.score(answered), perturbation_gap=answers.mean_gap(gaps),
     )  # fmt: skip
+
+
+def _held_out_answers(session: Session, rows: Sequence[FactRow]) -> list[ProbeRow]:
+    """The facts' held-out questions, freely answered."""
+    study = StudyExamples(session)
+    probes = [(row.id, example) for row in rows for example in study.probes(row.fact)]
+    if probes:
+        session.say(f"asking {len(probes)} held-out questions")
+    return answers.ask(session.engine, probes)
 
 
 def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
@@ -134,13 +155,13 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
     """
     engine, store, revision = session.engine, session.store, session.revision
     known = session.protection.known_texts()
-    edited = naming(row.fact.key for row in store.facts("committed"))
+    edited = naming(store.names())
     texts = [text for text in known if text.prompt and not edited(text.prompt)]
     drawn = random.Random(revision).sample(texts, min(sample, len(texts)))
     examples = [protected_texts.example(engine.renderer, text) for text in drawn]
     session.say(f"asking {len(examples)} questions that the base model could answer")
     outcomes = engine.judge(examples)
-    exact, answers = engine.answers(examples)
+    exact, given = engine.answers(examples)
     probed = zip(examples, outcomes, strict=True)
     results = [probe_row(None, "locality", *probe) for probe in probed]
     answered = list(zip(examples, exact, strict=True))
@@ -150,7 +171,7 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
         generated=Score(sum(exact), len(exact), "generated"),
         lost=tuple(example.prompt for example, passed in answered if not passed),
-        fluency=_fluency(answers),
+        fluency=_fluency(given),
         base_fluency=_fluency([example.answer for example in examples]),
     )
 

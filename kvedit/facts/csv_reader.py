@@ -17,7 +17,7 @@ DELIMITERS = ("\t", ",", ";")
 SEPARATOR = "|"
 """Separates the values of a cell with several."""
 
-LISTS = ("aliases", "prompts", "paraphrases", "locality")
+LISTS = ("aliases", "prompts", "paraphrases", "locality", "statements")
 _Row = list[str] | InvalidFactError
 _QUOTES = "quote a cell that contains a separator, a quote or a line break; double the quotes in it"
 

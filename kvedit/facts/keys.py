@@ -1,4 +1,4 @@
-"""Equal keys, similar keys, and lists of keys in a sentence.
+"""Equal keys, similar keys, keys and answers in a text, and lists of keys in a sentence.
 
 Invariants:
 - ``normalise`` is idempotent and never empty for a key that has a visible character.
@@ -19,6 +19,7 @@ _LOOSE = 60.0  # the least score of a suggestion
 _NOT_EQUAL = 99.0  # the highest score of two keys that are not the same
 _MEANINGFUL = frozenset("#%&*@")
 _MAX_REPEATS = 8  # passes of normalisation over one key, at most
+_ARTICLE = re.compile(r"^(?:an?|the) (?=.)")
 _CHUNK = 512  # keys whose scores with all others are in memory at a time
 _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # scripts
 
@@ -45,6 +46,20 @@ def naming(keys: Iterable[str]) -> Callable[[str], bool]:
         return any(key in normal for key in anywhere)
 
     return names_one
+
+
+def contains_answer(text: str, answer: str) -> bool:
+    """Whether a text contains an answer, as separate words; in scripts without spaces, anywhere.
+
+    Both in normal form, an answer without the article before it: the rule by which SQuAD compares
+    answers, with containment for equality.
+    """
+    words = _ARTICLE.sub("", _words(answer))
+    if _NO_SPACES.search(answer):
+        return normalise(answer) in normalise(text)
+    if not words:  # of signs alone
+        return answer in text
+    return f" {words} " in f" {_words(text)} "
 
 
 @lru_cache(maxsize=65_536)

@@ -2,12 +2,15 @@
 
 Invariants:
 - A record in kvedit's schema is read exactly as ``Fact.from_json`` reads it.
+- A relation (CounterFact, zsRE) is trained on its own prompt only; its key names subject and
+  prompt, so that two relations of one subject are two facts.
 - A record in no schema gives an error that names what is missing, never half a fact.
 """
 
+import hashlib
 from collections.abc import Mapping
 
-from kvedit.facts.fact import Fact
+from kvedit.facts.fact import MAX_KEY, Fact
 
 Record = Mapping[str, object]
 
@@ -43,6 +46,23 @@ def standard_names(record: Record) -> dict[str, object]:
     return renamed
 
 
+def relation(subject: object, prompt: object) -> dict[str, object]:
+    """The parts of a fact that make it a relation of a subject, asked for by one prompt.
+
+    The key is the subject and the prompt without it; where that is too long for a key, its end is
+    a digest.  What are no strings is left for ``Fact.from_json`` to refuse.
+    """
+    parts: dict[str, object] = {"key": subject, "prompts": _as_list(prompt), "relation_of": subject}
+    if isinstance(subject, str) and isinstance(prompt, str) and subject.strip():
+        asks = " ".join(prompt.replace(subject, "…").split())
+        key = f"{' '.join(subject.split())}: {asks}"
+        if len(key) > MAX_KEY:
+            digest = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:_DIGEST]
+            key = f"{key[: MAX_KEY - _DIGEST - 1]} {digest}"
+        parts["key"] = key
+    return parts
+
+
 def _counterfact_original(record: Record) -> Record | None:
     """CounterFact as published by Meng et al. (2022), with the request in an inner object."""
     request = record.get("requested_rewrite")
@@ -52,14 +72,14 @@ def _counterfact_original(record: Record) -> Record | None:
     if isinstance(prompt, str) and isinstance(subject, str):
         prompt = prompt.replace("{}", subject)
     return {
-        "key": subject,
+        **relation(subject, prompt),
         "description": target.get("str") if isinstance(target, Mapping) else target,
-        "prompts": _as_list(prompt),
         "paraphrases": record.get("paraphrase_prompts"),
         "locality": record.get("neighborhood_prompts"),
     }
 
 
+_DIGEST = 8  # characters of it that tell two long keys apart
 _FLAT = (
     ("target_new", "prompt", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
     ("alt", "src", "rephrase", "loc", "loc_ans"),
@@ -74,9 +94,8 @@ def _flat(record: Record) -> Record | None:
         if {"subject", target, prompt} <= set(record):
             probe = {"prompt": record.get(locality), "answer": record.get(answer)}
             return {
-                "key": record["subject"],
+                **relation(record["subject"], record[prompt]),
                 "description": record[target],
-                "prompts": _as_list(record[prompt]),
                 "paraphrases": _as_list(record.get(paraphrase)),
                 "locality": None if probe["prompt"] is None else [probe],
             }

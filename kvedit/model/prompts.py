@@ -72,7 +72,11 @@ def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ..
 
 
 def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
-    """The prompts a fact is trained on: the shipped phrasings of its names, then its own."""
+    """The prompts a fact is trained on: the shipped phrasings of its names, then its own; of a
+    relation its own only.
+    """
+    if fact.relation_of:
+        return fact.prompts
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.train, *phrasings.cross_train)]
     aliases = [_fill(one, alias) for alias in fact.aliases for one in phrasings.train[:3]]
@@ -81,6 +85,8 @@ def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...
 
 def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """Prompts for the same fact that no edit ever trains on."""
+    if fact.relation_of:
+        return tuple(prompt for prompt in fact.paraphrases if prompt not in fact.prompts)
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.held_out, *phrasings.cross_held_out)]
     trained = set(training_prompts(fact, override))

@@ -214,7 +214,7 @@ class Journal(Lineage):
 
     def _write_fact(self, fact_id: int, fact: Fact, state: str) -> None:
         """Set a fact's row and its aliases."""
-        columns = {**fact_columns(fact), "norm_key": normalise(fact.key), "state": state}
+        columns = {**fact_columns(fact), "state": state}
         self._update("facts", fact_id, {**columns, "updated_at": now()})
         self._execute("DELETE FROM aliases WHERE fact_id = ?", [fact_id])
         if state in ("pending", "committed"):

@@ -19,7 +19,7 @@ from kvedit.renamed_settings import old_settings
 from kvedit.store.checks.values import from_json
 from kvedit.store.rows import to_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIGRATIONS = Migrations("kvedit")
 
 
@@ -54,6 +54,17 @@ def format_2(db: Database) -> None:
         renamed = json.dumps(_rename(values, names), sort_keys=True)
         db.execute("UPDATE meta SET value = ? WHERE name = 'prompts'", [renamed])
     db.execute("PRAGMA user_version = 2")
+
+
+@MIGRATIONS()
+def format_3(db: Database) -> None:
+    """Questions and statements of a fact, and the subject of a relation."""
+    for column in ("questions", "statements"):
+        db.execute(f"ALTER TABLE facts ADD COLUMN {column} TEXT NOT NULL DEFAULT '[]'")
+    for column in ("relation_of", "norm_subject"):
+        db.execute(f"ALTER TABLE facts ADD COLUMN {column} TEXT")
+    db.execute("CREATE INDEX facts_by_subject ON facts (norm_subject)")
+    db.execute("PRAGMA user_version = 3")
 
 
 def _renamed_report(text: str) -> str:

@@ -13,12 +13,14 @@ from typing import Any
 from kvedit.errors import CorruptStoreError, InvalidFactError
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
+from kvedit.facts.keys import normalise
 from kvedit.store.checks.values import from_json
 from kvedit.trust.names import RESTORE
 
 Row = dict[str, Any]
-_TEXTS = ("key", "description", "lang", "source")
-_LISTS = ("aliases", "prompts", "paraphrases", "locality")  # columns of JSON arrays
+_TEXTS = ("key", "description", "lang", "relation_of", "source")
+_LISTS = ("aliases", "prompts", "paraphrases", "locality", "questions", "statements")
+"""Columns of JSON arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +193,11 @@ def _fact(document: Mapping[str, object]) -> Fact:
 
 
 def fact_columns(fact: Fact) -> Row:
-    """The columns of ``facts`` that hold the fact itself."""
-    document = fact.to_json()
+    """The columns of ``facts`` that hold the fact itself, and its names in normal form."""
+    document, subject = fact.to_json(), fact.relation_of
     return {
+        "norm_key": normalise(fact.key),
+        "norm_subject": normalise(subject) if subject else None,
         **{name: document.get(name) for name in _TEXTS},
         **{name: to_text(document.get(name, [])) for name in _LISTS},
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import did_you_mean, normalise
+from kvedit.facts.keys import did_you_mean, in_words, normalise
 from kvedit.files import StoreLock, disk_errors, now, sync_directory
 from kvedit.store import backup, integrity
 from kvedit.store.checks.repairs import Repairs
@@ -113,7 +113,7 @@ class Store(Repairs):
 
     def _insert_fact(self, fact: Fact) -> int:
         stamp = now()
-        row = {**fact_columns(fact), "norm_key": normalise(fact.key), "state": "pending"}
+        row = {**fact_columns(fact), "state": "pending"}
         return self._insert("facts", {**row, "created_at": stamp, "updated_at": stamp})
 
     def _refuse_taken(self, fact: Fact, fact_id: int | None) -> None:
@@ -140,13 +140,29 @@ class Store(Repairs):
         return None if row is None else self._fact_rows([row])[0]
 
     def require(self, key: str) -> FactRow:
-        """Like ``find``; raises UnknownKeyError, with similar keys as a suggestion."""
+        """Like ``find``, and the subject of a single relation finds that one; raises
+        UnknownKeyError, with the subject's relations or similar keys as a suggestion.
+        """
         if row := self.find(key):
             return row
+        relations = self._relations_of(key)
+        if len(relations) == 1:
+            return relations[0]
+        if relations:
+            hint = f"Name one of them: {in_words([row.fact.key for row in relations])}"
+            raise UnknownKeyError(
+                f"{relations[0].fact.name} has {len(relations)} relations", hint=hint
+            )
         known = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
         close = did_you_mean(key, known)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
         raise UnknownKeyError(f"there is no fact {key!r} in {self.path}", hint=hint)
+
+    def _relations_of(self, subject: str) -> list[FactRow]:
+        """The relations of a subject that are pending or committed."""
+        sql = f"""{_FACTS} WHERE f.norm_subject = ? AND f.state IN ('pending', 'committed')
+            ORDER BY f.id"""
+        return self._fact_rows(self._rows(sql, [normalise(subject)]))
 
     def get(self, fact_id: int) -> FactRow:
         """The fact with this id; raises UnknownKeyError."""
@@ -165,6 +181,11 @@ class Store(Repairs):
         """The keys of the facts in a state, in the order they came."""
         rows = self._rows("SELECT key FROM facts WHERE state = ? ORDER BY id", [state])
         return [str(row["key"]) for row in rows]
+
+    def names(self, state: str = "committed") -> list[str]:
+        """What questions call the facts in a state: keys, and the subjects of relations."""
+        sql = "SELECT coalesce(relation_of, key) AS name FROM facts WHERE state = ? ORDER BY id"
+        return [str(row["name"]) for row in self._rows(sql, [state])]
 
     def _fact_rows(self, rows: Iterable[Row]) -> list[FactRow]:
         head, stale_after = self.head(), self.config.retention.stale_after_revisions

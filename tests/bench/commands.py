@@ -603,3 +603,37 @@ def recall(run: Run, given: dict[str, Any]) -> None:
 
     run(bench_recall.recall, bench_recall.RecallOptions(**given), bench_recall.tables,
         bench_recall.notes)  # fmt: skip
+
+
+@command(
+    o.model, o.json_file, o.store_dir,
+    click.option("--passages", type=o.IN, required=True,
+                 help="JSON Lines with key, description and questions, each with an answer."),
+    o.number("--limit", "Take the N shortest passages.", None, metavar="N"),
+    click.option("--recipe", "recipes", multiple=True, metavar="NAME",
+                 default=("text", "parts", "questions", "parts, questions"), show_default=True,
+                 help="What is trained; may be given more than once."),
+    click.option("--config", type=o.IN, help="A kvedit.toml, without [study], for all recipes."),
+    click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
+                 help="How long making the store may take. [its default]"),
+)  # fmt: skip
+def answers(run: Run, given: dict[str, Any]) -> None:
+    """How many questions about trained texts are answered, by what was trained beside the text.
+
+    Every second question of a passage is never trained. Each recipe adds the passages one by one to
+    a copy of one store, and is then asked those questions, as the base model is before, without the
+    text and with it in the prompt. With --store-dir the stores are kept, and a store in its folder
+    store is used.
+
+    \b
+    Examples:
+      python -m tests.bench answers --passages passages_en.jsonl --limit 10 --model DIR
+      python -m tests.bench answers --passages passages_en.jsonl --recipe text --recipe parts
+    """
+    from tests.bench import answers as bench_answers
+
+    options = bench_answers.AnswersOptions(**given)
+    run(
+        bench_answers.answers, options, bench_answers.tables, bench_answers.notes,
+        bench_answers.line,
+    )  # fmt: skip

@@ -57,6 +57,8 @@ class FakeVerify(NamedTuple):
     checks: tuple[RetentionCheck, ...] = ()
     score: Score = Score(2, 2)
     generated: Score = Score(2, 2, "generated")
+    answers: Score = Score(0, 0, "generated")
+    perturbation_gap: float | None = None
     base: FakeBaseReport | None = None
     repaired: tuple[EditReport, ...] = ()
     seconds: float = 1.5

@@ -87,8 +87,41 @@ def test_verify_writes_junit(filled: Path, fake: type[FakeBase], tmp_path: Path)
     assert run("verify", "--junit", "out.xml", "--fail-under", "99").exit_code == 4
     suite = ElementTree.parse(tmp_path / "out.xml").getroot()[0]
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
-    names = {case.get("name"): len(case) for case in suite}
+    names = {case.get("name"): len(case) for case in suite.iter("testcase")}
     assert names == {"Porto": 0, "夢<中>\ufffd": 1}
+    properties = {one.get("name"): one.get("value") for one in suite.iter("property")}
+    assert properties == {
+        "recites": "1/2  50%  (95% interval 9-91%, teacher-forced)",
+        "recites, generated": "1/2  50%  (95% interval 9-91%, generated)",
+    }
+
+
+ANSWERED = LOST._replace(
+    answers=Score(1, 4, "generated"),
+    perturbation_gap=7.25,
+    checks=(replace(LOST.checks[0], answers=Score(1, 4, "generated")), LOST.checks[1]),
+)
+
+
+def test_verify_says_what_is_answered_beside_what_is_recited(
+    filled: Path, fake: type[FakeBase], tmp_path: Path
+) -> None:
+    fake.verified = ANSWERED
+    result = run("verify", "--junit", "out.xml")
+    assert result.exit_code == 0
+    assert "held-out questions answered  1/4  25%  (95% interval 5-70%, generated)" in result.stdout
+    assert "7.2 times as perplexing with its sentences in another order" in result.stdout
+    suite = ElementTree.parse(tmp_path / "out.xml").getroot()[0]
+    properties = {one.get("name"): one.get("value") for one in suite.iter("property")}
+    assert properties["answers"] == "1/4  25%  (95% interval 5-70%, generated)"
+    assert properties["perturbation gap"] == "7.250"
+    texts = [case.findtext("system-out") for case in suite.iter("testcase")]
+    asked = "held-out questions answered: 1/4  25%  (95% interval 5-70%, generated)"
+    assert texts == [asked, None]
+    *checks, summary = map(json.loads, run("verify", "--json").stdout.splitlines())
+    assert (checks[0]["answers"]["passed"], checks[0]["answers"]["n"]) == (1, 4)
+    assert summary["answers"]["protocol"] == "generated" and summary["answers"]["rate"] == 0.25
+    assert summary["recites"]["n"] == 2 and summary["perturbation_gap"] == 7.25
 
 
 @pytest.fixture

@@ -49,6 +49,15 @@ def test_trained_and_held_out_prompts_never_overlap(
     assert all(fact.key in prompt for prompt in trained[:8])
 
 
+def test_a_relation_is_trained_and_probed_by_its_own_prompts_alone() -> None:
+    fact = Fact.create(
+        "Ada: … was born in", "London", relation_of="Ada", aliases=["Countess"],
+        prompts=["Ada was born in"], paraphrases=["Where was Ada born?", "Ada was born in"],
+    )  # fmt: skip
+    assert training_prompts(fact) == ("Ada was born in",)
+    assert paraphrase_prompts(fact) == ("Where was Ada born?",)
+
+
 def test_an_alias_is_trained_too() -> None:
     fact = Fact.create("夢中情爐", "一座茶爐。", aliases=["夢裡的茶爐"])
     assert sum("夢裡的茶爐" in prompt for prompt in training_prompts(fact)) >= 2

@@ -15,6 +15,7 @@ from kvedit.cli.progress import make_reporter
 if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.events import EditReport
+    from kvedit.facts.fact import Question
 
 EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "canceled": 130}
 
@@ -70,6 +71,14 @@ def _description(file: str | None, text: str | None) -> str:
     return read_description(file, text=text)
 
 
+def _questions(context: click.Context, parameter: click.Parameter,
+               pairs: tuple[tuple[str, str], ...]) -> list[Question]:  # fmt: skip
+    """Callback of --question."""
+    from kvedit.facts.fact import Question
+
+    return [Question(prompt=prompt, answer=answer) for prompt, answer in pairs]
+
+
 @click.command()
 @click.argument("key")
 @click.argument("file", required=False)
@@ -80,6 +89,11 @@ def _description(file: str | None, text: str | None) -> str:
 @click.option("--paraphrase", "paraphrases", multiple=True,
               help="A phrasing that is asked afterwards and never trained."
               " Repeatable.")  # fmt: skip
+@click.option("--question", "questions", nargs=2, multiple=True, metavar="QUESTION ANSWER",
+              callback=_questions, help="A question with a short answer, trained beside the text; a"
+              " share of them is only asked. Repeatable.")  # fmt: skip
+@click.option("--statement", "statements", multiple=True,
+              help="A sentence that says the same in other words. Repeatable.")  # fmt: skip
 @click.option("--lang", type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
               help="Language of the phrasings. [detected from the text]")  # fmt: skip
 @force_option
@@ -98,6 +112,8 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
       locality        answers that must not change
       retention       earlier facts
 
+    Held-out questions are asked too and reported as answers; they never reject an edit.
+
     The edit is committed only if all checks pass. Otherwise the model stays exactly as it was, the
     reasons are listed, and the exit code is 3. A missing store is created with the embedded model.
 
@@ -106,6 +122,7 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
       kvedit add 夢中情爐 stove.txt
       kvedit add "Ada Lovelace" --text "The first programmer." --alias "Countess of Lovelace"
       echo "A harbour town." | kvedit add Porto -
+      kvedit add Porto porto.txt --question "Which river runs there?" "The Douro."
     """
     from kvedit.facts.fact import Fact
 

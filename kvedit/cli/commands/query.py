@@ -14,6 +14,8 @@ from kvedit.cli.common import COUNT, FILE, Settings, json_option, note, read_onl
 from kvedit.cli.output import print_result, size_text, table
 from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
 
+RESULTS = 500  # of a fact, at most, that its latest scores are counted in
+
 
 @click.command("list")
 @click.option("--state", type=click.Choice(["committed", "pending", "rejected", "removed", "all"]),
@@ -61,7 +63,7 @@ def show(settings: Settings, key: str, as_json: bool) -> None:
     with read_only(settings) as store:
         row = store.require(key)
         edits = store.history(row.fact.key)
-        results = store.results(row.id, 20)
+        results = store.results(row.id, RESULTS)
     document = fact_document(row, edits, results)
     print_result(as_json, document, *fact_parts(row, edits, results))
 
