@@ -18,13 +18,13 @@ _NUMBERS = (
 )  # fmt: skip
 _TEXTS = (
     "name", "value", "key", "norm_key", "description", "lang", "aliases", "prompts", "paraphrases",
-    "locality", "state", "created_at", "updated_at", "norm_alias", "kind", "reasons", "report",
+    "locality", "questions", "statements", "state", "created_at", "updated_at", "norm_alias", "kind", "reasons", "report",
     "config", "started_at", "weights_digest", "fact", "protocol", "prompt", "role", "path",
     "digest",
 )  # fmt: skip
 _OPTIONAL_TEXTS = (
     "delta", "finished_at", "before", "after", "expected", "answer", "source", "last_checked_at",
-    "last", "why",
+    "last", "why", "relation_of", "norm_subject",
 )  # fmt: skip
 _ALLOWED: dict[str, frozenset[type]] = {
     **dict.fromkeys(_NUMBERS, frozenset({int, _NONE})),
