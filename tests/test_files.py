@@ -27,7 +27,6 @@ from kvedit.errors import (
     UsageError,
 )
 from kvedit.files import (
-    StoreLock,
     clean_temporary,
     put,
     read_text,
@@ -39,6 +38,7 @@ from kvedit.files import (
     write_atomic,
     write_manifest,
 )
+from kvedit.lock import StoreLock
 
 EMPTY_SHA = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -244,7 +244,7 @@ def test_a_damaged_note_of_the_holder_does_not_hide_the_lock(tmp_path: Path) -> 
 
 def test_the_lock_is_free_the_moment_its_holder_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from kvedit.files import StoreLock\n"
+        "import sys, time; from pathlib import Path; from kvedit.files import \n"
         "with StoreLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)

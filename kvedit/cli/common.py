@@ -162,6 +162,18 @@ def require_keys(settings: Settings, keys: Sequence[str]) -> None:
             store.require(key)
 
 
+def require_writable(settings: Settings) -> None:
+    """Fail on a store that cannot be written now, not after loading the model; a missing one is
+    left to whoever makes it.
+    """
+    from kvedit.store.store import Store, resolve_store
+
+    path = resolve_store(settings.store)
+    if Store.exists(path):
+        with Store.open(path) as store, store.lock():
+            pass
+
+
 @contextmanager
 def knowledge_base(settings: Settings, reporter: Reporter, *,
                    create: bool = False) -> Iterator[KnowledgeBase]:  # fmt: skip

@@ -1,7 +1,8 @@
 """Checks of what a model still answers: the committed facts (ERR), and what it knew before (TRR).
 
 Invariants:
-- Every probe is recorded in the store, under the protocol that it was asked by.
+- Every probe is recorded in the store, under the protocol that it was asked by; where the store
+  cannot be written, the check is made all the same and a warning says that it was not recorded.
 - A check changes no weight; a repair is an edit like any other.
 """
 
@@ -13,7 +14,8 @@ from statistics import mean
 
 from kvedit.editing.evaluation import probe_row
 from kvedit.editing.group_edit import GroupEditor
-from kvedit.events import EditReport, RetentionCheck, Score
+from kvedit.errors import DiskFullError, NotWritableError
+from kvedit.events import EditReport, RetentionCheck, Score, Warning_
 from kvedit.facts.keys import naming
 from kvedit.metrics import ngram_entropy
 from kvedit.model.prompts import Example
@@ -104,7 +106,7 @@ def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:
         recalled.append(all(outcome.passed for _, outcome in probed))
         checks.append(_check(row.fact.key, revision, [outcome for _, outcome in probed], exact))
         session.emit(checks[-1])
-    session.store.record_results(results, revision)
+    _record(session, results)
     return VerifyReport(
         revision=revision, checks=tuple(checks), score=Score(sum(recalled), len(recalled)),
         generated=Score(sum(generated), len(generated), "generated"),
@@ -128,7 +130,7 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
     results = [probe_row(None, "locality", *probe) for probe in probed]
     answered = list(zip(examples, exact, strict=True))
     results += [_generated_row(None, "locality", *pair) for pair in answered]
-    store.record_results(results, revision)
+    _record(session, results)
     return BaseKnowledgeReport(
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
         generated=Score(sum(exact), len(exact), "generated"),
@@ -136,6 +138,14 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
         fluency=_fluency(answers),
         base_fluency=_fluency([example.answer for example in examples]),
     )
+
+
+def _record(session: Session, results: Sequence[ProbeRow]) -> None:
+    try:
+        session.store.record_results(results, session.revision)
+    except (NotWritableError, DiskFullError) as error:
+        text = f"these results are not recorded: {error.message}"
+        session.emit(Warning_(text=text, code="not-recorded"))
 
 
 def _fluency(texts: Sequence[str]) -> float | None:

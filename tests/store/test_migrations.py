@@ -12,7 +12,7 @@ from store_steps import add, committed_texts, problems
 
 from kvedit.config import Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooNewError
-from kvedit.files import StoreLock
+from kvedit.lock import StoreLock
 from kvedit.renamed_settings import old_settings
 from kvedit.revisions.base_model import prompts_of
 from kvedit.store import migrations

@@ -22,6 +22,7 @@ EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "cance
 def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], EditReport],
              create: bool = False) -> None:  # fmt: skip
     """Open the store, make one edit, show its report, and leave with the right exit code."""
+    common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter, create=create) as base:
         report = edit(base)

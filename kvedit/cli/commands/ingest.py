@@ -139,6 +139,7 @@ def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
         return IngestReport(
             outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before, revision=head
         )
+    common.require_writable(settings)
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
     with common.knowledge_base(settings, reporter, create=True) as base:

@@ -59,6 +59,8 @@ def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair
       kvedit verify --fail-under 99 --junit report.xml
     """
     common.require_keys(settings, keys)
+    if repair:
+        common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter) as knowledge:
         report = knowledge.verify(
