@@ -37,6 +37,7 @@ TRAINING_CHECKPOINTS = "training-*.safetensors"  # in the cache, of training tha
 OLD_TRAINING_CHECKPOINTS = "lesson-*.pt"  # as older versions wrote them; never read
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
+_TRIED_BYTES = 64 * 1024  # more than SQLite needs beside a database
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -89,7 +90,7 @@ def require_writable(path: Path) -> None:
     temporary = temporary_path(path)
     with disk_errors(path):
         try:
-            temporary.write_bytes(b"kvedit")
+            temporary.write_bytes(bytes(_TRIED_BYTES))
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

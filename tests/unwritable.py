@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import pytest
 
 OVERRIDE_PERMISSIONS = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of Linux
 VERSION_3 = 0x20080522
@@ -42,3 +46,20 @@ def without_permission(store: Path) -> Iterator[None]:
     finally:
         for path in paths:
             path.chmod(0o755)
+
+
+@contextmanager
+def full_disk(store: Path, at: Path) -> Iterator[Path]:
+    """A copy of a store on a disk of its own, a file system in memory without a free byte."""
+    at.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", at], check=False)
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        copy = Path(shutil.copytree(store, at / "store"))
+        with suppress(OSError), (at / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        yield copy
+    finally:
+        subprocess.run(["umount", "-l", at], check=True)

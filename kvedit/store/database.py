@@ -87,8 +87,10 @@ def _translated(error: sqlite3.Error, path: Path) -> KveditError:
         return disk_full(path)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return LockedError(f"{path} is in use: {error}", hint="Wait a moment and try again.")
+    if code in (*_NOT_WRITABLE, sqlite3.SQLITE_IOERR) and (reason := _why_not(path)):
+        return reason
     if code in _NOT_WRITABLE:
-        return _why_not(path) or NotWritableError(f"cannot write {path}: {error}", hint=_WRITE_HINT)
+        return NotWritableError(f"cannot write {path}: {error}", hint=_WRITE_HINT)
     if code == sqlite3.SQLITE_IOERR:
         hint = "Look at the system's log and at the disk; the store itself may be sound."
         return KveditError(f"the disk failed at {path}: {error}", hint=hint)

@@ -15,7 +15,7 @@ from kvedit.facts.fact import Fact
 from kvedit.store import migrations
 from kvedit.store.store import Store
 from tests.cli.cli_fakes import FakeBase, commit, run
-from tests.unwritable import ordinary_user, without_permission
+from tests.unwritable import full_disk, ordinary_user, without_permission
 
 READING = (
     ("list",), ("show", "Porto"), ("history",), ("status",), ("similar", "Porto"),
@@ -50,6 +50,17 @@ def unwritable(request: pytest.FixtureRequest, filled: Path) -> Iterator[Path]:
 def test_reading_needs_no_permission_to_write(words: tuple[str, ...], unwritable: Path) -> None:
     result = run("--store", str(unwritable), *words)
     assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no file system can be mounted")
+def test_a_full_disk_is_read_and_called_full(filled: Path, tmp_path: Path) -> None:
+    with full_disk(filled, tmp_path / "disk") as store:
+        listed = run("--store", str(store), "list", "--json")
+        assert len(json.loads(listed.stdout)) == 2
+        assert run("--store", str(store), "ask", "Porto?").stdout == "now: Porto?\n"
+        added = run("--store", str(store), "add", "Faro", "--text", "A town.")
+    assert added.exit_code == 1
+    assert added.stderr.startswith(f"error: no space left on the disk while writing {store}")
 
 
 def test_the_last_commit_is_read_from_the_log(unwritable: Path) -> None:

@@ -216,8 +216,10 @@ def test_an_old_store_that_cannot_be_upgraded_says_why(
 
     monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: unwritable(_))
     with pytest.raises(KveditError, match=r"must be upgraded to 2: cannot write .*lock") as failed:
-        Store.open(old, readonly=True)
+        Store.open(old)
     assert "you may write to it" in failed.value.hint
+    with Store.open(old, readonly=True) as store:  # a copy is read, with the names of today
+        assert store.protected("control")[0].source == "extracted"
     assert version_of(old) == 1
 
 
