@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from kvedit.cli import common
-from kvedit.cli.common import COUNT, Settings, json_option, note
+from kvedit.cli.common import Settings, json_option, note
 from kvedit.cli.output import clean, pairs, print_json, print_result, styled
+from kvedit.cli.parameters import COUNT, REVISION
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ CHAT_HELP = "/new starts a new conversation, Ctrl-C ends an answer, /exit or Ctr
 
 @click.command()
 @click.argument("prompt")
-@click.option("--at", type=click.IntRange(min=0), metavar="REV", help="Ask the model of REV.")
+@click.option("--at", type=REVISION, metavar="REV", help="Ask the model of REV.")
 @click.option("--compare-base", is_flag=True, help="Show the base model's answer as well.")
 @click.option("--max-new-tokens", type=COUNT, default=256, show_default=True, metavar="N",
               help="Stop the answer after N tokens.")  # fmt: skip

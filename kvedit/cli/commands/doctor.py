@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from kvedit.cli import common, output
-from kvedit.cli.common import FILE, Settings, json_option
+from kvedit.cli.common import Settings, json_option
 from kvedit.cli.output import print_result
+from kvedit.cli.parameters import FILE
 from kvedit.cli.progress import make_reporter
 from kvedit.cli.tables import finding_parts
 from kvedit.errors import CorruptStoreError, GateFailedError

@@ -10,6 +10,7 @@ import click
 from kvedit.cli import common
 from kvedit.cli.common import Settings, force_option, json_lines_option, next_step, note
 from kvedit.cli.output import edit_parts, print_json_line, print_parts
+from kvedit.cli.parameters import REVISION, SOURCE
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _description(file: str | None, text: str | None) -> str:
 
 @click.command()
 @click.argument("key")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=SOURCE)
 @click.option("--text", help="The description itself, instead of FILE.")
 @click.option("--alias", "aliases", multiple=True, help="Another name of the key. Repeatable.")
 @click.option("--prompt", "prompts", multiple=True,
@@ -118,7 +119,7 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
 
 @click.command()
 @click.argument("key")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=SOURCE)
 @click.option("--text", help="The new description itself, instead of FILE.")
 @force_option
 @json_lines_option
@@ -160,7 +161,7 @@ def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("revision", type=click.IntRange(min=0), metavar="REV")
+@click.argument("revision", type=REVISION, metavar="REV")
 @json_lines_option
 @click.pass_obj
 def rollback(settings: Settings, revision: int, as_json: bool) -> None:

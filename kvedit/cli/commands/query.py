@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from kvedit.cli import common
-from kvedit.cli.common import COUNT, FILE, Settings, json_option, note, read_only
+from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import print_result, size_text, table
+from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
 
 

@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import click
 
 from kvedit.cli import common, output
-from kvedit.cli.common import COUNT, FILE, Settings, json_lines_option
+from kvedit.cli.common import Settings, json_lines_option
 from kvedit.cli.output import score_text, styled
+from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
 from kvedit.cli.tables import first_of, margin_text
 from kvedit.errors import GateFailedError, RejectedError
