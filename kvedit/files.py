@@ -30,6 +30,7 @@ from kvedit.errors import (
     TextTooLongError,
     UsageError,
 )
+from kvedit.paths import is_stream, open_input, write_stream
 
 TEMPORARY = ".tmp-"
 MANIFEST = "manifest.json"
@@ -81,24 +82,40 @@ def require_writable(path: Path) -> None:
 
     Raises what ``write_atomic`` would raise, and UsageError if there is no such folder.
     """
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path} is a link that leads to itself", hint="Name a file.") from error
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint="Name a file.")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}", hint="Create it first.")
-    if _is_stream(path):
-        return
-    temporary = temporary_path(path)
+    if not is_stream(path):
+        _try_to_write(path.parent, path)
+
+
+def require_new_folder(path: Path) -> None:
+    """Try now whether a folder can be made that will be made later, its parents with it.
+
+    Raises UsageError if there is something there already, and what ``write_atomic`` would raise.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{path} is not an empty folder", hint="Name one that is not there yet.")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    _try_to_write(parent, path)
+
+
+def _try_to_write(folder: Path, path: Path) -> None:
+    """Write something into a folder, and remove it again; ``path`` is what the error is about."""
+    temporary = temporary_path(folder / "kvedit")
     with disk_errors(path):
         try:
             temporary.write_bytes(bytes(_TRIED_BYTES))
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-
-def _is_stream(path: Path) -> bool:
-    """Whether a path names a pipe or a device, such as /dev/stdout, which no file may replace."""
-    return path.exists() and not path.is_file()
 
 
 def sync_directory(directory: Path) -> None:
@@ -125,10 +142,8 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
     pieces = [data] if isinstance(data, bytes) else data
     temporary = temporary_path(path)
     with disk_errors(path):
-        if _is_stream(path):
-            with open(path, "wb") as stream:
-                stream.writelines(pieces)
-            return
+        if is_stream(path):
+            return write_stream(path, pieces)
         try:
             with open(temporary, "xb") as stream:
                 stream.writelines(pieces)
@@ -259,7 +274,7 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
     if str(source) == "-":
         return sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     try:
-        with open(source, "rb") as stream:
+        with open_input(source) as stream:
             return stream.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError as error:
         raise UsageError(

@@ -45,7 +45,8 @@ SCORES = (
 FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
 PIPE_WIDTH = 100
 _RESULT = "kvedit.result"
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are not UTF-8
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def print_json(document: object) -> None:
@@ -64,7 +65,8 @@ def print_json_line(fields: Mapping[str, Any]) -> None:
 def json_text(document: object, indent: int | None = None) -> str:
     """JSON that stdout can carry: non-ASCII escaped unless it is UTF-8."""
     in_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-    return json.dumps(document, ensure_ascii=not in_utf8, indent=indent)
+    text = json.dumps(document, ensure_ascii=not in_utf8, indent=indent)
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _note_result() -> None:

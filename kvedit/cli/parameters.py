@@ -17,6 +17,7 @@ import click
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _DURATION = re.compile(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?")
+_FILE_SIZE = re.compile(r"[1-9][0-9]{0,8}(KB|MB|GB)", re.ASCII)
 
 
 class Text(click.ParamType[str]):
@@ -40,13 +41,30 @@ class Source(click.ParamType[str]):
 
     name = "path"
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The value; an empty one, which Python takes for the working folder, is a mistake."""
+        if not str(value):
+            self.fail("the name is empty", param, ctx)
+        return str(value)
+
+
+class Named(click.Path):
+    """The name of a file or a folder; an empty one is a mistake, as for ``Source``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if not str(value):
+            self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 TEXT = Text()
 SOURCE = Source()
 COUNT = click.IntRange(min=1)
 REVISION = click.IntRange(min=0)
-FILE = click.Path(dir_okay=False, path_type=Path)
-INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = Named(dir_okay=False, path_type=Path)
+NEW_FOLDER = Named(file_okay=False, path_type=Path)
+INPUT_FILE = Named(exists=True, dir_okay=False, path_type=Path)
 
 
 def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -58,6 +76,13 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
         raise click.BadParameter(f"{value!r:.80} is not a time; write 90s, 30m, 2h or 1h30m")
     hours, minutes, rest = (int(part or 0) for part in match.groups())
     return 3600.0 * hours + 60 * minutes + rest
+
+
+def file_size(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that takes the size of a file: 500MB or 2GB."""
+    if value is not None and not _FILE_SIZE.fullmatch(value):
+        raise click.BadParameter(f"{value!r:.80} is not a file size; write 500MB or 2GB")
+    return value
 
 
 def demand_texts(command: click.Command) -> None:

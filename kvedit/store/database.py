@@ -165,7 +165,7 @@ def _read_unlocked(path: Path, target: sqlite3.Connection) -> None:
     has_log = any(size for size, _ in _last_write(path)[1:])
     without_locks = "unix-none" if os.name == "posix" else "win32-none"
     mode = f"vfs={without_locks}" if has_log else "immutable=1"  # the latter passes over a log
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro&{mode}"
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&{mode}"
     with closing(sqlite3.connect(uri, uri=True)) as source:
         source.execute("PRAGMA locking_mode = EXCLUSIVE")  # the log's index is kept in memory then
         source.backup(target)
@@ -180,7 +180,7 @@ def _last_write(path: Path) -> list[tuple[int, int]]:
 
 def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
     """A connection, and the version of the database's format."""
-    uri = f"file:{quote(str(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
     with sqlite_errors(path):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
         db = Database(connection, execute_plugins=False)

@@ -24,6 +24,7 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, normalise
 from kvedit.files import disk_errors, now, sync_directory
 from kvedit.lock import StoreLock
+from kvedit.paths import home_path
 from kvedit.store import integrity
 from kvedit.store.database import DB_NAME, create_database
 from kvedit.store.journal import Journal
@@ -52,7 +53,7 @@ _FACTS = """
 
 def resolve_store(option: str | Path | None = None) -> Path:
     """The store to use: ``--store``, then ``KVEDIT_STORE``, then ``./store``."""
-    return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
+    return home_path(option or os.environ.get(ENVIRONMENT) or DEFAULT)
 
 
 class Store(Journal):

@@ -17,6 +17,7 @@ from kvedit.cli.output import print_json_line, print_parts
 from kvedit.cli.parameters import COUNT, FILE, SOURCE
 from kvedit.cli.progress import make_reporter
 from kvedit.errors import InvalidFactError, RejectedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
     from kvedit.ingest.preflight import Near, Preflight
@@ -99,8 +100,7 @@ def _check_target(source: str, rejected_file: Path | None) -> None:
     """Fail now on a file that could not be written at the end, or that holds the input."""
     if rejected_file is None:
         return
-    if not rejected_file.resolve().parent.is_dir():
-        raise click.UsageError(f"--rejected-file {rejected_file}: its folder does not exist")
+    require_writable(rejected_file)
     if source != "-" and rejected_file.resolve() == Path(source).resolve():
         raise click.UsageError(f"--rejected-file {rejected_file} would replace the input")
 

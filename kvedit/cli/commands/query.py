@@ -14,6 +14,7 @@ from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import print_result, size_text, table
 from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
+from kvedit.files import require_writable
 
 
 @click.command("list")
@@ -164,6 +165,7 @@ def report(settings: Settings, file: Path, as_json: bool) -> None:
     """
     from kvedit.store import html_report
 
+    require_writable(file)
     with read_only(settings) as store:
         html_report.write(store, file)
         head = store.head()

@@ -16,6 +16,7 @@ from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
 from kvedit.cli.tables import first_of, margin_text
 from kvedit.errors import GateFailedError, RejectedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,6 +63,8 @@ def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair
     common.require_keys(settings, keys)
     if repair:
         common.require_writable(settings)
+    if junit is not None and not settings.rank:
+        require_writable(junit)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter) as knowledge:
         report = knowledge.verify(
