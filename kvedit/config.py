@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ from kvedit.renamed_settings import old_settings
 
 FILE_NAME = "kvedit.toml"
 _INFINITY = float("inf")
+LARGEST = 2**63 - 1  # of any number in the settings
 
 
 def setting(default: Any, low: float = 0, high: float = _INFINITY, *, help: str) -> Any:
@@ -274,11 +276,13 @@ class Config:
 
         Raises UsageError, naming the file and the setting, for anything it cannot take.
         """
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} cannot be read: it is not a file", hint="Move it away.")
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             return cls()
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
             raise UsageError(f"{path} is not valid TOML: {error}", hint="Correct it.") from error
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
@@ -341,11 +345,24 @@ def bounds(item: Field[Any]) -> str:
 def _value(where: str, value: Any, item: Field[Any]) -> object:
     """Check one value against the type of its default and its range."""
     expected = type_of(item)
+    numeric = expected in (int, float)
+    if numeric and type(value) in (int, float) and abs(value) > LARGEST:
+        raise UsageError(f"{where} must be {bounds(item)} and below 2^63, got {value!r:.40}")
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
-        raise UsageError(f"{where} must be of type {expected.__name__}, got {value!r}")
-    numeric = expected in (int, float)
+        raise UsageError(f"{where} must be of type {expected.__name__}, got {value!r:.40}")
     if numeric and not item.metadata["low"] <= value <= item.metadata["high"]:  # NaN too
         raise UsageError(f"{where} must be {bounds(item)}, got {value}")
+    if isinstance(value, dict):
+        _refuse_unwritable(where, value)
     return value
+
+
+def _refuse_unwritable(where: str, options: dict[str, Any]) -> None:
+    """Refuse options of a template that JSON, in which the store keeps them, cannot hold."""
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        hint = "Write texts, numbers, true, false, lists and tables; a date goes in quotes."
+        raise UsageError(f"{where} holds what JSON cannot: {error}", hint=hint) from error

@@ -45,17 +45,40 @@ SCORES = (
 )
 FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
 PIPE_WIDTH = 100
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_RESULT = "kvedit.result"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are not UTF-8
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def print_json(document: object) -> None:
-    """One JSON document to stdout, readable, non-ASCII kept."""
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    """One JSON document to stdout, readable, non-ASCII kept where stdout can show it."""
+    click.echo(json_text(document, indent=2))
+    _note_result()
 
 
 def print_json_line(fields: Mapping[str, Any]) -> None:
     """One JSON object on one line to stdout."""
-    click.echo(json.dumps(fields, ensure_ascii=False))
+    click.echo(json_text(fields))
+    if fields.get("message_type") == "summary":
+        _note_result()
+
+
+def json_text(document: object, indent: int | None = None) -> str:
+    """JSON that stdout can carry: non-ASCII escaped unless it is UTF-8."""
+    in_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    text = json.dumps(document, ensure_ascii=not in_utf8, indent=indent)
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _note_result() -> None:
+    if context := click.get_current_context(silent=True):
+        context.find_root().meta[_RESULT] = True
+
+
+def printed_json() -> bool:
+    """Whether this command has printed its document, or the summary of its lines."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().meta.get(_RESULT))
 
 
 def print_result(as_json: bool, document: object, *parts: RenderableType) -> None:

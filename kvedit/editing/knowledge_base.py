@@ -89,9 +89,11 @@ class KnowledgeBase(Questions):
     def open(cls, path: str | Path, *, on_event: OnEvent | None = None) -> KnowledgeBase:
         """Open a store with its model at the head revision; recovers by itself and says so.
 
-        Raises NoStoreError, StoreTooNewError, CorruptStoreError or ModelMismatchError.
+        One that cannot be written can be asked and checked; an edit raises NotWritableError or
+        DiskFullError.  Raises NoStoreError, StoreTooNewError, CorruptStoreError or
+        ModelMismatchError.
         """
-        store = Store.open(Path(path))
+        store = Store.open_to_ask(Path(path))
         try:
             knowledge = cls(store, base_model.load(store), on_event)
             knowledge._warn_of_changed_prompts()

@@ -1,7 +1,8 @@
 """Checks of what a model still answers: the committed facts (ERR), and what it knew before (TRR).
 
 Invariants:
-- Every probe is recorded in the store, under the protocol that it was asked by.
+- Every probe is recorded in the store, under the protocol that it was asked by; where the store
+  cannot be written, the check is made all the same and a warning says that it was not recorded.
 - A check changes no weight; a repair is an edit like any other.
 """
 
@@ -15,8 +16,8 @@ from kvedit.editing.evaluation import probe_row
 from kvedit.editing.group_edit import GroupEditor
 from kvedit.editing.study import answers
 from kvedit.editing.study.examples import StudyExamples
-from kvedit.errors import CorruptStoreError
-from kvedit.events import EditReport, RetentionCheck, Score
+from kvedit.errors import CorruptStoreError, DiskFullError, NotWritableError
+from kvedit.events import EditReport, RetentionCheck, Score, Warning_
 from kvedit.facts.keys import naming
 from kvedit.metrics import ngram_entropy
 from kvedit.model.prompts import Example
@@ -131,7 +132,7 @@ def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:
         of_row = [one for one in answered if one.fact_id == row.id]
         checks.append(replace(check, answers=answers.score(of_row)))
         session.emit(checks[-1])
-    session.store.record_results(results, revision)
+    _record(session, results)
     gaps = answers.perturbation_gaps(engine, [row.fact for row in rows])
     return VerifyReport(
         revision=revision, checks=tuple(checks), score=Score(sum(recalled), len(recalled)),
@@ -166,7 +167,7 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
     results = [probe_row(None, "locality", *probe) for probe in probed]
     answered = list(zip(examples, exact, strict=True))
     results += [_generated_row(None, "locality", *pair) for pair in answered]
-    store.record_results(results, revision)
+    _record(session, results)
     return BaseKnowledgeReport(
         score=Score(sum(outcome.passed for outcome in outcomes), len(outcomes)),
         generated=Score(sum(exact), len(exact), "generated"),
@@ -174,6 +175,14 @@ def check_base_knowledge(session: Session, sample: int) -> BaseKnowledgeReport:
         fluency=_fluency(given),
         base_fluency=_fluency([example.answer for example in examples]),
     )
+
+
+def _record(session: Session, results: Sequence[ProbeRow]) -> None:
+    try:
+        session.store.record_results(results, session.revision)
+    except (NotWritableError, DiskFullError) as error:
+        text = f"these results are not recorded: {error.message}"
+        session.emit(Warning_(text=text, code="not-recorded"))
 
 
 def _fluency(texts: Sequence[str]) -> float | None:

@@ -23,6 +23,7 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.schemas import fact_from, looks_like_fact
 from kvedit.files import decode, read_text
+from kvedit.paths import open_input
 
 TEXTS = (".txt", ".md")
 HEAD = 20
@@ -68,7 +69,7 @@ def read_file(source: Path | str) -> Iterator[bytes]:
     """
     name = source_name(source)
     try:
-        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open(source, "rb") as stream:
+        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open_input(source) as stream:
             yield from stream
     except FileNotFoundError as error:
         raise UsageError(

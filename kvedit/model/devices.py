@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.errors import ModelError
+from kvedit.paths import home_path
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def absolute(text: str, folder: Path) -> str:
     """A device map as it was given; a file name relative to ``folder`` as an absolute path."""
     if "\0" in text or len(text) > MAX_NAME:
         return text
-    path = folder / Path(text).expanduser()
+    path = folder / home_path(text)
     return str(path.resolve()) if text and text not in MODES and path.is_file() else text
 
 

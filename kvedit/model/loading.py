@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvedit.errors import ModelError
 from kvedit.model import devices, quantization, upcast
+from kvedit.paths import home_path
 from kvedit.trust import fingerprint
 from kvedit.trust.fingerprint import Fingerprint
 
@@ -106,7 +107,7 @@ def locate(model: str | Path | None) -> str:
     """The folder or hub name to load: the embedded model if none is given."""
     if model is None or str(model) == EMBEDDED:
         return str(EMBEDDED_PATH)
-    path = Path(model).expanduser()
+    path = home_path(model)
     return str(path.resolve()) if path.is_dir() else str(model)
 
 

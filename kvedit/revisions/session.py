@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvedit.config import Config
-from kvedit.errors import CorruptStoreError, LockedError, OutOfMemoryError
+from kvedit.errors import (
+    CorruptStoreError,
+    DiskFullError,
+    LockedError,
+    NotWritableError,
+    OutOfMemoryError,
+)
 from kvedit.events import Warning_
 from kvedit.facts.keys import in_words
 from kvedit.revisions.checkout import Checkout, Emit
@@ -72,10 +78,14 @@ class Session(Checkout):
             self.go_to_head()
 
     def recover(self) -> None:
-        """End the edits of a process that was killed; not while another process is at work."""
+        """End the edits of a process that was killed; not while another process is at work, nor
+        where the store cannot be written.
+        """
+        if self.store.readonly:
+            return
         try:
             interrupted = self.store.recover()
-        except LockedError:
+        except (LockedError, NotWritableError, DiskFullError):
             return
         for edit in interrupted:
             what = f"the {edit.kind} of {in_words(edit.keys)} was interrupted and did not happen"

@@ -4,6 +4,8 @@ Invariants:
 - WAL, ``synchronous=FULL`` and foreign keys are on for every writing connection.
 - A database appears under its name only when it is complete (``create_database``).
 - No ``sqlite3`` error leaves this module's helpers untranslated.
+- Reading needs no place to write: where SQLite's own files cannot be made, a copy in memory is
+  read, of one moment, with the write-ahead log in it.
 """
 
 import os
@@ -17,8 +19,23 @@ from urllib.parse import quote
 from sqlite_utils import Database
 
 from kvedit.config import FILE_NAME, Config
-from kvedit.errors import CorruptStoreError, KveditError, LockedError, NoStoreError, UsageError
-from kvedit.files import StoreLock, disk_errors, disk_full, remove, sync_directory, temporary_path
+from kvedit.errors import (
+    CorruptStoreError,
+    DiskFullError,
+    KveditError,
+    LockedError,
+    NoStoreError,
+    NotWritableError,
+)
+from kvedit.files import (
+    disk_errors,
+    disk_full,
+    remove,
+    require_writable,
+    sync_directory,
+    temporary_path,
+)
+from kvedit.lock import StoreLock
 from kvedit.store.checks.schema import harden, require_ours
 from kvedit.store.checks.values import require_types
 from kvedit.store.migrations import FORMAT_VERSION, check_version, migrate
@@ -27,6 +44,7 @@ from kvedit.trust import names
 
 DB_NAME = "kvedit.db"
 BUSY_SECONDS = 10.0
+COPY_TRIES = 5  # of a database that is written meanwhile
 DELTA_SUFFIX = ".safetensors"
 
 
@@ -72,31 +90,101 @@ def _translated(error: sqlite3.Error, path: Path) -> KveditError:
         return disk_full(path)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return LockedError(f"{path} is in use: {error}", hint="Wait a moment and try again.")
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return UsageError(
-            f"cannot open or write {path}: {error}", hint="Check the permissions of the folder."
-        )
+    if code in (*_NOT_WRITABLE, sqlite3.SQLITE_IOERR) and (reason := _why_not(path)):
+        return reason
+    if code in _NOT_WRITABLE:
+        return NotWritableError(f"cannot write {path}: {error}", hint=_WRITE_HINT)
+    if code == sqlite3.SQLITE_IOERR:
+        hint = "Look at the system's log and at the disk; the store itself may be sound."
+        return KveditError(f"the disk failed at {path}: {error}", hint=hint)
     return CorruptStoreError(
-        f"{path}: {error}", hint="Run `kvedit doctor`; restore the store from a backup if it fails."
+        f"{path} is not a sound database: {error}",
+        hint="Run `kvedit doctor`; restore the store from a backup if it fails.",
     )
+
+
+_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+_WRITE_HINT = "Check the permissions of the store's folder and of the files in it."
+
+
+def _why_not(path: Path) -> KveditError | None:
+    """Why SQLite could not open a file for writing; None if that cannot be told."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return KveditError(f"cannot read {path}: {error.strerror}", hint=_WRITE_HINT)
+    try:
+        require_writable(path)
+    except KveditError as error:
+        return error
+    return None
 
 
 def connect(path: Path, *, readonly: bool) -> Database:
     """Open a database that exists; one of an older format is upgraded first, also for reading.
 
-    Raises StoreTooNewError or CorruptStoreError, and what ``upgrade`` raises.
+    Raises StoreTooNewError or CorruptStoreError, NotWritableError unless ``readonly``, and what
+    ``upgrade`` raises.
     """
-    db, version = _open(path, readonly=readonly)
-    if version < FORMAT_VERSION:
-        db.close()
-        upgrade(path, version)
-        db, _ = _open(path, readonly=readonly)
+    try:
+        db, version = _open(path, readonly=readonly)
+        if version < FORMAT_VERSION:
+            db.close()
+            upgrade(path, version)
+            db, _ = _open(path, readonly=readonly)
+    except (NotWritableError, DiskFullError):
+        if not readonly:
+            raise
+        return _copy_in_memory(path)
     return db
+
+
+def _copy_in_memory(path: Path) -> Database:
+    """The database as it is now, of today's format, for reading alone, without any file written.
+
+    Raises LockedError if it is written all the time.
+    """
+    for _ in range(COPY_TRIES):
+        before = _last_write(path)
+        copy = Database(memory=True)
+        try:
+            with sqlite_errors(path):
+                _read_unlocked(path, copy.conn)
+                if _last_write(path) == before:
+                    harden(copy.conn)
+                    require_ours(copy, check_version(copy, str(path)), str(path))
+                    migrate(copy)
+                    copy.execute("PRAGMA query_only = ON")
+                    return copy
+        except BaseException:
+            copy.close()
+            raise
+        copy.close()
+    hint = "Wait until the other command has ended, then try again."
+    raise LockedError(f"{path} is being written, and cannot be read meanwhile", hint=hint)
+
+
+def _read_unlocked(path: Path, target: sqlite3.Connection) -> None:
+    """Copy a database with what its write-ahead log holds, without locks and shared memory."""
+    has_log = any(size for size, _ in _last_write(path)[1:])
+    without_locks = "unix-none" if os.name == "posix" else "win32-none"
+    mode = f"vfs={without_locks}" if has_log else "immutable=1"  # the latter passes over a log
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&{mode}"
+    with closing(sqlite3.connect(uri, uri=True)) as source:
+        source.execute("PRAGMA locking_mode = EXCLUSIVE")  # the log's index is kept in memory then
+        source.backup(target)
+
+
+def _last_write(path: Path) -> list[tuple[int, int]]:
+    """Size in bytes and time of change of a database and of its write-ahead log, if any."""
+    files = [path, path.with_name(f"{path.name}-wal")]
+    status = [file.stat() for file in files if file.exists()]
+    return [(one.st_size, one.st_mtime_ns) for one in status]
 
 
 def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
     """A connection, and the version of the database's format."""
-    uri = f"file:{quote(str(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
     with sqlite_errors(path):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
         db = Database(connection, execute_plugins=False)
@@ -119,7 +207,7 @@ def upgrade(path: Path, version: int) -> None:
     """Bring an older database up to date, under the store's lock: nobody writes it meanwhile.
 
     A failed upgrade leaves the format as it was.  Raises the KveditError that stands in the way
-    (LockedError, UsageError for missing permissions, DiskFullError), saying what it was for.
+    (LockedError, NotWritableError, DiskFullError), saying what it was for.
     """
     try:
         with StoreLock(path.parent):

@@ -24,7 +24,9 @@ class Lineage(StoreBase):
 
     def revision(self, number: int) -> RevisionRow:
         """One revision; raises UsageError if there is none with this number."""
-        row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
+        row = None
+        if number <= self.head():  # SQLite refuses to compare with a number of 20 digits
+            row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
         if row is None:
             raise UsageError(
                 f"there is no revision {number}; the head is {self.head()}",

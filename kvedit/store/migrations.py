@@ -7,7 +7,6 @@ Invariants:
 """
 
 import json
-import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -100,14 +99,10 @@ def empty_database(version: int = FORMAT_VERSION) -> Database:
 def check_version(db: Database, where: str) -> int:
     """The format's version of a database; refuses one that this program cannot read.
 
-    Raises StoreTooNewError for a newer format, CorruptStoreError if it is no store's database.
+    Raises StoreTooNewError for a newer format, CorruptStoreError if it is no store's database, and
+    what sqlite3 raises if it cannot be read.
     """
-    try:
-        version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    except sqlite3.DatabaseError as error:
-        raise CorruptStoreError(
-            f"{where} is not a readable database: {error}", hint="Restore it from a backup."
-        ) from error
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > FORMAT_VERSION:
         raise StoreTooNewError(
             f"{where} has format {version}; this program reads up to {FORMAT_VERSION}",

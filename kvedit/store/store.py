@@ -12,10 +12,18 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
+from kvedit.errors import (
+    DiskFullError,
+    DuplicateKeyError,
+    NotWritableError,
+    UnknownKeyError,
+    UsageError,
+)
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, in_words, normalise
-from kvedit.files import StoreLock, disk_errors, now, sync_directory
+from kvedit.files import disk_errors, now, sync_directory
+from kvedit.lock import StoreLock
+from kvedit.paths import home_path
 from kvedit.store import backup, integrity
 from kvedit.store.checks.repairs import Repairs
 from kvedit.store.database import DB_NAME, create_database
@@ -46,7 +54,7 @@ _FACTS = """
 
 def resolve_store(option: str | Path | None = None) -> Path:
     """The store to use: ``--store``, then ``KVEDIT_STORE``, then ``./store``."""
-    return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
+    return home_path(option or os.environ.get(ENVIRONMENT) or DEFAULT)
 
 
 class Store(Repairs):
@@ -86,6 +94,16 @@ class Store(Repairs):
         raises.
         """
         return cls(path, readonly=readonly)
+
+    @classmethod
+    def open_to_ask(cls, path: Path) -> Store:
+        """Open a store to ask its model: for writing too, so that it recovers and keeps what was
+        measured, but for reading alone where it cannot be written (``readonly`` says so).
+        """
+        try:
+            return cls.open(path)
+        except (NotWritableError, DiskFullError):
+            return cls.open(path, readonly=True)
 
     def put_pending(self, fact: Fact) -> int:
         """Insert a fact to be trained, or replace one that is not committed; returns its id.

@@ -130,7 +130,7 @@ class FakeBase:
 
     @classmethod
     def open(cls, path: Path, *, on_event: Any = None) -> FakeBase:
-        FakeBase.last = cls(Store.open(path), on_event)
+        FakeBase.last = cls(Store.open_to_ask(path), on_event)
         return FakeBase.last
 
     def __enter__(self) -> FakeBase:

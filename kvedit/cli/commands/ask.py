@@ -13,8 +13,9 @@ import click
 
 from kvedit.cli import common
 from kvedit.cli.answers import diff_parts, explanation_parts, source_lines
-from kvedit.cli.common import COUNT, Settings, json_option, note, read_only
+from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import clean, pairs, print_json, print_result, styled
+from kvedit.cli.parameters import COUNT, REVISION
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from kvedit.asking.recall import Recalled, Source
     from kvedit.editing.knowledge_base import KnowledgeBase
 
-REVISION = click.IntRange(min=0)
 CHAT_HELP = "/new starts a new conversation, Ctrl-C ends an answer, /exit or Ctrl-D the chat"
 
 

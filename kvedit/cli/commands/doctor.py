@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from kvedit.cli import common, output
-from kvedit.cli.common import FILE, Settings, json_option
+from kvedit.cli.common import Settings, json_option
 from kvedit.cli.output import print_result
+from kvedit.cli.parameters import FILE
 from kvedit.cli.progress import make_reporter
 from kvedit.cli.tables import finding_parts
 from kvedit.errors import CorruptStoreError, GateFailedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
     from kvedit.store.rows import Finding
@@ -106,6 +108,9 @@ def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
     """
     if file.exists() and not force:
         raise click.UsageError(f"{file} exists; choose another name, or --force to replace it")
+    if file.exists() and not file.is_file():
+        raise click.UsageError(f"{file} is no regular file; a backup cannot be written to it")
+    require_writable(file)
     with common.read_only(settings) as store:
         store.backup(file)
         head = store.head()

@@ -10,6 +10,7 @@ import click
 from kvedit.cli import common
 from kvedit.cli.common import Settings, force_option, json_lines_option, next_step, note
 from kvedit.cli.output import edit_parts, print_json_line, print_parts
+from kvedit.cli.parameters import REVISION, SOURCE
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "cance
 def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], EditReport],
              create: bool = False) -> None:  # fmt: skip
     """Open the store, make one edit, show its report, and leave with the right exit code."""
+    common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter, create=create) as base:
         report = edit(base)
@@ -81,7 +83,7 @@ def _questions(context: click.Context, parameter: click.Parameter,
 
 @click.command()
 @click.argument("key")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=SOURCE)
 @click.option("--text", help="The description itself, instead of FILE.")
 @click.option("--alias", "aliases", multiple=True, help="Another name of the key. Repeatable.")
 @click.option("--prompt", "prompts", multiple=True,
@@ -134,7 +136,7 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
 
 @click.command()
 @click.argument("key")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=SOURCE)
 @click.option("--text", help="The new description itself, instead of FILE.")
 @force_option
 @json_lines_option
@@ -176,7 +178,7 @@ def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("revision", type=click.IntRange(min=0), metavar="REV")
+@click.argument("revision", type=REVISION, metavar="REV")
 @json_lines_option
 @click.pass_obj
 def rollback(settings: Settings, revision: int, as_json: bool) -> None:

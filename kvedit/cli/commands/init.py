@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kvedit.cli import common
+from kvedit.cli import parameters
 from kvedit.cli.common import Settings, next_step
 from kvedit.cli.output import print_parts
 from kvedit.cli.progress import make_reporter
@@ -19,7 +19,7 @@ from kvedit.cli.progress import make_reporter
 @click.option("--trust-remote-code", is_flag=True,
               help="Run the model's own Python code, also later and on this machine only. Read it"
               " first.")  # fmt: skip
-@click.option("--protect-file", metavar="FILE", type=common.INPUT_FILE,
+@click.option("--protect-file", metavar="FILE", type=parameters.INPUT_FILE,
               help="Text of your own that edits must not change, besides what the model knows"
               " already.")  # fmt: skip
 @click.option("--targets", metavar="NAMES", default="",
@@ -32,7 +32,7 @@ from kvedit.cli.progress import make_reporter
 @click.option("--load-in", type=click.Choice(["4bit", "8bit"]),
               help="Quantize the weights that no edit changes (needs bitsandbytes)."
               " [as they are stored]")  # fmt: skip
-@click.option("--time", callback=common.seconds, metavar="TIME",
+@click.option("--time", callback=parameters.seconds, metavar="TIME",
               help="How long to ask the model what it knows, besides loading it: 90s, 2m or 1h;"
               " what does not fit is done after later edits. [2m]")  # fmt: skip
 @click.option("--ignore-memory", is_flag=True,

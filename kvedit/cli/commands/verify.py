@@ -10,11 +10,13 @@ from xml.etree import ElementTree
 import click
 
 from kvedit.cli import common, output
-from kvedit.cli.common import COUNT, FILE, Settings, json_lines_option
+from kvedit.cli.common import Settings, json_lines_option
 from kvedit.cli.output import score_text, styled
+from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
 from kvedit.cli.tables import first_of, margin_text
 from kvedit.errors import GateFailedError, RejectedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,6 +61,10 @@ def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair
       kvedit verify --fail-under 99 --junit report.xml
     """
     common.require_keys(settings, keys)
+    if repair:
+        common.require_writable(settings)
+    if junit is not None and not settings.rank:
+        require_writable(junit)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter) as knowledge:
         report = knowledge.verify(

@@ -18,8 +18,8 @@ _NUMBERS = (
 )  # fmt: skip
 _TEXTS = (
     "name", "value", "key", "norm_key", "description", "lang", "aliases", "prompts", "paraphrases",
-    "locality", "questions", "statements", "state", "created_at", "updated_at", "norm_alias", "kind", "reasons", "report",
-    "config", "started_at", "weights_digest", "fact", "protocol", "prompt", "role", "path",
+    "locality", "questions", "statements", "state", "created_at", "updated_at",
+    "norm_alias", "kind", "reasons", "report", "config", "started_at", "weights_digest", "fact", "protocol", "prompt", "role", "path",
     "digest",
 )  # fmt: skip
 _OPTIONAL_TEXTS = (
