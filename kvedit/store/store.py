@@ -88,10 +88,8 @@ class Store(Repairs):
 
     @classmethod
     def open(cls, path: Path, readonly: bool = False) -> Store:
-        """Open a store; one of an older format is upgraded first, also for reading.
-
-        Raises NoStoreError, StoreTooNewError or CorruptStoreError, and what ``database.upgrade``
-        raises.
+        """Open a store; one of an older format is upgraded first, also for reading.  Raises
+        NoStoreError, StoreTooNewError, CorruptStoreError, and what ``database.upgrade`` raises.
         """
         return cls(path, readonly=readonly)
 
@@ -167,10 +165,9 @@ class Store(Repairs):
         if len(relations) == 1:
             return relations[0]
         if relations:
-            hint = f"Name one of them: {in_words([row.fact.key for row in relations])}"
-            raise UnknownKeyError(
-                f"{relations[0].fact.name} has {len(relations)} relations", hint=hint
-            )
+            what = f"{relations[0].fact.name} has {len(relations)} relations"
+            keys = in_words([row.fact.key for row in relations])
+            raise UnknownKeyError(what, hint=f"Name one of them: {keys}")
         known = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
         close = did_you_mean(key, known)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
@@ -234,16 +231,14 @@ class Store(Repairs):
 
     def probe_counts(self) -> list[ProbeCount]:
         """How many probes of each kind passed at each revision, oldest first."""
-        sql = """
-            SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
+        sql = """SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
             FROM probe_results WHERE revision IS NOT NULL
             GROUP BY revision, kind, protocol ORDER BY revision"""
         return [ProbeCount(**row) for row in self._rows(sql)]
 
     def pace(self, limit: int = 100) -> tuple[int, float]:
         """How many facts the latest ``limit`` adding edits had, and the seconds that they took."""
-        sql = """
-            SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
+        sql = """SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
                 json_extract(e.report, '$.seconds') AS seconds
             FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
             ORDER BY id DESC LIMIT ?"""
@@ -253,8 +248,7 @@ class Store(Repairs):
 
     def refusals(self) -> dict[int, tuple[str, ...]]:
         """The reasons why each ``rejected`` fact was rejected last, by the fact's id."""
-        sql = """
-            SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
+        sql = """SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
                 WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
             FROM facts f WHERE f.state = 'rejected'"""
         rows = self._rows(sql)
@@ -269,8 +263,7 @@ class Store(Repairs):
         """The locality probes of the edit that made a revision, as prompt and expected answer:
         whether each kept its answer.
         """
-        sql = """
-            SELECT prompt, expected, passed FROM probe_results
+        sql = """SELECT prompt, expected, passed FROM probe_results
             WHERE kind = 'locality' AND edit_id = (SELECT edit_id FROM revisions WHERE id = ?)"""
         rows = self._rows(sql, [revision])
         return {(row["prompt"], row["expected"]): bool(row["passed"]) for row in rows}
@@ -333,10 +326,7 @@ class Store(Repairs):
         return integrity.status(self, self._rows)
 
     def backup(self, path: Path) -> None:
-        """Write a consistent copy of the store into one tar file, also while edits run.
-
-        Raises CorruptStoreError, UsageError or DiskFullError, see ``backup.backup``.
-        """
+        """Write a consistent copy into one tar file, also while edits run: ``backup.backup``."""
         backup.backup(self, self._db.conn, path)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
