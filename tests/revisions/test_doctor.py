@@ -13,7 +13,7 @@ import pytest
 
 from kvedit import KnowledgeBase
 from kvedit.errors import CorruptStoreError, ModelMismatchError, NoStoreError, StoreTooNewError
-from kvedit.files import StoreLock
+from kvedit.lock import StoreLock
 from kvedit.revisions import rebuild
 from kvedit.revisions.doctor import examine, mend
 from kvedit.store.checks.inspection import examine_files

@@ -44,7 +44,7 @@ class Record:
     @property
     def key(self) -> str:
         """The name that the record is about, the papers' subject."""
-        return self.fact.key
+        return self.fact.name
 
     @property
     def target(self) -> str:
