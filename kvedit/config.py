@@ -36,6 +36,13 @@ class TrainingConfig:
     target_rank: int = setting(12, low=1, help="Average rank over all matrices.")
     phrasings_per_step: int = setting(2, low=1, help="Phrasings of each new fact in a step.")
     rehearsal_facts: int = setting(2, help="Earlier facts in a step, each under one phrasing.")
+    reference_texts: int = setting(
+        2, help="Answers about invented names in a step, compared with what the model said before"
+        " the edit.",
+    )  # fmt: skip
+    kl_weight: float = setting(
+        5.0, help="Weight of the KL divergence from that (nats a token) in the loss."
+    )
     penalty_weight: float = setting(
         400.0, help="Weight of the Fisher penalty (predicted harm, nats a token) in the loss."
     )

@@ -18,6 +18,7 @@ from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
 from kvedit.editing.gate import Checks, misses, refusals, too_much_growth
 from kvedit.editing.plan import Plan
 from kvedit.events import Status, Warning_
+from kvedit.replay.kl import ReferenceTexts
 from kvedit.revisions.session import Session
 from kvedit.store.rows import ProbeRow
 from kvedit.training.loop import LoopResult, Step, Task
@@ -29,6 +30,7 @@ MAX_NAMED = 8  # questions, in a warning
 LARGE_GROUP = 256
 """Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
 a model that keeps 97% of what it knows loses by chance in every fourth group."""
+REFERENCES_DRAWN = 6  # for an edit of a single fact, times those of a step
 MAX_STALLS = 2  # trainings of an edit whose loss stopped falling: a third would do so too
 
 
@@ -73,14 +75,14 @@ class Attempts:
         master, settings = self.session.engine.master, self.session.config
         lost = {c.row.id: c for c in self.evaluator.candidates} if self.plan.compaction else {}
         delta: Delta = {}
-        config = self._first_config()
+        config, references = self._first_config(), self._references()
         group = settings.group if self.plan.group else None
         harmed = False
         for attempts_left in reversed(range(settings.retention.max_repairs + 1)):
             if harmed:
                 delta = {}
                 master.restore(snapshot)
-            trained = self._train(list(lost.values()), config, group)
+            trained = self._train(list(lost.values()), references, config, group)
             delta = deltas.joined(delta, trained)
             with self.timings.measure("merge"):
                 master.restore(snapshot)
@@ -108,15 +110,29 @@ class Attempts:
             config = replace(config, phrasings_per_step=most)
         return config
 
+    def _references(self) -> ReferenceTexts | None:
+        """What the training is held to besides: for a group what the base model says, for a single
+        fact what the model says now about invented names.
+        """
+        engine, config = self.session.engine, self.session.config.training
+        if self.plan.group:
+            texts = engine.reference_texts
+        else:
+            most = config.reference_texts * REFERENCES_DRAWN
+            texts = engine.reference(self.session.protection.invented_examples(most))
+        names = [*self.session.store.names("committed"), *self.plan.names]
+        return None if texts is None else texts.without(names)
+
     def _train(
-        self, lost: Sequence[RetentionCandidate], config: TrainingConfig, group: GroupConfig | None
+        self,
+        lost: Sequence[RetentionCandidate],
+        references: ReferenceTexts | None,
+        config: TrainingConfig,
+        group: GroupConfig | None,
     ) -> Delta:
         """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
         lost_ids = {candidate.row.id for candidate in lost}
         committed = self.session.store.names("committed")
-        references = self.session.engine.reference_texts
-        if references is not None and group is not None:
-            references = references.without([*committed, *self.plan.names])
         rehearsed = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
         task = Task(
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],

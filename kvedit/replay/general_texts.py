@@ -26,10 +26,16 @@ MAX_LOSS = 6.0  # nats a token: a model that knows its texts by heart has 10 her
 
 def protected(base: BaseModel, renderer: Renderer) -> list[Protected]:
     """The texts to protect, in the languages that the model reads; none for one that reads none."""
-    texts = _read(renderer)[:-WATCHED]
-    if not texts or not _reads(base, renderer, texts[:TRIED]):
-        return []
-    return [_protected(text) for text in texts]
+    return (
+        [_protected(text) for text in _read(renderer)[:-WATCHED]] if reads(base, renderer) else []
+    )
+
+
+def reads(base: BaseModel, renderer: Renderer) -> bool:
+    """Whether the model reads prose in any of the languages."""
+    texts = [_protected(text) for text in _read(renderer)[:TRIED]]
+    losses = mean_losses(base, [example(renderer, text) for text in texts])
+    return bool(texts) and float(losses.mean()) < MAX_LOSS
 
 
 def watched(renderer: Renderer) -> list[Example]:
@@ -49,11 +55,6 @@ def _read(renderer: Renderer) -> list[str]:
     """The texts in languages that the tokenizer has words for."""
     lines = SHIPPED_TEXTS.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if len(renderer.tokens(line)) < len(line)]
-
-
-def _reads(base: BaseModel, renderer: Renderer, texts: Sequence[str]) -> bool:
-    examples = [example(renderer, _protected(text)) for text in texts]
-    return float(mean_losses(base, examples).mean()) < MAX_LOSS
 
 
 def _protected(text: str) -> Protected:

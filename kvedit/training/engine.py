@@ -137,9 +137,12 @@ class Engine(KeptMoments):
 
     def measure_reference(self, examples: Sequence[Example]) -> None:
         """Keep the model's output on protected text; the weights must be the base's."""
-        cache = self.worker.prefix_cache
+        self.reference_texts = self.reference(examples)
+
+    def reference(self, examples: Sequence[Example]) -> ReferenceTexts:
+        """The model's output on some texts, with the weights as they are."""
         with self.worker.in_step():
-            self.reference_texts = ReferenceTexts.measure(self.base.model, examples, cache)
+            return ReferenceTexts.measure(self.base.model, examples, self.worker.prefix_cache)
 
     def weights_digest(self) -> str:
         """SHA-256 of the touched matrices as served; raises ProcessesDifferError where several

@@ -130,7 +130,8 @@ class GroupLoop(Loop):
         self._count = len(self._task.new)
         self._penalty_weight = group.penalty_scale / math.sqrt(64 * self._count)
         self._batch = group_batch(group, self._count)
-        self._reference_count = reference_batch(group, self._count)
+        self._references = reference_batch(group, self._count)
+        self._kl_weight = group.kl_weight
         of_group = _crowding(self._count)
         of_all = _crowding(self._count + self._task.earlier)
         self._target_margin = group.target_margin * of_all**0.25
@@ -232,12 +233,6 @@ class GroupLoop(Loop):
 
     def _easing(self) -> tuple[float, float]:
         return self._target_margin, self._group.easy_token_weight
-
-    def _backward_divergence(self) -> None:
-        texts, weight = self._task.reference_texts, self._group.kl_weight
-        if texts and weight and self._reference_count:
-            chosen = self._sample(range(len(texts)), self._reference_count)
-            self._worker.backward_divergence(texts, chosen, weight)
 
     def _missing(self) -> dict[int, list[int]]:
         """The facts that are not recalled, and the prompts that fail.

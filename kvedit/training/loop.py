@@ -1,7 +1,8 @@
 """What training a single fact and training a group have in common: one step of the loop.
 
     loss = cross-entropy(new facts) + weight * cross-entropy(earlier facts)
-           + cross-entropy(study examples) + penalty_weight * Fisher penalty
+           + cross-entropy(study examples) + kl_weight * KL(before || now)
+           + penalty_weight * Fisher penalty
 
 The penalty is the predicted harm to protected text (see ``adapter.fisher``).  Which examples are in
 a step, and when training ends, is decided by ``SingleLoop`` and ``GroupLoop``.
@@ -43,7 +44,8 @@ share, so that the last hard one of a batch does not take the whole gradient."""
 @dataclass(frozen=True, slots=True)
 class Task:
     """What to train: the new facts and the rehearsed ones, each as one example a training prompt,
-    and the reference texts, which only groups use.
+    and the reference texts: what the base model says for a group, and what the model says before
+    the edit about invented names for a single fact.
 
     ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``
     has what is trained besides of each new fact, then of each rehearsed one (see ``study``).
@@ -120,6 +122,7 @@ class Loop:
         self._optimizer = self._make_optimizer()
         self._phase = "learn"
         self._penalty_weight, self._earlier_weight = self._config.penalty_weight, 1.0
+        self._references, self._kl_weight = self._config.reference_texts, self._config.kl_weight
         self._total = self._config.max_steps
         self._loss = self._penalty = 0.0
         self._fact_loss = 0.0  # without the study examples
@@ -222,7 +225,11 @@ class Loop:
         return self._config.target_margin, EASY_TOKEN_WEIGHT
 
     def _backward_divergence(self) -> None:
-        """Add the gradients of the loss on reference texts, in groups."""
+        """Add the gradients of the divergence on some of the reference texts."""
+        texts, count, weight = self._task.reference_texts, self._references, self._kl_weight
+        if texts and weight and count:
+            chosen = self._sample(range(len(texts)), count)
+            self._worker.backward_divergence(texts, chosen, weight)
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
