@@ -58,6 +58,13 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
     return 3600.0 * hours + 60 * minutes + rest
 
 
+def encoding(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback of --encoding: the name of an encoding of texts, as Python has it."""
+    from kvedit.facts.forms.encodings import encoding_name
+
+    return None if value is None else encoding_name(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The global options. `verbosity`: -1 quiet, 0 normal, 1 verbose, 2 debugging; `rank`: of

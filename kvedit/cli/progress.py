@@ -201,6 +201,21 @@ class JsonReporter(Reporter):
         click.echo(line)
 
 
+class Counting:
+    """How far something that takes a while has come: a line on stderr every few seconds."""
+
+    def __init__(self, quiet: bool, what: str) -> None:
+        self._quiet, self._what = quiet, what
+        self._time = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say it, if the last time was some time ago; ``total`` is 0 where it is not known."""
+        now = time.monotonic()
+        if not self._quiet and now - self._time >= PLAIN_INTERVAL_SECONDS:
+            self._time = now
+            click.echo(f"{done:,}{f' of {total:,}' if total else ''} {self._what}", err=True)
+
+
 def make_reporter(*, quiet: bool, as_json: bool = False, many: bool = False) -> Reporter:
     """The reporter that fits the options and where stderr goes."""
     if as_json:
