@@ -248,7 +248,8 @@ def decode(data: bytes, name: str, encoding: str | None = None) -> str:
             raise InvalidFactError(message, hint="Name another --encoding.") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InvalidFactError(
-            f"{name} is UTF-16, not UTF-8", hint="Name its encoding: --encoding utf-16; or save it as UTF-8."
+            f"{name} is UTF-16, not UTF-8",
+            hint="Name its encoding: --encoding utf-16; or save it as UTF-8.",
         )
     zero = data.find(b"\0")
     if zero >= 0:

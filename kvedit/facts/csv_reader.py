@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.names import SYNONYMS
-from kvedit.facts.forms.records import Columns, looks_like_fact
+from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
 from kvedit.files import decode
 
 DELIMITERS = ("\t", ",", ";")
@@ -41,7 +41,7 @@ class Table:
     skip: int = 0
 
 
-def detect_table(text: str, columns: Columns = Columns()) -> Table | None:
+def detect_table(text: str, columns: Columns = ANY_COLUMNS) -> Table | None:
     """The table of facts that a text begins, by the names of its columns; else None."""
     return next((t for t in _tables(text) if _fits(t.names, columns)), None)
 

@@ -25,7 +25,14 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.forms import markdown
 from kvedit.facts.forms.encodings import utf8_lines
 from kvedit.facts.forms.passages import join_rows, passages_of
-from kvedit.facts.forms.records import CHOOSE, Columns, NoFormError, looks_like_fact, read_record
+from kvedit.facts.forms.records import (
+    ANY_COLUMNS,
+    CHOOSE,
+    Columns,
+    NoFormError,
+    looks_like_fact,
+    read_record,
+)
 from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.keys import in_words
 from kvedit.files import decode, read_text
@@ -61,11 +68,14 @@ class Reading:
     and its encoding.
     """
 
-    columns: Columns = Columns()
+    columns: Columns = ANY_COLUMNS
     encoding: str | None = None
 
 
-def read_facts(source: Path | str, reading: Reading = Reading()) -> Iterator[Located]:
+BY_CONTENT = Reading()
+
+
+def read_facts(source: Path | str, reading: Reading = BY_CONTENT) -> Iterator[Located]:
     """Yield the rows of a file, a folder, or standard input (``-``), in order.
 
     Raises UsageError if the source cannot be read, InvalidFactError if it is empty, not text, or

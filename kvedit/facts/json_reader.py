@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.passages import passages_of
-from kvedit.facts.forms.records import Columns, looks_like_fact
+from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
 
 LIST = "facts"
 """The name of an array that is always the one of the facts."""
@@ -56,9 +57,7 @@ def repeated_name(value: object) -> InvalidFactError | None:
     return None
 
 
-def read_json(
-    text: str, name: str, columns: Columns = Columns()
-) -> Iterator[tuple[int, object]]:
+def read_json(text: str, name: str, columns: Columns = ANY_COLUMNS) -> Iterator[tuple[int, object]]:
     """Yield number and record of an array, of an object's arrays of objects, of one fact, or of a
     mapping of keys to descriptions (or to the other parts of a fact).
 
@@ -94,7 +93,7 @@ def _records(document: object, columns: Columns) -> Iterator[object]:
         yield from array
     if looks_like_fact(dict(pairs), columns) or passages_of(dict(pairs)):
         yield document
-    elif arrays := [value for _, value in pairs if _holds_records(value)]:
+    elif arrays := [cast(list[object], value) for _, value in pairs if _holds_records(value)]:
         if not named:
             yield from chain.from_iterable(arrays)
     elif not named:

@@ -29,6 +29,7 @@ MOST_COMPARED = 200_000_000
 WINDOW = 3
 """Keys after each one, in sorted order, that it is compared with where there are too many."""
 THRESHOLD = 85.0
+_EQUAL = 100.0  # the score of the same form, which is the same key
 _NOT_EQUAL = 99.0  # the highest score of two keys that are not the same
 _SHORT = 3  # characters up to which a name must be contained in the other
 _CELLS = 1_000_000  # scores that are in memory at a time
@@ -129,9 +130,6 @@ class _Names:
         self._names, self._new, self._among = names, new, among
         self._normal = [normalise(name) for name in names]
         self._words = [sorted_words(name) for name in names]
-        numbers: dict[str, int] = {}
-        same = [numbers.setdefault(form, len(numbers)) for form in self._normal]
-        self._same = np.array(same, dtype=np.int64)
         self._length = np.array([len(form) for form in self._normal], dtype=np.int32)
         self._several = np.array([" " in form for form in self._words], dtype=bool)
         self.all_compared = new * len(names) - new * new // 2 <= MOST_COMPARED
@@ -142,18 +140,14 @@ class _Names:
         """Parts of the pairs: two arrays of indices, the first ascending, and one of scores."""
         parts = self._of_all(threshold, progress) if self.all_compared else self._near(threshold)
         for one, other, scores in parts:
-            keep = self._same[one] != self._same[other]
-            if not self._among:
-                keep &= other >= self._new
+            keep = (other >= self._new) | self._among
             short = keep & (self._length[one].clip(max=self._length[other]) <= _SHORT)
             for at in short.nonzero()[0].tolist():
                 keep[at] = long_or_contained(self._names[one[at]], self._names[other[at]])
             if keep.any():
                 yield one[keep], other[keep], scores[keep].clip(max=_NOT_EQUAL)
 
-    def _of_all(
-        self, threshold: float, progress: Progress
-    ) -> Iterator[tuple[Array, Array, Array]]:
+    def _of_all(self, threshold: float, progress: Progress) -> Iterator[tuple[Array, Array, Array]]:
         """Every name with every later one, in blocks of rows."""
         begin, total = 0, len(self._names)
         while begin < self._new:
@@ -176,10 +170,12 @@ class _Names:
             return process.cdist(rows, columns, scorer=fuzz.ratio, score_cutoff=threshold)
 
         scores = compare(self._normal)
+        equal = scores == _EQUAL
         if self._several[begin:].any():
             by_words = compare(self._words)
             by_words[~(self._several[begin:end, None] | self._several[None, begin:])] = 0
             scores = np.maximum(scores, by_words)
+        scores[equal] = 0
         scores[self._length[begin:end] == 0] = 0
         return scores
 
@@ -187,9 +183,11 @@ class _Names:
         """Every name with those next to it: sorted from its beginning, from its end, by words."""
         import numpy as np
 
-        backwards = [form[::-1] for form in self._normal]
-        forms = (self._normal, backwards, self._words)
-        orders = [_order(form) for form in forms]
+        orders = [
+            _order(self._normal.__getitem__, len(self._names)),
+            _order(lambda at: self._normal[at][::-1], len(self._names)),
+            _order(self._words.__getitem__, len(self._names)),
+        ]
         ranks = [np.argsort(order) for order in orders]
         for number, order in enumerate(orders):
             for step in range(1, WINDOW + 1):
@@ -201,23 +199,25 @@ class _Names:
                     keep &= abs(rank[one] - rank[other]) > WINDOW
                 yield low[keep], high[keep], scores[keep]
 
-
     def _scores(self, one: Array, other: Array, threshold: float) -> Array:
         """The scores of some pairs, the better of the two forms."""
         import numpy as np
 
         scores = _compared(self._normal, one, other, threshold)
+        equal = scores == _EQUAL
         several = self._several[one] | self._several[other]
         by_words = _compared(self._words, one[several], other[several], threshold)
         scores[several] = np.maximum(scores[several], by_words)
+        scores[equal] = 0
         scores[(self._length[one] == 0) | (self._length[other] == 0)] = 0
         return scores
 
 
-def _order(forms: Sequence[str]) -> Array:
+def _order(form: Callable[[int], str], count: int) -> Array:
+    """The indices of names in the order of a form."""
     import numpy as np
 
-    return np.array(sorted(range(len(forms)), key=forms.__getitem__), dtype=np.int64)
+    return np.array(sorted(range(count), key=form), dtype=np.int64)
 
 
 def _compared(forms: Sequence[str], one: Array, other: Array, threshold: float) -> Array:

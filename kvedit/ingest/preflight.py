@@ -23,7 +23,6 @@ from kvedit.facts.similarity import Progress, find_pairs
 from kvedit.store.rows import FactRow
 from kvedit.store.store import Store
 
-
 FIRST_ROWS = 2  # kept to show how they would be taught
 SAME_KEPT = 100  # pairs of keys that count as one, of which all are counted
 

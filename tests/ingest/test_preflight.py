@@ -148,9 +148,7 @@ def test_close_keys_are_found_in_the_input_and_in_the_store() -> None:
         ("tide lanterns", "tide lantern"),
         ("moss clock", "a moss clock"),
     }
-    assert [n.score for n in near.closest] == sorted(
-        (n.score for n in near.closest), reverse=True
-    )
+    assert [n.score for n in near.closest] == sorted((n.score for n in near.closest), reverse=True)
 
 
 def test_thousands_of_keys_take_seconds() -> None:

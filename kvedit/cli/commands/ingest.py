@@ -89,27 +89,36 @@ def ingest(settings: Settings, /, source: str, max_time: float | None, rejected_
     """
     from kvedit.facts.formats import Reading
     from kvedit.facts.forms.records import Columns
-    from kvedit.ingest.report import IngestOptions
 
     _check_target(source, rejected_file)
     reading = Reading(Columns(key_column, description_column), encoding)
     preflight = _preflight(settings, source, reading, hold=not allow_placeholders)
-    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
-    places = {entry.fact.key: entry.where for entry in entries}
-    options = IngestOptions(max_seconds=max_time, places=places, **limits)
+    options = _options(preflight, dry_run, max_seconds=max_time, **limits)
     _report_problems(preflight, as_json=as_json)
     if dry_run:
         _show_plan(settings, preflight, options, as_json)
+    _refuse_problems(preflight, options)
+    report = _run(settings, preflight, options, as_json)
+    path = _write_rejected(settings, source, rejected_file, report, options.places)
+    _show(settings, preflight, report, path, as_json)
+
+
+def _options(preflight: Preflight, dry_run: bool, **given: Any) -> IngestOptions:
+    """What the run is asked to do; a dry run needs no places of the facts."""
+    from kvedit.ingest.report import IngestOptions
+
+    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
+    places = {} if dry_run else {entry.fact.key: entry.where for entry in entries}
+    return IngestOptions(places=places, **given)
+
+
+def _refuse_problems(preflight: Preflight, options: IngestOptions) -> None:
+    """Stop before the first edit if a row is invalid and such rows are not to be left out."""
     if preflight.problems and not options.skip_invalid:
         raise InvalidFactError(
             f"{len(preflight.problems)} of {preflight.read} rows are invalid; nothing was changed",
             hint="Correct them, or add --skip-invalid to leave them out.",
         )
-    if not as_json and not settings.quiet:
-        print_parts(*input_tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
-    report = _run(settings, preflight, options, as_json)
-    path = _write_rejected(settings, source, rejected_file, report, options.places)
-    _show(settings, preflight, report, path, as_json)
 
 
 def _check_target(source: str, rejected_file: Path | None) -> None:
@@ -169,6 +178,8 @@ def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
         return IngestReport(
             outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before, revision=head
         )
+    if not as_json and not settings.quiet:
+        print_parts(*input_tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
     with common.knowledge_base(settings, reporter, create=True) as base:

@@ -50,7 +50,9 @@ def unke(record: Record) -> Record | None:
         return None
     parts = question_as_fact(record["question"], record["answer"])
     paraphrase = record.get("para_question")
-    asked = zip(_listed(record.get("sub_question")), _listed(record.get("sub_answer")), strict=False)
+    asked = zip(
+        _listed(record.get("sub_question")), _listed(record.get("sub_answer")), strict=False
+    )
     return {
         **parts,
         "paraphrases": [one for one in _listed(paraphrase) if isinstance(one, str) and one.strip()],

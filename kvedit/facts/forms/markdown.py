@@ -134,8 +134,10 @@ def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
             yield number, line, 0
         elif match := _ATX.fullmatch(line):
             yield number, line, len(match[1])
-        elif (rule := _UNDERLINE.fullmatch(following)) and _PARAGRAPH.match(line) and (
-            at == 0 or not lines[at - 1][1].strip()
+        elif (
+            (rule := _UNDERLINE.fullmatch(following))
+            and _PARAGRAPH.match(line)
+            and (at == 0 or not lines[at - 1][1].strip())
         ):
             skip = True
             yield number, line, 1 if "=" in rule[1] else 2

@@ -90,8 +90,9 @@ def _key(title: object, number: int | None, record: Record) -> object:
 
 def _questions(record: Record) -> list[dict[str, object]]:
     """Probes for the questions that have an answer; a question asked twice counts once."""
-    name = next((one for one in _QUESTIONS if isinstance(record.get(one), list)), None)
-    asked = (_question(item) for item in (record[name] if name else ()) if isinstance(item, Mapping))  # type: ignore[attr-defined]
+    lists = (record.get(name) for name in _QUESTIONS)
+    items = next((one for one in lists if isinstance(one, list)), [])
+    asked = (_question(item) for item in items if isinstance(item, Mapping))
     probes: dict[object, dict[str, object]] = {}
     for probe in asked:
         if probe is not None:

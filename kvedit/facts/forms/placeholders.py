@@ -27,19 +27,21 @@ _MARKS = re.compile(
     """,
     re.VERBOSE,
 )
+_HINT = re.compile(r"[{<\[]|TODO|TBD|FIXME|(?i:ipsum)")  # quick; without it there is no mark
+_LONGEST = 20  # characters of a description that is nothing but a placeholder
 _ONLY = re.compile(
-    r"(?i:x{3,}|n/?a|none|null|nan|tba|to be (?:done|added|defined|written)|placeholder|-+|\?+|…|\.{2,}"
-    r"|待补充?|待補充?|待定|待填写?|待填寫|暂无|暫無)[.。]?"
+    r"(?i:x{3,9}|n/?a|none|null|nan|tba|to be (?:done|added|defined|written)|placeholder|-+|\?+|…"
+    r"|\.{2,}|待补充?|待補充?|待定|待填写?|待填寫|暂无|暫無)[.。]?"
 )
 
 
 def placeholder(fact: Fact) -> str | None:
     """Why a fact is held back: the first placeholder in what would be trained, or None."""
     for what, text in _texts(fact):
-        found = _MARKS.search(text)
+        found = _HINT.search(text) and _MARKS.search(text)
         if found:
             return f"the {what} has the placeholder {found[0]!r:.60}"
-    if _ONLY.fullmatch(fact.description):
+    if len(fact.description) <= _LONGEST and _ONLY.fullmatch(fact.description):
         return f"the description is a placeholder: {fact.description!r:.60}"
     return None
 

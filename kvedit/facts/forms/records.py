@@ -35,6 +35,9 @@ class Columns:
         return bool(self.key or self.description)
 
 
+ANY_COLUMNS = Columns()
+
+
 class NoFormError(InvalidFactError):
     """A record is in no form; ``names`` are those that it has."""
 
@@ -66,7 +69,7 @@ _FORMS: tuple[tuple[str, _Form], ...] = (
 )
 
 
-def form_of(record: Record, columns: Columns = Columns()) -> tuple[str, Record]:
+def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> tuple[str, Record]:
     """The name of a record's form and the parts of its fact; raises NoFormError."""
     if columns:
         return "columns that were named", _by_columns(record, columns)
@@ -91,7 +94,7 @@ def _missing(record: Record, renamed: Record) -> str:
     return " and ".join(f'"{name}"' for name in NEEDED if name not in renamed)
 
 
-def read_record(record: object, columns: Columns = Columns()) -> tuple[str, Fact]:
+def read_record(record: object, columns: Columns = ANY_COLUMNS) -> tuple[str, Fact]:
     """The form and the fact of a record; raises InvalidFactError."""
     if not isinstance(record, Mapping):
         return OWN, Fact.from_json(record)
@@ -99,7 +102,7 @@ def read_record(record: object, columns: Columns = Columns()) -> tuple[str, Fact
     return name, Fact.from_json(parts)
 
 
-def looks_like_fact(record: Record, columns: Columns = Columns()) -> bool:
+def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
     """Whether an object is one fact, rather than a mapping of keys to descriptions."""
     try:
         form_of(record, columns)
