@@ -20,6 +20,7 @@ _NOT_EQUAL = 99.0  # the highest score of two keys that are not the same
 _MEANINGFUL = frozenset("#%&*@")
 _MAX_REPEATS = 8  # passes of normalisation over one key, at most
 _ARTICLE = re.compile(r"^(?:an?|the) (?=.)")
+_IDEOGRAPHS = re.compile(r"[\u4e00-\u9fff]+")
 _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # scripts
 
 
@@ -104,6 +105,8 @@ def did_you_mean(key: str, candidates: Iterable[str], *, limit: int = 3) -> list
 
 
 def _normalise_once(text: str) -> str:
+    if _IDEOGRAPHS.fullmatch(text):  # only their script can change
+        return converter("t2s")(text)
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     normal = "".join(char for i, char in enumerate(text) if _is_significant(text, i, char))
     # A name of punctuation alone ("?!") must not become empty: all such names would be the same.

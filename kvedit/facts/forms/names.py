@@ -4,6 +4,7 @@ Invariant: kvedit's own name of a part comes before every synonym.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 Record = Mapping[str, object]
 
@@ -41,12 +42,17 @@ NEEDED = ("key", "description")
 def standard_names(record: Record) -> dict[str, object]:
     """The record with synonyms replaced by kvedit's names."""
     renamed = dict(record)
-    for name, synonyms in SYNONYMS.items():
-        synonym = next((s for s in synonyms if s in renamed), None)
-        if name not in renamed and synonym is not None:
-            value = renamed.pop(synonym)
-            renamed[name] = [value] if name == "aliases" and isinstance(value, str) else value
+    for name, synonym in _renames(tuple(record)):
+        value = renamed.pop(synonym)
+        renamed[name] = [value] if name == "aliases" and isinstance(value, str) else value
     return renamed
+
+
+@lru_cache(maxsize=1000)
+def _renames(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Which parts are there under which synonyms; asked for every row of a table."""
+    found = ((part, first_of(dict.fromkeys(names), others)) for part, others in SYNONYMS.items())
+    return tuple((part, name) for part, name in found if name is not None and part not in names)
 
 
 def first_of(record: Record, names: tuple[str, ...]) -> str | None:

@@ -8,6 +8,7 @@ Invariants:
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts import schemas
@@ -53,34 +54,50 @@ CHOOSE = (
 )
 OWN = "key and description"
 _Form = Callable[[Record], Record | None]
-_FORMS: tuple[tuple[str, _Form], ...] = (
-    ("CounterFact", schemas.counterfact_original),
-    ("KnowEdit", editing_sets.knowedit),
-    ("KnowEdit WikiBio", editing_sets.wikibio),
-    ("CounterFact or zsRE", schemas.flat),
-    ("WikiBigEdit", editing_sets.wikibigedit),
-    ("HalluEditBench", editing_sets.hallueditbench),
-    ("UnKE", editing_sets.unke),
-    ("passages with questions (SQuAD)", passages.passage),
-    ("OpenAI messages", exchanges.messages),
-    ("ShareGPT conversations", exchanges.sharegpt),
-    ("Dolly (instruction, context, response)", exchanges.dolly),
-    ("Alpaca (instruction, input, output)", exchanges.alpaca),
+_FORMS: tuple[tuple[str, frozenset[str], _Form], ...] = (
+    ("CounterFact", frozenset({"requested_rewrite"}), schemas.counterfact_original),
+    ("KnowEdit", frozenset({"subject", "prompt", "target_new"}), editing_sets.knowedit),
+    ("KnowEdit WikiBio", frozenset({"concept", "text", "labels"}), editing_sets.wikibio),
+    ("CounterFact or zsRE", frozenset({"subject"}), schemas.flat),
+    ("WikiBigEdit", frozenset({"subject", "update", "ans"}), editing_sets.wikibigedit),
+    ("HalluEditBench", frozenset({"subject", "object", "question"}), editing_sets.hallueditbench),
+    ("UnKE", frozenset({"question", "answer"}), editing_sets.unke),
+    ("passages with questions (SQuAD)", frozenset(), passages.passage),
+    ("OpenAI messages", frozenset({"messages"}), exchanges.messages),
+    ("ShareGPT conversations", frozenset(), exchanges.sharegpt),
+    (
+        "Dolly (instruction, context, response)",
+        frozenset({"instruction", "context", "response"}),
+        exchanges.dolly,
+    ),
+    (
+        "Alpaca (instruction, input, output)",
+        frozenset({"instruction", "output"}),
+        exchanges.alpaca,
+    ),
 )
+"""The forms, the names that each needs, and what makes a fact of a record in it."""
+
+
+@lru_cache(maxsize=1000)
+def _possible(names: tuple[str, ...]) -> tuple[tuple[str, _Form], ...]:
+    """The forms that a record with these names may be in; asked for every row of a table."""
+    has = frozenset(names)
+    return tuple((label, form) for label, needed, form in _FORMS if needed <= has)
 
 
 def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> tuple[str, Record]:
     """The name of a record's form and the parts of its fact; raises NoFormError."""
     if columns:
         return "columns that were named", _by_columns(record, columns)
-    if set(NEEDED) <= set(record):
+    if "key" in record and "description" in record:
         return OWN, record
-    for name, form in _FORMS:
+    for name, form in _possible(tuple(record)):
         if (parts := form(record)) is not None:
             return name, parts
     renamed = standard_names(record)
-    if set(NEEDED) <= set(renamed):
-        return _renamed(record), renamed
+    if "key" in renamed and "description" in renamed:
+        return _renamed(tuple(record)), renamed
     if (parts := exchanges.table_row(record)) is not None:
         return "questions and answers", parts
     raise NoFormError(map(str, record), _missing(record, renamed))
@@ -113,10 +130,11 @@ def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
     return True
 
 
-def _renamed(record: Record) -> str:
+@lru_cache(maxsize=1000)
+def _renamed(names: tuple[str, ...]) -> str:
     """The form of a record with synonyms: which of its names are key and description."""
-    parts = standard_names(record)
-    gone = [name for name in record if name not in parts]
+    parts = standard_names(dict.fromkeys(names))
+    gone = [name for name in names if name not in parts]
     return f"{' and '.join(gone)}, as key and description" if gone else OWN
 
 
