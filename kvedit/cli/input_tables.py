@@ -23,7 +23,8 @@ def form_fields(preflight: Preflight, phrasings: Path | None) -> dict[str, Any]:
         "forms": dict(preflight.forms),
         "first_rows": [
             {"key": one.fact.key, "prompts": list(training_prompts(one.fact, phrasings)),
-             "answer": one.fact.description, "where": one.where}
+             "answer": one.fact.description, "where": one.where,
+             "probes": [one.prompt for one in one.fact.questions if one.probe]}
             for one in preflight.first_rows
         ],
         "same": [{"key": one.key, "other": one.other} for one in preflight.same],
@@ -44,6 +45,10 @@ def form_parts(preflight: Preflight, phrasings: Path | None) -> Parts:
         prompt, *more = training_prompts(one.fact, phrasings)
         asked = f"{prompt}  (and {len(more)} more phrasings)" if more else prompt
         rows = [("asked", FirstLine(asked)), ("answer", FirstLine(one.fact.description))]
+        probes = [question.prompt for question in one.fact.questions if question.probe]
+        if probes:
+            number = f"  (and {len(probes) - 1} more, never trained)" if probes[1:] else ""
+            rows.append(("probe", FirstLine(f"{probes[0]}{number or '  (never trained)'}")))
         parts.append(pairs(rows, 2))
     return [*parts, same_keys_text(preflight)] if preflight.same_count else parts
 

@@ -128,7 +128,9 @@ class _Names:
         import numpy as np
 
         self._names, self._new, self._among = names, new, among
-        forms = [(normalise(name), sorted_words(name)) for name in names]  # the second uses the first
+        forms = [
+            (normalise(name), sorted_words(name)) for name in names
+        ]  # the second uses the first
         self._normal, self._words = [one for one, _ in forms], [other for _, other in forms]
         self._length = np.array([len(form) for form in self._normal], dtype=np.int32)
         self._several = np.array([" " in form for form in self._words], dtype=bool)

@@ -7,6 +7,7 @@ Invariants:
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 
 from kvedit.errors import InvalidFactError, UsageError
@@ -14,9 +15,11 @@ from kvedit.errors import InvalidFactError, UsageError
 CERTAIN = 3
 """Lines that are not UTF-8, in a file that has none with other characters than ASCII so far, after
 which the whole file is taken for one in another encoding."""
-_CHINESE = (("gb18030", 0xB0, 0xD7), ("big5", 0xA4, 0xC6))
-"""Encodings with the lead bytes of their frequent characters."""
+_CHINESE = {"gb18030": (range(0xB0, 0xD8), 0xA1), "big5": (range(0xA4, 0xC7), 0x40)}
+"""Encodings with the lead bytes of their frequent characters and the lowest byte after them."""
 _LATIN = "cp1252"
+_CHINESE_TEXT = re.compile(r"[\u2010-\u2027\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def encoding_name(name: str) -> str:
@@ -43,7 +46,9 @@ def utf8_lines(lines: Iterable[bytes], name: str, encoding: str | None = None) -
         yield from _decoded(lines, name, encoding)
         return
     bad, seen_utf8 = 0, False
-    for line in lines:
+    for number, line in enumerate(lines):
+        if number == 0 and (line.startswith(_UTF_16) or b"\0" in line):
+            seen_utf8 = True  # refused later, as what it is
         if not seen_utf8 and not line.isascii():
             if is_utf8(line):
                 seen_utf8 = True
@@ -79,12 +84,12 @@ def _hint(data: bytes) -> str:
 
 def likely_encoding(data: bytes) -> str:
     """The encoding that bytes which are not UTF-8 are most likely in."""
-    shares = {name: _frequent(data, name, low, high) for name, low, high in _CHINESE}
+    shares = {name: _frequent(data, name) for name in _CHINESE}
     best = max(shares, key=lambda name: shares[name])
     return best if shares[best] > 0.5 else _LATIN
 
 
-def _frequent(data: bytes, encoding: str, low: int, high: int) -> float:
+def _frequent(data: bytes, encoding: str) -> float:
     """The share of frequent Chinese characters among those that are not ASCII; 0 if it cannot be
     the encoding.
     """
@@ -93,10 +98,13 @@ def _frequent(data: bytes, encoding: str, low: int, high: int) -> float:
     except UnicodeDecodeError:
         return 0.0
     chinese = [char.encode(encoding) for char in text if "\u4e00" <= char <= "\u9fff"]
-    others = sum(not char.isascii() for char in text) - len(chinese)
-    if not chinese or others > len(chinese):
+    unlikely = sum(not char.isascii() and not _CHINESE_TEXT.match(char) for char in text)
+    if not chinese:
         return 0.0
-    return sum(low <= char[0] <= high for char in chinese) / len(chinese)
+    leads, lowest = _CHINESE[encoding]
+    return sum(char[0] in leads and char[1] >= lowest for char in chinese) / (
+        len(chinese) + unlikely
+    )
 
 
 def _decoded(lines: Iterable[bytes], name: str, encoding: str) -> Iterator[bytes]:

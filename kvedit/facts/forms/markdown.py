@@ -105,7 +105,8 @@ def _sections(text: str) -> Iterator[_Section]:
     above: list[_Section] = []
     current: _Section | None = None
     for number, line, level in _levels(list(_without_front_matter(text.splitlines()))):
-        title = _plain(_ATX.sub(r"\2", line)) if level else ""
+        match = _ATX.fullmatch(line)
+        title = _plain(match[2] if match else line) if level else ""
         if not title:
             if current is not None:
                 current.body.append(line)

@@ -26,9 +26,9 @@ def passages_of(document: Record) -> list[Record] | None:
     several = len(paragraphs) > 1
     return [
         {
-            "key": _key(title, number if several else None, paragraph),
-            "description": _text_of(paragraph),
-            "questions": _questions(paragraph),
+            "title": _key(title, number if several else None, paragraph),
+            "context": _text_of(paragraph),
+            "qas": _questions(paragraph),
         }
         for number, paragraph in enumerate(paragraphs, 1)
     ]

@@ -18,6 +18,7 @@ from kvedit.facts.forms.names import (
     ANSWERS,
     NEEDED,
     QUESTIONS,
+    SYNONYMS,
     Record,
     first_of,
     standard_names,
@@ -89,7 +90,7 @@ def _possible(names: tuple[str, ...]) -> tuple[tuple[str, _Form], ...]:
 def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> tuple[str, Record]:
     """The name of a record's form and the parts of its fact; raises NoFormError."""
     if columns:
-        return "columns that were named", _by_columns(record, columns)
+        return _renamed(tuple(record), columns), _by_columns(record, columns)
     if "key" in record and "description" in record:
         return OWN, record
     for name, form in _possible(tuple(record)):
@@ -131,11 +132,14 @@ def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
 
 
 @lru_cache(maxsize=1000)
-def _renamed(names: tuple[str, ...]) -> str:
-    """The form of a record with synonyms: which of its names are key and description."""
-    parts = standard_names(dict.fromkeys(names))
-    gone = [name for name in names if name not in parts]
-    return f"{' and '.join(gone)}, as key and description" if gone else OWN
+def _renamed(names: tuple[str, ...], columns: Columns = ANY_COLUMNS) -> str:
+    """The form of a record with other names: which of them are key and description."""
+    chosen = []
+    for part, wanted in (("key", columns.key), ("description", columns.description)):
+        name = wanted or (part if part in names else None)
+        name = name or next((one for one in SYNONYMS[part] if one in names), part)
+        chosen.append(part if name == part else f"{name} as {part}")
+    return OWN if chosen == list(NEEDED) else ", ".join(chosen)
 
 
 def _by_columns(record: Record, columns: Columns) -> Record:
