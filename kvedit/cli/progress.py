@@ -9,14 +9,13 @@ twice (as an event, and as the command's return value) is written once; a refuse
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from kvedit.cli.output import clean, interval_text, percent, seconds_text
+from kvedit.cli.output import clean, interval_text, json_text, percent, seconds_text
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -167,7 +166,7 @@ class LiveReporter(TalkingReporter):
         self._progress.update(
             self._step, completed=event.step, total=event.total or None,
             description=clean(f"{event.key}  {event.phase}" if event.key else event.phase),
-            numbers=steps + status_line(event),
+            numbers=steps + clean(status_line(event)),
         )  # fmt: skip
 
     def on_progress(self, event: IngestProgress) -> None:
@@ -193,7 +192,7 @@ class JsonReporter(Reporter):
             if now - self._status_time < STATUS_INTERVAL_SECONDS:
                 return
             self._status_time = now
-        line = json.dumps(event.to_json(), ensure_ascii=False)
+        line = json_text(event.to_json())
         if event.message_type in ("edit", "retention"):
             if line in self._written:
                 return

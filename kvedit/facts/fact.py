@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.keys import contains_answer
+from kvedit.facts.keys import contains_answer, is_blank
 from kvedit.facts.language import LANGUAGES, detect_language
 
 _T = TypeVar("_T")
@@ -157,14 +157,15 @@ class Fact:
 def _text(what: str, value: str) -> str:
     """Strip a text; refuse an empty one and control characters."""
     cleaned = value.replace("\r\n", "\n").strip()
-    if not cleaned:
-        raise InvalidFactError(f"the {what} is empty", hint=f"Give the {what} some text.")
     if control := _CONTROL.search(cleaned):
         raise InvalidFactError(
             f"the {what} has a control character (U+{ord(control[0]):04X}) at position"
             f" {control.start()}",
             hint="Is this a text? Remove the character and try again.",
         )
+    if is_blank(cleaned):
+        unseen = " of visible characters" if cleaned else ""
+        raise InvalidFactError(f"the {what} is empty{unseen}", hint=f"Give the {what} some text.")
     return cleaned
 
 

@@ -115,7 +115,7 @@ def _normalise_once(text: str) -> str:
 
 
 def _is_significant(text: str, position: int, char: str) -> bool:
-    if char.isalnum() or char in _MEANINGFUL:
+    if (char.isalnum() or char in _MEANINGFUL) and not _BLANK.match(char):
         return True
     if char == ".":
         around = text[max(0, position - 1) : position + 2]
@@ -123,9 +123,20 @@ def _is_significant(text: str, position: int, char: str) -> bool:
     return not _invisible(char) and not unicodedata.category(char).startswith("P")
 
 
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Characters that show nothing although Unicode files them under letters, marks and symbols."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character."""
+    return all(map(_invisible, text))
+
+
 def _invisible(char: str) -> bool:
-    """White space, control and format characters, surrogates and variation selectors."""
-    if char.isspace() or "\ufe00" <= char <= "\ufe0f":
+    """White space, control and format characters, surrogates, fillers and variation selectors."""
+    if char.isspace() or _BLANK.match(char):
         return True
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
 

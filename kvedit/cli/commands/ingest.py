@@ -14,7 +14,7 @@ import click
 
 from kvedit.cli import common, input_tables, tables
 from kvedit.cli.common import COUNT, FILE, Settings, next_step, note
-from kvedit.cli.output import print_json_line, print_parts
+from kvedit.cli.output import clean, print_json_line, print_parts
 from kvedit.cli.progress import Counting, make_reporter
 from kvedit.errors import InvalidFactError, RejectedError
 
@@ -255,7 +255,7 @@ def _show(settings: Settings, preflight: Preflight, report: IngestReport, path: 
     else:
         print_parts(*tables.ingest_parts(preflight, report))
         if path is not None:
-            click.echo(f"rejected facts and reasons: {path}")
+            click.echo(clean(f"rejected facts and reasons: {path}"))
         if report.remaining:
             note(settings, "run the same command again to continue")
         elif path is not None:
