@@ -41,32 +41,50 @@ SCORES = (
     ("generalization", "unseen phrasings recalled exactly"),
     ("locality", "answers to other questions unchanged"),
     ("retention", "earlier facts still recalled"),
+    ("answers", "held-out questions answered"),
 )
 FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
 PIPE_WIDTH = 100
 SHORTEST_LINE = 20  # cells of a text that is cut to one line
 LONGEST_WORD = 24  # cells up to which a column is widened for a word
+_RESULT = "kvedit.result"
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-"""What steers a terminal or the direction of a text, and halves of surrogate pairs."""
+"""What steers a terminal or the direction of a text, and halves of surrogate pairs, which also
+stand for bytes of a file's name that are not UTF-8."""
 
 
 def print_json(document: object) -> None:
-    """One JSON document to stdout, readable, non-ASCII kept."""
+    """One JSON document to stdout, readable, non-ASCII kept where stdout can show it."""
     click.echo(json_text(document, indent=2))
+    _note_result()
 
 
 def print_json_line(fields: Mapping[str, Any]) -> None:
     """One JSON object on one line to stdout."""
     click.echo(json_text(fields))
+    if fields.get("message_type") == "summary":
+        _note_result()
 
 
 def json_text(document: object, *, indent: int | None = None) -> str:
-    """A JSON document with non-ASCII kept, but for what steers a terminal, which is escaped."""
-    text = json.dumps(document, ensure_ascii=False, indent=indent)
+    """JSON that stdout can carry: what steers a terminal is escaped; so is non-ASCII if it must."""
+    in_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    text = json.dumps(document, ensure_ascii=not in_utf8, indent=indent)
     return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def _note_result() -> None:
+    if context := click.get_current_context(silent=True):
+        context.find_root().meta[_RESULT] = True
+
+
+def printed_json() -> bool:
+    """Whether this command has printed its document, or the summary of its lines."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().meta.get(_RESULT))
 
 
 def print_result(as_json: bool, document: object, *parts: RenderableType) -> None:
@@ -209,6 +227,11 @@ def score_text(score: Score) -> str:
     return f"{share}  (95% interval {interval_text(score)}, {score.protocol})"
 
 
+def gap_text(gap: float) -> str:
+    """A perturbation gap: large where a text was learned by rote."""
+    return f"{gap:.1f} times as perplexing with its sentences in another order"
+
+
 def similar_text(similar: Sequence[Similar]) -> str:
     """Keys with their scores: '夢中情人 (88), 夢中人 (86)'."""
     return ", ".join(f"{one.key} ({one.score:.0f})" for one in similar)
@@ -276,12 +299,17 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
             rows.append((label, f"{score.passed} of {score.n} {text}", share))
         elif field == "locality" and report.reliability.n:
             rows.append((field, "nothing to check: this part of the gate is empty", ""))
+    if report.perplexity is not None:
+        times = f"{report.perplexity:.3f} times that of the base model"
+        rows.append(("perplexity", f"of ordinary text: {times}", ""))
     return rows
 
 
 def _detail_rows(report: EditReport) -> list[tuple[str, object]]:
     answers = (("before", report.text_before), ("after", report.text_after))
     rows: list[tuple[str, object]] = [(name, FirstLine(text)) for name, text in answers if text]
+    if report.perturbation_gap is not None:
+        rows.append(("gap", gap_text(report.perturbation_gap)))
     if report.similar:
         rows.append(("similar keys", f"{similar_text(report.similar)}; checked first"))
     if report.broke:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from kvedit.events import Score
     from kvedit.ingest.preflight import NearKeys, Preflight, Problem
     from kvedit.ingest.report import IngestReport
     from kvedit.store.rows import EditRow, FactRow, Finding, ProbeRow
@@ -69,12 +70,32 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 def fact_document(row: FactRow, edits: Sequence[EditRow],
                   results: Sequence[ProbeRow]) -> dict[str, Any]:  # fmt: skip
-    """All about one fact as a JSON document."""
+    """All about one fact as a JSON document, with the latest of its results."""
     names = ("kind", "protocol", "prompt", "expected", "answer", "passed", "margin", "revision")
     probes = [
-        {**{name: getattr(one, name) for name in names}, "time": one.created_at} for one in results
+        {**{name: getattr(one, name) for name in names}, "time": one.created_at}
+        for one in results[:SHOWN]
     ]
-    return {**row.to_json(), "edits": [edit.to_json() for edit in edits], "results": probes}
+    scores = {name: score.to_json() for name, score in latest_scores(results).items()}
+    edited = [edit.to_json() for edit in edits]
+    return {**row.to_json(), **scores, "edits": edited, "results": probes}
+
+
+def latest_scores(results: Sequence[ProbeRow]) -> dict[str, Score]:
+    """What a fact ``recites`` and ``answers``: each of its phrasings and questions once, at the
+    newest revision that has any; results come newest first.
+    """
+    from kvedit.events import Score
+
+    kinds = {"recites": ("recall", "retention"), "answers": ("portability",)}
+    scores = {}
+    for name, of_name in kinds.items():
+        rows = [one for one in results if one.kind in of_name and one.revision is not None]
+        at_newest = [one for one in rows if one.revision == rows[0].revision]
+        latest = {one.prompt: one.passed for one in reversed(at_newest)}
+        protocol = "generated" if name == "answers" else "teacher-forced"
+        scores[name] = Score(sum(latest.values()), len(latest), protocol)
+    return scores
 
 
 def facts_table(rows: Sequence[FactRow]) -> Table:
@@ -92,24 +113,34 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
     fields = [
         ("key", fact.key),
         ("aliases", ", ".join(fact.aliases)),
+        ("relation of", fact.relation_of or ""),
         ("language", fact.lang),
         ("state", row.state + ("" if row.revision is None else f", revision {row.revision}")),
         ("health", styled(row.health)),
         ("checked", "never" if checked is None else f"at revision {checked}"),
         ("margin", margin_text(row.margin)),
+        *((name, output.score_text(one)) for name, one in latest_scores(results).items() if one.n),
         ("source", fact.source or ""),
     ]
     parts: Parts = [pairs([field for field in fields if field[1]]), "", styled(fact.description)]
-    for title, prompts in (("prompts", fact.prompts), ("paraphrases", fact.paraphrases)):
-        if prompts:
-            parts += ["", styled(f"{title} of its own", "bold"), *(f"  {one}" for one in prompts)]
+    questions = [
+        f"{one.prompt} - {one.answer}{' (never trained)' * one.probe}" for one in fact.questions
+    ]
+    of_its_own = {
+        "prompts": fact.prompts, "paraphrases": fact.paraphrases, "questions": questions,
+        "statements": fact.statements,
+    }  # fmt: skip
+    for title, lines in of_its_own.items():
+        if lines:
+            shown = (f"  {clean(one)}" for one in lines)
+            parts += ["", styled(f"{title} of its own", "bold"), *shown]
     if edits:
         parts += ["", edits_table(edits)]
     if results:
         cells = [
             (one.kind, styled("passed" if one.passed else "failed"), margin_text(one.margin),
              one.protocol, one.prompt)
-            for one in results
+            for one in results[:SHOWN]
         ]  # fmt: skip
         parts += ["", table(("probe", "result", "margin", "protocol", "prompt"), cells)]
     return parts

@@ -15,7 +15,7 @@ from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Factors
 from kvedit.config import GateConfig, GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
-from kvedit.editing.gate import Checks, misses, refusals
+from kvedit.editing.gate import Checks, misses, refusals, too_much_growth
 from kvedit.editing.plan import Plan
 from kvedit.events import Status, Warning_
 from kvedit.revisions.session import Session
@@ -117,11 +117,14 @@ class Attempts:
         references = self.session.engine.reference_texts
         if references is not None and group is not None:
             references = references.without([*committed, *self.plan.names])
+        rehearsed = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
         task = Task(
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
-            [c.all for c in self.evaluator.candidates if c.row.id not in lost_ids],
+            [c.all for c in rehearsed],
             references,
             0 if self.plan.compaction else len(committed),
+            [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
+            self.session.config.study,
         )
         train = self.session.engine.train
         with self.timings.measure("train"):
@@ -155,7 +158,8 @@ class Attempts:
         if self.plan.group:
             minimum = self.session.config.gate.min_locality
             return misses(checks.locality, minimum, significant=self._is_large)
-        return checks.locality.passed < checks.locality.n
+        gate = self.session.config.gate
+        return checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
 
     def _emit_step(self, step: Step) -> None:
         self.session.emit(Status(
@@ -189,7 +193,7 @@ def _for_another_attempt(
     """
     unseen = misses(checks.paraphrase, gate.min_paraphrase)
     missed = unseen or checks.recall.passed < checks.recall.n
-    harmed = checks.locality.passed < checks.locality.n
+    harmed = checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
     return replace(
         config, penalty_weight=config.penalty_weight * (4 if harmed else 1),
         min_margin=config.min_margin * (4 if missed else 1),

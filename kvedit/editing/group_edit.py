@@ -108,7 +108,7 @@ class GroupEditor:
     def _add_together(self, facts: Sequence[Fact], options: GroupOptions) -> EditReport:
         """One edit for all of the facts."""
         for fact in facts:
-            self._engine.examples(fact)  # raises before anything is written
+            self._planner.check([fact])
         with self._session.editing():
             if self.should_compact(facts):
                 report = self._compact(facts, options)

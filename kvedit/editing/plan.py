@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Similar
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
@@ -28,13 +29,16 @@ LOCALITY_TOKENS = 64  # of answers to a fact's own locality probes, where it giv
 class Target:
     """What one fact's prompts are to answer after the edit.
 
-    ``forget`` are answers that must be gone under prompts that were never trained.
+    ``forget`` are answers that must be gone under prompts that were never trained; ``study`` is
+    trained besides the text, ``probes`` are held-out questions: neither is a reason to refuse.
     """
 
     fact_id: int
     recall: tuple[Example, ...]
     paraphrases: tuple[Example, ...] = ()
     forget: tuple[Example, ...] = ()
+    study: tuple[Example, ...] = ()
+    probes: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +103,12 @@ class Planner:
     def __init__(self, session: Session) -> None:
         self._store, self._engine = session.store, session.engine
         self._protection = session.protection
+        self._study = StudyExamples(session)
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Raise what an untrainable text or question raises, before anything is written."""
+        for fact in facts:
+            self._target(0, fact)
 
     def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
         """Train one fact, which is then pending; ``near`` are close keys."""
@@ -155,7 +165,11 @@ class Planner:
 
     def _target(self, fact_id: int, fact: Fact) -> Target:
         recall, paraphrases = self._engine.examples(fact), self._engine.paraphrases(fact)
-        return Target(fact_id=fact_id, recall=tuple(recall), paraphrases=tuple(paraphrases))
+        study, probes = self._study.trained(fact), self._study.probes(fact)
+        return Target(
+            fact_id=fact_id, recall=tuple(recall), paraphrases=tuple(paraphrases), study=study,
+            probes=probes,
+        )  # fmt: skip
 
     def _locality(self, facts: Sequence[Fact]) -> tuple[Example, ...]:
         """The store's locality probes and those of the facts."""

@@ -9,13 +9,14 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.keys import contains_answer, is_blank
+from kvedit.facts.keys import contains_answer, is_blank, normalise
 from kvedit.facts.language import LANGUAGES, detect_language
 
 _T = TypeVar("_T")
@@ -39,6 +40,11 @@ class Question:
     prompt: str
     answer: str
     probe: bool = False
+
+    def is_held_out(self, share: float) -> bool:
+        """Whether it is only asked: a probe, or by its prompt's hash among this share of all."""
+        digest = hashlib.sha256(normalise(self.prompt).encode("utf-8", "replace")).digest()
+        return self.probe or int.from_bytes(digest[:8]) < share * 2**64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ from kvedit.facts.forms.records import (
 from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.keys import in_words
 from kvedit.files import decode, read_text
+from kvedit.paths import open_input
 
 TEXTS = (".txt", ".md")
 HEAD = 20
@@ -100,7 +101,7 @@ def read_file(source: Path | str) -> Iterator[bytes]:
     """
     name = source_name(source)
     try:
-        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open(source, "rb") as stream:
+        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open_input(source) as stream:
             yield from stream
     except FileNotFoundError as error:
         raise UsageError(

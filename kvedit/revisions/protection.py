@@ -25,6 +25,7 @@ from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
 from kvedit.revisions.coverage import Coverage
 from kvedit.store.rows import ProtectedRow
+from kvedit.trust import names
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -112,7 +113,7 @@ class Protection:
             return
         facts += len(self._store.keys("committed"))
         samples = min(settings.max_samples, facts * settings.samples_per_fact)
-        drawn = int(self._store.meta(_SAMPLES) or settings.samples)
+        drawn = names.count(self._store.meta(_SAMPLES) or str(settings.samples), _SAMPLES)
         if samples <= drawn:
             return
         # The questions of locality probes are never asked, but their answers may come under another
@@ -123,11 +124,11 @@ class Protection:
             known=self._texts("control"), unasked=unasked, seed=drawn,
             progress=self._checkout.say,
         )  # fmt: skip
-        names = [normalise(name) for name in leave_out]
+        unwanted = [normalise(name) for name in leave_out]
 
         def is_allowed(text: Protected) -> bool:
             content = normalise(f"{text.prompt}\n{text.answer}")
-            return not any(name in content for name in names)
+            return not any(name in content for name in unwanted)
 
         self._store.add_protected(_rows("control", filter(is_allowed, new)))
         self._engine.reference_texts = self._margins = None

@@ -24,7 +24,9 @@ class Lineage(StoreBase):
 
     def revision(self, number: int) -> RevisionRow:
         """One revision; raises UsageError if there is none with this number."""
-        row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
+        row = None
+        if number <= self.head():  # SQLite refuses to compare with a number of 20 digits
+            row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
         if row is None:
             raise UsageError(
                 f"there is no revision {number}; the head is {self.head()}",
@@ -48,8 +50,11 @@ class Lineage(StoreBase):
                 raise CorruptStoreError(f"revision {number} is missing", hint=hint)
             if row.restores is None or row.delta is not None:
                 line.append(row)
-            # Both are smaller than the row's own number (checked by the schema): this ends.
-            number = row.restores if row.restores is not None else row.parent or 0
+            earlier = row.restores if row.restores is not None else row.parent or 0
+            if earlier >= number:  # a database that was tampered with: this would not end
+                what = f"revision {number} comes from revision {earlier}, which is not older"
+                raise CorruptStoreError(what, hint="Restore the store from a backup.")
+            number = earlier
         return line[::-1]
 
     def facts_at(self, number: int) -> dict[int, tuple[str, Fact]]:
@@ -61,6 +66,10 @@ class Lineage(StoreBase):
             for row in rows
             if row["revision"] in line and (fact := fact_from_text(row["fact"])) is not None
         }
+
+    def held_at(self, number: int) -> dict[int, Fact]:
+        """The facts that the model holds at a revision, by their ids."""
+        return _committed(self.facts_at(number))
 
     def revision_before(self, fact_id: int) -> int:
         """The revision in the head's lineage just before a fact was committed last.
@@ -88,8 +97,7 @@ class Lineage(StoreBase):
 
     def rollback_changes(self, number: int) -> list[FactChange]:
         """What a rollback from the head to a revision does to the facts."""
-        before = _committed(self.facts_at(self.head()))
-        after = _committed(self.facts_at(number))
+        before, after = self.held_at(self.head()), self.held_at(number)
         return [
             FactChange(fact_id, before.get(fact_id), after.get(fact_id))
             for fact_id in sorted({*before, *after})

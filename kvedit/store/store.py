@@ -8,18 +8,25 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
+from kvedit.errors import (
+    DiskFullError,
+    DuplicateKeyError,
+    NotWritableError,
+    UnknownKeyError,
+    UsageError,
+)
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import did_you_mean, in_words, normalise
-from kvedit.files import StoreLock, disk_errors, now, sync_directory
-from kvedit.store import integrity
+from kvedit.files import disk_errors, now, sync_directory
+from kvedit.lock import StoreLock
+from kvedit.paths import home_path
+from kvedit.store import backup, integrity
+from kvedit.store.checks.repairs import Repairs
 from kvedit.store.database import DB_NAME, create_database
-from kvedit.store.journal import Journal
 from kvedit.store.rows import (
     CheckpointRow,
     EditRow,
@@ -32,7 +39,9 @@ from kvedit.store.rows import (
     fact_columns,
     fact_from_columns,
     probe_from,
+    reasons_from,
 )
+from kvedit.trust import names
 
 ENVIRONMENT = "KVEDIT_STORE"
 DEFAULT = "store"
@@ -45,10 +54,10 @@ _FACTS = """
 
 def resolve_store(option: str | Path | None = None) -> Path:
     """The store to use: ``--store``, then ``KVEDIT_STORE``, then ``./store``."""
-    return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
+    return home_path(option or os.environ.get(ENVIRONMENT) or DEFAULT)
 
 
-class Store(Journal):
+class Store(Repairs):
     """A knowledge store.  Open it with ``Store.open``, make one with ``Store.create``."""
 
     @staticmethod
@@ -79,12 +88,20 @@ class Store(Journal):
 
     @classmethod
     def open(cls, path: Path, readonly: bool = False) -> Store:
-        """Open a store; one of an older format is upgraded first, also for reading.
-
-        Raises NoStoreError, StoreTooNewError or CorruptStoreError, and what ``database.upgrade``
-        raises.
+        """Open a store; one of an older format is upgraded first, also for reading.  Raises
+        NoStoreError, StoreTooNewError, CorruptStoreError, and what ``database.upgrade`` raises.
         """
         return cls(path, readonly=readonly)
+
+    @classmethod
+    def open_to_ask(cls, path: Path) -> Store:
+        """Open a store to ask its model: for writing too, so that it recovers and keeps what was
+        measured, but for reading alone where it cannot be written (``readonly`` says so).
+        """
+        try:
+            return cls.open(path)
+        except (NotWritableError, DiskFullError):
+            return cls.open(path, readonly=True)
 
     def put_pending(self, fact: Fact) -> int:
         """Insert a fact to be trained, or replace one that is not committed; returns its id.
@@ -148,12 +165,11 @@ class Store(Journal):
         if len(relations) == 1:
             return relations[0]
         if relations:
-            hint = f"Name one of them: {in_words([row.fact.key for row in relations])}"
-            raise UnknownKeyError(
-                f"{relations[0].fact.name} has {len(relations)} relations", hint=hint
-            )
-        names = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
-        close = did_you_mean(key, names)
+            what = f"{relations[0].fact.name} has {len(relations)} relations"
+            keys = in_words([row.fact.key for row in relations])
+            raise UnknownKeyError(what, hint=f"Name one of them: {keys}")
+        known = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
+        close = did_you_mean(key, known)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
         raise UnknownKeyError(f"there is no fact {key!r} in {self.path}", hint=hint)
 
@@ -215,29 +231,28 @@ class Store(Journal):
 
     def probe_counts(self) -> list[ProbeCount]:
         """How many probes of each kind passed at each revision, oldest first."""
-        sql = """
-            SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
+        sql = """SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
             FROM probe_results WHERE revision IS NOT NULL
             GROUP BY revision, kind, protocol ORDER BY revision"""
         return [ProbeCount(**row) for row in self._rows(sql)]
 
     def pace(self, limit: int = 100) -> tuple[int, float]:
         """How many facts the latest ``limit`` adding edits had, and the seconds that they took."""
-        sql = """
-            SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
+        sql = """SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
                 json_extract(e.report, '$.seconds') AS seconds
             FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
             ORDER BY id DESC LIMIT ?"""
-        rows = [row for row in self._rows(sql, [limit]) if row["seconds"]]
+        found = self._rows(sql, [limit])
+        rows = [row for row in found if row["seconds"] and type(row["seconds"]) in (int, float)]
         return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
 
     def refusals(self) -> dict[int, tuple[str, ...]]:
         """The reasons why each ``rejected`` fact was rejected last, by the fact's id."""
-        sql = """
-            SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
+        sql = """SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
                 WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
             FROM facts f WHERE f.state = 'rejected'"""
-        return {row["id"]: tuple(json.loads(row["why"] or "[]")) for row in self._rows(sql)}
+        rows = self._rows(sql)
+        return {r["id"]: reasons_from(r["why"] or "[]", f"of fact {r['id']}") for r in rows}
 
     def edit_results(self, edit_id: int) -> list[ProbeRow]:
         """The probe results of an edit, in the order they were taken."""
@@ -248,8 +263,7 @@ class Store(Journal):
         """The locality probes of the edit that made a revision, as prompt and expected answer:
         whether each kept its answer.
         """
-        sql = """
-            SELECT prompt, expected, passed FROM probe_results
+        sql = """SELECT prompt, expected, passed FROM probe_results
             WHERE kind = 'locality' AND edit_id = (SELECT edit_id FROM revisions WHERE id = ?)"""
         rows = self._rows(sql, [revision])
         return {(row["prompt"], row["expected"]): bool(row["passed"]) for row in rows}
@@ -282,9 +296,16 @@ class Store(Journal):
             self._insert("protected", {name: getattr(row, name) for name in _PROTECTED_COLUMNS})
 
     def checkpoints(self) -> list[CheckpointRow]:
-        """The checkpoints, oldest revision first; their reader has to verify each one."""
+        """The checkpoints, oldest revision first; their reader has to verify each one.
+
+        Raises CorruptStoreError if one has another name than kvedit gives.
+        """
         rows = self._rows("SELECT * FROM checkpoints ORDER BY revision")
-        return [CheckpointRow(r["revision"], self.path / r["path"], r["digest"]) for r in rows]
+        paths = [self.path / names.checkpoint(row["revision"], row["path"]) for row in rows]
+        return [
+            CheckpointRow(row["revision"], path, row["digest"])
+            for row, path in zip(rows, paths, strict=True)
+        ]
 
     def add_checkpoint(self, revision: int, path: Path, digest: str) -> None:
         """Record a checkpoint that is complete on the disk; ``digest`` is of its manifest."""
@@ -305,11 +326,8 @@ class Store(Journal):
         return integrity.status(self, self._rows)
 
     def backup(self, path: Path) -> None:
-        """Write a consistent copy of the store into one tar file, also while edits run.
-
-        Raises CorruptStoreError, UsageError or DiskFullError, see ``integrity.backup``.
-        """
-        integrity.backup(self, self._db.conn, path)
+        """Write a consistent copy into one tar file, also while edits run: ``backup.backup``."""
+        backup.backup(self, self._db.conn, path)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
         """Check the database and every file; without ``deep`` no digest is computed."""
@@ -324,7 +342,8 @@ _FACT_ROW_COLUMNS = (
 
 
 def _health(row: Row, head: int, stale_after: int) -> str:
-    if row["passed"] is None or row["state"] != "committed":
+    checked = row["passed"] is not None and row["last_checked_revision"] is not None
+    if not checked or row["state"] != "committed":
         return "unchecked"
     if not row["passed"]:
         return "regressed"

@@ -47,6 +47,7 @@ SINGLE_REHEARSAL_REACH = 20
 """Earlier facts that a single fact's training keeps recalled by rehearsing a few of them: with more
 of them the gradient term of the accumulated delta is scaled down in proportion."""
 START_FACTS = 64  # at most give the gradient that the adapter starts from: it has few directions
+START_STUDY = 16  # study examples, at most, that it starts from besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +165,11 @@ class Engine(KeptMoments):
             self._rendered[fact, trained] = examples
         return list(self._rendered[fact, trained])
 
-    def prior_answers(self, fact: Fact) -> dict[str, str]:
-        """The model's answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
-        prompts = training_prompts(fact, self._phrasings)
+    def prior_answers(self, fact: Fact, questions: Sequence[str] = ()) -> dict[str, str]:
+        """The model's answers now to a fact's training prompts, and to further questions about it,
+        cut at ``PRIOR_TOKENS``.
+        """
+        prompts = list(dict.fromkeys([*training_prompts(fact, self._phrasings), *questions]))
         return dict(zip(prompts, self.generate(prompts, limit=PRIOR_TOKENS), strict=True))
 
     def answer_now(self, fact: Fact) -> str:
@@ -254,10 +257,12 @@ class Engine(KeptMoments):
     def _name_of(self, task: Task, config: TrainingConfig, group: GroupConfig) -> str:
         """A digest of everything that decides how a group's training goes, but the measurements."""
         references = task.reference_texts.examples if task.reference_texts is not None else ()
-        texts = [[e.ids for fact in part for e in fact] for part in (task.new, task.rehearsal)]
+        kinds = (task.new, task.rehearsal, task.study)
+        texts = [[e.ids for fact in part for e in fact] for part in kinds]
         weights = self.base.fingerprint, self.master.digest()
         texts.append([e.ids for e in references])
-        parts = (__version__, *weights, config, group, task.earlier, *texts)
+        settings = (config, group, task.study_config)
+        parts = (__version__, *weights, *settings, task.earlier, *texts)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
@@ -302,7 +307,7 @@ class Engine(KeptMoments):
 
 def _start_examples(task: Task, rng: random.Random) -> list[Example]:
     """The examples whose gradient the adapter starts from: a prompt or two of each fact, all where
-    each prompt has an answer of its own, as when a fact is removed.
+    each prompt has an answer of its own, as when a fact is removed; and study examples.
     """
     facts = rng.sample(list(task.new), min(START_FACTS, len(task.new)))
     each = 2 if len(facts) <= START_FACTS // 4 else 1
@@ -311,7 +316,9 @@ def _start_examples(task: Task, rng: random.Random) -> list[Example]:
         one_answer = len({example.answer for example in fact}) == 1
         return min(each, len(fact)) if one_answer else len(fact)
 
-    return [e for fact in facts for e in rng.sample(list(fact), count(fact))]
+    chosen = [e for fact in facts for e in rng.sample(list(fact), count(fact))]
+    study = [e for fact in task.study[: len(task.new)] for e in fact]
+    return [*chosen, *rng.sample(study, min(START_STUDY, len(study)))]
 
 
 def _accumulated_share(task: Task, group: GroupConfig | None) -> float:

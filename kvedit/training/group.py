@@ -209,7 +209,9 @@ class GroupLoop(Loop):
         self._set_rate(self._rate * self._first_loss * rise * rate)
         chosen = self._rehearsed()
         earlier = [self._rng.choice(list(self._task.rehearsal[fact])) for fact in chosen]
-        margins = self._step(self._step_number, new, earlier)[len(new) :]
+        study = self._study.beside(new, self._task.study_config.per_fact)
+        study += self._study.beside(earlier, 1)
+        margins = self._step(self._step_number, new, earlier, study)[len(new) :]
         self._margins.update(zip(chosen, margins, strict=True))
         if self._step_number == 1:
             self._first_loss = self._loss

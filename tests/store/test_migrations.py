@@ -13,7 +13,7 @@ from store_steps import add, committed_texts, problems
 from kvedit.config import Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooNewError
 from kvedit.facts.fact import Question
-from kvedit.files import StoreLock
+from kvedit.lock import StoreLock
 from kvedit.renamed_settings import old_settings
 from kvedit.revisions.base_model import prompts_of
 from kvedit.store import migrations
@@ -220,8 +220,10 @@ def test_an_old_store_that_cannot_be_upgraded_says_why(
 
     monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: unwritable(_))
     with pytest.raises(KveditError, match=r"must be upgraded to 3: cannot write .*lock") as failed:
-        Store.open(old, readonly=True)
+        Store.open(old)
     assert "you may write to it" in failed.value.hint
+    with Store.open(old, readonly=True) as store:  # a copy is read, with the names of today
+        assert store.protected("control")[0].source == "extracted"
     assert version_of(old) == 1
 
 

@@ -16,6 +16,7 @@ from kvedit.errors import (
     DuplicateKeyError,
     LockedError,
     NoStoreError,
+    NotWritableError,
     StoreTooNewError,
     UnknownKeyError,
     UsageError,
@@ -147,7 +148,7 @@ def test_a_read_only_store_reads_beside_a_writer_and_cannot_write(store: Store) 
         assert committed_texts(reader) == {"k": "some text"}
         update(store, "k", "new")
         assert committed_texts(reader) == {"k": "new"}
-        with pytest.raises(UsageError, match="readonly"):
+        with pytest.raises(NotWritableError, match="readonly"):
             reader.put_pending(fact("x"))
     store.close()
     with Store.open(store.path, readonly=True) as reader:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli import common, input_tables, tables
-from kvedit.cli.common import COUNT, FILE, Settings, next_step, note
+from kvedit.cli import common, input_tables, parameters, tables
+from kvedit.cli.common import Settings, next_step, note
 from kvedit.cli.output import clean, print_json_line, print_parts
+from kvedit.cli.parameters import COUNT, FILE, SOURCE
 from kvedit.cli.progress import Counting, make_reporter
 from kvedit.errors import InvalidFactError, RejectedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
     from kvedit.facts.formats import Located, Reading
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from kvedit.ingest.report import IngestOptions, IngestReport
     from kvedit.store.store import Store
 
+MOST_DIGITS = 18  # of a number of facts
 ROWS_BETWEEN = 10_000
 _UNSAFE = re.compile(r"[^\w.-]+")
 
@@ -32,23 +35,23 @@ def group_size(context: click.Context, parameter: click.Parameter, value: str) -
     """Callback of --group: None for auto, or a number of facts."""
     if value == "auto":
         return None
-    if not value.isdecimal() or int(value) < 1:
-        raise click.BadParameter(f"{value!r} is neither auto nor a number of facts")
+    if not value.isdecimal() or len(value) > MOST_DIGITS or int(value) < 1:
+        raise click.BadParameter(f"{value!r:.80} is neither auto nor a number of facts")
     return int(value)
 
 
 @click.command()
-@click.argument("source", metavar="FILE|DIR|-")
+@click.argument("source", metavar="FILE|DIR|-", type=SOURCE)
 @click.option("--group", callback=group_size, default="auto", metavar="auto|N",
               help="Train N facts together; 1: each by itself. [auto]")  # fmt: skip
 @click.option("--limit", type=COUNT, metavar="N", help="Train at most N facts.")
 @click.option("--max-failures", type=COUNT, metavar="N",
               help="Stop when N facts were rejected or failed.")  # fmt: skip
-@click.option("--max-time", callback=common.seconds, metavar="TIME",
+@click.option("--max-time", callback=parameters.seconds, metavar="TIME",
               help="Stop after 90s, 30m, 2h or 1h30m, if need be within a group.")  # fmt: skip
 @click.option("--key-column", metavar="NAME", help="Column or name that has the keys.")
 @click.option("--description-column", metavar="NAME", help="The one that has the descriptions.")
-@click.option("--encoding", callback=common.encoding, metavar="NAME",
+@click.option("--encoding", callback=parameters.encoding, metavar="NAME",
               help="Encoding of the file, e.g. gb18030, big5, utf-16. [UTF-8]")  # fmt: skip
 @click.option("--allow-placeholders", is_flag=True,
               help="Also train texts with {{name}}, <Name>, TODO and the like.")  # fmt: skip
@@ -125,8 +128,7 @@ def _check_target(source: str, rejected_file: Path | None) -> None:
     """Fail now on a file that could not be written at the end, or that holds the input."""
     if rejected_file is None:
         return
-    if not rejected_file.resolve().parent.is_dir():
-        raise click.UsageError(f"--rejected-file {rejected_file}: its folder does not exist")
+    require_writable(rejected_file)
     if source != "-" and rejected_file.resolve() == Path(source).resolve():
         raise click.UsageError(f"--rejected-file {rejected_file} would replace the input")
 
@@ -178,6 +180,7 @@ def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
         return IngestReport(
             outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before, revision=head
         )
+    common.require_writable(settings)
     if not as_json and not settings.quiet:
         print_parts(*input_tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]

@@ -70,6 +70,7 @@ def write(
     progress("reloading the export and asking it again")
     reloaded = loading.load(
         str(directory),
+        known="",
         trust_remote_code=loading.has_own_code(engine.base.model),
         device_map=engine.base.loading.device_map,
     )
