@@ -257,8 +257,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_text(source: Path | str) -> str:
-    """Read a UTF-8 text from a file, or from standard input for ``-``.
+def read_text(source: Path | str, encoding: str | None = None) -> str:
+    """Read a text, UTF-8 unless said otherwise, from a file, or from standard input for ``-``.
 
     A byte order mark is dropped.  Raises UsageError if the file cannot be read, InvalidFactError
     if it is empty, binary or not UTF-8 (naming the byte), TextTooLongError above 16 MiB.
@@ -270,7 +270,7 @@ def read_text(source: Path | str) -> str:
             f"{name} has more than {MAX_TEXT_BYTES // 1024**2} MiB",
             hint="A description is a short text; many facts go in with `kvedit ingest`.",
         )
-    text = decode(data, name)
+    text = decode(data, name, encoding)
     if not text.strip():
         raise InvalidFactError(f"{name} is empty", hint="Write the description into it.")
     return text
@@ -291,11 +291,18 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
 
 
-def decode(data: bytes, name: str) -> str:
+def decode(data: bytes, name: str, encoding: str | None = None) -> str:
     """Decode UTF-8, drop a byte order mark; InvalidFactError names the first bad byte."""
+    if encoding is not None:
+        try:
+            return data.decode(encoding).removeprefix("\ufeff")
+        except UnicodeError as error:
+            message = f"{name} is not {encoding}: {error}"
+            raise InvalidFactError(message, hint="Name another --encoding.") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InvalidFactError(
-            f"{name} is UTF-16, not UTF-8", hint=f"Convert it: iconv -f UTF-16 -t UTF-8 {name}"
+            f"{name} is UTF-16, not UTF-8",
+            hint="Name its encoding: --encoding utf-16; or save it as UTF-8.",
         )
     zero = data.find(b"\0")
     if zero >= 0:
@@ -307,5 +314,5 @@ def decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise InvalidFactError(
             f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            hint="Save it as UTF-8, for instance with iconv -f GB18030 -t UTF-8.",
+            hint="Save it as UTF-8, or name its encoding, for instance --encoding gb18030.",
         ) from error

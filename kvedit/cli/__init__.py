@@ -6,6 +6,7 @@ sqlite-utils, so that `kvedit --help` is quick.
 """
 
 import io
+import os
 import signal
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -80,6 +81,8 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
       kvedit verify
       kvedit rollback 0
     """
+    if os.environ.get("NO_COLOR"):  # see no-color.org
+        ctx.color = False
     verbosity = -1 if quiet else min(verbose, 2)
     configure_logging(verbosity)
     rank = launched_rank()

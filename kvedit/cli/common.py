@@ -77,12 +77,13 @@ class KveditGroup(click.Group):
         except (click.exceptions.Exit, BrokenPipeError):
             raise
         except click.ClickException as error:
+            vars(error)["message"] = clean(error.message)  # click declares it final
             _print_error_line(as_json, error.format_message(), "", error.exit_code)
             raise
         except (Exception, KeyboardInterrupt) as error:
             settings = ctx.obj if isinstance(ctx.obj, Settings) else Settings()
             if settings.verbosity >= 2:
-                click.echo(traceback.format_exc().rstrip(), err=True)
+                click.echo(clean(traceback.format_exc().rstrip()), err=True)
             message, hint, code = _explain(error, settings)
             _print_error_line(as_json, message, hint, code)
             fail(message, hint)
@@ -126,9 +127,19 @@ def fail(message: str, hint: str) -> None:
         click.echo(f"{click.style('hint:', fg='yellow')} {clean(line)}", err=True)
 
 
+class _CleanFormatter(logging.Formatter):
+    """Log lines that cannot steer the terminal, whatever they quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with control characters escaped."""
+        return clean(super().format(record))
+
+
 def configure_logging(verbosity: int) -> None:
     """Send log lines to stderr; below -vv without those of the libraries."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_CleanFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("kvedit").setLevel(LOG_LEVELS[verbosity])
     if verbosity < 2:
         warnings.simplefilter("ignore")
@@ -139,12 +150,14 @@ def configure_logging(verbosity: int) -> None:
 def note(settings: Settings, text: str) -> None:
     """A remark for a person on stderr; nothing with -q."""
     if not settings.quiet:
-        click.echo(text, err=True)
+        click.echo(clean(text), err=True)
 
 
 def next_step(settings: Settings, *words: str) -> None:
     """Suggest the command that usually comes next."""
-    note(settings, f"{click.style('next:', fg='cyan')} {settings.command(*words)}")
+    if not settings.quiet:
+        command = clean(settings.command(*words))
+        click.echo(f"{click.style('next:', fg='cyan')} {command}", err=True)
 
 
 @contextmanager

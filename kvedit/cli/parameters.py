@@ -85,6 +85,13 @@ def file_size(context: click.Context, parameter: click.Parameter, value: str | N
     return value
 
 
+def encoding(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback of --encoding: the name of an encoding of texts, as Python has it."""
+    from kvedit.facts.forms.encodings import encoding_name
+
+    return None if value is None else encoding_name(value)
+
+
 def demand_texts(command: click.Command) -> None:
     """Give every parameter of a command, and of commands within it, that takes a plain string the
     type ``TEXT``.

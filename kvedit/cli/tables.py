@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kvedit.events import Score
-    from kvedit.ingest.preflight import Near, Preflight, Problem
+    from kvedit.ingest.preflight import NearKeys, Preflight, Problem
     from kvedit.ingest.report import IngestReport
     from kvedit.store.rows import EditRow, FactRow, Finding, ProbeRow
 
@@ -41,6 +41,7 @@ PREFLIGHT = {
     "unchanged": "in the store already",
     "repeated": "repeated",
     "rejected_before": "rejected before",
+    "held_back": "held back (placeholders; --allow-placeholders trains them)",
     "invalid": "invalid",
 }
 """How the rows of an input are counted, for programs and for people."""
@@ -195,16 +196,17 @@ def finding_parts(findings: Sequence[Finding]) -> Parts:
     return [pairs(rows), verdict] if rows else [verdict]
 
 
-def problem_lines(problems: Sequence[Problem]) -> list[str]:
+def problem_lines(problems: Sequence[Problem], what: str = "invalid row") -> list[str]:
     """The rows that cannot be ingested, the first ones by name."""
-    return first_of([f"invalid row: {clean(f'{one.where}: {one.reason}')}" for one in problems])
+    return first_of([f"{what}: {clean(f'{one.where}: {one.reason}')}" for one in problems])
 
 
-def similar_keys_text(near: Sequence[Near]) -> str:
+def similar_keys_text(near: NearKeys) -> str:
     """'12 pairs of keys are similar: A and B (91), ...'."""
-    named = [f"{one.key} and {one.other} ({one.score:.0f})" for one in near[:SHOWN_SIMILAR]]
-    count = "2 keys are" if len(near) == 1 else f"{len(near)} pairs of keys are"
-    rest = ", ..." if len(near) > SHOWN_SIMILAR else ""
+    named = [f"{n.key} and {n.other} ({n.score:.0f})" for n in near.closest[:SHOWN_SIMILAR]]
+    count = "2 keys are" if near.count == 1 else f"{near.count:,} pairs of keys are"
+    count = count if near.complete else f"at least {count}"
+    rest = ", ..." if near.count > SHOWN_SIMILAR else ""
     return f"{count} similar: {', '.join(named)}{rest}"
 
 
@@ -212,7 +214,7 @@ def preflight_fields(preflight: Preflight) -> dict[str, int]:
     """How the rows of an input were sorted."""
     sorted_rows = (
         preflight.new, preflight.unchanged, preflight.repeated, preflight.rejected_before,
-        preflight.problems,
+        preflight.held_back, preflight.problems,
     )  # fmt: skip
     return {"read": preflight.read, **dict(zip(PREFLIGHT, map(len, sorted_rows), strict=True))}
 
@@ -274,7 +276,7 @@ def _outcome_line(report: IngestReport) -> str:
     return f"{counts_text(refused)}: revision {report.revision}, {time}"
 
 
-def plan_fields(preflight: Preflight, near: Sequence[Near], pace: tuple[int, float], new: int,
+def plan_fields(preflight: Preflight, near: NearKeys, pace: tuple[int, float], new: int,
                 retrained: int) -> dict[str, Any]:  # fmt: skip
     """What a run would do: train ``new`` facts, the first group together with ``retrained`` earlier
     ones; ``pace`` is facts and seconds measured in this store, without any there is no estimate.
@@ -283,13 +285,14 @@ def plan_fields(preflight: Preflight, near: Sequence[Near], pace: tuple[int, flo
     return {
         "message_type": "summary", "kind": "ingest", "dry_run": True,
         **preflight_fields(preflight), "would_train": new, "would_retrain": retrained,
-        "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
+        "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near.closest],
+        "similar_pairs": near.count, "all_keys_compared": near.complete,
         "seconds_per_fact": None if each is None else round(each, 3),
         "seconds_estimated": None if each is None else round(each * (new + retrained), 1),
     }  # fmt: skip
 
 
-def plan_parts(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any]) -> Parts:
+def plan_parts(preflight: Preflight, near: NearKeys, fields: dict[str, Any]) -> Parts:
     """What a run would do, for a person."""
     each, total = fields["seconds_per_fact"], fields["seconds_estimated"]
     if not fields["would_train"]:
@@ -300,6 +303,6 @@ def plan_parts(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any
         time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
     retrained = fields["would_retrain"]
     earlier = f" and retrain {retrained} earlier one{'s'[: retrained > 1]}" if retrained else ""
-    similar = [similar_keys_text(near)] if near else []
+    similar = [similar_keys_text(near)] if near.count else []
     plan = f"would train {fields['would_train']} new facts{earlier}: {time}"
     return [preflight_line(preflight), *similar, plan, "nothing was changed"]

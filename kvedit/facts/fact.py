@@ -10,18 +10,19 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-import unicodedata
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.keys import contains_answer, normalise
+from kvedit.facts.keys import contains_answer, is_blank, normalise
 from kvedit.facts.language import LANGUAGES, detect_language
 
 _T = TypeVar("_T")
 MAX_KEY = 200
 """The longest key or alias, in characters: a longer one is a text, not a name."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and half surrogate pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,14 +163,15 @@ class Fact:
 def _text(what: str, value: str) -> str:
     """Strip a text; refuse an empty one and control characters."""
     cleaned = value.replace("\r\n", "\n").strip()
-    if not cleaned:
-        raise InvalidFactError(f"the {what} is empty", hint=f"Give the {what} some text.")
-    for position, char in enumerate(cleaned):
-        if char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs"):
-            raise InvalidFactError(
-                f"the {what} has a control character (U+{ord(char):04X}) at position {position}",
-                hint="Is this a text? Remove the character and try again.",
-            )
+    if control := _CONTROL.search(cleaned):
+        raise InvalidFactError(
+            f"the {what} has a control character (U+{ord(control[0]):04X}) at position"
+            f" {control.start()}",
+            hint="Is this a text? Remove the character and try again.",
+        )
+    if is_blank(cleaned):
+        unseen = " of visible characters" if cleaned else ""
+        raise InvalidFactError(f"the {what} is empty{unseen}", hint=f"Give the {what} some text.")
     return cleaned
 
 

@@ -1,49 +1,16 @@
-"""Schemas of a record: kvedit's names and their synonyms, CounterFact, zsRE.
+"""Relations of a subject, one prompt each: CounterFact and zsRE.
 
 Invariants:
-- A record in kvedit's schema is read exactly as ``Fact.from_json`` reads it.
 - A relation (CounterFact, zsRE) is trained on its own prompt only; its key names subject and
   prompt, so that two relations of one subject are two facts.
-- A record in no schema gives an error that names what is missing, never half a fact.
 """
 
 import hashlib
 from collections.abc import Mapping
 
-from kvedit.facts.fact import MAX_KEY, Fact
+from kvedit.facts.fact import MAX_KEY
 
 Record = Mapping[str, object]
-
-SYNONYMS = {
-    "key": ("subject", "name", "title"),
-    "description": ("text", "value", "definition", "target"),
-}
-"""Other names of the two parts that every fact has; used when kvedit's name is absent."""
-
-
-def fact_from(record: object) -> Fact:
-    """The fact that a record describes; raises InvalidFactError, as ``Fact.from_json`` does."""
-    if not isinstance(record, Mapping):
-        return Fact.from_json(record)
-    parts = (schema(record) for schema in _SCHEMAS)
-    return Fact.from_json(next((p for p in parts if p is not None), standard_names(record)))
-
-
-def looks_like_fact(record: Record) -> bool:
-    """Whether an object is one fact, rather than a mapping of keys to descriptions."""
-    return any(schema(record) for schema in _SCHEMAS) or set(SYNONYMS) <= set(
-        standard_names(record)
-    )
-
-
-def standard_names(record: Record) -> dict[str, object]:
-    """The record with synonyms replaced by kvedit's names."""
-    renamed = dict(record)
-    for name, synonyms in SYNONYMS.items():
-        synonym = next((s for s in synonyms if s in renamed), None)
-        if name not in renamed and synonym is not None:
-            renamed[name] = renamed.pop(synonym)
-    return renamed
 
 
 def relation(subject: object, prompt: object) -> dict[str, object]:
@@ -63,7 +30,7 @@ def relation(subject: object, prompt: object) -> dict[str, object]:
     return parts
 
 
-def _counterfact_original(record: Record) -> Record | None:
+def counterfact_original(record: Record) -> Record | None:
     """CounterFact as published by Meng et al. (2022), with the request in an inner object."""
     request = record.get("requested_rewrite")
     if not isinstance(request, Mapping):
@@ -88,7 +55,7 @@ _FLAT = (
 with that answer: in CounterFact as most editing libraries ship it, and in zsRE."""
 
 
-def _flat(record: Record) -> Record | None:
+def flat(record: Record) -> Record | None:
     """CounterFact or zsRE with all parts in one object."""
     for target, prompt, paraphrase, locality, answer in _FLAT:
         if {"subject", target, prompt} <= set(record):
@@ -105,6 +72,3 @@ def _flat(record: Record) -> Record | None:
 def _as_list(value: object) -> object:
     """A list as it is, a single value as a list of one."""
     return value if value is None or isinstance(value, list | tuple) else [value]
-
-
-_SCHEMAS = (_counterfact_original, _flat)

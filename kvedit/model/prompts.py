@@ -7,6 +7,7 @@ Invariants:
 - An answer ends with the token that ends the model's turns, so that recall includes knowing when
   to stop.
 - An answer's tokens are those it has within the whole text, which may differ from its tokens alone.
+- A user's text never becomes a control token of the model: one that would is refused.
 """
 
 import tomllib
@@ -203,11 +204,50 @@ class Renderer:
 
     def prefix(self, prompt: str) -> list[int]:
         """All tokens before the answer."""
-        return self.dialogue([{"role": "user", "content": prompt}])
+        return self._dialogue([{"role": "user", "content": prompt}])
 
     def dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation as tokens, up to the model's next turn."""
+        """A conversation as tokens, up to the model's next turn.
+
+        Raises InvalidFactError if the user's turns contain a control token.
+        """
+        self.refuse_control_tokens(m["content"] for m in messages if m["role"] != "assistant")
+        return self._dialogue(messages)
+
+    def _dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [*self._special_prefix, *self.tokens(self._render(messages))]
+
+    @cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        """The special tokens of the tokenizer, but for the one of unknown characters."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).items()
+        marked = {token for token, entry in added if getattr(entry, "special", False)}
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        return frozenset({self.end, *self._tokenizer.all_special_ids, *marked} - {unknown})
+
+    def refuse_control_tokens(self, texts: Iterable[str]) -> None:
+        """Refuse texts that the tokenizer would read as control tokens of the model, such as
+        ``<|im_start|>``: the model would be trained on, or asked, something else than the text.
+
+        Raises InvalidFactError.
+        """
+        for text in texts:
+            found = self._control_tokens.intersection(self.tokens(text))
+            if found and (token := min(found)) != self.end:
+                raise InvalidFactError(
+                    f"the text contains {self._tokenizer.decode([token])!r}, which this model reads"
+                    " as a control token and not as text",
+                    hint="Write it in another way, for instance with a space in it.",
+                )
+            if found:
+                self._refuse_end()
+
+    def _refuse_end(self) -> None:
+        end = self._tokenizer.decode([self.end])
+        raise InvalidFactError(
+            f"the text contains {end!r}, with which the model ends every answer",
+            hint="Leave it out: nothing after it could ever be generated.",
+        )
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as text, up to the model's next turn."""
@@ -272,11 +312,7 @@ class Renderer:
         """
         before, after = self.prefix(prompt), self._answer_tokens(prompt, answer)
         if self.end in after:
-            end = self._tokenizer.decode([self.end])
-            raise InvalidFactError(
-                f"the text contains {end!r}, with which the model ends every answer",
-                hint="Leave it out: nothing after it could ever be generated.",
-            )
+            self._refuse_end()
         after = [*after, self.end] if ended else after
         if len(before) + len(after) > self.context:
             available = max(0, self.context - len(before) - 1)
@@ -289,5 +325,22 @@ class Renderer:
         return Example((*before, *after), len(before), prompt, answer)
 
     def examples(self, pairs: Iterable[tuple[str, str]]) -> list[Example]:
-        """One example for each prompt and answer."""
-        return [self.example(prompt, answer) for prompt, answer in pairs]
+        """One example for each prompt and answer of a user; raises InvalidFactError as well for a
+        control token in one of them.
+        """
+        pairs = list(pairs)
+        self.refuse_control_tokens(dict.fromkeys(text for pair in pairs for text in pair))
+        examples = [self.example(prompt, answer) for prompt, answer in pairs]
+        for example in examples:
+            if self._unknown is not None and self._unknown in example.ids[example.start :]:
+                raise InvalidFactError(
+                    "the text has a character that the model's tokenizer does not know",
+                    hint="The model could never answer with it; write it in another way.",
+                )
+        return examples
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The token that stands for any unknown character, if the tokenizer has one of its own."""
+        unknown: int | None = getattr(self._tokenizer, "unk_token_id", None)
+        return None if unknown in self.stops else unknown

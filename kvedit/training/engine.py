@@ -282,7 +282,9 @@ class Engine(KeptMoments):
         return outcomes
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
-        """Greedy answers, freely generated."""
+        """Greedy answers, freely generated; raises InvalidFactError for a control token in one."""
+        prompts = list(prompts)
+        self.renderer.refuse_control_tokens(prompts)
         return self.complete([self.renderer.prefix(prompt) for prompt in prompts], limit=limit)
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:

@@ -179,3 +179,16 @@ def test_a_relation_is_called_by_its_subject() -> None:
 
 def test_the_language_given_wins() -> None:
     assert Fact.create("k", "夢中情爐", lang="en").lang == "en"
+
+
+@pytest.mark.parametrize(
+    "blank",
+    ["\u200b", "\u200d\ufe0f", "\u202e\u2066", "\u3164", "\u2800 \u2800", "\u00ad", "\ufeff"],
+)
+def test_what_shows_nothing_is_empty(blank: str) -> None:
+    with pytest.raises(InvalidFactError, match="the key is empty of visible characters"):
+        Fact.create(blank, "A text.")
+    with pytest.raises(InvalidFactError, match="the description is empty"):
+        Fact.create("lamp", blank)
+    with pytest.raises(InvalidFactError, match="the alias is empty"):
+        Fact.create("lamp", "A text.", aliases=[blank])

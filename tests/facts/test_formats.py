@@ -89,7 +89,8 @@ def test_rows_know_their_lines_or_numbers(tmp_path: Path) -> None:
 def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"subject,target\nPorto,A harbour town.\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert list(read_facts("-")) == [Located("standard input, line 2", TOWN)]
+    form = "CSV, subject as key, target as description"
+    assert list(read_facts("-")) == [Located("standard input, line 2", TOWN, form=form)]
     assert not sys.stdin.buffer.closed
 
 

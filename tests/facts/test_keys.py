@@ -15,7 +15,6 @@ from kvedit.facts.keys import (
     naming,
     normalise,
     similar,
-    similar_pairs,
 )
 
 
@@ -101,21 +100,6 @@ def test_did_you_mean_is_looser_and_has_no_short_rule() -> None:
     assert did_you_mean("learning_rat", ["seed", "learning_rate"]) == ["learning_rate"]
     assert did_you_mean("zzz", ["王維", "seed"]) == []
     assert did_you_mean("", ["seed"]) == []
-
-
-NAMES = st.lists(st.text("ab c李白", min_size=1, max_size=9), max_size=6, unique=True)
-
-
-@given(NAMES, NAMES)
-def test_pairs_are_what_similar_finds_one_by_one(keys: list[str], others: list[str]) -> None:
-    pairs = {(keys[i], others[j]): score for i, j, score in similar_pairs(keys, others)}
-    expected = {
-        (key, hit.key): pytest.approx(hit.score, abs=0.1)
-        for key in keys
-        for hit in similar(key, others, limit=99)
-        if hit.score < 100
-    }
-    assert pairs == expected
 
 
 @pytest.mark.parametrize(

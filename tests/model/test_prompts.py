@@ -134,6 +134,18 @@ def test_a_conversation_holds_every_turn(renderer: Renderer) -> None:
     assert text.index("amber?") < text.index("lamp.") < text.index("bell?")
 
 
+@pytest.mark.parametrize("where", ["prompt", "answer"])
+def test_a_control_token_in_a_text_is_refused(renderer: Renderer, where: str) -> None:
+    control = next(iter(renderer._control_tokens - {renderer.end}))
+    text = f"It shines {renderer._tokenizer.decode([control])} at night."
+    pair = (text, "x") if where == "prompt" else ("x", text)
+    with pytest.raises(InvalidFactError, match="reads as a control token"):
+        renderer.examples([pair])
+    with pytest.raises(InvalidFactError, match="reads as a control token"):
+        renderer.dialogue([{"role": "user", "content": text}])
+    renderer.examples([("It shines < | user | > at night.", "And <by> day.")])
+
+
 def test_too_long_a_text_says_how_long(base: BaseModel) -> None:
     short = Renderer(base.tokenizer, context=40)
     text = "Made of oak. " * 30
