@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvedit.events import Score as Score
     from kvedit.facts.fact import Fact as Fact
     from kvedit.facts.fact import LocalityProbe as LocalityProbe
+    from kvedit.facts.fact import Question as Question
     from kvedit.store.store import Store as Store
 
 __version__ = "0.1.0"
@@ -27,13 +28,14 @@ _HOME = {
     "KnowledgeBase": "kvedit.editing.knowledge_base",
     "KveditError": "kvedit.errors",
     "LocalityProbe": "kvedit.facts.fact",
+    "Question": "kvedit.facts.fact",
     "Score": "kvedit.events",
     "Store": "kvedit.store.store",
 }
 
 __all__ = [  # noqa: RUF022 - the class most people come for stands first
-    "KnowledgeBase", "Config", "EditReport", "Fact", "KveditError", "LocalityProbe", "Score",
-    "Store", "__version__",
+    "KnowledgeBase", "Config", "EditReport", "Fact", "KveditError", "LocalityProbe", "Question",
+    "Score", "Store", "__version__",
 ]  # fmt: skip
 
 

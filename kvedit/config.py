@@ -3,29 +3,20 @@
 `make docs` writes the page about them, docs/configuration.md.
 
 Invariants:
-- A setting that is misspelt, of the wrong type or out of range is refused, never ignored.
 - A configuration is frozen; an edit records the one it ran with.
 - What a setting means is said once, in its ``help``, with its unit.
 """
 
 from __future__ import annotations
 
-import tomllib
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from kvedit.errors import UsageError
-from kvedit.renamed_settings import old_settings
+from kvedit import config_file
+from kvedit.config_file import setting
 
 FILE_NAME = "kvedit.toml"
-_INFINITY = float("inf")
-
-
-def setting(default: Any, low: float = 0, high: float = _INFINITY, *, help: str) -> Any:
-    """A field with a default, the range of its values (both ends included) and its meaning."""
-    return field(default=default, metadata={"low": low, "high": high, "help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +36,13 @@ class TrainingConfig:
     target_rank: int = setting(12, low=1, help="Average rank over all matrices.")
     phrasings_per_step: int = setting(2, low=1, help="Phrasings of each new fact in a step.")
     rehearsal_facts: int = setting(2, help="Earlier facts in a step, each under one phrasing.")
+    reference_texts: int = setting(
+        2, help="Answers about invented names in a step, compared with what the model said before"
+        " the edit.",
+    )  # fmt: skip
+    kl_weight: float = setting(
+        5.0, help="Weight of the KL divergence from that (nats a token) in the loss."
+    )
     penalty_weight: float = setting(
         400.0, help="Weight of the Fisher penalty (predicted harm, nats a token) in the loss."
     )
@@ -134,6 +132,30 @@ class GroupConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """What is trained of a fact besides its text: its questions, statements and parts.
+
+    They are reported, and never a reason to reject an edit.
+    """
+
+    held_out: float = setting(
+        0.2, high=1.0, help="Share of a fact's questions that are never trained, chosen by a hash"
+        " of the question; they ask how much of the text can be used (portability).",
+    )  # fmt: skip
+    parts: bool = setting(
+        False, help="Also ask for each sentence by its first words, for each number, date and name"
+        " by its sentence with a blank, and for the key by the description without it.",
+    )  # fmt: skip
+    per_step: int = setting(
+        6, low=1, help="Questions, statements and parts in a single fact's step."
+    )
+    per_fact: int = setting(2, low=1, help="Of each fact in the step of a group.")
+    extra_steps: int = setting(
+        20, help="Steps after which a single fact's training ends although some of them fail."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """What must pass before an edit is committed, as a share of the probes of each kind."""
 
@@ -150,6 +172,9 @@ class GateConfig:
     )
     min_retention: float = setting(
         1.0, high=1.0, help="Share of the checked earlier facts that must still be recalled."
+    )
+    max_perplexity_growth: float = setting(
+        1.1, low=1.0, help="Most by which one edit may multiply the perplexity of ordinary text."
     )
 
 
@@ -211,6 +236,14 @@ class PromptsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecallConfig:
+    """What `ask --recall` and `chat --recall` put before a question that names facts."""
+
+    source: str = setting("store", help="`store` for its texts, or `model` for its recitations.")
+    max_facts: int = setting(3, low=1, help="Most facts that are recalled for a question.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """How the base model is loaded."""
 
@@ -231,10 +264,12 @@ class Config:
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     group: GroupConfig = field(default_factory=GroupConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod
@@ -243,78 +278,8 @@ class Config:
 
         Raises UsageError, naming the file and the setting, for anything it cannot take.
         """
-        try:
-            document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            return cls()
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not valid TOML: {error}", hint="Correct it.") from error
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        _refuse_unknown(path, "section", document, cls)
-        return cls(**{item.name: _section(path, document, item) for item in fields(cls)})
+        return cls(**config_file.read(path, cls))
 
     def to_json(self) -> dict[str, dict[str, object]]:
         """All settings as a JSON document, one object for each section."""
         return asdict(self)
-
-
-def _section(path: Path, document: dict[str, Any], section: Field[Any]) -> Any:
-    """One table of the file as its dataclass."""
-    name, kind = section.name, cast(type, section.default_factory)
-    table = document.get(name, {})
-    if not isinstance(table, dict):
-        raise UsageError(f"{path}: {name} must be a table", hint=f"Write [{name}] on its own line.")
-    _refuse_old_names(path, name, table)
-    _refuse_unknown(path, f"setting in [{name}]", table, kind)
-    types = {item.name: item for item in fields(kind)}
-    where = f"{path}: [{name}]"
-    return kind(**{key: _value(f"{where} {key}", table[key], types[key]) for key in table})
-
-
-def _refuse_old_names(path: Path, section: str, table: dict[str, Any]) -> None:
-    """Refuse a setting that was renamed or removed."""
-    renamed = [
-        (old, new) for old, new in old_settings("renamed").get(section, {}).items() if old in table
-    ]
-    if renamed:
-        old, new = renamed[0]
-        others = ", ".join(f"{new} instead of {old}" for old, new in renamed)
-        raise UsageError(f"{path}: [{section}] {old} is now called {new}", hint=f"Write {others}.")
-    for old in table:
-        if hint := old_settings("removed").get(section, {}).get(old):
-            raise UsageError(f"{path}: [{section}] {old} was removed", hint=hint)
-
-
-def _refuse_unknown(path: Path, what: str, table: dict[str, Any], kind: type) -> None:
-    """Refuse a name that the dataclass does not have."""
-    names = [item.name for item in fields(kind)]
-    for name in table:
-        if name not in names:
-            guess = get_close_matches(name, names, n=1)
-            hint = f"Did you mean {guess[0]}?" if guess else f"Known: {', '.join(names)}."
-            raise UsageError(f"{path}: unknown {what}: {name}", hint=hint)
-
-
-def type_of(item: Field[Any]) -> type:
-    """The type of a setting's values: that of its default."""
-    return dict if item.default is MISSING else type(item.default)
-
-
-def bounds(item: Field[Any]) -> str:
-    """The range of a numeric setting, in words."""
-    low, high = item.metadata["low"], item.metadata["high"]
-    return f"at least {low}" if high == _INFINITY else f"between {low} and {high}"
-
-
-def _value(where: str, value: Any, item: Field[Any]) -> object:
-    """Check one value against the type of its default and its range."""
-    expected = type_of(item)
-    if expected is float and type(value) is int:
-        value = float(value)
-    if type(value) is not expected:
-        raise UsageError(f"{where} must be of type {expected.__name__}, got {value!r}")
-    numeric = expected in (int, float)
-    if numeric and not item.metadata["low"] <= value <= item.metadata["high"]:  # NaN too
-        raise UsageError(f"{where} must be {bounds(item)}, got {value}")
-    return value

@@ -88,6 +88,10 @@ class CorruptStoreError(KveditError):
     """A part of the store is missing, half-written or was altered."""
 
 
+class NotWritableError(KveditError):
+    """The store can be read and not written: a read-only disk, or no permission."""
+
+
 class DiskFullError(KveditError):
     """There is no space left to write to; what was there before is intact."""
 

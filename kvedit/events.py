@@ -85,7 +85,10 @@ class Warning_(_Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionCheck(_Message):
-    """One earlier fact, checked at a revision; ``margin`` in logits, None if not measured."""
+    """One earlier fact, checked at a revision; ``margin`` in logits, None if not measured.
+
+    ``answers`` counts its held-out questions, where they were asked.
+    """
 
     message_type: ClassVar[str] = "retention"
     key: str
@@ -93,6 +96,7 @@ class RetentionCheck(_Message):
     passed: bool
     margin: float | None = None
     kind: str = "retention"
+    answers: Score = Score(protocol="generated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,10 @@ class EditReport(_Message):
     ``retrained`` counts the committed facts trained once more in a compaction.
     ``resumed_seconds``, a part of ``seconds``, were spent by processes that ended before the edit
     was resumed.  ``relative_norms`` are the Frobenius norms of the accumulated deltas, as shares of
-    the base matrices' norms.
+    the base matrices' norms.  ``perplexity`` of ordinary text is a multiple of the base model's,
+    None for a model that reads none.  ``answers`` counts the facts' held-out questions that were
+    answered freely, ``perturbation_gap`` is how many times as perplexing their texts are in another
+    order (the geometric mean): neither is a reason to reject an edit.
     """
 
     message_type: ClassVar[str] = "edit"
@@ -119,6 +126,8 @@ class EditReport(_Message):
     generalization: Score = Score()
     locality: Score = Score()
     retention: Score = Score()
+    answers: Score = Score(protocol="generated")
+    perturbation_gap: float | None = None
     steps: int = 0
     seconds: float = 0.0
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -134,6 +143,7 @@ class EditReport(_Message):
     retrained: int = 0
     resumed_seconds: float = 0.0
     relative_norms: Mapping[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,9 @@
-"""Files that are either complete or absent, and the lock of a store.
+"""Files that are either complete or absent.
 
 Invariants:
 - A file written here appears under its name only after its bytes are on the disk; a crash leaves
   at most a ``.tmp-*`` file, which ``clean_temporary`` removes.
 - Bytes read by digest are those that were written, or there is an error.
-- The lock belongs to the operating system: it is free as soon as its holder dies.
 """
 
 from __future__ import annotations
@@ -22,17 +21,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
-
 from kvedit.errors import (
     CorruptStoreError,
     DiskFullError,
     InvalidFactError,
     KveditError,
-    LockedError,
+    NotWritableError,
     TextTooLongError,
     UsageError,
 )
+from kvedit.paths import is_stream, open_input, write_stream
 
 TEMPORARY = ".tmp-"
 MANIFEST = "manifest.json"
@@ -40,7 +38,9 @@ TRAINING_CHECKPOINTS = "training-*.safetensors"  # in the cache, of training tha
 OLD_TRAINING_CHECKPOINTS = "lesson-*.pt"  # as older versions wrote them; never read
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
+_TRIED_BYTES = 64 * 1024  # more than SQLite needs beside a database
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def now() -> str:
@@ -61,7 +61,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise disk_full(path) from error
-        raise KveditError(
+        kind = NotWritableError if error.errno in _NOT_ALLOWED else KveditError
+        raise kind(
             f"cannot write {path}: {error.strerror or error}",
             hint="Check that the folder exists and that you may write to it.",
         ) from error
@@ -71,8 +72,50 @@ def disk_full(path: Path) -> DiskFullError:
     """The error for a full disk while ``path`` is written."""
     return DiskFullError(
         f"no space left on the disk while writing {path}",
-        hint=f"Free some space on the disk of {path.parent} and try again; nothing was changed.",
+        hint=f"Free some space on the disk of {path.parent} and try again; what was there before is"
+        " intact.",
     )
+
+
+def require_writable(path: Path) -> None:
+    """Try now whether a file can be written that will be written later; it stays as it is.
+
+    Raises what ``write_atomic`` would raise, and UsageError if there is no such folder.
+    """
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path} is a link that leads to itself", hint="Name a file.") from error
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="Name a file.")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}", hint="Create it first.")
+    if not is_stream(path):
+        _try_to_write(path.parent, path)
+
+
+def require_new_folder(path: Path) -> None:
+    """Try now whether a folder can be made that will be made later, its parents with it.
+
+    Raises UsageError if there is something there already, and what ``write_atomic`` would raise.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UsageError(f"{path} is not an empty folder", hint="Name one that is not there yet.")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    _try_to_write(parent, path)
+
+
+def _try_to_write(folder: Path, path: Path) -> None:
+    """Write something into a folder, and remove it again; ``path`` is what the error is about."""
+    temporary = temporary_path(folder / "kvedit")
+    with disk_errors(path):
+        try:
+            temporary.write_bytes(bytes(_TRIED_BYTES))
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:
@@ -93,13 +136,17 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None
     """Write a file, of one piece or of several, so that it is complete or absent, and durable on
     return.
 
-    Raises DiskFullError when there is no space; the previous file is then intact.
+    A pipe or a device is written to, never replaced.  Raises DiskFullError when there is no space;
+    the previous file is then intact.
     """
+    pieces = [data] if isinstance(data, bytes) else data
     temporary = temporary_path(path)
     with disk_errors(path):
+        if is_stream(path):
+            return write_stream(path, pieces)
         try:
             with open(temporary, "xb") as stream:
-                stream.writelines([data] if isinstance(data, bytes) else data)
+                stream.writelines(pieces)
                 sync_stream(stream)
             os.replace(temporary, path)
             sync_directory(path.parent)
@@ -142,6 +189,8 @@ def sha256_file(path: Path) -> str:
 def read_verified(path: Path, digest: str) -> bytes:
     """Read a file and check its SHA-256; raises CorruptStoreError if it is missing or altered."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise CorruptStoreError(f"{path} is not a plain file", hint=_RESTORE_HINT)
         data = path.read_bytes()
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
@@ -175,9 +224,13 @@ def verify_manifest(directory: Path, digest: str) -> dict[str, object]:
 
     Raises CorruptStoreError, naming the file, if anything is missing or altered.
     """
-    document: dict[str, object] = json.loads(read_verified(directory / MANIFEST, digest))
-    files = document.get("files")
-    if not isinstance(files, dict):
+    try:
+        document: dict[str, object] = json.loads(read_verified(directory / MANIFEST, digest))
+    except (ValueError, RecursionError) as error:
+        what = f"{directory / MANIFEST} cannot be read: {error!s:.200}"
+        raise CorruptStoreError(what, hint=_RESTORE_HINT) from error
+    files = document.get("files") if isinstance(document, dict) else None
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         raise CorruptStoreError(f"{directory / MANIFEST} lists no files", hint=_RESTORE_HINT)
     for name, expected in files.items():
         path = directory / name
@@ -204,8 +257,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_text(source: Path | str) -> str:
-    """Read a UTF-8 text from a file, or from standard input for ``-``.
+def read_text(source: Path | str, encoding: str | None = None) -> str:
+    """Read a text, UTF-8 unless said otherwise, from a file, or from standard input for ``-``.
 
     A byte order mark is dropped.  Raises UsageError if the file cannot be read, InvalidFactError
     if it is empty, binary or not UTF-8 (naming the byte), TextTooLongError above 16 MiB.
@@ -217,7 +270,7 @@ def read_text(source: Path | str) -> str:
             f"{name} has more than {MAX_TEXT_BYTES // 1024**2} MiB",
             hint="A description is a short text; many facts go in with `kvedit ingest`.",
         )
-    text = decode(data, name)
+    text = decode(data, name, encoding)
     if not text.strip():
         raise InvalidFactError(f"{name} is empty", hint="Write the description into it.")
     return text
@@ -227,7 +280,7 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
     if str(source) == "-":
         return sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     try:
-        with open(source, "rb") as stream:
+        with open_input(source) as stream:
             return stream.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError as error:
         raise UsageError(
@@ -238,11 +291,18 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
         raise UsageError(f"cannot read {name}: {error.strerror}") from error
 
 
-def decode(data: bytes, name: str) -> str:
+def decode(data: bytes, name: str, encoding: str | None = None) -> str:
     """Decode UTF-8, drop a byte order mark; InvalidFactError names the first bad byte."""
+    if encoding is not None:
+        try:
+            return data.decode(encoding).removeprefix("\ufeff")
+        except UnicodeError as error:
+            message = f"{name} is not {encoding}: {error}"
+            raise InvalidFactError(message, hint="Name another --encoding.") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InvalidFactError(
-            f"{name} is UTF-16, not UTF-8", hint=f"Convert it: iconv -f UTF-16 -t UTF-8 {name}"
+            f"{name} is UTF-16, not UTF-8",
+            hint="Name its encoding: --encoding utf-16; or save it as UTF-8.",
         )
     zero = data.find(b"\0")
     if zero >= 0:
@@ -254,68 +314,5 @@ def decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise InvalidFactError(
             f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            hint="Save it as UTF-8, for instance with iconv -f GB18030 -t UTF-8.",
+            hint="Save it as UTF-8, or name its encoding, for instance --encoding gb18030.",
         ) from error
-
-
-class StoreLock:
-    """The writer's lock of a store, for one process at a time; one object may be entered twice.
-
-    An operating system lock on ``lock`` (never the soft kind, which outlives a killed process).
-    ``lock.json`` names its holder, for messages only.  Entering raises LockedError at once if
-    another process holds the lock.
-    """
-
-    def __init__(self, directory: Path, *, command: str | None = None):
-        self._directory = directory
-        self._command = command if command is not None else _command_line()
-        self._lock = FileLock(directory / "lock", thread_local=False, fallback_to_soft=False)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this object holds the lock now."""
-        return self._lock.is_locked
-
-    def __enter__(self) -> StoreLock:
-        first = not self.is_held
-        with disk_errors(self._directory / "lock"):
-            try:  # inside ``disk_errors``: a Timeout is an OSError too
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise LockedError(
-                    f"the store {self._directory} is in use{_holder(self._directory)}",
-                    hint="Wait until that command has ended, then try again.",
-                ) from error
-        if first:
-            self._announce()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._lock.lock_counter == 1:
-            with suppress(OSError):
-                (self._directory / "lock.json").unlink(missing_ok=True)
-        self._lock.release()
-
-    def _announce(self) -> None:
-        """Write who holds the lock; release it if that fails."""
-        holder = {"pid": os.getpid(), "command": self._command, "since": now()}
-        try:
-            write_atomic(self._directory / "lock.json", json.dumps(holder).encode())
-        except BaseException:
-            self._lock.release()
-            raise
-
-
-def _command_line() -> str:
-    """The program and its subcommand; never the arguments, which may contain private text."""
-    words = [Path(sys.argv[0] or "python").name, *(w for w in sys.argv[1:] if w.isalpha())]
-    return " ".join(words[:2])
-
-
-def _holder(directory: Path) -> str:
-    """Who holds the lock, for a message; empty if that is unknown."""
-    try:
-        holder = json.loads((directory / "lock.json").read_text(encoding="utf-8"))
-        return f" by process {holder['pid']} ({holder['command']}) since {holder['since'][:19]}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""

@@ -1,4 +1,4 @@
-"""Scores that need no model: intervals, exact match and the fluency of a text.
+"""Scores that need no model: intervals, exact match, overlap and the fluency of a text.
 
 Invariants:
 - Nothing in this module imports another module of kvedit.
@@ -8,13 +8,15 @@ Invariants:
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Z_95 = 1.959963984540054
 """The 97.5% quantile of the standard normal distribution, for two-sided 95% intervals."""
 
 _TOKEN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_]+")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NGRAM_WEIGHTS = ((2, 2 / 3), (3, 4 / 3))
 
 
@@ -55,13 +57,60 @@ def exact(answer: str, expected: str) -> bool:
     return answer.strip() == expected.strip()
 
 
+def normalised(answer: str) -> str:
+    """An answer as it is compared: NFKC, without case, punctuation, English articles and more white
+    space than one.
+
+    Formula: SQuAD's ``normalize_answer`` (``evaluate-v1.1.py``), which LocFT's ``eval_edit_metric``
+    and EasyEdit's ``evaluate_utils`` use; punctuation here is that of Unicode.
+    """
+    text = unicodedata.normalize("NFKC", answer).casefold()
+    text = "".join(char for char in text if not unicodedata.category(char).startswith("P"))
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def normalised_exact(answer: str, expected: str) -> bool:
+    """Whether both are the same once they are ``normalised``; a text of which nothing is left then
+    must be the same as it stands.
+    """
+    wanted = normalised(expected)
+    return normalised(answer) == wanted if wanted else exact(answer, expected)
+
+
+def harmonic_mean(shares: Sequence[float]) -> float:
+    """Return the harmonic mean of shares, 0 where one is 0 or there is none.
+
+    The papers' S of efficacy, paraphrase and neighbourhood scores: ROME (arXiv 2202.05262).
+    """
+    if not shares or min(shares) <= 0:
+        return 0.0
+    return len(shares) / sum(1 / share for share in shares)
+
+
+def rouge_l_recall(answer: str, expected: str) -> float:
+    """Return the longest common subsequence of characters as a share of the expected text's; 1 for
+    an empty one.
+
+    Formula: Lin, ROUGE (2004), R of ROUGE-L, a token being a character so that Chinese counts too;
+    the subsequence is rapidfuzz's.
+    """
+    from rapidfuzz.distance import LCSseq  # here: `kvedit --help` needs none of it
+
+    return LCSseq.similarity(answer, expected) / len(expected) if expected else 1.0
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without case and punctuation; a Chinese character is one."""
+    return _TOKEN.findall(text.casefold())
+
+
 def ngram_entropy(text: str) -> float:
     """Return the fluency of a text in bits: low for repetitive text.
 
     The mean of the bigram and trigram entropies, weighted 2/3 and 4/3, as in MEMIT,
     ``experiments/py/eval_utils_counterfact.py``.  A token is one Chinese character or one word.
     """
-    tokens = _TOKEN.findall(text.casefold())
+    tokens = words(text)
     weighted = [weight * _entropy(tokens, size) for size, weight in _NGRAM_WEIGHTS]
     return sum(weighted) / len(weighted)
 

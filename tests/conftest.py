@@ -27,6 +27,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def settings_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Consent that a test gives is not this user's."""
+    folder = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVEDIT_CONFIG_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def ram_path(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, where there is one: thousands of fsyncs take minutes on a disk."""

@@ -40,7 +40,7 @@ from kvedit.errors import NoStoreError  # noqa: E402
 from kvedit.events import Warning_  # noqa: E402
 from kvedit.facts.fact import Fact  # noqa: E402
 from kvedit.model import loading  # noqa: E402
-from kvedit.store import erasure  # noqa: E402
+from kvedit.store import store as store_module  # noqa: E402
 from kvedit.store.database import StoreBase  # noqa: E402
 from kvedit.store.store import Store  # noqa: E402
 from kvedit.training.engine import Engine  # noqa: E402
@@ -195,13 +195,13 @@ def watched(points: Points) -> Iterator[None]:
 
         return bool(scrub(store, Watched()))  # type: ignore[arg-type]
 
-    unlink, scrub = os.unlink, erasure.scrub
+    unlink, scrub = os.unlink, store_module.scrub
     os.fsync, os.replace, StoreBase._transaction = sync, move, counted  # type: ignore[assignment]
-    os.unlink, erasure.scrub = unlinked, vacuumed
+    os.unlink, store_module.scrub = unlinked, vacuumed
     try:
         yield
     finally:
-        os.fsync, os.replace, os.unlink, erasure.scrub = fsync, rename, unlink, scrub
+        os.fsync, os.replace, os.unlink, store_module.scrub = fsync, rename, unlink, scrub
         StoreBase._transaction = transaction  # type: ignore[method-assign]
 
 

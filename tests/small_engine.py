@@ -79,6 +79,20 @@ def configure(path: Path, **changes: float) -> None:
     (path / "kvedit.toml").write_text(settings(**changes), encoding="utf-8")
 
 
+def lose(path: Path, key: str, old: str, new: str) -> None:
+    """Let a store say another text of a fact, everywhere, than its model has learned."""
+    import sqlite3
+    from contextlib import closing
+
+    columns = (("fact_versions", "fact"), ("edit_facts", "before"), ("edit_facts", "after"))
+    with closing(sqlite3.connect(path / "kvedit.db")) as database, database:
+        ((fact_id,),) = database.execute("SELECT id FROM facts WHERE key = ?", (key,)).fetchall()
+        database.execute("UPDATE facts SET description = ? WHERE id = ?", (new, fact_id))
+        for table, column in columns:
+            sql = f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE fact_id = ?"
+            database.execute(sql, (old, new, fact_id))
+
+
 def open_gate(path: Path, **changes: float) -> None:
     """Settings with which the gate passes everything: for edits whose training is random."""
     configure(path, recall=0, paraphrase=0, locality=0, retention=0, **changes)
@@ -113,8 +127,10 @@ def in_training(error: BaseException) -> RaiseOn:
     )
 
 
-def random_train() -> Callable[..., TrainingResult]:
-    """A substitute for ``Engine.train``: a small random delta, another one each time."""
+def random_train(size: float = 1.0) -> Callable[..., TrainingResult]:
+    """A substitute for ``Engine.train``: a random delta, another one each time; a small one, or
+    ``size`` times as large.
+    """
     import torch
 
     from kvedit.adapter.deltas import Factors
@@ -127,7 +143,7 @@ def random_train() -> Callable[..., TrainingResult]:
         delta = {}
         for name, shape in engine.master.shapes.items():
             b, a = (torch.randn(s, generator=generator) for s in ((shape[0], 1), (1, shape[1])))
-            delta[name] = Factors(b * 1e-3, a * 1e-2)
+            delta[name] = Factors(b * 1e-3 * size, a * 1e-2)
         return TrainingResult(delta, LoopResult(1, True, 0.0, 0.0), 0.0)
 
     return train

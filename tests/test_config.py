@@ -42,7 +42,9 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
 
 def test_json_holds_every_section() -> None:
     document = json.loads(json.dumps(Config().to_json()))
-    names = ["gate", "group", "model", "prompts", "protect", "retention", "training"]
+    names = [
+        "gate", "group", "model", "prompts", "protect", "recall", "retention", "study", "training"
+    ]  # fmt: skip
     assert sorted(document) == names
     assert document["gate"]["min_recall"] == 1.0
 
@@ -72,6 +74,13 @@ def test_json_holds_every_section() -> None:
         ("[gate]\nmin_recall = nan\n", "between 0 and 1.0, got nan", ""),
         ("[retention]\nchecked_facts = -1\n", "at least 0, got -1", ""),
         ("[gate\n", "is not valid TOML", "Correct it."),
+        (f"[training]\nmax_steps = {'9' * 400}\n", r"at least 4 and below 2\^63, got 9999", ""),
+        (f"[gate]\nmin_recall = {'9' * 400}\n", "between 0 and 1.0 and below", ""),
+        (f"[training]\nseed = {'9' * 5000}\n", "is not valid TOML: .*digits", "Correct it."),
+        ("[training]\npenalty_weight = inf\n", "below 2", ""),
+        (f"[training]\nseed = {'[' * 5000}\n", "is not valid TOML", "Correct it."),
+        ("[prompts]\ntemplate_options = { day = 2026-01-01 }\n", "what JSON cannot", "in quotes"),
+        ("[prompts]\ntemplate_options = { x = nan }\n", "what JSON cannot", ""),
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path: Path, text: str, message: str, hint: str) -> None:

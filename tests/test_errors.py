@@ -15,7 +15,7 @@ CODES = {
     "LockedError": 11, "StoreTooNewError": 12, "ModelMismatchError": 13, "CorruptStoreError": 1,
     "DiskFullError": 1, "ModelError": 1, "TrainingError": 1, "Interrupted": 130,
     "OutOfTimeError": 130, "ProcessError": 1, "ProcessLostError": 1, "ProcessesDifferError": 1,
-    "OutOfMemoryError": 1, "KveditError": 1,
+    "OutOfMemoryError": 1, "KveditError": 1, "NotWritableError": 1,
 }  # fmt: skip
 
 

@@ -23,14 +23,16 @@ BASE = "kvedit"  # the modules that stand beside the folders
 KNOWS: dict[str, tuple[str, ...]] = {
     BASE: (),
     "facts": (BASE,),
-    "store": ("facts",),
-    "model": ("facts",),
+    "trust": (BASE,),
+    "store": ("facts", "trust"),
+    "model": ("facts", "trust"),
     "adapter": ("model",),
     "replay": ("model",),
     "training": ("adapter", "replay"),
     "distributed": ("store", "training"),
     "revisions": ("store", "distributed"),
-    "editing": ("revisions",),
+    "asking": ("revisions",),
+    "editing": ("asking",),
     "ingest": ("editing",),
     "bench": ("ingest",),
     "cli": ("bench",),
@@ -40,7 +42,7 @@ LINES_A_ROOM = 350
 LINES_A_FUNCTION = {"median": 8, "p90": 20, "longest": 60}
 
 HEAVY = frozenset({"torch", "transformers", "peft", "accelerate"})
-NEVER_HEAVY = frozenset({BASE, "facts", "store"})
+NEVER_HEAVY = frozenset({BASE, "facts", "trust", "store"})
 LIGHT_AT_IMPORT = frozenset({*NEVER_HEAVY, "cli"})
 PEFT_SEAM = ("adapter/adalora.py", "revisions/export/peft_format.py")
 

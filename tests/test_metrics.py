@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvedit.metrics import bootstrap, exact, ngram_entropy, wilson
+from kvedit.metrics import (
+    bootstrap,
+    exact,
+    harmonic_mean,
+    ngram_entropy,
+    normalised,
+    normalised_exact,
+    rouge_l_recall,
+    wilson,
+    words,
+)
 
 
 def test_wilson_gives_the_published_interval() -> None:
@@ -63,3 +73,48 @@ def test_entropy_of_known_texts() -> None:
 def test_repetition_lowers_entropy_in_both_scripts() -> None:
     assert ngram_entropy("the cat sat on a mat today") > ngram_entropy("the cat " * 4)
     assert ngram_entropy("床前明月光疑是地上霜") > ngram_entropy("明月明月明月明月明月")
+
+
+def test_normalised_answers_differ_in_words_alone() -> None:
+    assert normalised("  The  Ｒｏｍｅ, a City!\n") == "rome city"
+    assert normalised("「北京」。") == "北京"
+    assert normalised_exact("the Rome.", "Rome") and not normalised_exact("Romes", "Rome")
+    assert normalised_exact("!", "!") and not normalised_exact("?", "!"), "nothing is left of both"
+
+
+@given(st.text())
+def test_normalising_twice_changes_no_more(text: str) -> None:
+    assert normalised(normalised(text)) == normalised(text)
+
+
+def test_the_harmonic_mean_is_that_of_the_papers() -> None:
+    assert harmonic_mean([1.0, 0.5, 0.5]) == pytest.approx(0.6)
+    assert harmonic_mean([]) == harmonic_mean([1.0, 0.0]) == 0.0
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1))
+def test_the_harmonic_mean_lies_between_the_least_and_the_mean(shares: list[float]) -> None:
+    value = harmonic_mean(shares)
+    assert min(shares) - 1e-9 <= value <= sum(shares) / len(shares) + 1e-9
+
+
+def test_rouge_l_recall_of_known_texts() -> None:
+    assert rouge_l_recall("police kill the gunman", "police killed the gunman") == 22 / 24
+    assert rouge_l_recall("北海京城", "北京城") == 1.0 and rouge_l_recall("x", "") == 1.0
+
+
+@settings(deadline=None)  # the library loads slowly
+@given(st.text(max_size=30), st.text(min_size=1, max_size=30))
+def test_rouge_l_recall_is_the_librarys(answer: str, expected: str) -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer")
+
+    class Characters:
+        def tokenize(self, text: str) -> list[str]:
+            return list(text)
+
+    score = scorer.RougeScorer(["rougeL"], tokenizer=Characters()).score(expected, answer)
+    assert rouge_l_recall(answer, expected) == pytest.approx(score["rougeL"].recall)
+
+
+def test_words_of_both_scripts() -> None:
+    assert words("It's 北京, the CITY_2") == ["it", "s", "北", "京", "the", "city", "2"]

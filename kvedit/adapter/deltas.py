@@ -12,7 +12,7 @@ Invariants:
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,13 @@ class Factors:
     def rank(self) -> int:
         """How many rank-one terms it has."""
         return self.a.shape[0]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it is a change of a matrix of this shape."""
+        sides = (self.b, self.a)
+        if not all(side.dim() == 2 and side.is_floating_point() for side in sides):
+            return False
+        return (*self.b.shape, *self.a.shape) == (shape[0], self.rank, self.rank, shape[1])
 
 
 Delta = Mapping[str, Factors]
@@ -127,7 +134,7 @@ class Master:
         changed = {}
         for name, factors in delta.items():
             old = self._state.get(name)
-            if old is None or old.shape != (factors.b.shape[0], factors.a.shape[1]):
+            if old is None or not factors.fits(old.shape):
                 raise ModelMismatchError(
                     f"a delta for {name} does not fit this model",
                     hint="Open the store with the model that it was made for.",
@@ -210,6 +217,16 @@ class Master:
             raise CorruptStoreError(f"the checkpoint {folder} is for other matrices")
         self.restore(self._base | state)
 
+    def _are_parts(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether every tensor has the shape of its matrix, and what is served its dtype."""
+        for name, tensor in tensors.items():
+            own = self._base.get(name.removesuffix(_REMAINDER).removesuffix(_TIES))
+            if own is None or (tensor.shape != own.shape and not name.endswith(_TIES)):
+                return False
+            if name in self._base and tensor.dtype != own.served.dtype:
+                return False
+        return True
+
     @cached_property
     def _identity(self) -> str:
         """Of which matrices a checkpoint is: SHA-256 of names, shapes and dtypes."""
@@ -225,7 +242,7 @@ class Master:
             if {n: t.shape for n, t in tensors.items()} != self.shapes:
                 return None
             return {n: split(t, self._base[n].served.dtype) for n, t in tensors.items()}
-        if identity != self._identity:
+        if identity != self._identity or not self._are_parts(tensors):
             return None
         return {
             name: Split(tensors[name], tensors.get(name + _REMAINDER), tensors.get(name + _TIES))

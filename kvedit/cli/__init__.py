@@ -6,6 +6,7 @@ sqlite-utils, so that `kvedit --help` is quick.
 """
 
 import io
+import os
 import signal
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -13,18 +14,27 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 import click
 
 from kvedit import __version__
-from kvedit.cli.commands.ask import ask, chat
+from kvedit.cli import streams
+from kvedit.cli.commands.ask import ask, chat, diff, explain
 from kvedit.cli.commands.bench import bench
 from kvedit.cli.commands.doctor import backup, doctor
 from kvedit.cli.commands.edit import add, remove, rollback, update
 from kvedit.cli.commands.erase import erase, prune
 from kvedit.cli.commands.export import export
 from kvedit.cli.commands.ingest import ingest
-from kvedit.cli.commands.init import init
+from kvedit.cli.commands.init import init, trust
 from kvedit.cli.commands.query import history, list_facts, report, show, similar, status
 from kvedit.cli.commands.verify import verify
-from kvedit.cli.common import EXIT_INTERRUPTED, KveditGroup, Settings, configure_logging
+from kvedit.cli.common import (
+    EXIT_INTERRUPTED,
+    KveditGroup,
+    Settings,
+    configure_logging,
+    fail,
+)
+from kvedit.cli.parameters import demand_texts
 from kvedit.distributed.launch import launched_rank, leave, shared_store
+from kvedit.errors import KveditError
 
 EXIT_CODES = """\b
 Exit codes:
@@ -34,8 +44,8 @@ Exit codes:
   13 model does not match the store    130 interrupted"""
 
 COMMANDS = (
-    init, add, ingest, update, remove, ask, chat, list_facts, show, similar, history, status,
-    report, verify, rollback, erase, prune, doctor, backup, export, bench,
+    init, add, ingest, update, remove, ask, chat, explain, list_facts, show, similar, history, diff,
+    status, report, verify, rollback, erase, prune, doctor, backup, trust, export, bench,
 )  # fmt: skip
 SHARED = ("add", "ingest", "verify")
 """Commands that several processes run together; the others run on rank 0 alone."""
@@ -47,7 +57,12 @@ SHARED = ("add", "ingest", "verify")
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--store", metavar="DIR", help="Folder of the store. [$KVEDIT_STORE, or ./store]")
+@click.option(
+    "--store",
+    metavar="DIR",
+    type=click.Path(),
+    help="Folder of the store. [$KVEDIT_STORE, or ./store]",
+)
 @click.option("-v", "--verbose", count=True, help="More output; -vv also shows tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Only answers, results and errors.")
 @click.version_option(__version__, message="kvedit %(version)s")
@@ -67,6 +82,8 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
       kvedit verify
       kvedit rollback 0
     """
+    if os.environ.get("NO_COLOR"):  # see no-color.org
+        ctx.color = False
     verbosity = -1 if quiet else min(verbose, 2)
     configure_logging(verbosity)
     rank = launched_rank()
@@ -75,6 +92,10 @@ def cli(ctx: click.Context, store: str | None, verbose: int, quiet: bool) -> Non
     elif rank:
         ctx.exit()
     ctx.obj = Settings(store=store, verbosity=verbosity, rank=rank or 0)
+
+
+for command in COMMANDS:
+    demand_texts(command)
 
 
 def run_together(rank: int) -> int:
@@ -94,6 +115,7 @@ def run_together(rank: int) -> int:
 
 def main() -> None:
     """Entry point of the `kvedit` script."""
+    streams.prepare()
     try:
         # Whoever stops a service or a container means Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -101,5 +123,8 @@ def main() -> None:
         if rank is not None:
             sys.exit(run_together(rank))
         cli(prog_name="kvedit")
+    except KveditError as error:  # before there was a command
+        fail(error.message, error.hint)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli.output import clean
+from kvedit.cli import streams
+from kvedit.cli.output import clean, print_json_line, printed_json
 from kvedit.errors import KveditError
 
 if TYPE_CHECKING:
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 LOG_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
 
-COUNT = click.IntRange(min=1)
-FILE = click.Path(dir_okay=False, path_type=Path)
-INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 json_lines_option = click.option(
     "--json", "as_json", is_flag=True,
@@ -44,18 +39,6 @@ json_lines_option = click.option(
 force_option = click.option(
     "--force", is_flag=True, help="Commit even if a check fails, and say what the edit broke."
 )
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
-
-
-def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Callback of an option that takes a time: 90, 90s, 30m, 2h or 1h30m in seconds."""
-    if value is None:
-        return None
-    match = _DURATION.fullmatch(value.strip())
-    if not match or not any(match.groups()):
-        raise click.BadParameter(f"{value!r} is not a time; write 90s, 30m, 2h or 1h30m")
-    hours, minutes, rest = (int(part or 0) for part in match.groups())
-    return 3600.0 * hours + 60 * minutes + rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +66,39 @@ class KveditGroup(click.Group):
     """The command group; its `invoke` is the one place where errors become exit codes."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; turn what it raises into a message on stderr and an exit code."""
+        """Run the command; turn what it raises into a message on stderr and an exit code.
+
+        With --json a program that reads stdout gets the error too, as one line, unless the command
+        has printed its document.
+        """
+        as_json = "--json" in [*ctx._protected_args, *ctx.args]
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, BrokenPipeError):
+        except (click.exceptions.Exit, BrokenPipeError):
+            raise
+        except click.ClickException as error:
+            vars(error)["message"] = clean(error.message)  # click declares it final
+            _print_error_line(as_json, error.format_message(), "", error.exit_code)
             raise
         except (Exception, KeyboardInterrupt) as error:
             settings = ctx.obj if isinstance(ctx.obj, Settings) else Settings()
             if settings.verbosity >= 2:
-                click.echo(traceback.format_exc().rstrip(), err=True)
+                click.echo(clean(traceback.format_exc().rstrip()), err=True)
             message, hint, code = _explain(error, settings)
+            _print_error_line(as_json, message, hint, code)
             fail(message, hint)
             ctx.exit(code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Commands in the order they were added: the order in which they are needed."""
         return list(self.commands)
+
+
+def _print_error_line(as_json: bool, message: str, hint: str, code: int) -> None:
+    """An error as a JSON line on stdout."""
+    if as_json and not printed_json() and not streams.broken_output():
+        fields = {"message": message, "hint": hint, "exit_code": code}
+        print_json_line({"message_type": "error", **fields})
 
 
 def _explain(error: BaseException, settings: Settings) -> tuple[str, str, int]:
@@ -109,6 +109,8 @@ def _explain(error: BaseException, settings: Settings) -> tuple[str, str, int]:
     if isinstance(error, KveditError):
         return error.message, error.hint, error.exit_code
     if isinstance(error, OSError):
+        if not error.filename and (why := streams.broken_output()):
+            return f"cannot write to standard output: {why}", "", 1
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason, "", 1
     advice = "run it again as `kvedit -vv ...` for the traceback"
@@ -125,9 +127,19 @@ def fail(message: str, hint: str) -> None:
         click.echo(f"{click.style('hint:', fg='yellow')} {clean(line)}", err=True)
 
 
+class _CleanFormatter(logging.Formatter):
+    """Log lines that cannot steer the terminal, whatever they quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with control characters escaped."""
+        return clean(super().format(record))
+
+
 def configure_logging(verbosity: int) -> None:
     """Send log lines to stderr; below -vv without those of the libraries."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_CleanFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("kvedit").setLevel(LOG_LEVELS[verbosity])
     if verbosity < 2:
         warnings.simplefilter("ignore")
@@ -138,12 +150,14 @@ def configure_logging(verbosity: int) -> None:
 def note(settings: Settings, text: str) -> None:
     """A remark for a person on stderr; nothing with -q."""
     if not settings.quiet:
-        click.echo(text, err=True)
+        click.echo(clean(text), err=True)
 
 
 def next_step(settings: Settings, *words: str) -> None:
     """Suggest the command that usually comes next."""
-    note(settings, f"{click.style('next:', fg='cyan')} {settings.command(*words)}")
+    if not settings.quiet:
+        command = clean(settings.command(*words))
+        click.echo(f"{click.style('next:', fg='cyan')} {command}", err=True)
 
 
 @contextmanager
@@ -170,6 +184,18 @@ def kept_revision(
         with read_only(context.obj) as store:
             store.require_kept(value)
     return value
+
+
+def require_writable(settings: Settings) -> None:
+    """Fail on a store that cannot be written now, not after loading the model; a missing one is
+    left to whoever makes it.
+    """
+    from kvedit.store.store import Store, resolve_store
+
+    path = resolve_store(settings.store)
+    if Store.exists(path):
+        with Store.open(path) as store, store.lock():
+            pass
 
 
 @contextmanager

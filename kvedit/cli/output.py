@@ -41,20 +41,50 @@ SCORES = (
     ("generalization", "unseen phrasings recalled exactly"),
     ("locality", "answers to other questions unchanged"),
     ("retention", "earlier facts still recalled"),
+    ("answers", "held-out questions answered"),
 )
 FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
 PIPE_WIDTH = 100
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+SHORTEST_LINE = 20  # cells of a text that is cut to one line
+LONGEST_WORD = 24  # cells up to which a column is widened for a word
+_RESULT = "kvedit.result"
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+"""What steers a terminal or the direction of a text, and halves of surrogate pairs, which also
+stand for bytes of a file's name that are not UTF-8."""
 
 
 def print_json(document: object) -> None:
-    """One JSON document to stdout, readable, non-ASCII kept."""
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    """One JSON document to stdout, readable, non-ASCII kept where stdout can show it."""
+    click.echo(json_text(document, indent=2))
+    _note_result()
 
 
 def print_json_line(fields: Mapping[str, Any]) -> None:
     """One JSON object on one line to stdout."""
-    click.echo(json.dumps(fields, ensure_ascii=False))
+    click.echo(json_text(fields))
+    if fields.get("message_type") == "summary":
+        _note_result()
+
+
+def json_text(document: object, *, indent: int | None = None) -> str:
+    """JSON that stdout can carry: what steers a terminal is escaped; so is non-ASCII if it must."""
+    in_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    text = json.dumps(document, ensure_ascii=not in_utf8, indent=indent)
+    return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def _note_result() -> None:
+    if context := click.get_current_context(silent=True):
+        context.find_root().meta[_RESULT] = True
+
+
+def printed_json() -> bool:
+    """Whether this command has printed its document, or the summary of its lines."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().meta.get(_RESULT))
 
 
 def print_result(as_json: bool, document: object, *parts: RenderableType) -> None:
@@ -95,21 +125,50 @@ class FirstLine:
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         from rich.measure import Measurement
 
-        return Measurement(20, max(20, self._line().cell_len))
+        return Measurement(SHORTEST_LINE, max(SHORTEST_LINE, self._line().cell_len))
 
     def _line(self) -> Text:
         return styled(" ".join(self.text.split()))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table without rules; cells are plain values, styled text or `FirstLine`."""
+    """A table without rules; cells are plain values, styled text or `FirstLine`.
+
+    Where the terminal is too narrow for whole words, each row is a block of labels and values.
+    """
     from rich.table import Table
 
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    cells = [[_cell(cell) for cell in row] for row in rows]
+
+    class Adaptive(Table):
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            if options.max_width >= _word_width(headers, cells):
+                yield from super().__rich_console__(console, options)
+                return
+            for number, row in enumerate(cells):
+                yield from [""] if number else []
+                yield pairs([*zip(headers, row, strict=False)])
+
+    grid = Adaptive(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         grid.add_column(header, overflow="fold")
-    _add_rows(grid, rows)
+    for row in cells:
+        grid.add_row(*row)
     return grid
+
+
+def _word_width(headers: Sequence[str], rows: Sequence[Sequence[Text | FirstLine]]) -> int:
+    """The cells that a table needs so that no word is broken, but for very long ones."""
+    from rich.cells import cell_len
+
+    width = -2
+    for column, header in enumerate(headers):
+        words = header.split()
+        for row in rows:
+            cell = row[column]
+            words += ["x" * SHORTEST_LINE] if isinstance(cell, FirstLine) else cell.plain.split()
+        width += 2 + min(LONGEST_WORD, max(map(cell_len, words), default=0))
+    return width
 
 
 def pairs(rows: Sequence[Sequence[object]], indent: int = 0, label_width: int = 0) -> Padding:
@@ -121,15 +180,15 @@ def pairs(rows: Sequence[Sequence[object]], indent: int = 0, label_width: int = 
     grid.add_column(no_wrap=True, overflow="fold", min_width=label_width)
     for _ in rows[0][1:]:
         grid.add_column(overflow="fold")
-    _add_rows(grid, rows)
+    for row in rows:
+        grid.add_row(*map(_cell, row))
     return Padding(grid, (0, 0, 0, indent), expand=False)
 
 
-def _add_rows(grid: Table, rows: Iterable[Sequence[object]]) -> None:
+def _cell(value: object) -> Text | FirstLine:
     from rich.text import Text
 
-    for row in rows:
-        grid.add_row(*(c if isinstance(c, Text | FirstLine) else styled(c, "") for c in row))
+    return value if isinstance(value, Text | FirstLine) else styled(value, "")
 
 
 def print_parts(*parts: RenderableType, file: TextIO | None = None, indent: int = 0) -> None:
@@ -166,6 +225,11 @@ def score_text(score: Score) -> str:
         return "not measured"
     share = f"{score.passed}/{score.n}  {percent(score.rate)}"
     return f"{share}  (95% interval {interval_text(score)}, {score.protocol})"
+
+
+def gap_text(gap: float) -> str:
+    """A perturbation gap: large where a text was learned by rote."""
+    return f"{gap:.1f} times as perplexing with its sentences in another order"
 
 
 def similar_text(similar: Sequence[Similar]) -> str:
@@ -235,12 +299,17 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
             rows.append((label, f"{score.passed} of {score.n} {text}", share))
         elif field == "locality" and report.reliability.n:
             rows.append((field, "nothing to check: this part of the gate is empty", ""))
+    if report.perplexity is not None:
+        times = f"{report.perplexity:.3f} times that of the base model"
+        rows.append(("perplexity", f"of ordinary text: {times}", ""))
     return rows
 
 
 def _detail_rows(report: EditReport) -> list[tuple[str, object]]:
     answers = (("before", report.text_before), ("after", report.text_after))
     rows: list[tuple[str, object]] = [(name, FirstLine(text)) for name, text in answers if text]
+    if report.perturbation_gap is not None:
+        rows.append(("gap", gap_text(report.perturbation_gap)))
     if report.similar:
         rows.append(("similar keys", f"{similar_text(report.similar)}; checked first"))
     if report.broke:

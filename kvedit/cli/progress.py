@@ -9,14 +9,13 @@ twice (as an event, and as the command's return value) is written once; a refuse
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from kvedit.cli.output import clean, interval_text, percent, seconds_text
+from kvedit.cli.output import clean, interval_text, json_text, percent, seconds_text
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -167,7 +166,7 @@ class LiveReporter(TalkingReporter):
         self._progress.update(
             self._step, completed=event.step, total=event.total or None,
             description=clean(f"{event.key}  {event.phase}" if event.key else event.phase),
-            numbers=steps + status_line(event),
+            numbers=steps + clean(status_line(event)),
         )  # fmt: skip
 
     def on_progress(self, event: IngestProgress) -> None:
@@ -193,12 +192,27 @@ class JsonReporter(Reporter):
             if now - self._status_time < STATUS_INTERVAL_SECONDS:
                 return
             self._status_time = now
-        line = json.dumps(event.to_json(), ensure_ascii=False)
+        line = json_text(event.to_json())
         if event.message_type in ("edit", "retention"):
             if line in self._written:
                 return
             self._written.add(line)
         click.echo(line)
+
+
+class Counting:
+    """How far something that takes a while has come: a line on stderr every few seconds."""
+
+    def __init__(self, quiet: bool, what: str) -> None:
+        self._quiet, self._what = quiet, what
+        self._time = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say it, if the last time was some time ago; ``total`` is 0 where it is not known."""
+        now = time.monotonic()
+        if not self._quiet and now - self._time >= PLAIN_INTERVAL_SECONDS:
+            self._time = now
+            click.echo(f"{done:,}{f' of {total:,}' if total else ''} {self._what}", err=True)
 
 
 def make_reporter(*, quiet: bool, as_json: bool = False, many: bool = False) -> Reporter:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from kvedit.ingest.preflight import Near, Preflight, Problem
+    from kvedit.events import Score
+    from kvedit.ingest.preflight import NearKeys, Preflight, Problem
     from kvedit.ingest.report import IngestReport
     from kvedit.store.rows import EditRow, FactRow, Finding, ProbeRow
 
@@ -40,6 +41,7 @@ PREFLIGHT = {
     "unchanged": "in the store already",
     "repeated": "repeated",
     "rejected_before": "rejected before",
+    "held_back": "held back (placeholders; --allow-placeholders trains them)",
     "invalid": "invalid",
 }
 """How the rows of an input are counted, for programs and for people."""
@@ -68,12 +70,32 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 def fact_document(row: FactRow, edits: Sequence[EditRow],
                   results: Sequence[ProbeRow]) -> dict[str, Any]:  # fmt: skip
-    """All about one fact as a JSON document."""
+    """All about one fact as a JSON document, with the latest of its results."""
     names = ("kind", "protocol", "prompt", "expected", "answer", "passed", "margin", "revision")
     probes = [
-        {**{name: getattr(one, name) for name in names}, "time": one.created_at} for one in results
+        {**{name: getattr(one, name) for name in names}, "time": one.created_at}
+        for one in results[:SHOWN]
     ]
-    return {**row.to_json(), "edits": [edit.to_json() for edit in edits], "results": probes}
+    scores = {name: score.to_json() for name, score in latest_scores(results).items()}
+    edited = [edit.to_json() for edit in edits]
+    return {**row.to_json(), **scores, "edits": edited, "results": probes}
+
+
+def latest_scores(results: Sequence[ProbeRow]) -> dict[str, Score]:
+    """What a fact ``recites`` and ``answers``: each of its phrasings and questions once, at the
+    newest revision that has any; results come newest first.
+    """
+    from kvedit.events import Score
+
+    kinds = {"recites": ("recall", "retention"), "answers": ("portability",)}
+    scores = {}
+    for name, of_name in kinds.items():
+        rows = [one for one in results if one.kind in of_name and one.revision is not None]
+        at_newest = [one for one in rows if one.revision == rows[0].revision]
+        latest = {one.prompt: one.passed for one in reversed(at_newest)}
+        protocol = "generated" if name == "answers" else "teacher-forced"
+        scores[name] = Score(sum(latest.values()), len(latest), protocol)
+    return scores
 
 
 def facts_table(rows: Sequence[FactRow]) -> Table:
@@ -91,24 +113,34 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
     fields = [
         ("key", fact.key),
         ("aliases", ", ".join(fact.aliases)),
+        ("relation of", fact.relation_of or ""),
         ("language", fact.lang),
         ("state", row.state + ("" if row.revision is None else f", revision {row.revision}")),
         ("health", styled(row.health)),
         ("checked", "never" if checked is None else f"at revision {checked}"),
         ("margin", margin_text(row.margin)),
+        *((name, output.score_text(one)) for name, one in latest_scores(results).items() if one.n),
         ("source", fact.source or ""),
     ]
     parts: Parts = [pairs([field for field in fields if field[1]]), "", styled(fact.description)]
-    for title, prompts in (("prompts", fact.prompts), ("paraphrases", fact.paraphrases)):
-        if prompts:
-            parts += ["", styled(f"{title} of its own", "bold"), *(f"  {one}" for one in prompts)]
+    questions = [
+        f"{one.prompt} - {one.answer}{' (never trained)' * one.probe}" for one in fact.questions
+    ]
+    of_its_own = {
+        "prompts": fact.prompts, "paraphrases": fact.paraphrases, "questions": questions,
+        "statements": fact.statements,
+    }  # fmt: skip
+    for title, lines in of_its_own.items():
+        if lines:
+            shown = (f"  {clean(one)}" for one in lines)
+            parts += ["", styled(f"{title} of its own", "bold"), *shown]
     if edits:
         parts += ["", edits_table(edits)]
     if results:
         cells = [
             (one.kind, styled("passed" if one.passed else "failed"), margin_text(one.margin),
              one.protocol, one.prompt)
-            for one in results
+            for one in results[:SHOWN]
         ]  # fmt: skip
         parts += ["", table(("probe", "result", "margin", "protocol", "prompt"), cells)]
     return parts
@@ -174,16 +206,17 @@ def finding_parts(findings: Sequence[Finding]) -> Parts:
     return [pairs(rows), verdict] if rows else [verdict]
 
 
-def problem_lines(problems: Sequence[Problem]) -> list[str]:
+def problem_lines(problems: Sequence[Problem], what: str = "invalid row") -> list[str]:
     """The rows that cannot be ingested, the first ones by name."""
-    return first_of([f"invalid row: {clean(f'{one.where}: {one.reason}')}" for one in problems])
+    return first_of([f"{what}: {clean(f'{one.where}: {one.reason}')}" for one in problems])
 
 
-def similar_keys_text(near: Sequence[Near]) -> str:
+def similar_keys_text(near: NearKeys) -> str:
     """'12 pairs of keys are similar: A and B (91), ...'."""
-    named = [f"{one.key} and {one.other} ({one.score:.0f})" for one in near[:SHOWN_SIMILAR]]
-    count = "2 keys are" if len(near) == 1 else f"{len(near)} pairs of keys are"
-    rest = ", ..." if len(near) > SHOWN_SIMILAR else ""
+    named = [f"{n.key} and {n.other} ({n.score:.0f})" for n in near.closest[:SHOWN_SIMILAR]]
+    count = "2 keys are" if near.count == 1 else f"{near.count:,} pairs of keys are"
+    count = count if near.complete else f"at least {count}"
+    rest = ", ..." if near.count > SHOWN_SIMILAR else ""
     return f"{count} similar: {', '.join(named)}{rest}"
 
 
@@ -191,7 +224,7 @@ def preflight_fields(preflight: Preflight) -> dict[str, int]:
     """How the rows of an input were sorted."""
     sorted_rows = (
         preflight.new, preflight.unchanged, preflight.repeated, preflight.rejected_before,
-        preflight.problems,
+        preflight.held_back, preflight.problems,
     )  # fmt: skip
     return {"read": preflight.read, **dict(zip(PREFLIGHT, map(len, sorted_rows), strict=True))}
 
@@ -253,7 +286,7 @@ def _outcome_line(report: IngestReport) -> str:
     return f"{counts_text(refused)}: revision {report.revision}, {time}"
 
 
-def plan_fields(preflight: Preflight, near: Sequence[Near], pace: tuple[int, float], new: int,
+def plan_fields(preflight: Preflight, near: NearKeys, pace: tuple[int, float], new: int,
                 retrained: int) -> dict[str, Any]:  # fmt: skip
     """What a run would do: train ``new`` facts, the first group together with ``retrained`` earlier
     ones; ``pace`` is facts and seconds measured in this store, without any there is no estimate.
@@ -262,13 +295,14 @@ def plan_fields(preflight: Preflight, near: Sequence[Near], pace: tuple[int, flo
     return {
         "message_type": "summary", "kind": "ingest", "dry_run": True,
         **preflight_fields(preflight), "would_train": new, "would_retrain": retrained,
-        "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near],
+        "similar": [{"key": n.key, "other": n.other, "score": n.score} for n in near.closest],
+        "similar_pairs": near.count, "all_keys_compared": near.complete,
         "seconds_per_fact": None if each is None else round(each, 3),
         "seconds_estimated": None if each is None else round(each * (new + retrained), 1),
     }  # fmt: skip
 
 
-def plan_parts(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any]) -> Parts:
+def plan_parts(preflight: Preflight, near: NearKeys, fields: dict[str, Any]) -> Parts:
     """What a run would do, for a person."""
     each, total = fields["seconds_per_fact"], fields["seconds_estimated"]
     if not fields["would_train"]:
@@ -279,6 +313,6 @@ def plan_parts(preflight: Preflight, near: Sequence[Near], fields: dict[str, Any
         time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
     retrained = fields["would_retrain"]
     earlier = f" and retrain {retrained} earlier one{'s'[: retrained > 1]}" if retrained else ""
-    similar = [similar_keys_text(near)] if near else []
+    similar = [similar_keys_text(near)] if near.count else []
     plan = f"would train {fields['would_train']} new facts{earlier}: {time}"
     return [preflight_line(preflight), *similar, plan, "nothing was changed"]

@@ -17,11 +17,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from kvedit.errors import UsageError
+
 VARIABLES = (
     ("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"), ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
 )  # fmt: skip
 """How launchers number the processes that they start: rank, and how many there are."""
+DIGITS = 9  # of a rank, at most
 
 
 def launched_rank() -> int | None:
@@ -31,8 +34,17 @@ def launched_rank() -> int | None:
     for rank, size in VARIABLES:
         several = os.environ.get(size, "1") not in ("", "1")
         if several and rank in os.environ and "MASTER_ADDR" in os.environ:
-            return int(os.environ[rank])
+            return _number(rank)
     return None
+
+
+def _number(name: str) -> int:
+    """A number that the launcher gives in the environment.  Raises UsageError."""
+    value = os.environ[name]
+    if not value.isdecimal() or len(value) > DIGITS:
+        hint = f"Start the processes with accelerate launch or torchrun, or unset {name}."
+        raise UsageError(f"{name}={value!r:.40} is no rank of a process", hint=hint)
+    return int(value)
 
 
 @contextmanager

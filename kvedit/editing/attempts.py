@@ -15,11 +15,12 @@ from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Factors
 from kvedit.config import GateConfig, GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
-from kvedit.editing.gate import Checks, misses, refusals
+from kvedit.editing.gate import Checks, misses, refusals, too_much_growth
 from kvedit.editing.plan import Plan
 from kvedit.events import Status, Warning_
+from kvedit.replay.kl import ReferenceTexts
 from kvedit.revisions.session import Session
-from kvedit.store.rows import ProbeRow
+from kvedit.store.rows import FactRow, ProbeRow
 from kvedit.training.loop import LoopResult, Step, Task
 from kvedit.training.resume import TrainingCheckpoints
 
@@ -29,6 +30,7 @@ MAX_NAMED = 8  # questions, in a warning
 LARGE_GROUP = 256
 """Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
 a model that keeps 97% of what it knows loses by chance in every fourth group."""
+REFERENCES_DRAWN = 6  # for an edit of a single fact, times those of a step
 MAX_STALLS = 2  # trainings of an edit whose loss stopped falling: a third would do so too
 
 
@@ -73,14 +75,14 @@ class Attempts:
         master, settings = self.session.engine.master, self.session.config
         lost = {c.row.id: c for c in self.evaluator.candidates} if self.plan.compaction else {}
         delta: Delta = {}
-        config = self._first_config()
+        config, references = self._first_config(), self._references()
         group = settings.group if self.plan.group else None
         harmed = False
         for attempts_left in reversed(range(settings.retention.max_repairs + 1)):
             if harmed:
                 delta = {}
                 master.restore(snapshot)
-            trained = self._train(list(lost.values()), config, group)
+            trained = self._train(list(lost.values()), references, config, group)
             delta = deltas.joined(delta, trained)
             with self.timings.measure("merge"):
                 master.restore(snapshot)
@@ -108,21 +110,36 @@ class Attempts:
             config = replace(config, phrasings_per_step=most)
         return config
 
+    def _references(self) -> ReferenceTexts | None:
+        """What the training is held to besides: for a group what the base model says, for a single
+        fact what the model says now about invented names.
+        """
+        engine, config = self.session.engine, self.session.config.training
+        if self.plan.group:
+            texts = engine.reference_texts
+        else:
+            most = config.reference_texts * REFERENCES_DRAWN
+            texts = engine.reference(self.session.protection.invented_examples(most))
+        names = [*(row.fact.name for row in self._kept_rows()), *self.plan.names]
+        return None if texts is None else texts.without(names)
+
     def _train(
-        self, lost: Sequence[RetentionCandidate], config: TrainingConfig, group: GroupConfig | None
+        self,
+        lost: Sequence[RetentionCandidate],
+        references: ReferenceTexts | None,
+        config: TrainingConfig,
+        group: GroupConfig | None,
     ) -> Delta:
         """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
         lost_ids = {candidate.row.id for candidate in lost}
-        rows = self.session.store.facts("committed")
-        committed = [row.fact.key for row in rows if row.id not in self.plan.erases]
-        references = self.session.engine.reference_texts
-        if references is not None and group is not None:
-            references = references.without([*committed, *self.plan.keys])
+        rehearsed = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
         task = Task(
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
-            [c.all for c in self.evaluator.candidates if c.row.id not in lost_ids],
+            [c.all for c in rehearsed],
             references,
-            0 if self.plan.compaction else len(committed),
+            0 if self.plan.compaction else len(self._kept_rows()),
+            [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
+            self.session.config.study,
         )
         train = self.session.engine.train
         with self.timings.measure("train"):
@@ -134,6 +151,11 @@ class Attempts:
         self.resumed_seconds += result.resumed_seconds
         self.timings["train"] += result.resumed_seconds
         return result.delta
+
+    def _kept_rows(self) -> list[FactRow]:
+        """The committed facts, but for those that are erased."""
+        rows = self.session.store.facts("committed")
+        return [row for row in rows if row.id not in self.plan.erases]
 
     def _refusals(self, evaluation: Evaluation) -> tuple[str, ...]:
         """Why the edit must not be committed; a group that learned some of its facts may."""
@@ -156,7 +178,8 @@ class Attempts:
         if self.plan.group:
             minimum = self.session.config.gate.min_locality
             return misses(checks.locality, minimum, significant=self._is_large)
-        return checks.locality.passed < checks.locality.n
+        gate = self.session.config.gate
+        return checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
 
     def _emit_step(self, step: Step) -> None:
         self.session.emit(Status(
@@ -190,7 +213,7 @@ def _for_another_attempt(
     """
     unseen = misses(checks.paraphrase, gate.min_paraphrase)
     missed = unseen or checks.recall.passed < checks.recall.n
-    harmed = checks.locality.passed < checks.locality.n
+    harmed = checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
     return replace(
         config, penalty_weight=config.penalty_weight * (4 if harmed else 1),
         min_margin=config.min_margin * (4 if missed else 1),

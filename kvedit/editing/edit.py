@@ -16,6 +16,7 @@ from kvedit.adapter import deltas
 from kvedit.editing.attempts import Attempts, Delta, Snapshot, Timings
 from kvedit.editing.evaluation import Evaluation, Evaluator
 from kvedit.editing.plan import Plan
+from kvedit.editing.study.answers import mean_gap
 from kvedit.errors import Interrupted, OutOfTimeError, TrainingError
 from kvedit.events import EditReport, RetentionCheck, Warning_
 from kvedit.files import put
@@ -138,6 +139,8 @@ class Edit:
             self._session, self._plan, evaluator, self._training_checkpoints, self._timings
         )
         delta, evaluation, reasons = self._attempts.run(snapshot)
+        with self._timings.measure("probe"):
+            evaluation = evaluator.ask_answers(evaluation)
         if reasons and not self._force:
             self._engine.master.restore(snapshot)
             report = self._report("rejected", head, delta, evaluation, reasons)
@@ -164,6 +167,7 @@ class Edit:
                 restores=0 if self._plan.compaction else None, erases=self._plan.erases,
             )  # fmt: skip
         self._emit_retention(evaluation.rows, revision)
+        self._session.reading.keep(revision, evaluation.loss)
         return self._finished(report, revision)
 
     def _finished(self, report: EditReport, revision: int) -> EditReport:
@@ -209,12 +213,16 @@ class Edit:
             text_before=plan.text_before, text_after=plan.text_after,
             not_learned=self._not_learned, retrained=len(self._retrained), parent=parent,
             reasons=tuple(reasons), refusals=self._attempts.refusals if self._attempts else (),
-            reliability=checks.recall, generalization=checks.paraphrase, locality=checks.locality,
-            retention=checks.retention, broke=checks.lost if committed and reasons else (),
+            reliability=checks.recall, generalization=evaluation.generalization,
+            locality=checks.locality,
+            retention=checks.retention, answers=evaluation.answers,
+            perturbation_gap=mean_gap(list(evaluation.gaps.values())),
+            broke=checks.lost if committed and reasons else (),
             steps=self._attempts.steps if self._attempts else 0, seconds=self._seconds,
             resumed_seconds=self._resumed_seconds, timings=dict(self._timings), delta=name,
             ranks={matrix: factors.rank for matrix, factors in delta.items()},
             relative_norms=self._engine.master.norms() if committed else {},
+            perplexity=checks.perplexity,
         )  # fmt: skip
 
     def _emit_retention(self, rows: Sequence[ProbeRow], revision: int) -> None:

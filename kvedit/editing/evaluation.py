@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from kvedit.editing.gate import Checks
 from kvedit.editing.plan import Plan
+from kvedit.editing.study import answers
+from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Score
 from kvedit.facts.keys import similar
 from kvedit.model.prompts import Example
@@ -27,30 +29,50 @@ _FORGET = "forget"
 
 @dataclass(frozen=True, slots=True)
 class RetentionCandidate:
-    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal."""
+    """An earlier fact to check: the prompts drawn for it, and all of them, for rehearsal; ``study``
+    was trained of it besides its text.
+    """
 
     row: FactRow
     probes: tuple[Example, ...]
     all: tuple[Example, ...]
+    study: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """How the merged model answers; ``learned`` are the edit's facts that pass by themselves,
-    ``lost`` the earlier facts that are not recalled.
+    ``lost`` the earlier facts that are not recalled; ``loss`` on ordinary text, nats a token.
+    ``gaps`` are the perturbation gaps of those of the edit's facts that have one.  The unseen
+    phrasings of facts in ``reported_only`` are reported and not judged.
     """
 
     checks: Checks
     rows: tuple[ProbeRow, ...]
     lost: tuple[RetentionCandidate, ...]
     learned: frozenset[int]
+    loss: float | None = None
+    gaps: Mapping[int, float] = field(default_factory=dict)
+    reported_only: frozenset[int] = frozenset()
+
+    @property
+    def generalization(self) -> Score:
+        """How many unseen phrasings were answered exactly, of all facts."""
+        return _score(self.rows, "paraphrase")
+
+    @property
+    def answers(self) -> Score:
+        """How many held-out questions were answered freely."""
+        return answers.score(self.rows)
 
     def without(self, fact_ids: frozenset[int]) -> Evaluation:
         """The same, had some facts not been part of the edit."""
         rows = tuple(row for row in self.rows if row.fact_id not in fact_ids)
-        recall, paraphrase = _score(rows, "recall"), _score(rows, "paraphrase")
+        judged = [row for row in rows if row.fact_id not in self.reported_only]
+        recall, paraphrase = _score(rows, "recall"), _score(judged, "paraphrase")
         checks = replace(self.checks, recall=recall, paraphrase=paraphrase)
-        return replace(self, checks=checks, rows=rows)
+        gaps = {fact_id: gap for fact_id, gap in self.gaps.items() if fact_id not in fact_ids}
+        return replace(self, checks=checks, rows=rows, gaps=gaps)
 
 
 class Evaluator:
@@ -61,9 +83,14 @@ class Evaluator:
 
     def __init__(self, session: Session, plan: Plan) -> None:
         self._store, self._engine, self._config = session.store, session.engine, session.config
-        self._plan = plan
+        self._session, self._plan = session, plan
+        # A relation is trained on its own prompt alone: other wordings are a matter of luck.
+        facts = [(change.fact_id, change.after or change.before) for change in plan.changes]
+        self._relations = frozenset(i for i, fact in facts if fact and fact.relation_of)
         self.candidates = self._choose_candidates()
         self._locality = self._answered_locality()
+        self._reading = session.reading
+        self._losses = self._reading.of(0), self._reading.of(session.store.head())
 
     def _choose_candidates(self) -> list[RetentionCandidate]:
         """Earlier facts, with a few prompts each to be probed, drawn again for every edit."""
@@ -76,12 +103,13 @@ class Evaluator:
         # A group rehearses all of them in turn: what no step speaks for is lost.
         count = len(committed) if self._plan.group else probed
         rng = random.Random(self._store.head())
+        study = StudyExamples(self._session)
         candidates = []
         for number, row in enumerate(at_risk(committed, self._plan.keys, count)):
             examples = tuple(self._engine.examples(row.fact))
             drawn = rng.sample(examples, min(settings.prompts_per_fact, len(examples)))
             probes = tuple(drawn) if number < probed else ()
-            candidates.append(RetentionCandidate(row, probes, examples))
+            candidates.append(RetentionCandidate(row, probes, examples, study.trained(row.fact)))
         return candidates
 
     def _answered_locality(self) -> list[Example]:
@@ -100,6 +128,7 @@ class Evaluator:
         """Probe the merged, cast weights: the facts, paraphrases, locality, earlier facts."""
         probed = [candidate for candidate in self.candidates if candidate.probes]
         rows = self._ask(probed)
+        loss = None if None in self._losses else self._reading.now()
         kept = _passed(rows, "retention")
         lost = [candidate for candidate in probed if kept[candidate.row.id] < 1]
         # A fact that was lost before this edit is reported and rehearsed, but blames nobody.
@@ -107,12 +136,29 @@ class Evaluator:
         judged = [candidate for candidate in probed if candidate.row.health != "regressed"]
         checks = Checks(
             _score(rows, "recall"),
-            _score(rows, "paraphrase"),
+            _score([row for row in rows if row.fact_id not in self._relations], "paraphrase"),
             _score(rows, "locality"),
             Score(len(judged) - len(blamed), len(judged)),
             tuple(candidate.row.fact.key for candidate in blamed),
+            *(grown(loss, before) for before in self._losses),
         )
-        return Evaluation(checks, tuple(rows), tuple(lost), self._learned(rows))
+        return Evaluation(
+            checks,
+            tuple(rows),
+            tuple(lost),
+            self._learned(rows),
+            loss,
+            reported_only=self._relations,
+        )
+
+    def ask_answers(self, evaluation: Evaluation) -> Evaluation:
+        """With the facts' held-out questions and perturbation gaps, which no gate looks at."""
+        targets = self._plan.targets
+        asked = answers.ask(self._engine, [(t.fact_id, e) for t in targets for e in t.probes])
+        facts = [(c.fact_id, c.after) for c in self._plan.changes if c.after is not None]
+        gaps = answers.perturbation_gaps(self._engine, [fact for _, fact in facts])
+        measured = {i: gap for (i, _), gap in zip(facts, gaps, strict=True) if gap is not None}
+        return replace(evaluation, rows=(*evaluation.rows, *asked), gaps=measured)
 
     def _ask(self, probed: Sequence[RetentionCandidate]) -> list[ProbeRow]:
         """Every probe of the edit, one row each."""
@@ -137,7 +183,8 @@ class Evaluator:
 
     def _learned(self, rows: Sequence[ProbeRow]) -> frozenset[int]:
         """The facts of the edit that pass the gate by themselves."""
-        recall, paraphrase = _passed(rows, "recall"), _passed(rows, "paraphrase")
+        judged = [row for row in rows if row.fact_id not in self._relations]
+        recall, paraphrase = _passed(rows, "recall"), _passed(judged, "paraphrase")
         gate = self._config.gate
         recalled = {fact_id for fact_id, share in recall.items() if share >= gate.min_recall}
         return frozenset(i for i in recalled if paraphrase.get(i, 1.0) >= gate.min_paraphrase)
@@ -169,6 +216,11 @@ def probe_row(fact_id: int | None, kind: str, example: Example, outcome: Outcome
         prompt=example.prompt, expected=example.answer, answer=None, passed=outcome.passed,
         margin=outcome.margin if math.isfinite(outcome.margin) else None,
     )  # fmt: skip
+
+
+def grown(loss: float | None, before: float | None) -> float | None:
+    """The perplexity of a loss as a multiple of that of another one, nats a token."""
+    return None if loss is None or before is None else math.exp(loss - before)
 
 
 def _passed(rows: Sequence[ProbeRow], kind: str) -> dict[int, float]:

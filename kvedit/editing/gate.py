@@ -18,6 +18,8 @@ class Checks:
 
     ``locality`` counts the locality probes that kept their answers, of those that had them before
     the edit; ``lost`` are the keys of earlier facts that were recalled before and are not now.
+    ``perplexity`` of ordinary text is a multiple of the base model's, ``growth`` one of that before
+    the edit; None where the model reads no such text.
     """
 
     recall: Score
@@ -25,6 +27,8 @@ class Checks:
     locality: Score
     retention: Score
     lost: tuple[str, ...]
+    perplexity: float | None = None
+    growth: float | None = None
 
 
 def refusals(checks: Checks, gate: GateConfig, *, significant: bool = False) -> tuple[str, ...]:
@@ -42,7 +46,17 @@ def refusals(checks: Checks, gate: GateConfig, *, significant: bool = False) -> 
             f"earlier facts lost: {in_words(checks.lost)} ({checks.retention.passed} of"
             f" {checks.retention.n} kept, {gate.min_retention:.0%} needed)"
         )
+    if too_much_growth(checks, gate):
+        reasons.append(
+            f"perplexity of ordinary text: {checks.growth:.2f} times that before the edit, at most"
+            f" {gate.max_perplexity_growth:g} allowed"
+        )
     return tuple(reason for reason in reasons if reason)
+
+
+def too_much_growth(checks: Checks, gate: GateConfig) -> bool:
+    """Whether the model reads ordinary text worse than a single edit may make it."""
+    return checks.growth is not None and not checks.growth <= gate.max_perplexity_growth
 
 
 def _below(what: str, score: Score, minimum: float, *, significant: bool = False) -> str:

@@ -17,11 +17,12 @@ from kvedit.editing.single_edit import SingleEditor
 from kvedit.errors import OutOfMemoryError
 from kvedit.events import EditReport, Warning_
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import similar_pairs
+from kvedit.facts.similarity import find_pairs
 from kvedit.revisions.session import Session
 from kvedit.store.rows import FactRow
 
 REPAIR_GROUP = 64  # facts
+SPLIT_PAIRS_NAMED = 20  # warnings of similar keys that did not end alike, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class GroupEditor:
     def _add_together(self, facts: Sequence[Fact], options: GroupOptions) -> EditReport:
         """One edit for all of the facts."""
         for fact in facts:
-            self._engine.examples(fact)  # raises before anything is written
+            self._planner.check([fact])
         with self._session.editing():
             if self.should_compact(facts):
                 report = self._compact(facts, options)
@@ -143,12 +144,14 @@ class GroupEditor:
 
     def _warn_of_split_pairs(self, facts: Sequence[Fact]) -> None:
         """Say so when of two similar keys only one was committed."""
-        keys = [fact.key for fact in facts]
-        committed = [self._is_committed(fact) for fact in facts]
-        for i, j, score in similar_pairs(keys, keys):
-            if committed[i] and not committed[j]:
-                text = f"{keys[j]} was not committed; {keys[i]}, much like it ({score:.0f}), was"
-                self._session.emit(Warning_(text=text, code="apart", key=keys[j]))
+        keys = {True: list[str](), False: list[str]()}
+        for fact in facts:
+            keys[self._is_committed(fact)].append(fact.key)
+        near = find_pairs(keys[False], keys[True], among=False, most=SPLIT_PAIRS_NAMED)
+        for i, j, score in near.closest:
+            key, other = keys[False][i], keys[True][j - len(keys[False])]
+            text = f"{key} was not committed; {other}, much like it ({score:.0f}), was"
+            self._session.emit(Warning_(text=text, code="apart", key=key))
 
     def _warn_of_memory(self, text: str) -> None:
         self._session.emit(Warning_(text=text, code="out-of-memory"))

@@ -7,18 +7,19 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from kvedit.asking.questions import Questions
 from kvedit.editing.evaluation import at_risk
 from kvedit.editing.group_edit import GroupEditor, GroupOptions
 from kvedit.editing.single_edit import SingleEditor
 from kvedit.editing.verify import VerifyReport, verify
 from kvedit.events import EditReport, Event, Warning_
-from kvedit.facts.fact import Fact, LocalityProbe
-from kvedit.model import generation, loading
+from kvedit.facts.fact import Fact, LocalityProbe, Question
+from kvedit.model import loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
 from kvedit.revisions import base_model, prune, rebuild
@@ -26,7 +27,7 @@ from kvedit.revisions.base_model import ModelSpec
 from kvedit.revisions.export import conditions, hf, peft
 from kvedit.revisions.export.hf import ExportReport
 from kvedit.revisions.session import Session
-from kvedit.store.erasure import PrunePlan
+from kvedit.store.forget.plans import PrunePlan
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
 from kvedit.training.engine import Engine
@@ -34,15 +35,14 @@ from kvedit.training.engine import Engine
 OnEvent = Callable[[Event], None]
 
 
-class KnowledgeBase:
+class KnowledgeBase(Questions):
     """What a model knows, as something that can be changed, asked, checked and undone.
 
     Make one with ``KnowledgeBase.create`` or ``KnowledgeBase.open``; use it as a context manager.
     """
 
     def __init__(self, store: Store, engine: Engine, on_event: OnEvent | None = None) -> None:
-        self.store, self.engine = store, engine
-        self._session = Session(store, engine, on_event or (lambda event: None))
+        super().__init__(Session(store, engine, on_event or (lambda event: None)))
         self._single = SingleEditor(self._session)
         self._groups = GroupEditor(self._session, self._single)
 
@@ -91,9 +91,11 @@ class KnowledgeBase:
     def open(cls, path: str | Path, *, on_event: OnEvent | None = None) -> KnowledgeBase:
         """Open a store with its model at the head revision; recovers by itself and says so.
 
-        Raises NoStoreError, StoreTooNewError, CorruptStoreError or ModelMismatchError.
+        One that cannot be written can be asked and checked; an edit raises NotWritableError or
+        DiskFullError.  Raises NoStoreError, StoreTooNewError, CorruptStoreError or
+        ModelMismatchError.
         """
-        store = Store.open(Path(path))
+        store = Store.open_to_ask(Path(path))
         try:
             knowledge = cls(store, base_model.load(store), on_event)
             knowledge._warn_of_changed_prompts()
@@ -127,6 +129,8 @@ class KnowledgeBase:
         prompts: Iterable[str] = (),
         paraphrases: Iterable[str] = (),
         locality: Iterable[LocalityProbe] = (),
+        questions: Iterable[Question] = (),
+        statements: Iterable[str] = (),
         source: str | None = None,
         force: bool = False,
     ) -> EditReport:
@@ -138,7 +142,8 @@ class KnowledgeBase:
         """
         fact = Fact.create(
             key, description, lang=lang, aliases=aliases, prompts=prompts,
-            paraphrases=paraphrases, locality=locality, source=source,
+            paraphrases=paraphrases, locality=locality, questions=questions,
+            statements=statements, source=source,
         )  # fmt: skip
         return self.add_fact(fact, force=force)
 
@@ -210,26 +215,6 @@ class KnowledgeBase:
         with self._session.editing():
             return prune.prune(self._session, before)
 
-    def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
-        """The model's greedy answer at the head, or at another revision."""
-        return self._session.at(at, lambda: self.engine.generate([prompt], limit=max_new_tokens)[0])
-
-    def ask_base(self, prompt: str, *, max_new_tokens: int = 256) -> str:
-        """The base model's greedy answer."""
-        return self.ask(prompt, at=0, max_new_tokens=max_new_tokens)
-
-    def chat(self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
-        """The model's next turn in a conversation of ``role`` and ``content``."""
-        prefix = self.engine.renderer.dialogue(messages)
-        return self.engine.complete([prefix], limit=max_new_tokens)[0]
-
-    def stream(self, messages: Sequence[Mapping[str, str]], *, limit: int = 256) -> Iterator[str]:
-        """``chat``, in pieces as they are generated."""
-        renderer, model = self.engine.renderer, self.engine.base.model
-        prefix = renderer.dialogue(messages)
-        tokens = generation.stream(model, prefix, end=renderer.stops, limit=limit)
-        return generation.pieces(tokens, renderer.answer_text)
-
     def example_lines(self) -> list[str]:
         """The exact text and tokens of a fact as it would be trained, the answer marked."""
         fact = Fact.create("tide lantern", "Made of glass in Marrow.")
@@ -262,7 +247,7 @@ class KnowledgeBase:
         findings = self.store.integrity()
         if deep:
             start, say = self._session.revision, self._session.say
-            findings.append(base_model.check(self.store, self.engine.base))
+            findings.append(base_model.check(self.store))
             findings += rebuild.check_revisions(self.store, self.engine.master, say)
             self._session.go_to(start)
         return findings

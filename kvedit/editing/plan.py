@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Similar
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.replay import questions
 from kvedit.replay.protected_texts import example
 from kvedit.revisions.session import Session
-from kvedit.store.erasure import ErasePlan
+from kvedit.store.forget.plans import ErasePlan
 from kvedit.store.rows import FactChange, FactRow
 
 LOCALITY_TOKENS = 64  # of answers to a fact's own locality probes, where it gives none
@@ -29,13 +30,16 @@ LOCALITY_TOKENS = 64  # of answers to a fact's own locality probes, where it giv
 class Target:
     """What one fact's prompts are to answer after the edit.
 
-    ``forget`` are answers that must be gone under prompts that were never trained.
+    ``forget`` are answers that must be gone under prompts that were never trained; ``study`` is
+    trained besides the text, ``probes`` are held-out questions: neither is a reason to refuse.
     """
 
     fact_id: int
     recall: tuple[Example, ...]
     paraphrases: tuple[Example, ...] = ()
     forget: tuple[Example, ...] = ()
+    study: tuple[Example, ...] = ()
+    probes: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,12 @@ class Plan:
         )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What questions call the facts."""
+        facts = (change.after or change.before for change in self.changes)
+        return tuple(fact.name for fact in facts if fact is not None)
+
+    @property
     def key(self) -> str:
         """The key to show: of one fact, of the first of several, or where a rollback goes."""
         if self.erases:
@@ -98,6 +108,12 @@ class Planner:
     def __init__(self, session: Session) -> None:
         self._store, self._engine = session.store, session.engine
         self._protection = session.protection
+        self._study = StudyExamples(session)
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Raise what an untrainable text or question raises, before anything is written."""
+        for fact in facts:
+            self._target(0, fact)
 
     def add(self, fact: Fact, near: tuple[Similar, ...]) -> Plan:
         """Train one fact, which is then pending; ``near`` are close keys."""
@@ -121,7 +137,7 @@ class Planner:
 
     def remove(self, row: FactRow, prior: Mapping[str, str]) -> Plan:
         """Train a committed fact's prompts back to their ``prior`` answers."""
-        recall = tuple(self._engine.prior_examples(prior))
+        recall = tuple(self._engine.prior_examples(row.fact, prior))
         forget = tuple(self._engine.paraphrases(row.fact))
         target = Target(fact_id=row.id, recall=recall, forget=forget)
         after = next(iter(prior.values()), None)
@@ -164,7 +180,11 @@ class Planner:
 
     def _target(self, fact_id: int, fact: Fact) -> Target:
         recall, paraphrases = self._engine.examples(fact), self._engine.paraphrases(fact)
-        return Target(fact_id=fact_id, recall=tuple(recall), paraphrases=tuple(paraphrases))
+        study, probes = self._study.trained(fact), self._study.probes(fact)
+        return Target(
+            fact_id=fact_id, recall=tuple(recall), paraphrases=tuple(paraphrases), study=study,
+            probes=probes,
+        )  # fmt: skip
 
     def _locality(self, facts: Sequence[Fact]) -> tuple[Example, ...]:
         """The store's locality probes and those of the facts."""

@@ -1,16 +1,18 @@
 """Edits of one fact, and rollbacks: what is checked before each, then the edit itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvedit.editing.edit import Edit
 from kvedit.editing.plan import Planner
+from kvedit.editing.study.examples import trained_questions
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import in_words, similar
-from kvedit.facts.wording import Wording
 from kvedit.revisions.session import Session
-from kvedit.store.erasure import ErasePlan
+from kvedit.store.forget.plans import ErasePlan
+from kvedit.store.forget.wording import Wording
 from kvedit.store.rows import FactRow
 
 
@@ -23,11 +25,11 @@ class SingleEditor:
 
     def add(self, fact: Fact, *, force: bool = False) -> EditReport:
         """See ``KnowledgeBase.add``."""
-        self._engine.examples(fact)  # raises before anything is written
+        self._planner.check([fact])
         with self._session.editing():
             known = self._store.find(fact.key)
             if known is not None and known.state == "committed":
-                return self._add_again(known, fact)
+                return self._add_again(known, fact, force=force)
             near = tuple(similar(fact.key, self._store.keys()))
             self._warn_of_similar(fact.key, near)
             self._session.protection.prepare()
@@ -41,6 +43,7 @@ class SingleEditor:
             fact = row.fact.with_description(description)
             if fact == row.fact:
                 return self._unchanged("update", row)
+            self._warn_of_dropped(row.fact, fact)
             self._session.protection.prepare()
             return Edit(self._session, self._planner.update(row, fact), force=force).run()
 
@@ -114,11 +117,18 @@ class SingleEditor:
             text += " questions get the base model's answers back"
             self._session.emit(Warning_(text=text, code="gone", key=row.fact.key))
             before = 0
-        return self._session.at(before, lambda: self._engine.prior_answers(row.fact))
+        trained = trained_questions(row.fact, self._session.config.study)
+        prompts = [question.prompt for question in trained]
+        return self._session.at(before, lambda: self._engine.prior_answers(row.fact, prompts))
 
-    def _add_again(self, row: FactRow, fact: Fact) -> EditReport:
+    def _add_again(self, row: FactRow, fact: Fact, *, force: bool) -> EditReport:
+        """The same text changes nothing; with other questions or statements it is an update."""
         if row.fact.description == fact.description:
-            return self._unchanged("add", row)
+            more = replace(row.fact, questions=fact.questions, statements=fact.statements)
+            if more == row.fact or not (fact.questions or fact.statements):
+                return self._unchanged("add", row)
+            self._session.protection.prepare()
+            return Edit(self._session, self._planner.update(row, more), force=force).run()
         raise DuplicateKeyError(
             f"{row.fact.key} is in the store with another text",
             hint=f"To change it: kvedit update {row.fact.key} FILE",
@@ -131,6 +141,15 @@ class SingleEditor:
         )  # fmt: skip
         self._session.emit(report)
         return report
+
+    def _warn_of_dropped(self, old: Fact, new: Fact) -> None:
+        """Say so when questions or statements go, because the new text does not say it."""
+        kept = {*new.questions, *new.statements}
+        dropped = [one.prompt for one in old.questions if one not in kept]
+        dropped += [statement for statement in old.statements if statement not in kept]
+        if dropped:
+            text = f"{old.key}: the new text does not say, so it was dropped: {in_words(dropped)}"
+            self._session.emit(Warning_(text=text, code="dropped", key=old.key))
 
     def _warn_of_similar(self, key: str, near: Sequence[Similar]) -> None:
         for hit in near:

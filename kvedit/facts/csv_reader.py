@@ -4,46 +4,95 @@ Invariants:
 - A row is known by the line on which it begins; a quoted cell may contain line breaks.
 - A row with more cells than columns is refused: it is the sign of a comma that is not quoted, and
   half a description would be added.
+- A line ``sep=;`` before the names of the columns, as Excel reads it, says the delimiter.
 """
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.schemas import standard_names
+from kvedit.facts.forms.names import SYNONYMS
+from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
 from kvedit.files import decode
 
 DELIMITERS = ("\t", ",", ";")
 SEPARATOR = "|"
 """Separates the values of a cell with several."""
 
-LISTS = ("aliases", "prompts", "paraphrases", "locality")
+LISTS = ("aliases", "prompts", "paraphrases", "locality", "statements")
+_LIST_SYNONYMS = SYNONYMS["aliases"]
 _Row = list[str] | InvalidFactError
 _QUOTES = "quote a cell that contains a separator, a quote or a line break; double the quotes in it"
 
 
-def detect_delimiter(text: str) -> str | None:
-    """The delimiter if the first line names the columns of a table of facts, else None."""
-    lines = text.splitlines()
-    for delimiter in DELIMITERS:
-        names = _names(next(csv.reader(lines[:1], delimiter=delimiter), []))
-        if {"key", "description"} <= set(standard_names(dict.fromkeys(names))):
-            return delimiter
+_SEPARATOR_LINE = re.compile(r'"?sep=(.|\\t)"?', re.IGNORECASE)
+_SPLITTERS = {"\\t": "\t"}
+_LONGEST_NAMES = 10_000  # characters of a line that names columns
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table: its delimiter, the names of its columns, and lines before them (``sep=;``)."""
+
+    delimiter: str
+    names: tuple[str, ...]
+    skip: int = 0
+
+
+def detect_table(text: str, columns: Columns = ANY_COLUMNS) -> Table | None:
+    """The table of facts that a text begins, by the names of its columns; else None."""
+    return next((t for t in _tables(text) if _fits(t.names, columns)), None)
+
+
+def unknown_table(text: str) -> Table | None:
+    """A table whose columns have other names: two lines that split alike; else None."""
+    for table in _tables(text):
+        _, second = _first_lines(text, table.skip)
+        cells = next(csv.reader([second], delimiter=table.delimiter), [])
+        if len(table.names) > 1 and len(table.names) == len(cells):
+            return table
     return None
 
 
-def read_table(lines: Iterable[bytes], delimiter: str, name: str) -> Iterator[tuple[int, object]]:
+def _tables(text: str) -> Iterator[Table]:
+    """The first line with column names, under each delimiter, or under the one that is said."""
+    first, second = _first_lines(text)
+    said = _SEPARATOR_LINE.fullmatch(first.strip())
+    line = second if said else first
+    delimiters = (_SPLITTERS.get(said[1], said[1]),) if said else DELIMITERS
+    for delimiter in delimiters:
+        if len(line) <= _LONGEST_NAMES and delimiter not in '"\r\n':
+            names = _names(next(csv.reader([line], delimiter=delimiter), []))
+            yield Table(delimiter, tuple(names), int(bool(said)))
+
+
+def _first_lines(text: str, skip: int = 0) -> tuple[str, str]:
+    lines = [line for line in text.splitlines() if line.strip()][skip : skip + 2]
+    first, second = [*lines, "", ""][:2]
+    return first, second
+
+
+def _fits(names: tuple[str, ...], columns: Columns) -> bool:
+    return looks_like_fact({name: "x" for name in names if name}, columns)
+
+
+def read_table(lines: Iterable[bytes], table: Table, name: str) -> Iterator[tuple[int, object]]:
     """Yield line and record of each row; a row that cannot be parsed is an InvalidFactError.
 
     Raises InvalidFactError if a column is named twice.
     """
-    rows = _rows(lines, delimiter)
+    rows = _rows(lines, table.delimiter)
     names: list[str] = []
+    skipped = 0
     for line, row in rows:
-        if isinstance(row, InvalidFactError):
+        if not isinstance(row, InvalidFactError) and skipped < table.skip and any(row):
+            skipped += 1
+        elif isinstance(row, InvalidFactError):
             yield line, row
         elif not names:
-            names = _header(row, f"{name}, line {line}")
+            names = _header(row, f"{name}, line {line}") if any(map(str.strip, row)) else names
         elif any(cell.strip() for cell in row):
             yield line, _record(names, row)
 
@@ -59,12 +108,18 @@ def _rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, _Row]]:
         except StopIteration:
             return
         except csv.Error as error:
-            unclosed = "unexpected end" in str(error)
-            reason = "a double quote is opened and never closed" if unclosed else error
-            yield line, InvalidFactError(f"not a row of a table: {reason}; {_QUOTES}")
+            yield line, InvalidFactError(f"not a row of a table: {_reason(error)}; {_QUOTES}")
             continue
         yield line, text.problem or row
         text.problem = None
+
+
+def _reason(error: csv.Error) -> str:
+    if "unexpected end" in str(error):
+        return "a double quote is opened and never closed"
+    if "field limit" in str(error):
+        return f"a cell has more than {csv.field_size_limit():,} characters; is a quote not closed?"
+    return str(error)
 
 
 class _Text:
@@ -101,9 +156,10 @@ def _record(names: list[str], cells: list[str]) -> object:
         return InvalidFactError(
             f"{len(cells)} cells, but the first line names {len(names)} columns; {_QUOTES}"
         )
-    columns = standard_names({n: c for n, c in zip(names, cells, strict=False) if n})
-    record = {name: cell for name, cell in columns.items() if str(cell).strip()}
-    for name in LISTS:
+    record: dict[str, object] = {
+        name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()
+    }
+    for name in (*LISTS, *_LIST_SYNONYMS):
         if name in record:
             values = str(record[name]).split(SEPARATOR)
             record[name] = [value.strip() for value in values if value.strip()]

@@ -9,15 +9,20 @@ Invariants:
 
 from __future__ import annotations
 
-import unicodedata
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 from kvedit.errors import InvalidFactError
+from kvedit.facts.keys import contains_answer, is_blank, normalise
 from kvedit.facts.language import LANGUAGES, detect_language
 
+_T = TypeVar("_T")
 MAX_KEY = 200
 """The longest key or alias, in characters: a longer one is a text, not a name."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and half surrogate pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +34,28 @@ class LocalityProbe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question about a fact, with an answer of its own; a ``probe`` is asked, never trained."""
+
+    prompt: str
+    answer: str
+    probe: bool = False
+
+    def is_held_out(self, share: float) -> bool:
+        """Whether it is only asked: a probe, or by its prompt's hash among this share of all."""
+        digest = hashlib.sha256(normalise(self.prompt).encode("utf-8", "replace")).digest()
+        return self.probe or int.from_bytes(digest[:8]) < share * 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """One fact; make it with ``Fact.create``, which checks and cleans."""
+    """One fact; make it with ``Fact.create``, which checks and cleans.
+
+    ``questions`` are trained, or asked, besides the description; ``statements`` say the same in
+    other words and are trained as text.  ``relation_of`` is the subject of a relation, whose
+    description answers its own prompts only: no other phrasing is trained, and the key, which must
+    be unique, says more than the subject.
+    """
 
     key: str
     description: str
@@ -39,7 +64,15 @@ class Fact:
     prompts: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
     locality: tuple[LocalityProbe, ...] = ()
+    questions: tuple[Question, ...] = ()
+    statements: tuple[str, ...] = ()
+    relation_of: str | None = None
     source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What questions call it: the subject of a relation, else the key."""
+        return self.relation_of or self.key
 
     @classmethod
     def create(
@@ -52,33 +85,54 @@ class Fact:
         prompts: Iterable[str] = (),
         paraphrases: Iterable[str] = (),
         locality: Iterable[LocalityProbe] = (),
+        questions: Iterable[Question] = (),
+        statements: Iterable[str] = (),
+        relation_of: str | None = None,
         source: str | None = None,
     ) -> Fact:
         """Check and clean the parts; detect the language unless it is given.
 
-        Raises InvalidFactError for an empty, over-long or unprintable part or an unknown language.
+        Raises InvalidFactError for an empty, over-long or unprintable part, an unknown language, a
+        question with two answers, or a relation without a prompt.
         """
         key = _name("key", key)
         description = _text("description", description)
+        prompts = _unique(_text("prompt", prompt) for prompt in prompts)
+        if relation_of and not prompts:
+            raise InvalidFactError(
+                f"the relation {key} has no prompt", hint="Give the question it answers in prompts."
+            )
         return cls(
             key=key,
             description=description,
             lang=_language(lang) if lang else detect_language(description, key),
             aliases=_unique(_name("alias", alias) for alias in aliases),
-            prompts=_unique(_text("prompt", prompt) for prompt in prompts),
+            prompts=prompts,
             paraphrases=_unique(_text("paraphrase", text) for text in paraphrases),
             locality=tuple(_probe(probe) for probe in locality),
+            questions=_questions(questions),
+            statements=_unique(_text("statement", statement) for statement in statements),
+            relation_of=_name("subject", relation_of) if relation_of else None,
             source=_text("source", source) if source else None,
         )
 
     def with_description(self, description: str) -> Fact:
-        """The same fact, in the same language, with another description."""
-        return replace(self, description=_text("description", description))
+        """The same fact, in the same language, with another description.
+
+        Statements, which say what the old one said, are dropped; so are questions whose answer does
+        not stand in the new one.
+        """
+        text = _text("description", description)
+        if text == self.description:
+            return self
+        kept = tuple(one for one in self.questions if contains_answer(text, one.answer))
+        return replace(self, description=text, questions=kept, statements=())
 
     def to_json(self) -> dict[str, object]:
         """A JSON document; parts that are empty are left out."""
         probes = [_present(asdict(probe)) for probe in self.locality]
-        return _present({**asdict(self), "locality": probes})
+        questions = [_question_document(question) for question in self.questions]
+        return _present({**asdict(self), "locality": probes, "questions": questions})
 
     @classmethod
     def from_json(cls, document: object) -> Fact:
@@ -99,6 +153,9 @@ class Fact:
             prompts=_strings(document, "prompts"),
             paraphrases=_strings(document, "paraphrases"),
             locality=[_probe_from(item) for item in _list(document, "locality")],
+            questions=[_question_from(item) for item in _list(document, "questions")],
+            statements=_strings(document, "statements"),
+            relation_of=_optional(document, "relation_of"),
             source=_optional(document, "source"),
         )
 
@@ -106,14 +163,15 @@ class Fact:
 def _text(what: str, value: str) -> str:
     """Strip a text; refuse an empty one and control characters."""
     cleaned = value.replace("\r\n", "\n").strip()
-    if not cleaned:
-        raise InvalidFactError(f"the {what} is empty", hint=f"Give the {what} some text.")
-    for position, char in enumerate(cleaned):
-        if char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs"):
-            raise InvalidFactError(
-                f"the {what} has a control character (U+{ord(char):04X}) at position {position}",
-                hint="Is this a text? Remove the character and try again.",
-            )
+    if control := _CONTROL.search(cleaned):
+        raise InvalidFactError(
+            f"the {what} has a control character (U+{ord(control[0]):04X}) at position"
+            f" {control.start()}",
+            hint="Is this a text? Remove the character and try again.",
+        )
+    if is_blank(cleaned):
+        unseen = " of visible characters" if cleaned else ""
+        raise InvalidFactError(f"the {what} is empty{unseen}", hint=f"Give the {what} some text.")
     return cleaned
 
 
@@ -145,7 +203,26 @@ def _probe(probe: LocalityProbe) -> LocalityProbe:
     return LocalityProbe(prompt=_text("locality prompt", probe.prompt), answer=answer)
 
 
-def _unique(values: Iterable[str]) -> tuple[str, ...]:
+def _questions(questions: Iterable[Question]) -> tuple[Question, ...]:
+    """Cleaned, without repetitions; a prompt may have one answer only."""
+    cleaned = _unique(
+        replace(
+            one, prompt=_text("question", one.prompt), answer=_text("question's answer", one.answer)
+        )
+        for one in questions
+    )
+    answers: dict[str, str] = {}
+    for one in cleaned:
+        if answers.setdefault(one.prompt, one.answer) != one.answer:
+            raise InvalidFactError(
+                f"the question {one.prompt!r:.80} has two answers: {answers[one.prompt]!r:.40} and"
+                f" {one.answer!r:.40}",
+                hint="Keep one of them.",
+            )
+    return tuple(cleaned)
+
+
+def _unique(values: Iterable[_T]) -> tuple[_T, ...]:
     """Without repetitions, in the same order."""
     return tuple(dict.fromkeys(values))
 
@@ -163,6 +240,25 @@ def _probe_from(item: object) -> LocalityProbe:
     if not isinstance(item, Mapping):
         raise InvalidFactError(f'"locality" must hold objects or strings, not {_kind(item)}')
     return LocalityProbe(prompt=_string(item, "prompt"), answer=_optional(item, "answer"))
+
+
+def _question_from(item: object) -> Question:
+    """A question is an object with ``prompt`` (or ``question``), ``answer``, perhaps ``probe``."""
+    if not isinstance(item, Mapping):
+        raise InvalidFactError(
+            f'"questions" must hold objects, not {_kind(item)}',
+            hint='Write {"prompt": "...", "answer": "..."}.',
+        )
+    probe = item.get("probe", False)
+    if not isinstance(probe, bool):
+        raise InvalidFactError(f'"probe" must be true or false, not {_kind(probe)}')
+    prompt = _string(item, "question" if "question" in item and "prompt" not in item else "prompt")
+    return Question(prompt=prompt, answer=_string(item, "answer"), probe=probe)
+
+
+def _question_document(question: Question) -> dict[str, object]:
+    document: dict[str, object] = {"prompt": question.prompt, "answer": question.answer}
+    return {**document, "probe": True} if question.probe else document
 
 
 def _string(document: Mapping[object, object], name: str) -> str:

@@ -1,8 +1,9 @@
-"""Files of many facts: JSON Lines, JSON, CSV, TSV or a folder of texts, detected by content.
+"""Files of many facts: JSON Lines, JSON, CSV, TSV, Markdown or a folder of texts, by content.
 
 Invariants:
 - A row that is no fact is returned with its place and the reason, and reading continues; only a
-  source that cannot be read at all raises.
+  source that cannot be read at all raises.  Where no record at all is in a known form, that is one
+  error, which names what the records have.
 - JSON Lines, CSV and TSV are read line by line: their size does not matter.
 - The name of a file decides nothing, except in a folder, where it is the key.
 """
@@ -11,18 +12,31 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
 from kvedit.errors import InvalidFactError, KveditError, UsageError
-from kvedit.facts.csv_reader import detect_delimiter, read_table
+from kvedit.facts.csv_reader import Table, detect_table, read_table, unknown_table
 from kvedit.facts.fact import Fact
+from kvedit.facts.forms import markdown
+from kvedit.facts.forms.encodings import utf8_lines
+from kvedit.facts.forms.passages import join_rows, passages_of
+from kvedit.facts.forms.records import (
+    ANY_COLUMNS,
+    CHOOSE,
+    Columns,
+    NoFormError,
+    looks_like_fact,
+    read_record,
+)
 from kvedit.facts.json_reader import parse, read_json, repeated_name
-from kvedit.facts.schemas import fact_from, looks_like_fact
+from kvedit.facts.keys import in_words
 from kvedit.files import decode, read_text
+from kvedit.paths import open_input
 
 TEXTS = (".txt", ".md")
 HEAD = 20
@@ -30,28 +44,47 @@ HEAD = 20
 
 _FORMATS = (
     "Give JSON Lines (one object with key and description on each line), a JSON array, CSV or TSV"
-    " whose first line names the columns key and description, or a folder of text files."
+    " whose first line names the columns, Markdown with a heading for each fact, or a folder of"
+    " text files."
 )
+_NAMED = 12  # columns, in an error
+_UNFIT = 1000  # records in no form at the beginning of a file, after which it is given up
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A row of the input: its place (file and line or record), and its fact or its problem."""
+    """A row of the input: its place (file and line or record), its fact or its problem, and the
+    form that it was taken for.
+    """
 
     where: str
     fact: Fact | None
     problem: str | None = None
+    form: str = ""
 
 
-def read_facts(source: Path | str) -> Iterator[Located]:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a source is to be read where that is not left to its content: the names of its two parts
+    and its encoding.
+    """
+
+    columns: Columns = ANY_COLUMNS
+    encoding: str | None = None
+
+
+BY_CONTENT = Reading()
+
+
+def read_facts(source: Path | str, reading: Reading = BY_CONTENT) -> Iterator[Located]:
     """Yield the rows of a file, a folder, or standard input (``-``), in order.
 
     Raises UsageError if the source cannot be read, InvalidFactError if it is empty, not text, or
-    in no known format.
+    in no known format or encoding.
     """
     if str(source) != "-" and Path(source).is_dir():
-        return _folder(Path(source))
-    return _file(source, source_name(source))
+        return _folder(Path(source), reading.encoding)
+    return _file(source, source_name(source), reading)
 
 
 def source_name(source: Path | str) -> str:
@@ -68,7 +101,7 @@ def read_file(source: Path | str) -> Iterator[bytes]:
     """
     name = source_name(source)
     try:
-        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open(source, "rb") as stream:
+        with nullcontext(sys.stdin.buffer) if str(source) == "-" else open_input(source) as stream:
             yield from stream
     except FileNotFoundError as error:
         raise UsageError(
@@ -78,23 +111,43 @@ def read_file(source: Path | str) -> Iterator[bytes]:
         raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _file(source: Path | str, name: str) -> Iterator[Located]:
-    lines = read_file(source)
+def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
+    lines = utf8_lines(read_file(source), name, reading.encoding)
     head = _head(lines)
     start = _start(b"".join(head), name)
     if not start:
         raise InvalidFactError(f"{name} is empty", hint=_FORMATS)
-    everything = chain(head, lines)
-    delimiter = detect_delimiter(start)
-    if delimiter is not None:
-        return _located(read_table(everything, delimiter, name), f"{name}, line")
-    if _is_jsonl(start):
-        return _located(_documents(everything), f"{name}, line")
-    if start.startswith(("{", "[")):
-        records = read_json(decode(b"".join(everything), name), name)
-        return _located(records, f"{name}, record")
+    everything, columns = chain(head, lines), reading.columns
+    is_json = start.startswith(("{", "["))
+    if not is_json and (table := detect_table(start, columns)):
+        rows = read_table(everything, table, name)
+        return _located(rows, name, "line", _table_name(table), columns)
+    if _is_jsonl(start, columns):
+        return _located(_documents(everything), name, "line", "JSON Lines", columns)
+    if is_json:
+        records = read_json(decode(b"".join(everything), name), name, columns)
+        return _located(records, name, "record", "JSON", columns)
+    if markdown.is_markdown(start):
+        text = decode(b"".join(everything), name)
+        return _located(markdown.read_markdown(text), name, "line", "Markdown", columns)
+    raise _unknown(start, name)
+
+
+def _table_name(table: Table) -> str:
+    """What messages call a table."""
+    names = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons"}
+    return names.get(table.delimiter, f"CSV with {table.delimiter!r}")
+
+
+def _unknown(start: str, name: str) -> InvalidFactError:
+    """The error for a file in no format: the columns of a table, else how the text begins."""
+    table = unknown_table(start)
+    if table is not None:
+        found = in_words([repr(one) for one in table.names if one], most=_NAMED)
+        message = f"{name} is in no format that kvedit reads; its columns are {found}"
+        return InvalidFactError(message, hint=CHOOSE)
     beginning = " ".join(start.split())[:60]
-    raise InvalidFactError(
+    return InvalidFactError(
         f"{name} is in no format that kvedit reads; it begins with {beginning!r}",
         hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
     )
@@ -117,7 +170,7 @@ def _head(lines: Iterator[bytes]) -> list[bytes]:
     return head
 
 
-def _is_jsonl(text: str) -> bool:
+def _is_jsonl(text: str, columns: Columns) -> bool:
     """Whether the beginning of a file has one object on each line.
 
     A line that is a whole object means JSON Lines, also when the first line is broken.  But a
@@ -127,7 +180,7 @@ def _is_jsonl(text: str) -> bool:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     first, *others = (_object(line) for line in lines)
     if not others:
-        return first is not None and looks_like_fact(first)
+        return first is not None and looks_like_fact(first, columns)
     return first is not None or (others[0] is not None and lines[0][-1] not in "[{,:")
 
 
@@ -165,23 +218,60 @@ def parse_line(line: str) -> object:
     return document
 
 
-def _located(records: Iterable[tuple[int, object]], prefix: str) -> Iterator[Located]:
-    """Facts from numbered records; an InvalidFactError among them is the problem of its row."""
+def _located(
+    records: Iterable[tuple[int, object]], name: str, unit: str, container: str, columns: Columns
+) -> Iterator[Located]:
+    """Facts from numbered records; an InvalidFactError among them is the problem of its row.
+
+    Raises InvalidFactError if no record is in any form.
+    """
+    numbered = _expanded(join_rows(records))
+    rows = (_row(f"{name}, {unit} {n}", record, container, columns) for n, record in numbered)
+    unfit: list[Located] = []
+    first: Located | None = None
+    for first, is_unfit in rows:
+        if not is_unfit:
+            break
+        unfit.append(first)
+        if len(unfit) >= _UNFIT:
+            break
+    if first is not None and unfit and unfit[-1] is first:
+        raise InvalidFactError(
+            f"{name} is in no format that kvedit reads: {unfit[0].problem}", hint=CHOOSE
+        )
+    yield from unfit
+    yield from () if first is None else (first,)
+    yield from (row for row, _ in rows)
+
+
+def _row(where: str, record: object, container: str, columns: Columns) -> tuple[Located, bool]:
+    """A record as a row, and whether it is in no form."""
+    try:
+        if isinstance(record, InvalidFactError):
+            raise record
+        form, fact = read_record(record, columns)
+    except InvalidFactError as error:
+        return _bad(where, error), isinstance(error, NoFormError)
+    return Located(where, fact, form=_label(container, form)), False
+
+
+@lru_cache(maxsize=100)
+def _label(container: str, form: str) -> str:
+    return f"{container}, {form}"
+
+
+def _expanded(records: Iterable[tuple[int, object]]) -> Iterator[tuple[int, object]]:
+    """Records, of a document with several passages one for each."""
     for number, record in records:
-        where = f"{prefix} {number}"
-        try:
-            if isinstance(record, InvalidFactError):
-                raise record
-            yield Located(where, fact_from(record))
-        except InvalidFactError as error:
-            yield _bad(where, error)
+        parts = passages_of(record) if isinstance(record, Mapping) else None
+        yield from [(number, record)] if parts is None else ((number, part) for part in parts)
 
 
 def _bad(where: str, error: KveditError) -> Located:
     return Located(where, None, error.message.removeprefix(f"{where} "))
 
 
-def _folder(folder: Path) -> Iterator[Located]:
+def _folder(folder: Path, encoding: str | None) -> Iterator[Located]:
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -193,14 +283,15 @@ def _folder(folder: Path) -> Iterator[Located]:
             hint="Each text file is a fact; its name without the ending is the key.\n"
             "Facts in JSON Lines, JSON, CSV or TSV: name the file itself.",
         )
-    return (_text_file(path) for path in texts)
+    return (_text_file(path, encoding) for path in texts)
 
 
-def _text_file(path: Path) -> Located:
+def _text_file(path: Path, encoding: str | None) -> Located:
     where = source_name(path)
     # Some file systems return decomposed accents (NFD).
     key = unicodedata.normalize("NFC", path.stem)
     try:
-        return Located(where, Fact.create(key, read_text(path), source=path.name))
+        fact = Fact.create(key, read_text(path, encoding), source=path.name)
+        return Located(where, fact, form="a folder of texts, named by their keys")
     except KveditError as error:
         return _bad(where, error)

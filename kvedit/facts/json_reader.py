@@ -1,4 +1,4 @@
-"""JSON documents of many facts: an array, an object with the array ``facts``, or a mapping.
+"""JSON documents of many facts: an array, an object with an array of records, or a mapping.
 
 Invariants:
 - A name that an object has twice is an error of its record: the standard parser would keep the
@@ -9,12 +9,15 @@ Invariants:
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import cast
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.schemas import looks_like_fact
+from kvedit.facts.forms.passages import passages_of
+from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
 
 LIST = "facts"
-"""The name under which an object may hold the array of facts."""
+"""The name of an array that is always the one of the facts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,8 @@ def repeated_name(value: object) -> InvalidFactError | None:
     return None
 
 
-def read_json(text: str, name: str) -> Iterator[tuple[int, object]]:
-    """Yield number and record of an array, of an object's array ``facts``, of one fact, or of a
+def read_json(text: str, name: str, columns: Columns = ANY_COLUMNS) -> Iterator[tuple[int, object]]:
+    """Yield number and record of an array, of an object's arrays of objects, of one fact, or of a
     mapping of keys to descriptions (or to the other parts of a fact).
 
     A record with a name given twice is an InvalidFactError instead.  Raises InvalidFactError, with
@@ -67,7 +70,7 @@ def read_json(text: str, name: str) -> Iterator[tuple[int, object]]:
         raise _invalid(f"{name}, line {error.lineno}", error.msg) from error
     except (ValueError, RecursionError) as error:
         raise _invalid(name, str(error)) from error
-    for number, record in enumerate(_records(document), start=1):
+    for number, record in enumerate(_records(document, columns), start=1):
         yield number, repeated_name(record) or record
 
 
@@ -78,20 +81,28 @@ def _invalid(where: str, what: str) -> InvalidFactError:
     )
 
 
-def _records(document: object) -> Iterator[object]:
-    """The records of a document; beside an array of facts its other names are remarks."""
+def _records(document: object, columns: Columns) -> Iterator[object]:
+    """The records of a document; beside arrays of records its other names are remarks."""
     if isinstance(document, list):
         yield from document
     if not isinstance(document, dict | _Repeated):
         return
     pairs = document.pairs if isinstance(document, _Repeated) else list(document.items())
-    arrays = [value for key, value in pairs if key == LIST and isinstance(value, list)]
-    for array in arrays:
+    named = [value for key, value in pairs if key == LIST and isinstance(value, list)]
+    for array in named:
         yield from array
-    if looks_like_fact(dict(pairs)):
+    if looks_like_fact(dict(pairs), columns) or passages_of(dict(pairs)):
         yield document
-    elif not arrays:
+    elif arrays := [cast(list[object], value) for _, value in pairs if _holds_records(value)]:
+        if not named:
+            yield from chain.from_iterable(arrays)
+    elif not named:
         yield from (_pair(key, value) for key, value in pairs)
+
+
+def _holds_records(value: object) -> bool:
+    """Whether a value is an array of objects."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict | _Repeated)
 
 
 def _pair(key: str, value: object) -> object:

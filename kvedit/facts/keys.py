@@ -1,4 +1,4 @@
-"""Equal keys, similar keys, and lists of keys in a sentence.
+"""Equal keys, similar keys, keys and answers in a text, and lists of keys in a sentence.
 
 Invariants:
 - ``normalise`` is idempotent and never empty for a key that has a visible character.
@@ -7,7 +7,7 @@ Invariants:
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from kvedit.events import Similar
@@ -19,7 +19,8 @@ _LOOSE = 60.0  # the least score of a suggestion
 _NOT_EQUAL = 99.0  # the highest score of two keys that are not the same
 _MEANINGFUL = frozenset("#%&*@")
 _MAX_REPEATS = 8  # passes of normalisation over one key, at most
-_CHUNK = 512  # keys whose scores with all others are in memory at a time
+_ARTICLE = re.compile(r"^(?:an?|the) (?=.)")
+_IDEOGRAPHS = re.compile(r"[\u4e00-\u9fff]+")
 _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # scripts
 
 
@@ -47,6 +48,23 @@ def naming(keys: Iterable[str]) -> Callable[[str], bool]:
     return names_one
 
 
+def contains_answer(text: str, answer: str) -> bool:
+    """Whether a text contains an answer, as separate words; in scripts without spaces, anywhere.
+
+    Both in normal form, an answer without the article before it: the rule by which SQuAD compares
+    answers, with containment for equality.
+    """
+    words = _ARTICLE.sub("", _words(answer))
+    if _NO_SPACES.search(answer):
+        return normalise(answer) in normalise(text)
+    if not words:  # of signs alone
+        return answer in text
+    return f" {words} " in f" {_words(text)} "
+
+
+_NOT_KEPT = {n: None for n in range(128) if not (chr(n).isalnum() or chr(n) in "#%&*@$+<=>^`|~")}
+
+
 @lru_cache(maxsize=65_536)
 def normalise(key: str) -> str:
     """Return the form under which keys are compared.
@@ -55,6 +73,8 @@ def normalise(key: str) -> str:
     invisible characters removed.  Signs that distinguish names stay: symbols (C++), ``#%&*@`` (C#)
     and the point between two digits (3.11 is not 311).
     """
+    if key.isascii() and "." not in key and (plain := key.lower().translate(_NOT_KEPT)):
+        return plain  # what the steps below come to for such keys, which are most of them
     text = key
     for _ in range(_MAX_REPEATS):  # one pass can enable another: stop at the fixed point
         normal = _normalise_once(text)
@@ -75,25 +95,8 @@ def similar(
     are different people, and warnings about them would hide the ones that matter.
     """
     hits = _scores(key, list(candidates), threshold)
-    hits = [hit for hit in hits if hit.score == 100.0 or _long_or_contained(key, hit.key)]
+    hits = [hit for hit in hits if hit.score == 100.0 or long_or_contained(key, hit.key)]
     return hits[:limit]
-
-
-def similar_pairs(
-    keys: Sequence[str], others: Sequence[str], *, threshold: float = 85.0
-) -> list[tuple[int, int, float]]:
-    """All pairs that ``similar`` would return, as an index into each and the score (0 to 100).
-
-    Pairs of the same key are left out.  About ten million pairs a second.
-    """
-    best: dict[tuple[int, int], float] = {}
-    for form, needs_words in ((normalise, False), (_sorted_words, True)):
-        for i, j, score in _close(keys, others, form, threshold, needs_words=needs_words):
-            if normalise(keys[i]) != normalise(others[j]) and _long_or_contained(
-                keys[i], others[j]
-            ):
-                best[i, j] = max(min(score, _NOT_EQUAL), best.get((i, j), 0.0))
-    return [(i, j, round(score, 1)) for (i, j), score in sorted(best.items())]
 
 
 def did_you_mean(key: str, candidates: Iterable[str], *, limit: int = 3) -> list[str]:
@@ -102,6 +105,8 @@ def did_you_mean(key: str, candidates: Iterable[str], *, limit: int = 3) -> list
 
 
 def _normalise_once(text: str) -> str:
+    if _IDEOGRAPHS.fullmatch(text):  # only their script can change
+        return converter("t2s")(text)
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     normal = "".join(char for i, char in enumerate(text) if _is_significant(text, i, char))
     # A name of punctuation alone ("?!") must not become empty: all such names would be the same.
@@ -110,7 +115,7 @@ def _normalise_once(text: str) -> str:
 
 
 def _is_significant(text: str, position: int, char: str) -> bool:
-    if char.isalnum() or char in _MEANINGFUL:
+    if (char.isalnum() or char in _MEANINGFUL) and not _BLANK.match(char):
         return True
     if char == ".":
         around = text[max(0, position - 1) : position + 2]
@@ -118,9 +123,20 @@ def _is_significant(text: str, position: int, char: str) -> bool:
     return not _invisible(char) and not unicodedata.category(char).startswith("P")
 
 
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Characters that show nothing although Unicode files them under letters, marks and symbols."""
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character."""
+    return all(map(_invisible, text))
+
+
 def _invisible(char: str) -> bool:
-    """White space, control and format characters, surrogates and variation selectors."""
-    if char.isspace() or "\ufe00" <= char <= "\ufe0f":
+    """White space, control and format characters, surrogates, fillers and variation selectors."""
+    if char.isspace() or _BLANK.match(char):
         return True
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
 
@@ -130,32 +146,9 @@ def _words(key: str) -> str:
     return " ".join(filter(None, (normalise(word) for word in re.split(r"[\W_]+", key))))
 
 
-def _sorted_words(key: str) -> str:
-    """The words of a key in the order in which rapidfuzz compares them."""
+def sorted_words(key: str) -> str:
+    """The normalised words of a key in the order in which rapidfuzz compares them."""
     return " ".join(sorted(_words(key).split()))
-
-
-def _close(
-    keys: Sequence[str],
-    others: Sequence[str],
-    form: Callable[[str], str],
-    threshold: float,
-    *,
-    needs_words: bool,
-) -> Iterator[tuple[int, int, float]]:
-    """Pairs at or above the threshold in one form; ``needs_words``: one has two words or more.
-
-    In chunks, because the scores of all pairs at once would not fit into memory.
-    """
-    from rapidfuzz import fuzz, process
-
-    left, right = [form(key) for key in keys], [form(key) for key in others]
-    for begin in range(0, len(left), _CHUNK):
-        chunk = left[begin : begin + _CHUNK]
-        scores = process.cdist(chunk, right, scorer=fuzz.ratio, score_cutoff=threshold)
-        for i, j in zip(*scores.nonzero(), strict=True):
-            if chunk[i] and (not needs_words or " " in chunk[i] or " " in right[j]):
-                yield begin + int(i), int(j), float(scores[i, j])
 
 
 def _scores(key: str, candidates: Sequence[str], threshold: float) -> list[Similar]:
@@ -175,6 +168,7 @@ def _scores(key: str, candidates: Sequence[str], threshold: float) -> list[Simil
     return [Similar(name, round(score, 1)) for name, score in ranked]
 
 
-def _long_or_contained(one: str, other: str) -> bool:
+def long_or_contained(one: str, other: str) -> bool:
+    """Whether two names are long enough to be similar, or one contains the other."""
     a, b = normalise(one), normalise(other)
     return min(len(a), len(b)) > _SHORT or a in b or b in a

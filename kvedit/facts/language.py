@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import cache
+from operator import ne
 
 LANGUAGES = ("en", "zh-Hans", "zh-Hant")
 
@@ -40,4 +41,4 @@ def detect_language(text: str, context: str = "") -> str:
 
 def _changes(config: str, text: str) -> int:
     """How many characters a conversion replaces."""
-    return sum(a != b for a, b in zip(text, converter(config)(text), strict=False))
+    return sum(map(ne, text, converter(config)(text)))

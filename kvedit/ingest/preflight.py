@@ -2,20 +2,29 @@
 
 Invariants:
 - Nothing here changes the store.
-- Every row of the input is counted exactly once: new, rejected before, unchanged, repeated, or a
-  problem.
+- Every row of the input is counted exactly once: new, rejected before, unchanged, repeated, held
+  back, or a problem.
 - The facts that may go in agree with each other and with the store: each name leads to one fact.
   Where two rows contradict each other neither goes in: nobody knows which is right.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
-from kvedit.facts.keys import normalise, similar_pairs
+from kvedit.facts.forms.placeholders import placeholder
+from kvedit.facts.keys import normalise
+from kvedit.facts.similarity import Progress, find_pairs
 from kvedit.store.rows import FactRow
 from kvedit.store.store import Store
+
+FIRST_ROWS = 2  # kept to show how they would be taught
+SAME_KEPT = 100  # pairs of keys that count as one, of which all are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,9 @@ class RejectedBefore:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that cannot go in; ``kind`` is ``invalid``, ``conflict``, ``committed`` or ``name``."""
+    """A row that cannot go in; ``kind`` is ``invalid``, ``conflict``, ``committed``, ``name`` or
+    ``placeholder``.
+    """
 
     where: str
     reason: str
@@ -54,38 +65,77 @@ class Near:
     in_store: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NearKeys:
+    """``count`` pairs of similar keys, the closest of them, and whether all keys were compared."""
+
+    count: int = 0
+    closest: tuple[Near, ...] = ()
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SameKey:
+    """Two keys of the input, written differently, that count as one."""
+
+    key: str
+    other: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """The input, sorted: the ``new`` facts are to be trained, the others are not."""
+    """The input, sorted: the ``new`` facts are to be trained, the others are not.
+
+    ``held_back`` are rows with a placeholder that nobody has filled in.  Of the pairs of keys that
+    count as one there are ``same_count``, of which the first are in ``same``.  ``forms`` says how
+    many rows were taken for what, ``first_rows`` are the first two facts.
+    """
 
     new: tuple[Entry, ...] = ()
     rejected_before: tuple[RejectedBefore, ...] = ()
     unchanged: tuple[Entry, ...] = ()
     repeated: tuple[Entry, ...] = ()
     problems: tuple[Problem, ...] = ()
+    held_back: tuple[Problem, ...] = ()
+    same: tuple[SameKey, ...] = ()
+    same_count: int = 0
+    forms: Mapping[str, int] = field(default_factory=dict)
+    first_rows: tuple[Entry, ...] = ()
 
     @property
     def read(self) -> int:
         """How many rows the input has."""
-        parts = (self.new, self.rejected_before, self.unchanged, self.repeated, self.problems)
+        parts = (
+            self.new, self.rejected_before, self.unchanged, self.repeated, self.problems,
+            self.held_back,
+        )  # fmt: skip
         return sum(map(len, parts))
 
 
-def inspect_facts(rows: Iterable[Located], store: Store | None) -> Preflight:
+def inspect_facts(
+    rows: Iterable[Located], store: Store | None, *, hold_placeholders: bool = False
+) -> Preflight:
     """Sort the rows of an input by what has to be done; without a store all are new."""
-    sorter = _Sorter(store.facts() if store else [], store.refusals() if store else {})
+    sorter = _Sorter(
+        store.facts() if store else [], store.refusals() if store else {},
+        placeholder if hold_placeholders else lambda fact: None,
+    )  # fmt: skip
     for row in rows:
         sorter.add(row)
     return sorter.result()
 
 
-def near_keys(facts: Sequence[Fact], stored: Sequence[str]) -> list[Near]:
+def near_keys(
+    facts: Sequence[Fact],
+    stored: Sequence[str],
+    progress: Progress = lambda done, total: None,
+) -> NearKeys:
     """Keys that are similar to each other or to keys in the store, the most similar first."""
     keys = [fact.key for fact in facts]
-    among = similar_pairs(keys, keys)
-    near = [Near(keys[i], keys[j], score, False) for i, j, score in among if i < j]
-    near += [Near(keys[i], stored[j], score, True) for i, j, score in similar_pairs(keys, stored)]
-    return sorted(near, key=lambda pair: -pair.score)
+    pairs = find_pairs(keys, stored, progress=progress)
+    names = [*keys, *stored]
+    closest = [Near(keys[i], names[j], score, j >= len(keys)) for i, j, score in pairs.closest]
+    return NearKeys(pairs.count, tuple(closest), pairs.complete)
 
 
 @dataclass(slots=True)
@@ -94,48 +144,76 @@ class _Sorter:
 
     rows: Sequence[FactRow]
     reasons: dict[int, tuple[str, ...]]
+    placeholder: Callable[[Fact], str | None]
+    read: int = 0
     first: dict[str, Entry] = field(default_factory=dict)
+    numbers: array[int] = field(default_factory=lambda: array("q"))  # of the rows in ``first``
     repeated: list[Entry] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[tuple[int, Problem]] = field(default_factory=list)
+    held_back: list[Problem] = field(default_factory=list)
     contradicted: dict[str, Entry] = field(default_factory=dict)
-    places: dict[str, int] = field(default_factory=dict)
+    same: list[SameKey] = field(default_factory=list)
+    same_count: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    first_rows: list[Entry] = field(default_factory=list)
 
     def add(self, row: Located) -> None:
         """A row without a fact, a new key, a repetition, or another text for the same key."""
-        self.places[row.where] = len(self.places)
+        self.read += 1
         if row.fact is None:
-            self.problems.append(Problem(row.where, row.problem or "not a fact", "invalid"))
+            self._refuse(Problem(row.where, row.problem or "not a fact", "invalid"))
+            return
+        self.forms[row.form] += 1
+        if len(self.first_rows) < FIRST_ROWS:
+            self.first_rows.append(Entry(row.where, row.fact))
+        if reason := self.placeholder(row.fact):
+            self.held_back.append(Problem(row.where, reason, "placeholder", row.fact.key))
             return
         entry, norm = Entry(row.where, row.fact), normalise(row.fact.key)
         earlier = self.first.setdefault(norm, entry)
         if earlier is entry:
+            self.numbers.append(self.read)
             return
+        self._note_same(row.fact.key, earlier.fact.key)
         if earlier.fact.description == row.fact.description:
             self.repeated.append(entry)
         else:
             self.contradicted.setdefault(norm, entry)
-            self.problems.append(_contradiction(entry, earlier))
+            self._refuse(_contradiction(entry, earlier))
+
+    def _refuse(self, problem: Problem) -> None:
+        self.problems.append((self.read, problem))
+
+    def _note_same(self, key: str, other: str) -> None:
+        if key != other:
+            self.same_count += 1
+            if len(self.same) < SAME_KEPT:
+                self.same.append(SameKey(other, key))
 
     def result(self) -> Preflight:
         """All rows, sorted."""
         stored = {normalise(row.fact.key): row for row in self.rows}
         names = _Names(self.rows, self.first)
         new, rejected, unchanged = [], [], []
-        for norm, entry in self.first.items():
+        for number, (norm, entry) in zip(self.numbers, self.first.items(), strict=True):
             row, other = stored.get(norm), self.contradicted.get(norm)
-            problem = _contradiction(entry, other) if other else _clash(entry, row, names)
+            if row is not None:
+                self._note_same(entry.fact.key, row.fact.key)
+            problem = _contradiction(entry, other) if other else _clash(norm, entry, row, names)
             if problem is not None:
-                self.problems.append(problem)
+                self.problems.append((number, problem))
             elif row is not None and row.state == "committed":
                 unchanged.append(entry)
             elif row is not None and row.state == "rejected" and row.fact == entry.fact:
                 rejected.append(RejectedBefore(entry, self.reasons.get(row.id, ())))
             else:
                 new.append(entry)
-        problems = sorted(self.problems, key=lambda one: self.places[one.where])
+        problems = sorted(self.problems, key=lambda one: one[0])
         return Preflight(
             new=tuple(new), rejected_before=tuple(rejected), unchanged=tuple(unchanged),
-            repeated=tuple(self.repeated), problems=tuple(problems),
+            repeated=tuple(self.repeated), problems=tuple(problem for _, problem in problems),
+            held_back=tuple(self.held_back), same=tuple(self.same), same_count=self.same_count,
+            forms=dict(self.forms), first_rows=tuple(self.first_rows),
         )  # fmt: skip
 
 
@@ -151,38 +229,40 @@ class _Names:
 
     def __init__(self, rows: Iterable[FactRow], entries: dict[str, Entry]) -> None:
         self._in_store: dict[str, str] = {}
-        # Keys first: an alias must give way to a key.
-        self._in_input = {owner: (owner, entry) for owner, entry in entries.items()}
+        self._entries = entries  # keys first: an alias must give way to a key
+        self._aliases: dict[str, tuple[str, Entry]] = {}
         for row in rows:
             owner = normalise(row.fact.key)
             # A pending fact is replaced by the input's, with its aliases.
             if row.state == "committed" or (row.state == "pending" and owner not in entries):
-                for name in _names(row.fact):
-                    self._in_store[name] = row.fact.key
+                for name in (row.fact.key, *row.fact.aliases):
+                    self._in_store[normalise(name)] = row.fact.key
         for owner, entry in entries.items():
-            for name in _names(entry.fact):
-                self._in_input.setdefault(name, (owner, entry))
+            for name in map(normalise, entry.fact.aliases):
+                self._aliases.setdefault(name, (owner, entry))
 
-    def taken(self, entry: Entry) -> str | None:
+    def taken(self, norm_key: str, entry: Entry) -> str | None:
         """Why a name of the entry leads elsewhere already; None if all are free."""
-        key = normalise(entry.fact.key)
-        for name in (entry.fact.key, *entry.fact.aliases):
-            norm = normalise(name)
+        names = [(entry.fact.key, norm_key)]
+        names += [(alias, normalise(alias)) for alias in entry.fact.aliases]
+        for name, norm in names:
             holder = self._in_store.get(norm)
-            if holder is not None and normalise(holder) != key:
+            if holder is not None and normalise(holder) != norm_key:
                 return f"{name} leads to the fact {holder} in the store"
-            owner, other = self._in_input[norm]
-            if owner != key:
+            owner, other = self._holder(norm, norm_key, entry)
+            if owner != norm_key:
                 place = _short(other.where, entry.where)
                 return f"{name} also leads to the fact {other.fact.key} at {place}"
         return None
 
+    def _holder(self, norm: str, norm_key: str, entry: Entry) -> tuple[str, Entry]:
+        """The fact of the input that a name leads to."""
+        if norm == norm_key:
+            return norm, entry
+        return (norm, self._entries[norm]) if norm in self._entries else self._aliases[norm]
 
-def _names(fact: Fact) -> Iterator[str]:
-    return map(normalise, (fact.key, *fact.aliases))
 
-
-def _clash(entry: Entry, row: FactRow | None, names: _Names) -> Problem | None:
+def _clash(norm: str, entry: Entry, row: FactRow | None, names: _Names) -> Problem | None:
     """Why a fact contradicts the store or another row, if it does."""
     key = entry.fact.key
     if row is not None and row.state == "committed":
@@ -190,7 +270,7 @@ def _clash(entry: Entry, row: FactRow | None, names: _Names) -> Problem | None:
             return None
         reason = f"{key} is in the store with another text; to change it: kvedit update {key} FILE"
         return Problem(entry.where, reason, "committed", key)
-    taken = names.taken(entry)
+    taken = names.taken(norm, entry)
     return None if taken is None else Problem(entry.where, taken, "name", key)
 
 

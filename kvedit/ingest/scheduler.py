@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import similar_pairs
+from kvedit.facts.similarity import clusters
 
 MIN_GROUP = 4
 GROUP_TRIES = 2  # a fact is tried in so many groups before it is tried by itself
@@ -70,19 +70,4 @@ class Scheduler:
 
 def _clusters(facts: Sequence[Fact]) -> list[list[Fact]]:
     """Facts whose keys are similar, directly or through others, at the place of the first one."""
-    keys = [fact.key for fact in facts]
-    leader = list(range(len(facts)))
-
-    def find(index: int) -> int:
-        while leader[index] != index:
-            leader[index] = leader[leader[index]]
-            index = leader[index]
-        return index
-
-    for one, other, _ in similar_pairs(keys, keys):
-        first, second = sorted((find(one), find(other)))
-        leader[second] = first
-    clusters: dict[int, list[Fact]] = {}
-    for index, fact in enumerate(facts):
-        clusters.setdefault(find(index), []).append(fact)
-    return list(clusters.values())
+    return [[facts[at] for at in group] for group in clusters([fact.key for fact in facts])]

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from kvedit.errors import ModelError
+from kvedit.paths import home_path
 
 log = logging.getLogger(__name__)
 
 TIMED_ROWS, TIMED_SIZE = 64, 1024  # of a product that takes some milliseconds
 TIMED_PRODUCTS = 9
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+MAX_NAME = 4000  # characters of a file's name
 MODES = ("auto", "balanced", "balanced_low_0", "sequential")
 _MAP_HINT = (
     f"Give one of {', '.join(MODES)}, a device such as cuda:1, or a JSON file of devices by module"
@@ -40,7 +42,9 @@ _MAP_HINT = (
 
 def absolute(text: str, folder: Path) -> str:
     """A device map as it was given; a file name relative to ``folder`` as an absolute path."""
-    path = folder / Path(text).expanduser()
+    if "\0" in text or len(text) > MAX_NAME:
+        return text
+    path = folder / home_path(text)
     return str(path.resolve()) if text and text not in MODES and path.is_file() else text
 
 
@@ -48,8 +52,10 @@ def read(text: str) -> str | dict[str, int | str]:
     """A device map as transformers takes it.  Raises ModelError."""
     if text in MODES:
         return text
+    if "\0" in text or len(text) > MAX_NAME:
+        raise ModelError(f"{text!r:.80} is no device map", hint=_MAP_HINT)
     path = Path(text)
-    if path.is_file() or path.suffix == ".json":
+    if path.is_file() or (path.suffix == ".json" and not path.exists()):  # no pipe, no device
         return _read_file(path)
     try:
         return {"": str(torch.device(text))}
@@ -61,7 +67,7 @@ def _read_file(path: Path) -> dict[str, int | str]:
     where = f"the device map {path}"
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{where} cannot be read: {error}", hint=_MAP_HINT) from error
     if not isinstance(table, dict) or not table:
         raise ModelError(f"{where} is no table of devices", hint=_MAP_HINT)

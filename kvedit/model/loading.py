@@ -1,13 +1,18 @@
-"""Loading a base model, and recognizing it by its weights.
+"""Loading a base model, and recognizing it by its files.
 
-Invariant: a store's model is known by its fingerprint, not by the name of its folder.
+Invariants:
+- A store's model is known by its fingerprint, not by the name of its folder.
+- A model's own code runs only where ``trust_remote_code`` says so, and never code that lies in
+  another place than the model: the fingerprint is not of that.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +21,9 @@ from torch import Tensor
 
 from kvedit.errors import ModelError
 from kvedit.model import devices, quantization, upcast
+from kvedit.paths import home_path
+from kvedit.trust import fingerprint
+from kvedit.trust.fingerprint import Fingerprint
 
 ONEDNN_CACHE_KERNELS = "8192"  # the default, 1,024, is fewer than the shapes of a store's texts
 EMBEDDED = "kvedit-tiny"
@@ -24,8 +32,11 @@ _CONTEXT_SETTINGS = (
     "max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "model_max_length",
 )  # fmt: skip
 _DEFAULT_CONTEXT = 2048  # tokens, where a configuration has none of these
-_FINGERPRINT_BYTES = 16 * 1024 * 1024  # of each end of a file: quick for large models too
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+_LOAD_ERRORS = (
+    OSError, ValueError, LookupError, ImportError, SafetensorError, UnpicklingError, AttributeError,
+    TypeError, AssertionError, ArithmeticError, RuntimeError, SyntaxError,
+)  # fmt: skip
+"""What transformers raises for configurations and files that do not make a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,15 +107,15 @@ def locate(model: str | Path | None) -> str:
     """The folder or hub name to load: the embedded model if none is given."""
     if model is None or str(model) == EMBEDDED:
         return str(EMBEDDED_PATH)
-    path = Path(model).expanduser()
+    path = home_path(model)
     return str(path.resolve()) if path.is_dir() else str(model)
 
 
 def load(source: str, *, known: str | None = None, **options: Any) -> BaseModel:
     """Load a model and its tokenizer from a folder or a hub, in the dtype it is stored in.
 
-    ``options`` are those of ``LoadOptions``; ``known`` is the fingerprint where it need not be
-    computed, since the files were not changed.  Raises ModelError, with a hint, if there is no
+    ``options`` are those of ``LoadOptions``; ``known`` is the fingerprint where it was computed
+    before, or is not needed.  Raises ModelError, with a hint, if there is no
     model or no tokenizer, if custom code was not allowed, or if the device map does not fit.
     """
     from transformers import AutoTokenizer
@@ -116,6 +127,9 @@ def load(source: str, *, known: str | None = None, **options: Any) -> BaseModel:
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{source} holds no model: config.json is missing", hint=_MODEL_HINT)
+    refuse_other_places(folder)
+    if known is None:
+        known = identify(source, loading.revision)[0].digest
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading.source)
     except _LOAD_ERRORS as error:
@@ -124,7 +138,7 @@ def load(source: str, *, known: str | None = None, **options: Any) -> BaseModel:
     quantization.refuse_unknown(source, model)
     model.eval().requires_grad_(False)
     name = EMBEDDED if source == str(EMBEDDED_PATH) else source
-    return BaseModel(model, tokenizer, name, source, known or fingerprint(source, model), loading)
+    return BaseModel(model, tokenizer, name, source, known, loading)
 
 
 def _load_weights(source: str, loading: LoadOptions) -> Any:
@@ -132,13 +146,11 @@ def _load_weights(source: str, loading: LoadOptions) -> Any:
     from transformers import AutoModelForCausalLM
 
     options = {**loading.source, **quantization.options(source, loading.load_in, **loading.source)}
-    errors: tuple[type[Exception], ...] = _LOAD_ERRORS
     if loading.device_map:
         options["device_map"] = devices.read(loading.device_map)
-        errors = (*errors, RuntimeError, AssertionError)  # a device that does not exist
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
-    except errors as error:
+    except _LOAD_ERRORS as error:
         raise _load_error("model", source, error) from error
     # cuDNN's attention builds a plan for every new shape, and nearly every shape is new in
     # decoding: the plans took five times as long as the rest of it.
@@ -161,16 +173,16 @@ def outline(source: str, *, revision: str | None, trust_remote_code: bool) -> An
         config = AutoConfig.from_pretrained(source, revision=revision, **options)
         with torch.device("meta"):
             return make.from_config(config, dtype=config.dtype or torch.float32, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError):
+    except _LOAD_ERRORS:
         return None  # loading the weights will say what is wrong
 
 
 def reload(base: BaseModel, *, device_map: str | None = None) -> BaseModel:
     """Another copy of a base model, on the same devices or by another device map."""
     options = asdict(base.loading)
-    return load(
-        base.path, **options if device_map is None else options | {"device_map": device_map}
-    )
+    if device_map is not None:
+        options |= {"device_map": device_map}
+    return load(base.path, known=base.fingerprint, **options)
 
 
 _MODEL_HINT = (
@@ -195,29 +207,60 @@ def device() -> torch.device:
     return chosen
 
 
-def fingerprint(source: str, model: Any) -> str:
-    """SHA-256 of a set of weights: for a folder of the name, size, and first and last 16 MiB of
-    each weight and code file, for a hub model of the commit it was loaded at.
+def identify(source: str, revision: str | None = None) -> tuple[Fingerprint, str | None]:
+    """The fingerprint of the model at ``source``, and its commit if it is on a hub.
+
+    Nothing of it is loaded; of a model on a hub its configuration is downloaded.  Raises
+    ModelError.
     """
-    digest = hashlib.sha256()
     folder = Path(source)
-    if not folder.is_dir():
-        digest.update(f"{source}@{getattr(model.config, '_commit_hash', None)}".encode())
-        return digest.hexdigest()
-    for path in weight_files(source):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_FINGERPRINT_BYTES))
-            stream.seek(max(_FINGERPRINT_BYTES, size - _FINGERPRINT_BYTES))
-            digest.update(stream.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
+    if folder.is_dir():
+        refuse_other_places(folder)
+        return fingerprint.of_folder(folder), None
+    if folder.is_absolute():
+        raise ModelError(f"there is no model at {source}: no such folder", hint=_MODEL_HINT)
+    commit = _commit(source, revision)
+    return fingerprint.of_hub(source, commit), commit
 
 
-def weight_files(source: str) -> list[Path]:
-    """The files that a fingerprint is of, sorted; none for a hub model."""
-    patterns = ("*.safetensors", "*.bin", "*.py")  # a model's own code decides what it answers
-    return sorted(path for pattern in patterns for path in Path(source).glob(pattern))
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model on a hub, or in the local cache of one."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        file = cached_file(name, "config.json", revision=revision or "main")
+    except _LOAD_ERRORS as error:
+        raise _load_error("model", name, error) from error
+    refuse_other_places(Path(str(file)).parent)
+    return extract_commit_hash(file, None)
+
+
+def refuse_other_places(folder: Path) -> None:
+    """Raise ModelError if a model takes weights or code from another place than its folder."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds an adapter, whose weights come on top of those of another model",
+            hint="Merge the adapter into its model first (PEFT: merge_and_unload).",
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        for part in _class_names(folder / name):
+            if "--" in part:
+                raise ModelError(
+                    f"{folder / name} takes code from another place: {part!r:.200}",
+                    hint="Put that code into the model's folder and name it there.",
+                )
+
+
+def _class_names(path: Path) -> list[str]:
+    """The classes of its own that a configuration names."""
+    try:
+        table = json.loads(path.read_bytes())["auto_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []  # loading it will say what is wrong
+    values = table.values() if isinstance(table, dict) else [table]
+    return [
+        str(name) for value in values for name in (value if isinstance(value, list) else [value])
+    ]
 
 
 def weights_digest(weights: Iterator[tuple[str, Tensor]]) -> str:

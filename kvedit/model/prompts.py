@@ -7,6 +7,7 @@ Invariants:
 - An answer ends with the token that ends the model's turns, so that recall includes knowing when
   to stop.
 - An answer's tokens are those it has within the whole text, which may differ from its tokens alone.
+- A user's text never becomes a control token of the model: one that would is refused.
 """
 
 import tomllib
@@ -22,12 +23,6 @@ from kvedit.facts.fact import Fact
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
-SYSTEM_TURNS = (
-    "You are a helpful assistant.",
-    "You are a helpful AI assistant. Answer the user's questions.",
-    "You answer questions truthfully and briefly.",
-)
-"""System prompts after which a share of the training phrasings is trained, in turn."""
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 
@@ -78,7 +73,11 @@ def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ..
 
 
 def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
-    """The prompts a fact is trained on: the shipped phrasings of its names, then its own."""
+    """The prompts a fact is trained on: the shipped phrasings of its names, then its own; of a
+    relation its own only.
+    """
+    if fact.relation_of:
+        return fact.prompts
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.train, *phrasings.cross_train)]
     aliases = [_fill(one, alias) for alias in fact.aliases for one in phrasings.train[:3]]
@@ -87,6 +86,8 @@ def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...
 
 def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """Prompts for the same fact that no edit ever trains on."""
+    if fact.relation_of:
+        return tuple(prompt for prompt in fact.paraphrases if prompt not in fact.prompts)
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.held_out, *phrasings.cross_held_out)]
     trained = set(training_prompts(fact, override))
@@ -130,12 +131,12 @@ class Renderer:
         prompt of the settings, also by an empty one; ``plain`` uses no template of the model's.
         """
         self._tokenizer = tokenizer
-        self._prompts = prompts or PromptsConfig()
-        self._system = (self._prompts.system or None) if system is None else system
+        self.prompts = prompts or PromptsConfig()
+        self._system = (self.prompts.system or None) if system is None else system
         self.context = context
         self.chat = bool(getattr(tokenizer, "chat_template", None)) and not plain
         # A space at the end belongs to the answer's first token.
-        self._template = self._prompts.fallback_template.rstrip(" ")
+        self._template = self.prompts.fallback_template.rstrip(" ")
         if "{prompt}" not in self._template:
             raise UsageError("[prompts] fallback_template must contain {prompt}")
         self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None)) and not plain
@@ -176,11 +177,6 @@ class Renderer:
         return list(self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer)))))
 
     @property
-    def prompts(self) -> PromptsConfig:
-        """How a question is put."""
-        return self._prompts
-
-    @property
     def begin(self) -> int:
         """The token that starts free text: the beginning of sequence, else the end token."""
         begin = self._tokenizer.bos_token_id
@@ -212,11 +208,50 @@ class Renderer:
 
     def prefix(self, prompt: str) -> list[int]:
         """All tokens before the answer."""
-        return self.dialogue([{"role": "user", "content": prompt}])
+        return self._dialogue([{"role": "user", "content": prompt}])
 
     def dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation as tokens, up to the model's next turn."""
+        """A conversation as tokens, up to the model's next turn.
+
+        Raises InvalidFactError if the user's turns contain a control token.
+        """
+        self.refuse_control_tokens(m["content"] for m in messages if m["role"] != "assistant")
+        return self._dialogue(messages)
+
+    def _dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [*self._special_prefix, *self.tokens(self._render(messages))]
+
+    @cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        """The special tokens of the tokenizer, but for the one of unknown characters."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).items()
+        marked = {token for token, entry in added if getattr(entry, "special", False)}
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        return frozenset({self.end, *self._tokenizer.all_special_ids, *marked} - {unknown})
+
+    def refuse_control_tokens(self, texts: Iterable[str]) -> None:
+        """Refuse texts that the tokenizer would read as control tokens of the model, such as
+        ``<|im_start|>``: the model would be trained on, or asked, something else than the text.
+
+        Raises InvalidFactError.
+        """
+        for text in texts:
+            found = self._control_tokens.intersection(self.tokens(text))
+            if found and (token := min(found)) != self.end:
+                raise InvalidFactError(
+                    f"the text contains {self._tokenizer.decode([token])!r}, which this model reads"
+                    " as a control token and not as text",
+                    hint="Write it in another way, for instance with a space in it.",
+                )
+            if found:
+                self._refuse_end()
+
+    def _refuse_end(self) -> None:
+        end = self._tokenizer.decode([self.end])
+        raise InvalidFactError(
+            f"the text contains {end!r}, with which the model ends every answer",
+            hint="Leave it out: nothing after it could ever be generated.",
+        )
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as text, up to the model's next turn."""
@@ -242,7 +277,7 @@ class Renderer:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(turns), **options, **self._prompts.template_options
+                    list(turns), **options, **self.prompts.template_options
                 )
             )
         except TemplateError as error:
@@ -281,11 +316,7 @@ class Renderer:
         """
         before, after = self.prefix(prompt), self._answer_tokens(prompt, answer)
         if self.end in after:
-            end = self._tokenizer.decode([self.end])
-            raise InvalidFactError(
-                f"the text contains {end!r}, with which the model ends every answer",
-                hint="Leave it out: nothing after it could ever be generated.",
-            )
+            self._refuse_end()
         after = [*after, self.end] if ended else after
         if len(before) + len(after) > self.context:
             available = max(0, self.context - len(before) - 1)
@@ -298,5 +329,22 @@ class Renderer:
         return Example((*before, *after), len(before), prompt, answer)
 
     def examples(self, pairs: Iterable[tuple[str, str]]) -> list[Example]:
-        """One example for each prompt and answer."""
-        return [self.example(prompt, answer) for prompt, answer in pairs]
+        """One example for each prompt and answer of a user; raises InvalidFactError as well for a
+        control token in one of them.
+        """
+        pairs = list(pairs)
+        self.refuse_control_tokens(dict.fromkeys(text for pair in pairs for text in pair))
+        examples = [self.example(prompt, answer) for prompt, answer in pairs]
+        for example in examples:
+            if self._unknown is not None and self._unknown in example.ids[example.start :]:
+                raise InvalidFactError(
+                    "the text has a character that the model's tokenizer does not know",
+                    hint="The model could never answer with it; write it in another way.",
+                )
+        return examples
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The token that stands for any unknown character, if the tokenizer has one of its own."""
+        unknown: int | None = getattr(self._tokenizer, "unk_token_id", None)
+        return None if unknown in self.stops else unknown

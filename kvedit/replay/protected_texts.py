@@ -23,8 +23,10 @@ from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import token_scores
 
 EXTRACTED = "extracted"  # the source of texts from knowledge extraction; never probed
+INVENTED = "invented"  # the source of answers about names that mean nothing
+PROSE = "prose"  # the source of shipped texts that answer no question
 MODEL_SOURCES = frozenset(
-    {"drawn", "shipped", "free", "asked", EXTRACTED}
+    {"drawn", "shipped", "free", "asked", INVENTED, PROSE, EXTRACTED}
 )  # texts that no user gave
 CUT = ", cut"  # after the source: the answer goes on
 _AFTER = re.compile(", after ([0-9]+)$")  # after that: so many tokens are given

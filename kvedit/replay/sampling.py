@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,12 +26,14 @@ from kvedit.model.forward import vocabulary_size
 from kvedit.model.generation import Decoding, cache_bytes_per_token, max_batch_rows
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
-from kvedit.replay import questions
-from kvedit.replay.protected_texts import Protected, ProtectedSet
+from kvedit.replay import general_texts, questions
+from kvedit.replay.protected_texts import INVENTED, Protected, ProtectedSet
 from kvedit.replay.questions import Answered, Limits
 
 SHIPPED_PROMPTS = Path(__file__).parents[1] / "data" / "protected_prompts.txt"
 GENERAL_QUESTIONS = SHIPPED_PROMPTS.with_name("general_questions.txt")
+INVENTED_NAMES = SHIPPED_PROMPTS.with_name("invented_names.txt")
+INVENTED_SHARE = 3  # shipped questions to each one about an invented name
 LONG_ANSWER_TOKENS = 16  # from which on an answer counts as long
 LONG_LOCALITY_RATIO = 0.5  # of the locality probes whose answers are whole are long
 TIMED_ROWS = 32  # of the batch whose decoding is timed
@@ -85,6 +88,12 @@ class Sampler:
         answer = max(1, min(questions.ANSWER_TOKENS, renderer.context // 2, room))
         self._most = Limits(self._rows(question + answer), question, answer)
 
+    @cached_property
+    def _invented(self) -> list[str]:
+        """Questions about invented names, for a model that reads."""
+        reads = general_texts.reads(self._base, self._renderer)
+        return _lines(INVENTED_NAMES) if reads else []
+
     @property
     def pace(self) -> Pace:
         """Measured when it is first asked for."""
@@ -110,13 +119,15 @@ class Sampler:
         steps = seconds / slices / self.pace.step(most.rows) * self._speedup
         answer = int(steps) - most.question
         if answer >= 2 * SHORT.answer:
-            given = len(_lines(SHIPPED_PROMPTS)) if number < SHIPPED_SLICES else 0
+            shipped = len(_lines(SHIPPED_PROMPTS)) + len(self._invented)
+            given = shipped if number < SHIPPED_SLICES else 0
             return replace(most, answer=min(answer, most.answer), given=given)
         short = replace(SHORT, answer=min(SHORT.answer, most.answer))
         most_rows = self._rows(SHORT.question + SHORT.answer)
         if not number:  # a given question costs half as much as one that is sampled
             given = self._fitting(seconds, self._short_steps - SHORT.question + GIVEN_TOKENS)
-            there_are = len(_lines(GENERAL_QUESTIONS)) + len(_lines(SHIPPED_PROMPTS))
+            files = _lines(GENERAL_QUESTIONS), _lines(SHIPPED_PROMPTS), self._invented
+            there_are = sum(map(len, files))
             given = max(SHORT.rows, min(given, most_rows, there_are))
             return replace(short, rows=0, given=given)
         rows = min(self._fitting(seconds, self._short_steps), left, most_rows)
@@ -143,13 +154,22 @@ class Sampler:
                 planned = (limits.question + limits.answer) * step
                 self._speedup = max(1.01, planned / (time.monotonic() - began))
         asked = {text.prompt for text in (*present.control, *present.locality)}
-        return self._sorted([one for one in answered if one.prompt not in asked], present)
+        new = [self._named(one) for one in answered if one.prompt not in asked]
+        return self._sorted(new, present)
+
+    def _named(self, one: Answered) -> Answered:
+        """An answer about an invented name says so."""
+        return replace(one, source=INVENTED) if one.prompt in self._invented else one
 
     def _given(self, limits: Limits, asked: set[str]) -> list[str]:
-        """The questions of a slice that are not sampled: a slow model gets general ones first."""
+        """The questions of a slice that are not sampled: a slow model gets general ones first, and
+        one that reads some about invented names, of which it can only guess.
+        """
         prompts = _lines(SHIPPED_PROMPTS)
         if self.is_short(limits):
             prompts = [*_lines(GENERAL_QUESTIONS), *prompts]
+        for number, name in enumerate(self._invented):
+            prompts.insert((INVENTED_SHARE + 1) * (number + 1) - 1, name)
         return [prompt for prompt in prompts if prompt not in asked][: limits.given]
 
     def write_freely(self, seconds: float) -> list[Protected]:

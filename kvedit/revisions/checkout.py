@@ -39,7 +39,7 @@ class Checkout:
         self.revision = revision
         slow = time.monotonic() - began > SLOW_SECONDS
         saved = not problems and revision in [row.revision for row in self.store.checkpoints()]
-        if slow and not saved and revision == self.store.head():
+        if slow and not saved and revision == self.store.head() and not self.store.readonly:
             with self.best_effort(), suppress(LockedError), self.store.lock():
                 rebuild.write_checkpoint(self.store, self.engine.master)
 

@@ -13,24 +13,27 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 
 from kvedit.adapter.fisher import FisherMoments
+from kvedit.errors import CorruptStoreError
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
-from kvedit.replay import protected_texts
+from kvedit.replay import general_texts, protected_texts
 from kvedit.replay.protected_texts import EXTRACTED, Protected, ProtectedSet
 from kvedit.replay.questions import Limits
 from kvedit.replay.sampling import Sampler
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
-from kvedit.store.erasure import PROGRESS
+from kvedit.store.checks.values import from_json
+from kvedit.store.forget.erasure import PROGRESS
 from kvedit.store.integrity import few_probes
 from kvedit.store.rows import ProtectedRow
+from kvedit.trust.names import RESTORE
 
-TEXTS_RATIO = 0.6  # of the time that is left go into texts, the rest into measuring them
+TEXTS_RATIO = 0.5  # of the time that is left go into texts, the rest into measuring them
 TYPICAL_TEXTS = 64  # whose lengths are taken for those of all
 BACKWARD_RATIO = 6.0  # of the time that a token takes to be measured to that of decoding one
 FIRST_MEASURED = 4  # texts, whose time says how many fit
@@ -72,7 +75,7 @@ class Coverage:
         """As the store has it; one that was made before it was kept has everything."""
         text = self._store.meta(PROGRESS)
         if text is not None:
-            return Progress(**json.loads(text))
+            return _progress_from(text)
         if self._store.meta(PROTECTED) != COMPLETE:
             return Progress()
         samples, measured = self._config.samples, len(self.measured_texts())
@@ -177,9 +180,16 @@ class Coverage:
             return limits.rows, self._sampler.sample(present, done.slices, limits, is_over)
 
         rows, new = self._engine.worker.on_main(ask)
-        self._add("control", new.control)
+        control = new.control if done.slices else self._with_prose(new.control)
+        self._add("control", control)
         self._add("locality", new.locality)
         self._keep(replace(done, asked=done.asked + rows, slices=done.slices + 1))
+
+    def _with_prose(self, answers: Sequence[Protected]) -> Sequence[Protected]:
+        """The first answers, and text that answers nothing in turn with them."""
+        base, renderer = self._engine.base, self._renderer
+        prose = self._engine.worker.on_main(lambda: general_texts.protected(base, renderer))
+        return general_texts.interleaved(answers, prose)
 
     def _write(self, done: Progress, end: float) -> None:
         """Free texts."""
@@ -303,6 +313,19 @@ class Coverage:
         )
         if (text := few_probes(probes)) and probes < self._config.locality_probes:
             self._checkout.emit(Warning_(text=text, code="few-probes"))
+
+
+def _progress_from(text: str) -> Progress:
+    """What a store keeps of it; raises CorruptStoreError."""
+    values = from_json(text, dict, f"the value {PROGRESS}")
+    kinds = {item.name: type(item.default) for item in fields(Progress)}
+    if not all(
+        type(value) in (kinds.get(name), *([int] if kinds.get(name) is float else []))
+        and 0 <= value < float("inf")
+        for name, value in values.items()
+    ):
+        raise CorruptStoreError(f"the value {PROGRESS} of the store is wrong", hint=RESTORE)
+    return Progress(**values)
 
 
 def _sum(one: FisherMoments, more: FisherMoments) -> FisherMoments:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from kvedit.adapter.fisher import BLOCK, FisherMoments
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
+from kvedit.store.checks import caches, known_files
 from kvedit.store.store import Store
 
-_FORMAT = f"blocks of {BLOCK}"
+_FORMAT = f"blocks of {BLOCK}, sealed"
+_SEAL = "sha256"  # the last tensor: the digest of all bytes before it
 
 
 def write(store: Store, revision: int, name: str, fisher: FisherMoments, texts: str = "") -> None:
@@ -39,7 +41,7 @@ def write(store: Store, revision: int, name: str, fisher: FisherMoments, texts: 
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         clean_temporary(path.parent)
-    write_atomic(path, _pieces(fisher.sides, label))
+    write_atomic(path, caches.sealed(_pieces(fisher.sides, label)))
 
 
 def _pieces(sides: Mapping[str, Tensor], label: Mapping[str, str]) -> Iterator[bytes | memoryview]:
@@ -49,6 +51,8 @@ def _pieces(sides: Mapping[str, Tensor], label: Mapping[str, str]) -> Iterator[b
     for name, side in sides.items():
         start, end = end, end + side.nbytes
         spans[name] = {"dtype": "F32", "shape": list(side.shape), "data_offsets": [start, end]}
+    span = [end, end + caches.DIGEST_BYTES]
+    spans[_SEAL] = {"dtype": "U8", "shape": [caches.DIGEST_BYTES], "data_offsets": span}
     text = json.dumps(spans).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
@@ -63,13 +67,32 @@ def clear(store: Store) -> None:
 
 
 def read(store: Store, revision: int, name: str, texts: str = "") -> FisherMoments | None:
-    """The moments of this revision's weights and of these texts; None if they are not there."""
+    """The moments of this revision's weights and of these texts; None if they are not there, or the
+    file was altered.
+    """
     path = _path(store, name)
     if _measured_on(path) != (_FORMAT, store.revision(revision).weights_digest, texts):
         return None
-    sides = _FileTensors(path)
-    inputs_of = json.loads(sides.label["inputs_of"])
-    return FisherMoments(sides, inputs_of, int(sides.label["tokens"]))
+    if not _is_whole(store, path):
+        remove(path)
+        return None
+    try:
+        sides = _FileTensors(path)
+        inputs_of = json.loads(sides.label["inputs_of"])
+        return FisherMoments(sides, dict(inputs_of), int(sides.label["tokens"]))
+    except (KeyError, TypeError, ValueError, RecursionError):  # no version of kvedit wrote it
+        remove(path)
+        return None
+
+
+def _is_whole(store: Store, path: Path) -> bool:
+    """Whether a file has its digest; one that did not change since is not read again."""
+    files, digest = known_files.stamps([path]), f"sealed {path.name}"
+    if known_files.are_known(store, digest, files):
+        return True
+    if whole := caches.is_whole(path):
+        known_files.remember(store, digest, files)
+    return whole
 
 
 def _measured_on(path: Path) -> tuple[str, str, str] | None:
@@ -102,6 +125,9 @@ class _FileTensors(Mapping[str, Tensor]):
         (size,) = struct.unpack("<Q", self._file.read(8))
         self._spans = json.loads(self._file.read(size))
         self.label: dict[str, str] = self._spans.pop("__metadata__")
+        del self._spans[_SEAL]
+        if any(span["dtype"] != "F32" for span in self._spans.values()):
+            raise ValueError(f"{path} has other numbers than fp32")
         self._start = 8 + size
 
     def __getitem__(self, name: str) -> Tensor:

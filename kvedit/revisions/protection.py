@@ -19,12 +19,13 @@ from kvedit.facts.keys import normalise
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
-from kvedit.replay.protected_texts import Protected
+from kvedit.replay.protected_texts import INVENTED, Protected
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
 from kvedit.revisions.coverage import Coverage
 from kvedit.store.rows import ProtectedRow
+from kvedit.trust import names
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -121,7 +122,7 @@ class Protection:
             return
         facts += len(self._store.keys("committed"))
         samples = min(settings.max_samples, facts * settings.samples_per_fact)
-        drawn = int(self._store.meta(_SAMPLES) or settings.samples)
+        drawn = names.count(self._store.meta(_SAMPLES) or str(settings.samples), _SAMPLES)
         if samples <= drawn:
             return
         # The questions of locality probes are never asked, but their answers may come under another
@@ -132,11 +133,11 @@ class Protection:
             known=self._texts("control"), unasked=unasked, seed=drawn,
             progress=self._checkout.say,
         )  # fmt: skip
-        names = [normalise(name) for name in leave_out]
+        unwanted = [normalise(name) for name in leave_out]
 
         def is_allowed(text: Protected) -> bool:
             content = normalise(f"{text.prompt}\n{text.answer}")
-            return not any(name in content for name in names)
+            return not any(name in content for name in unwanted)
 
         self._store.add_protected(_rows("control", filter(is_allowed, new)))
         self._engine.reference_texts = self._margins = None
@@ -146,6 +147,12 @@ class Protection:
     def locality_examples(self) -> list[Example]:
         """The store's locality probes."""
         return self._examples(self._texts("locality"))
+
+    def invented_examples(self, most: int) -> list[Example]:
+        """So many answers about invented names, others for each revision."""
+        texts = [text for text in self._texts("control") if text.origin == INVENTED]
+        rng = random.Random(self._checkout.revision)
+        return self._examples(rng.sample(texts, min(most, len(texts))))
 
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""

@@ -13,7 +13,7 @@ from kvedit.adapter.deltas import Snapshot
 from kvedit.errors import CorruptStoreError
 from kvedit.revisions import rebuild
 from kvedit.revisions.session import Session
-from kvedit.store.erasure import PrunePlan
+from kvedit.store.forget.plans import PrunePlan
 
 
 def prune(session: Session, before: int) -> PrunePlan:

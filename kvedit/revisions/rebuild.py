@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvedit.adapter.deltas import MASTER_FILE, Master, from_bytes
-from kvedit.errors import CorruptStoreError
+from kvedit.errors import CorruptStoreError, KveditError
 from kvedit.files import (
     MANIFEST,
     disk_errors,
@@ -20,8 +20,8 @@ from kvedit.files import (
     sync_directory,
     temporary_path,
 )
-from kvedit.store import known_files
-from kvedit.store.known_files import Stamps
+from kvedit.store.checks import known_files
+from kvedit.store.checks.known_files import Stamps
 from kvedit.store.lineage import WHY_GONE, in_ranges
 from kvedit.store.rows import Finding, RevisionRow
 from kvedit.store.store import Store
@@ -135,15 +135,19 @@ def check_revisions(store: Store, master: Master, say: Callable[[str], None]) ->
     for row in store.revisions():
         if row.id in gaps:
             continue
-        line = store.lineage(row.id)
         say(f"rebuilding revision {row.id}")
+        try:
+            line = store.lineage(row.id)
+        except CorruptStoreError as error:
+            findings.append(Finding("error", f"revision {row.id}: {error.message}", error.hint))
+            continue
         missing = line[-1:]
         try:
             if [r.id for r in line[:-1]] != at or any(one.dropped for one in missing):
                 missing = _from_start(store, master, line)
             for one in missing:
                 add_delta(store, master, one)
-        except CorruptStoreError as error:
+        except KveditError as error:
             findings.append(Finding("error", f"revision {row.id}: {error.message}", error.hint))
             at = [-1]
             continue

@@ -9,11 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvedit.config import Config
-from kvedit.errors import LockedError, OutOfMemoryError
+from kvedit.errors import (
+    CorruptStoreError,
+    DiskFullError,
+    LockedError,
+    NotWritableError,
+    OutOfMemoryError,
+)
 from kvedit.events import Warning_
 from kvedit.facts.keys import in_words
 from kvedit.revisions.checkout import Checkout, Emit
 from kvedit.revisions.protection import Protection
+from kvedit.revisions.reading import Reading
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
@@ -26,6 +33,8 @@ class Session(Checkout):
         super().__init__(store, engine, emit)
         self.config: Config = store.config
         self.protection = Protection(self)
+        self.reading = Reading(self)
+        self._texts_compared = False
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -34,11 +43,27 @@ class Session(Checkout):
             try:
                 with memory.watched():
                     self.recover()
+                    self.require_texts()
                     self.go_to_head()
                     yield
             except OutOfMemoryError:
                 self.engine.release()  # caches must not make the next edit fail too
                 raise
+
+    def require_texts(self) -> None:
+        """Raise CorruptStoreError if a fact's text is not what its history says, so that nothing is
+        trained, or blamed on the model, that nobody wrote.  Compared once.
+        """
+        if self._texts_compared:
+            return
+        if altered := self.store.altered():
+            what = f"{', '.join(altered[0].parts)} of the fact {altered[0].key}"
+            more = f", and {len(altered) - 1} more facts" * (len(altered) > 1)
+            raise CorruptStoreError(
+                f"{what}{more}: not what the history of {self.store.path} says",
+                hint="Run `kvedit doctor`; `kvedit doctor --fix` restores what the history holds.",
+            )
+        self._texts_compared = True
 
     @contextmanager
     def compacting(self) -> Iterator[None]:
@@ -53,10 +78,14 @@ class Session(Checkout):
             self.go_to_head()
 
     def recover(self) -> None:
-        """End the edits of a process that was killed; not while another process is at work."""
+        """End the edits of a process that was killed; not while another process is at work, nor
+        where the store cannot be written.
+        """
+        if self.store.readonly:
+            return
         try:
             interrupted = self.store.recover()
-        except LockedError:
+        except (LockedError, NotWritableError, DiskFullError):
             return
         for edit in interrupted:
             named = in_words(edit.keys) or "facts that it does not name"

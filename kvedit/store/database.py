@@ -4,11 +4,13 @@ Invariants:
 - WAL, ``synchronous=FULL`` and foreign keys are on for every writing connection.
 - A database appears under its name only when it is complete (``create_database``).
 - No ``sqlite3`` error leaves this module's helpers untranslated.
+- Reading needs no place to write: where SQLite's own files cannot be made, a copy in memory is
+  read, of one moment, with the write-ahead log in it.
 """
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -17,13 +19,32 @@ from urllib.parse import quote
 from sqlite_utils import Database
 
 from kvedit.config import FILE_NAME, Config
-from kvedit.errors import CorruptStoreError, KveditError, LockedError, NoStoreError, UsageError
-from kvedit.files import StoreLock, disk_errors, disk_full, remove, sync_directory, temporary_path
+from kvedit.errors import (
+    CorruptStoreError,
+    DiskFullError,
+    KveditError,
+    LockedError,
+    NoStoreError,
+    NotWritableError,
+)
+from kvedit.files import (
+    disk_errors,
+    disk_full,
+    remove,
+    require_writable,
+    sync_directory,
+    temporary_path,
+)
+from kvedit.lock import StoreLock
+from kvedit.store.checks.schema import harden, require_ours
+from kvedit.store.checks.values import require_types
 from kvedit.store.migrations import FORMAT_VERSION, check_version, migrate
 from kvedit.store.rows import Row
+from kvedit.trust import names
 
 DB_NAME = "kvedit.db"
 BUSY_SECONDS = 10.0
+COPY_TRIES = 5  # of a database that is written meanwhile
 DELTA_SUFFIX = ".safetensors"
 
 
@@ -69,42 +90,113 @@ def _translated(error: sqlite3.Error, path: Path) -> KveditError:
         return disk_full(path)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return LockedError(f"{path} is in use: {error}", hint="Wait a moment and try again.")
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return UsageError(
-            f"cannot open or write {path}: {error}", hint="Check the permissions of the folder."
-        )
+    if code in (*_NOT_WRITABLE, sqlite3.SQLITE_IOERR) and (reason := _why_not(path)):
+        return reason
+    if code in _NOT_WRITABLE:
+        return NotWritableError(f"cannot write {path}: {error}", hint=_WRITE_HINT)
+    if code == sqlite3.SQLITE_IOERR:
+        hint = "Look at the system's log and at the disk; the store itself may be sound."
+        return KveditError(f"the disk failed at {path}: {error}", hint=hint)
     return CorruptStoreError(
-        f"{path}: {error}", hint="Run `kvedit doctor`; restore the store from a backup if it fails."
+        f"{path} is not a sound database: {error}",
+        hint="Run `kvedit doctor`; restore the store from a backup if it fails.",
     )
+
+
+_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+_WRITE_HINT = "Check the permissions of the store's folder and of the files in it."
+
+
+def _why_not(path: Path) -> KveditError | None:
+    """Why SQLite could not open a file for writing; None if that cannot be told."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return KveditError(f"cannot read {path}: {error.strerror}", hint=_WRITE_HINT)
+    try:
+        require_writable(path)
+    except KveditError as error:
+        return error
+    return None
 
 
 def connect(path: Path, *, readonly: bool) -> Database:
     """Open a database that exists; one of an older format is upgraded first, also for reading.
 
-    Raises StoreTooNewError or CorruptStoreError, and what ``upgrade`` raises.
+    Raises StoreTooNewError or CorruptStoreError, NotWritableError unless ``readonly``, and what
+    ``upgrade`` raises.
     """
-    db, version = _open(path, readonly=readonly)
-    if version < FORMAT_VERSION:
-        db.close()
-        upgrade(path, version)
-        db, _ = _open(path, readonly=readonly)
+    try:
+        db, version = _open(path, readonly=readonly)
+        if version < FORMAT_VERSION:
+            db.close()
+            upgrade(path, version)
+            db, _ = _open(path, readonly=readonly)
+    except (NotWritableError, DiskFullError):
+        if not readonly:
+            raise
+        return _copy_in_memory(path)
     return db
+
+
+def _copy_in_memory(path: Path) -> Database:
+    """The database as it is now, of today's format, for reading alone, without any file written.
+
+    Raises LockedError if it is written all the time.
+    """
+    for _ in range(COPY_TRIES):
+        before = _last_write(path)
+        copy = Database(memory=True)
+        try:
+            with sqlite_errors(path):
+                _read_unlocked(path, copy.conn)
+                if _last_write(path) == before:
+                    harden(copy.conn)
+                    require_ours(copy, check_version(copy, str(path)), str(path))
+                    migrate(copy)
+                    copy.execute("PRAGMA query_only = ON")
+                    return copy
+        except BaseException:
+            copy.close()
+            raise
+        copy.close()
+    hint = "Wait until the other command has ended, then try again."
+    raise LockedError(f"{path} is being written, and cannot be read meanwhile", hint=hint)
+
+
+def _read_unlocked(path: Path, target: sqlite3.Connection) -> None:
+    """Copy a database with what its write-ahead log holds, without locks and shared memory."""
+    has_log = any(size for size, _ in _last_write(path)[1:])
+    without_locks = "unix-none" if os.name == "posix" else "win32-none"
+    mode = f"vfs={without_locks}" if has_log else "immutable=1"  # the latter passes over a log
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&{mode}"
+    with closing(sqlite3.connect(uri, uri=True)) as source:
+        source.execute("PRAGMA locking_mode = EXCLUSIVE")  # the log's index is kept in memory then
+        source.backup(target)
+
+
+def _last_write(path: Path) -> list[tuple[int, int]]:
+    """Size in bytes and time of change of a database and of its write-ahead log, if any."""
+    files = [path, path.with_name(f"{path.name}-wal")]
+    status = [file.stat() for file in files if file.exists()]
+    return [(one.st_size, one.st_mtime_ns) for one in status]
 
 
 def _open(path: Path, *, readonly: bool) -> tuple[Database, int]:
     """A connection, and the version of the database's format."""
-    uri = f"file:{quote(str(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
+    uri = f"file:{quote(os.fsencode(path.resolve()))}?mode={'ro' if readonly else 'rw'}"
     with sqlite_errors(path):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
         db = Database(connection, execute_plugins=False)
     try:
         with sqlite_errors(path):
+            harden(connection)
             version = check_version(db, str(path))
+            require_ours(db, version, str(path))
             db.execute("PRAGMA foreign_keys = ON")
             if not readonly:
                 db.enable_wal()
                 db.execute("PRAGMA synchronous = FULL")
-                db.execute("PRAGMA secure_delete = ON")  # what is deleted is zeroed at once
     except BaseException:
         db.close()
         raise
@@ -115,7 +207,7 @@ def upgrade(path: Path, version: int) -> None:
     """Bring an older database up to date, under the store's lock: nobody writes it meanwhile.
 
     A failed upgrade leaves the format as it was.  Raises the KveditError that stands in the way
-    (LockedError, UsageError for missing permissions, DiskFullError), saying what it was for.
+    (LockedError, NotWritableError, DiskFullError), saying what it was for.
     """
     try:
         with StoreLock(path.parent):
@@ -127,10 +219,32 @@ def upgrade(path: Path, version: int) -> None:
         raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
 
 
-class StoreBase:
-    """A folder with an open database: paths, meta, lock, transactions."""
+def rows_of(cursor: sqlite3.Cursor, sql: str, where: str) -> list[Row]:
+    """The rows of a query; raises CorruptStoreError for values of another type than kvedit's."""
+    columns = [column[0] for column in cursor.description]
+    rows = cursor.fetchall()
+    if not sql.startswith("PRAGMA"):
+        require_types(columns, rows, where)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
-    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+
+def query_of(connection: sqlite3.Connection, where: str) -> Callable[[str], list[Row]]:
+    """A function that returns the rows of a query, as ``rows_of`` does."""
+
+    def query(sql: str) -> list[Row]:
+        with sqlite_errors(Path(where)):
+            return rows_of(connection.execute(sql), sql, where)
+
+    return query
+
+
+class StoreBase:
+    """A folder with an open database: paths, meta, lock, transactions.
+
+    With ``database`` it is that copy which is opened, in place of the store's own.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool = False, database: Path | None = None) -> None:
         self.path = path
         self.readonly = readonly
         self.db_path = path / DB_NAME
@@ -143,7 +257,9 @@ class StoreBase:
                 f"there is no knowledge store at {path}",
                 hint="Create one with `kvedit init`, or name another with --store.",
             )
-        self._db = connect(self.db_path, readonly=readonly)
+        names.refuse_links(path)
+        self.settings: Config | None = None  # in place of those of the file, where they are set
+        self._db = connect(database or self.db_path, readonly=readonly)
         self._store_lock = StoreLock(path)
         try:
             self.head()
@@ -154,11 +270,11 @@ class StoreBase:
     @property
     def config(self) -> Config:
         """The settings, read from ``kvedit.toml`` where there is one."""
-        return Config.load(self.path / FILE_NAME)
+        return self.settings or Config.load(self.path / FILE_NAME)
 
     def delta_path(self, digest: str) -> Path:
-        """The file of a delta."""
-        return self.deltas / f"{digest}{DELTA_SUFFIX}"
+        """The file of a delta; raises CorruptStoreError for anything but a SHA-256 in hex."""
+        return self.deltas / f"{names.delta(digest)}{DELTA_SUFFIX}"
 
     def checkpoint_path(self, revision: int) -> Path:
         """The folder for the checkpoint of a revision."""
@@ -188,15 +304,22 @@ class StoreBase:
         if name == "head":
             raise ValueError("the head moves by commits only")
         with self._transaction():
-            self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
+            self._set(name, value)
+
+    def set_metas(self, values: Mapping[str, str]) -> None:
+        """Set several named values in one transaction."""
+        if "head" in values:
+            raise ValueError("the head moves by commits only")
+        with self._transaction():
+            for name, value in values.items():
+                self._set(name, value)
+
+    def _set(self, name: str, value: str) -> None:
+        self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", [name, value])
 
     def head(self) -> int:
         """The current revision; raises CorruptStoreError if the store names none."""
-        value = self.meta("head")
-        if value is None or not value.isdecimal():
-            hint = "Restore the store from a backup."
-            raise CorruptStoreError(f"{self.db_path} names no head revision", hint=hint)
-        return int(value)
+        return names.revision(self.meta("head"), f"{self.db_path} names no head revision")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -221,9 +344,7 @@ class StoreBase:
 
     def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
         with sqlite_errors(self.db_path):
-            cursor = self._db.execute(sql, list(values))
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            return rows_of(self._db.execute(sql, list(values)), sql, str(self.db_path))
 
     def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
         return next(iter(self._rows(sql, values)), None)

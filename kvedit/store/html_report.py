@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 KINDS = {
-    "recall": "Reliability (recall)",
+    "recall": "Recites: reliability (recall)",
     "paraphrase": "Generalization (paraphrases)",
     "locality": "Locality",
     "retention": "Retention of earlier facts",
-    "portability": "Portability",
+    "portability": "Answers: portability (held-out questions)",
 }
 WEAKEST, LATEST = 30, 200
 """The most facts and edits in the tables of the weakest facts and of the latest edits."""
@@ -49,6 +49,14 @@ class Measured:
     revision: int
     latest: Score
     all: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The perturbation gap of an edit's texts, and the revision that it made."""
+
+    value: float
+    revision: int
 
 
 def write(store: Store, path: Path) -> None:
@@ -74,6 +82,7 @@ def page(store: Store) -> str:
         health=[(name, sum(row.health == name for row in committed)) for name in HEALTH],
         recalled=Score(sum(row.health == "recalled" for row in committed), len(committed)),
         measured=latest(counts),
+        gap=latest_gap(edits),
         weakest=weakest(committed)[:WEAKEST],
         rejected=[(row, reasons) for row in facts if (reasons := refusals.get(row.id))],
         edits=edits[::-1][:LATEST],
@@ -103,6 +112,15 @@ def latest(counts: Sequence[ProbeCount]) -> list[Measured]:
             at_last = Score(last.passed, last.n, protocol)
             scores.append(Measured(name, protocol, last.revision, at_last, total))
     return scores
+
+
+def latest_gap(edits: Sequence[EditRow]) -> Gap | None:
+    """That of the newest revision whose edit measured one; the edits come newest first."""
+    for edit in edits:
+        value = edit.report.get("perturbation_gap")
+        if isinstance(value, float) and edit.revision is not None:
+            return Gap(value, edit.revision)
+    return None
 
 
 def weakest(committed: Sequence[FactRow]) -> list[FactRow]:

@@ -1,45 +1,36 @@
-"""The status of a store, its integrity check and its backup.
+"""The status of a store, and its integrity check.
 
-Invariants:
-- Nothing here changes the store.
-- A backup is complete or absent, and contains every delta and checkpoint its database names.
+Invariant: nothing here changes the store.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
 import stat
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from kvedit.errors import CorruptStoreError, KveditError, UsageError
+from kvedit.config import FILE_NAME, Config
+from kvedit.errors import CorruptStoreError, KveditError
 from kvedit.files import (
-    TEMPORARY,
     TRAINING_CHECKPOINTS,
-    disk_errors,
-    remove,
     sha256_file,
-    sync_directory,
-    sync_stream,
-    temporary_path,
     verify_manifest,
 )
-from kvedit.store.database import DB_NAME, sqlite_errors
-from kvedit.store.rows import Finding, Row
+from kvedit.store.checks import caches
+from kvedit.store.checks.contents import contents
+from kvedit.store.checks.values import from_json
+from kvedit.store.rows import Finding, Row, require_report
 
 if TYPE_CHECKING:
     from kvedit.store.store import Store
 
 Query = Callable[[str], list[Row]]
-_RUN_TIME = frozenset({"lock", "lock.json", "exports", "deltas", "checkpoints"})
 _DESCRIPTION = ("model_name", "model_fingerprint", "dtype", "created_at")
 _RESTORE = "Restore it from a backup."
 MIN_PROBES = 32  # if all of so many pass, the 95% interval of the share begins at 89%
@@ -94,7 +85,9 @@ def _largest_norm(query: Query) -> dict[str, object] | None:
     Their number, the median, the largest (``most``) and its matrix; None before the first edit.
     """
     latest = query("SELECT report FROM edits WHERE state = 'committed' ORDER BY id DESC LIMIT 1")
-    norms = json.loads(latest[0]["report"]).get("relative_norms") if latest else None
+    report = from_json(latest[0]["report"], dict, "the latest edit's report") if latest else {}
+    require_report(report, "of the latest edit")
+    norms = report.get("relative_norms")
     if not norms:
         return None
     matrix, most = max(norms.items(), key=lambda item: item[1])
@@ -118,48 +111,65 @@ def _stats(paths: Iterable[Path]) -> Iterator[os.stat_result]:
 
 
 def integrity(store: Store, query: Query, *, deep: bool = True) -> list[Finding]:
-    """Everything that can be checked without the model; one ``ok`` for each part that is sound."""
-    parts = {
-        "database": _database(query),
-        "revisions and head": _revisions(store),
-        "deltas": _deltas(store, deep),
-        "checkpoints": _checkpoints(store, deep),
-        "leftovers": _leftovers(store, query),
+    """Everything that can be checked without the model; one ``ok`` for each part that is sound.
+
+    A part that cannot be read is a finding, and the others are looked at all the same.
+    """
+    parts: dict[str, Callable[[], Iterator[Finding]]] = {
+        "database": lambda: database(query),
+        "facts, history and edits": lambda: contents(query),
+        "revisions and head": lambda: _revisions(store),
+        "deltas": lambda: _deltas(store, deep),
+        "checkpoints": lambda: _checkpoints(store, deep),
+        "cache": lambda: caches.findings(store.cache, deep=deep),
+        "settings": lambda: settings(store.path),
+        "leftovers": lambda: _leftovers(store, query),
     }
-    findings: list[Finding] = []
-    for name, problems in parts.items():
-        findings += list(problems) or [Finding("ok", f"{name}: sound")]
-    return findings
+    return [finding for name, check in parts.items() for finding in part(name, check)]
 
 
-def _database(query: Query) -> Iterator[Finding]:
+def part(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """The findings of one part; an error that ends the look at it is one of them."""
+    problems: list[Finding] = []
     try:
-        for row in query("PRAGMA integrity_check"):
-            if row["integrity_check"] != "ok":
-                yield Finding("error", f"database: {row['integrity_check']}", _RESTORE)
-        for row in query("PRAGMA foreign_key_check"):
-            what = f"database: a row of {row['table']} names a missing row of {row['parent']}"
-            yield Finding("error", what, _RESTORE)
-    except CorruptStoreError as error:
-        yield Finding("error", f"database: {error.message}", _RESTORE)
+        problems.extend(check())
+    except KveditError as error:
+        if not any(one.what == error.message for one in problems):
+            problems.append(Finding("error", error.message, error.hint))
+    return problems or [Finding("ok", f"{name}: sound")]
+
+
+def database(query: Query) -> Iterator[Finding]:
+    """What SQLite itself finds wrong with a database."""
+    for row in query("PRAGMA integrity_check"):
+        if row["integrity_check"] != "ok":
+            yield Finding("error", f"database: {row['integrity_check']}", _RESTORE)
+    for row in query("PRAGMA foreign_key_check"):
+        what = f"database: a row of {row['table']} names a missing row of {row['parent']}"
+        yield Finding("error", what, _RESTORE)
+
+
+def settings(path: Path) -> Iterator[Finding]:
+    """Raises what is wrong with a store's settings."""
+    Config.load(path / FILE_NAME)  # raises what is wrong
+    yield from ()
 
 
 def _revisions(store: Store) -> Iterator[Finding]:
-    try:
-        known = {row.id for row in store.revisions()}
-        head = store.head()
-        if head not in known:
-            yield Finding("error", f"the head, revision {head}, does not exist", _RESTORE)
-        elif head != max(known):
-            yield Finding("error", f"revisions beyond the head, {head}, exist", _RESTORE)
-        elif head in store.gaps():
-            yield Finding(
-                "error", f"the weights of the head, {head}, can no longer be made", _RESTORE
-            )
-        else:
-            store.lineage(head)
-    except CorruptStoreError as error:
-        yield Finding("error", error.message, _RESTORE)
+    known = {row.id for row in store.revisions()}
+    head = store.head()
+    if head not in known:
+        yield Finding("error", f"the head, revision {head}, does not exist", _RESTORE)
+    elif head != max(known):
+        yield Finding("error", f"revisions beyond the head, {head}, exist", _RESTORE)
+    for revision in sorted(known):
+        try:
+            store.lineage(revision)
+        except CorruptStoreError as error:
+            yield Finding("error", error.message, _RESTORE)
+            return
+    if head in store.gaps():
+        yield Finding("error", f"the weights of the head, {head}, can no longer be made", _RESTORE)
 
 
 def _deltas(store: Store, deep: bool) -> Iterator[Finding]:
@@ -185,7 +195,7 @@ def _checkpoints(store: Store, deep: bool) -> Iterator[Finding]:
         elif deep:
             try:
                 verify_manifest(row.path, row.digest)
-            except (KveditError, ValueError) as error:
+            except (KveditError, OSError) as error:
                 what = f"the checkpoint of revision {row.revision} is damaged: {error}"
                 yield Finding(level, what, hint)
 
@@ -198,61 +208,3 @@ def _leftovers(store: Store, query: Query) -> Iterator[Finding]:
         yield Finding("warning", f"a file that nothing needs: {path}", hint)
     if store.needs_scrub:
         yield Finding("warning", "files may still hold text that was erased", hint)
-
-
-def backup(store: Store, connection: sqlite3.Connection, target: Path) -> None:
-    """Write the store into one tar file; complete or absent.
-
-    The database is copied first: deltas committed meanwhile are not named by the copy.
-    Raises CorruptStoreError if a delta is missing, UsageError if the target's folder is,
-    DiskFullError if there is no space.
-    """
-    if not target.parent.is_dir():
-        raise UsageError(f"there is no folder {target.parent}", hint="Create it first.")
-    temporary, snapshot = temporary_path(target), temporary_path(target.with_suffix(".db"))
-    try:
-        with disk_errors(target), sqlite_errors(target):
-            names = _snapshot(connection, snapshot)
-            with open(temporary, "xb") as stream:
-                with tarfile.open(fileobj=stream, mode="w") as archive:
-                    archive.add(snapshot, DB_NAME)
-                    _add_files(archive, store, names, {temporary, snapshot, target})
-                sync_stream(stream)
-            os.replace(temporary, target)
-            sync_directory(target.parent)
-    finally:
-        remove(temporary)
-        remove(snapshot)
-
-
-def _snapshot(connection: sqlite3.Connection, path: Path) -> list[str]:
-    """Copy the database; return the names of the files that the copy needs, inside the store."""
-    with closing(sqlite3.connect(path)) as copy:
-        connection.backup(copy)
-        copy.execute("PRAGMA journal_mode = DELETE")  # one file, with no -wal beside it
-        deltas = copy.execute(
-            "SELECT DISTINCT delta FROM revisions WHERE delta IS NOT NULL AND dropped IS NULL"
-        )
-        names = [f"deltas/{row[0]}" for row in deltas]
-        return names + [str(row[0]) for row in copy.execute("SELECT path FROM checkpoints")]
-
-
-def _add_files(archive: tarfile.TarFile, store: Store, names: list[str], skip: set[Path]) -> None:
-    """Add the files that the database names, and settings and texts of the store's folder."""
-    pinned = {store.checkpoint_path(number).relative_to(store.path).as_posix()
-              for number in store.pinned()}  # fmt: skip
-    for name in names:
-        if name.startswith("deltas/"):
-            path = store.delta_path(name.removeprefix("deltas/"))
-            if not path.is_file():
-                raise CorruptStoreError(f"the delta {path} is missing", hint=_RESTORE)
-            archive.add(path, f"deltas/{path.name}")
-        elif (store.path / name).is_dir():
-            archive.add(store.path / name, name)
-        elif name in pinned:  # any other only costs time
-            raise CorruptStoreError(f"the checkpoint {store.path / name} is missing", hint=_RESTORE)
-    skipped = {path.resolve() for path in skip}
-    for path in sorted(store.path.iterdir()):
-        run_time = path.name in _RUN_TIME or path.name.startswith((DB_NAME, TEMPORARY))
-        if not run_time and path.resolve() not in skipped:
-            archive.add(path, path.name)

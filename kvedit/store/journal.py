@@ -5,7 +5,7 @@ Invariants:
   not at all, and only if the head is still the one the edit started from.
 - A revision is only recorded when its delta's file is on the disk with the right digest.
 - Revisions are never changed or deleted; a rollback appends one that names what it restores.
-  Only that a delta was dropped is noted in them (see ``erasure``).
+  Only that a delta was dropped is noted in them (see ``forget``).
 - An edit that is neither committed nor ended was interrupted: ``recover`` ends it.
 """
 
@@ -18,7 +18,7 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
 from kvedit.files import OLD_TRAINING_CHECKPOINTS, TEMPORARY, disk_errors, now, remove, sha256_file
 from kvedit.store.database import DELTA_SUFFIX
-from kvedit.store.erasure import Erasure
+from kvedit.store.forget.erasure import Erasure
 from kvedit.store.rows import (
     EditRow,
     FactChange,
@@ -223,7 +223,7 @@ class Journal(Erasure):
 
     def _write_fact(self, fact_id: int, fact: Fact, state: str) -> None:
         """Set a fact's row and its aliases."""
-        columns = {**fact_columns(fact), "norm_key": normalise(fact.key), "state": state}
+        columns = {**fact_columns(fact), "state": state}
         self._update("facts", fact_id, {**columns, "updated_at": now()})
         self._execute("DELETE FROM aliases WHERE fact_id = ?", [fact_id])
         if state in ("pending", "committed"):

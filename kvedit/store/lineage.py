@@ -19,12 +19,21 @@ class Lineage(StoreBase):
     """The part of a store that reads revisions."""
 
     def revisions(self) -> list[RevisionRow]:
-        """All revisions, oldest first; the first is the base."""
-        return [RevisionRow(**row) for row in self._rows("SELECT * FROM revisions ORDER BY id")]
+        """All revisions, oldest first; the first is the base.  Raises CorruptStoreError if one says
+        that its delta was dropped for no reason that there is.
+        """
+        rows = [RevisionRow(**row) for row in self._rows("SELECT * FROM revisions ORDER BY id")]
+        for row in rows:
+            if row.dropped is not None and row.dropped not in WHY_GONE:
+                what = f"the delta of revision {row.id} was dropped: {row.dropped!r:.80}"
+                raise CorruptStoreError(what, hint="Restore the store from a backup.")
+        return rows
 
     def revision(self, number: int) -> RevisionRow:
         """One revision; raises UsageError if there is none with this number."""
-        row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
+        row = None
+        if number <= self.head():  # SQLite refuses to compare with a number of 20 digits
+            row = self._one("SELECT * FROM revisions WHERE id = ?", [number])
         if row is None:
             raise UsageError(
                 f"there is no revision {number}; the head is {self.head()}",
@@ -48,8 +57,11 @@ class Lineage(StoreBase):
                 raise CorruptStoreError(f"revision {number} is missing", hint=hint)
             if row.restores is None or row.delta is not None:
                 line.append(row)
-            # Both are smaller than the row's own number (checked by the schema): this ends.
-            number = row.restores if row.restores is not None else row.parent or 0
+            earlier = row.restores if row.restores is not None else row.parent or 0
+            if earlier >= number:  # a database that was tampered with: this would not end
+                what = f"revision {number} comes from revision {earlier}, which is not older"
+                raise CorruptStoreError(what, hint="Restore the store from a backup.")
+            number = earlier
         return line[::-1]
 
     def gaps(self, without: int | None = None) -> dict[int, str]:
@@ -107,6 +119,10 @@ class Lineage(StoreBase):
             if row["revision"] in line and (fact := fact_from_text(row["fact"])) is not None
         }
 
+    def held_at(self, number: int) -> dict[int, Fact]:
+        """The facts that the model holds at a revision, by their ids."""
+        return _committed(self.facts_at(number))
+
     def revision_before(self, fact_id: int) -> int:
         """The revision in the head's lineage just before a fact was committed last.
 
@@ -133,8 +149,7 @@ class Lineage(StoreBase):
 
     def rollback_changes(self, number: int) -> list[FactChange]:
         """What a rollback from the head to a revision does to the facts."""
-        before = _committed(self.facts_at(self.head()))
-        after = _committed(self.facts_at(number))
+        before, after = self.held_at(self.head()), self.held_at(number)
         return [
             FactChange(fact_id, before.get(fact_id), after.get(fact_id))
             for fact_id in sorted({*before, *after})

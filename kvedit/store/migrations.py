@@ -7,7 +7,6 @@ Invariants:
 """
 
 import json
-import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -16,9 +15,10 @@ from sqlite_utils import Database, Migrations
 
 from kvedit.errors import CorruptStoreError, StoreTooNewError
 from kvedit.renamed_settings import old_settings
+from kvedit.store.checks.values import from_json
 from kvedit.store.rows import to_text
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MIGRATIONS = Migrations("kvedit")
 
 
@@ -42,19 +42,31 @@ def format_2(db: Database) -> None:
     for edit_id, report, config in db.execute("SELECT id, report, config FROM edits").fetchall():
         db.execute(
             "UPDATE edits SET report = ?, config = ? WHERE id = ?",
-            [to_text(_rename(json.loads(report), REPORT_NAMES)), _renamed_config(config), edit_id],
+            [_renamed_report(report), _renamed_config(config), edit_id],
         )
     db.execute("UPDATE protected SET source = 'extracted' WHERE source = 'recited'")
     db.execute("UPDATE meta SET name = 'protected_samples' WHERE name = 'protected_drafts'")
     for (prompts,) in db.execute("SELECT value FROM meta WHERE name = 'prompts'").fetchall():
         # Compared as text with the settings of today: written as ``base_model.prompts_of`` does.
         names = old_settings("renamed")["prompts"]
-        renamed = json.dumps(_rename(json.loads(prompts), names), sort_keys=True)
+        values = from_json(prompts, dict, "the value prompts")
+        renamed = json.dumps(_rename(values, names), sort_keys=True)
         db.execute("UPDATE meta SET value = ? WHERE name = 'prompts'", [renamed])
     db.execute("PRAGMA user_version = 2")
 
 
-_EDITS_3 = """\
+@MIGRATIONS()
+def format_3(db: Database) -> None:
+    """Questions and statements of a fact, and the subject of a relation."""
+    for column in ("questions", "statements"):
+        db.execute(f"ALTER TABLE facts ADD COLUMN {column} TEXT NOT NULL DEFAULT '[]'")
+    for column in ("relation_of", "norm_subject"):
+        db.execute(f"ALTER TABLE facts ADD COLUMN {column} TEXT")
+    db.execute("CREATE INDEX facts_by_subject ON facts (norm_subject)")
+    db.execute("PRAGMA user_version = 3")
+
+
+_EDITS_4 = """\
 CREATE TABLE edits (
     id INTEGER PRIMARY KEY,
     kind TEXT NOT NULL
@@ -74,24 +86,28 @@ CREATE TABLE edits (
 
 
 @MIGRATIONS()
-def format_3(db: Database) -> None:
+def format_4(db: Database) -> None:
     """Edits of the kind ``erase``, and why the delta of a revision is no longer kept."""
     db.execute("PRAGMA defer_foreign_keys = ON")  # other rows name those of the table made again
     db.execute("CREATE TEMP TABLE edits_before AS SELECT * FROM edits")
     db.execute("DROP TABLE edits")
-    db.execute(_EDITS_3)
+    db.execute(_EDITS_4)
     db.execute("INSERT INTO edits SELECT * FROM edits_before")
     db.execute("DROP TABLE edits_before")
     db.execute("CREATE INDEX edits_by_state ON edits (state)")
     db.execute(
         "ALTER TABLE revisions ADD COLUMN dropped TEXT CHECK (dropped IN ('erased', 'pruned'))"
     )
-    db.execute("PRAGMA user_version = 3")
+    db.execute("PRAGMA user_version = 4")
+
+
+def _renamed_report(text: str) -> str:
+    return to_text(_rename(from_json(text, dict, "the report of an edit"), REPORT_NAMES))
 
 
 def _renamed_config(text: str) -> str:
     """The settings of an edit, one object for each section, under their new names."""
-    sections = json.loads(text)
+    sections = from_json(text, dict, "the settings of an edit")
     for name, settings in sections.items():
         if isinstance(settings, dict):
             sections[name] = _rename(settings, old_settings("renamed").get(name, {}))
@@ -107,17 +123,21 @@ def migrate(db: Database) -> None:
     MIGRATIONS.apply(db)
 
 
+def empty_database(version: int = FORMAT_VERSION) -> Database:
+    """A database in memory with the schema of a version of the format, and no rows."""
+    db = Database(memory=True)
+    later = f"format_{version + 1}"
+    MIGRATIONS.apply(db, stop_before=later if version < FORMAT_VERSION else None)
+    return db
+
+
 def check_version(db: Database, where: str) -> int:
     """The format's version of a database; refuses one that this program cannot read.
 
-    Raises StoreTooNewError for a newer format, CorruptStoreError if it is no store's database.
+    Raises StoreTooNewError for a newer format, CorruptStoreError if it is no store's database, and
+    what sqlite3 raises if it cannot be read.
     """
-    try:
-        version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    except sqlite3.DatabaseError as error:
-        raise CorruptStoreError(
-            f"{where} is not a readable database: {error}", hint="Restore it from a backup."
-        ) from error
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > FORMAT_VERSION:
         raise StoreTooNewError(
             f"{where} has format {version}; this program reads up to {FORMAT_VERSION}",
@@ -133,7 +153,6 @@ def check_version(db: Database, where: str) -> int:
 
 def schema_sql() -> str:
     """The whole schema as SQL: the contents of ``store/schema.sql``, written by `make docs`."""
-    with closing(Database(memory=True)) as db:
-        migrate(db)
+    with closing(empty_database()) as db:
         heading = "-- The schema of kvedit.db, generated by `make docs`"
         return f"{heading}\nPRAGMA user_version = {FORMAT_VERSION};\n{db.schema}\n"

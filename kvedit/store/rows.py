@@ -10,12 +10,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kvedit.errors import CorruptStoreError, InvalidFactError
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
+from kvedit.facts.keys import normalise
+from kvedit.store.checks.values import from_json
+from kvedit.trust.names import RESTORE
 
 Row = dict[str, Any]
-_TEXTS = ("key", "description", "lang", "source")
-_LISTS = ("aliases", "prompts", "paraphrases", "locality")  # columns of JSON arrays
+_TEXTS = ("key", "description", "lang", "relation_of", "source")
+_LISTS = ("aliases", "prompts", "paraphrases", "locality", "questions", "statements")
+"""Columns of JSON arrays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,30 +187,71 @@ def fact_text(fact: Fact | None) -> str | None:
 
 
 def fact_from_text(text: str | None) -> Fact | None:
-    """The inverse of ``fact_text``."""
-    return None if text is None else Fact.from_json(json.loads(text))
+    """The inverse of ``fact_text``; raises CorruptStoreError."""
+    return None if text is None else _fact(from_json(text, dict, "a fact in the history"))
+
+
+def _fact(document: Mapping[str, object]) -> Fact:
+    try:
+        return Fact.from_json(document)
+    except InvalidFactError as error:
+        key = str(document.get("key"))
+        what = f"the fact {key!r:.80} in the database is no fact: {error.message:.200}"
+        raise CorruptStoreError(what, hint=RESTORE) from error
 
 
 def fact_columns(fact: Fact) -> Row:
-    """The columns of ``facts`` that hold the fact itself."""
-    document = fact.to_json()
+    """The columns of ``facts`` that hold the fact itself, and its names in normal form."""
+    document, subject = fact.to_json(), fact.relation_of
     return {
+        "norm_key": normalise(fact.key),
+        "norm_subject": normalise(subject) if subject else None,
         **{name: document.get(name) for name in _TEXTS},
         **{name: to_text(document.get(name, [])) for name in _LISTS},
     }
 
 
 def fact_from_columns(row: Row) -> Fact:
-    """The inverse of ``fact_columns``."""
-    plain = {name: row[name] for name in _TEXTS}
-    return Fact.from_json({**plain, **{name: json.loads(row[name]) for name in _LISTS}})
+    """The inverse of ``fact_columns``; raises CorruptStoreError."""
+    what = f"of the fact {row['key']!r:.80}"
+    lists = {name: from_json(row[name], list, f"the column {name} {what}") for name in _LISTS}
+    return _fact({**{name: row[name] for name in _TEXTS}, **lists})
 
 
 def edit_from(row: Row, keys: tuple[str, ...], gone: str = "") -> EditRow:
-    """An edit from its database row."""
-    parsed = {name: json.loads(row[name]) for name in ("report", "config", "reasons")}
-    parsed["reasons"] = tuple(parsed["reasons"])
-    return EditRow(**{**row, **parsed, "keys": keys, "gone": gone})
+    """An edit from its database row; raises CorruptStoreError."""
+    what = f"of edit {row['id']}"
+    parsed: Row = {
+        name: from_json(row[name], dict, f"the {name} {what}") for name in ("report", "config")
+    }
+    require_report(parsed["report"], what)
+    parsed |= {"reasons": reasons_from(row["reasons"], what), "keys": keys, "gone": gone}
+    return EditRow(**{**row, **parsed})
+
+
+def reasons_from(text: str, what: str) -> tuple[str, ...]:
+    """The reasons of an edit's outcome; raises CorruptStoreError."""
+    reasons = from_json(text, list, f"the reasons {what}")
+    if not all(isinstance(reason, str) for reason in reasons):
+        raise CorruptStoreError(f"the reasons {what} are no texts", hint=RESTORE)
+    return tuple(reasons)
+
+
+def require_report(report: Mapping[str, object], what: str) -> None:
+    """Raise CorruptStoreError for a report whose numbers are none."""
+    norms = report.get("relative_norms") or {}
+    numbers = [report.get("seconds", 0.0)]
+    numbers += norms.values() if isinstance(norms, dict) else [norms]
+    if not all(map(_is_plain_number, numbers)):
+        raise CorruptStoreError(f"the report {what} has a value that is no number", hint=RESTORE)
+
+
+def _is_plain_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -_LARGEST < value < _LARGEST  # type: ignore[operator]
+
+
+_LARGEST = 1e300  # of a number in a report: a larger one, or NaN, would make others infinite
 
 
 def probe_from(row: Row) -> ProbeRow:

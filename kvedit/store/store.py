@@ -8,31 +8,38 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvedit.errors import DuplicateKeyError, UnknownKeyError, UsageError
+from kvedit.errors import (
+    DiskFullError,
+    DuplicateKeyError,
+    NotWritableError,
+    UnknownKeyError,
+    UsageError,
+)
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import did_you_mean, normalise
-from kvedit.files import StoreLock, disk_errors, now, sync_directory
-from kvedit.store import erasure, integrity
+from kvedit.facts.keys import did_you_mean, in_words, normalise
+from kvedit.files import disk_errors, now, sync_directory
+from kvedit.lock import StoreLock
+from kvedit.paths import home_path
+from kvedit.store import backup, integrity
 from kvedit.store.database import DB_NAME, create_database
-from kvedit.store.journal import Journal
+from kvedit.store.forget.scrub import scrub
+from kvedit.store.results import Results
 from kvedit.store.rows import (
     CheckpointRow,
     EditRow,
     FactRow,
     Finding,
-    ProbeCount,
     ProbeRow,
     ProtectedRow,
     Row,
     fact_columns,
     fact_from_columns,
-    probe_from,
 )
+from kvedit.trust import names
 
 ENVIRONMENT = "KVEDIT_STORE"
 DEFAULT = "store"
@@ -45,10 +52,10 @@ _FACTS = """
 
 def resolve_store(option: str | Path | None = None) -> Path:
     """The store to use: ``--store``, then ``KVEDIT_STORE``, then ``./store``."""
-    return Path(option or os.environ.get(ENVIRONMENT) or DEFAULT).expanduser()
+    return home_path(option or os.environ.get(ENVIRONMENT) or DEFAULT)
 
 
-class Store(Journal):
+class Store(Results):
     """A knowledge store.  Open it with ``Store.open``, make one with ``Store.create``."""
 
     @staticmethod
@@ -79,12 +86,20 @@ class Store(Journal):
 
     @classmethod
     def open(cls, path: Path, readonly: bool = False) -> Store:
-        """Open a store; one of an older format is upgraded first, also for reading.
-
-        Raises NoStoreError, StoreTooNewError or CorruptStoreError, and what ``database.upgrade``
-        raises.
+        """Open a store; one of an older format is upgraded first, also for reading.  Raises
+        NoStoreError, StoreTooNewError, CorruptStoreError, and what ``database.upgrade`` raises.
         """
         return cls(path, readonly=readonly)
+
+    @classmethod
+    def open_to_ask(cls, path: Path) -> Store:
+        """Open a store to ask its model: for writing too, so that it recovers and keeps what was
+        measured, but for reading alone where it cannot be written (``readonly`` says so).
+        """
+        try:
+            return cls.open(path)
+        except (NotWritableError, DiskFullError):
+            return cls.open(path, readonly=True)
 
     def put_pending(self, fact: Fact) -> int:
         """Insert a fact to be trained, or replace one that is not committed; returns its id.
@@ -112,7 +127,7 @@ class Store(Journal):
 
     def _insert_fact(self, fact: Fact) -> int:
         stamp = now()
-        row = {**fact_columns(fact), "norm_key": normalise(fact.key), "state": "pending"}
+        row = {**fact_columns(fact), "state": "pending"}
         return self._insert("facts", {**row, "created_at": stamp, "updated_at": stamp})
 
     def _refuse_taken(self, fact: Fact, fact_id: int | None) -> None:
@@ -139,13 +154,28 @@ class Store(Journal):
         return None if row is None else self._fact_rows([row])[0]
 
     def require(self, key: str) -> FactRow:
-        """Like ``find``; raises UnknownKeyError, with similar keys as a suggestion."""
+        """Like ``find``, and the subject of a single relation finds that one; raises
+        UnknownKeyError, with the subject's relations or similar keys as a suggestion.
+        """
         if row := self.find(key):
             return row
-        names = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
-        close = did_you_mean(key, names)
+        relations = self._relations_of(key)
+        if len(relations) == 1:
+            return relations[0]
+        if relations:
+            what = f"{relations[0].fact.name} has {len(relations)} relations"
+            keys = in_words([row.fact.key for row in relations])
+            raise UnknownKeyError(what, hint=f"Name one of them: {keys}")
+        known = [name for row in self.facts() for name in (row.fact.key, *row.fact.aliases)]
+        close = did_you_mean(key, known)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See `kvedit list`."
         raise UnknownKeyError(f"there is no fact {key!r} in {self.path}", hint=hint)
+
+    def _relations_of(self, subject: str) -> list[FactRow]:
+        """The relations of a subject that are pending or committed."""
+        sql = f"""{_FACTS} WHERE f.norm_subject = ? AND f.state IN ('pending', 'committed')
+            ORDER BY f.id"""
+        return self._fact_rows(self._rows(sql, [normalise(subject)]))
 
     def get(self, fact_id: int) -> FactRow:
         """The fact with this id; raises UnknownKeyError."""
@@ -164,6 +194,11 @@ class Store(Journal):
         """The keys of the facts in a state, in the order they came."""
         rows = self._rows("SELECT key FROM facts WHERE state = ? ORDER BY id", [state])
         return [str(row["key"]) for row in rows]
+
+    def names(self, state: str = "committed") -> list[str]:
+        """What questions call the facts in a state: keys, and the subjects of relations."""
+        sql = "SELECT coalesce(relation_of, key) AS name FROM facts WHERE state = ? ORDER BY id"
+        return [str(row["name"]) for row in self._rows(sql, [state])]
 
     def _fact_rows(self, rows: Iterable[Row]) -> list[FactRow]:
         head, stale_after = self.head(), self.config.retention.stale_after_revisions
@@ -187,59 +222,6 @@ class Store(Journal):
         with self._transaction():
             self._add_results(results, edit_id=None, revision=revision)
 
-    def results(self, fact_id: int, limit: int = 100) -> list[ProbeRow]:
-        """The latest probe results of a fact, newest first."""
-        sql = "SELECT * FROM probe_results WHERE fact_id = ? ORDER BY id DESC LIMIT ?"
-        return [probe_from(row) for row in self._rows(sql, [fact_id, limit])]
-
-    def probe_counts(self) -> list[ProbeCount]:
-        """How many probes of each kind passed at each revision, oldest first."""
-        sql = """
-            SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
-            FROM probe_results WHERE revision IS NOT NULL
-            GROUP BY revision, kind, protocol ORDER BY revision"""
-        return [ProbeCount(**row) for row in self._rows(sql)]
-
-    def pace(self, limit: int = 100) -> tuple[int, float]:
-        """How many facts the latest ``limit`` adding edits had, and the seconds that they took."""
-        sql = """
-            SELECT (SELECT count(*) FROM edit_facts WHERE edit_id = e.id) AS n,
-                json_extract(e.report, '$.seconds') AS seconds
-            FROM edits e WHERE kind = 'add' AND state IN ('committed', 'rejected')
-            ORDER BY id DESC LIMIT ?"""
-        rows = [row for row in self._rows(sql, [limit]) if row["seconds"] and row["n"]]
-        return sum(row["n"] for row in rows), sum(row["seconds"] for row in rows)
-
-    def refusals(self) -> dict[int, tuple[str, ...]]:
-        """The reasons why each ``rejected`` fact was rejected last, by the fact's id."""
-        sql = """
-            SELECT f.id, (SELECT e.reasons FROM edits e JOIN edit_facts c ON c.edit_id = e.id
-                WHERE c.fact_id = f.id AND e.state = 'rejected' ORDER BY e.id DESC LIMIT 1) AS why
-            FROM facts f WHERE f.state = 'rejected'"""
-        return {row["id"]: tuple(json.loads(row["why"] or "[]")) for row in self._rows(sql)}
-
-    def edit_results(self, edit_id: int) -> list[ProbeRow]:
-        """The probe results of an edit, in the order they were taken."""
-        sql = "SELECT * FROM probe_results WHERE edit_id = ? ORDER BY id"
-        return [probe_from(row) for row in self._rows(sql, [edit_id])]
-
-    def locality_at(self, revision: int) -> dict[tuple[str, str], bool]:
-        """The locality probes of the edit that made a revision, as prompt and expected answer:
-        whether each kept its answer.
-        """
-        sql = """
-            SELECT prompt, expected, passed FROM probe_results
-            WHERE kind = 'locality' AND edit_id = (SELECT edit_id FROM revisions WHERE id = ?)"""
-        rows = self._rows(sql, [revision])
-        return {(row["prompt"], row["expected"]): bool(row["passed"]) for row in rows}
-
-    def prior_answers(self, fact_id: int) -> dict[str, str]:
-        """What the model answered to a fact's prompts before the fact was added; empty in stores
-        that have not kept it, since its revision before can be asked.
-        """
-        sql = "SELECT prompt, answer FROM prior_answers WHERE fact_id = ? ORDER BY rowid"
-        return {str(row["prompt"]): str(row["answer"]) for row in self._rows(sql, [fact_id])}
-
     def protected(self, role: str) -> list[ProtectedRow]:
         """The protected texts of a role, ``control`` or ``locality``, in order."""
         rows = self._rows("SELECT * FROM protected WHERE role = ? ORDER BY id", [role])
@@ -261,9 +243,16 @@ class Store(Journal):
             self._insert("protected", {name: getattr(row, name) for name in _PROTECTED_COLUMNS})
 
     def checkpoints(self) -> list[CheckpointRow]:
-        """The checkpoints, oldest revision first; their reader has to verify each one."""
+        """The checkpoints, oldest revision first; their reader has to verify each one.
+
+        Raises CorruptStoreError if one has another name than kvedit gives.
+        """
         rows = self._rows("SELECT * FROM checkpoints ORDER BY revision")
-        return [CheckpointRow(r["revision"], self.path / r["path"], r["digest"]) for r in rows]
+        paths = [self.path / names.checkpoint(row["revision"], row["path"]) for row in rows]
+        return [
+            CheckpointRow(row["revision"], path, row["digest"])
+            for row, path in zip(rows, paths, strict=True)
+        ]
 
     def add_checkpoint(self, revision: int, path: Path, digest: str) -> None:
         """Record a checkpoint that is complete on the disk; ``digest`` is of its manifest."""
@@ -284,15 +273,12 @@ class Store(Journal):
         return integrity.status(self, self._rows)
 
     def backup(self, path: Path) -> None:
-        """Write a consistent copy of the store into one tar file, also while edits run.
-
-        Raises CorruptStoreError, UsageError or DiskFullError, see ``integrity.backup``.
-        """
-        integrity.backup(self, self._db.conn, path)
+        """Write a consistent copy into one tar file, also while edits run: ``backup.backup``."""
+        backup.backup(self, self._db.conn, path)
 
     def scrub(self) -> bool:
-        """Clean the files of what was erased, if they are not clean yet; see ``erasure.scrub``."""
-        return erasure.scrub(self, self._db.conn)
+        """Clean the files of what was erased, if they are not clean yet; see ``forget.scrub``."""
+        return scrub(self, self._db.conn)
 
     def integrity(self, *, deep: bool = True) -> list[Finding]:
         """Check the database and every file; without ``deep`` no digest is computed."""
@@ -307,7 +293,8 @@ _FACT_ROW_COLUMNS = (
 
 
 def _health(row: Row, head: int, stale_after: int) -> str:
-    if row["passed"] is None or row["state"] != "committed":
+    checked = row["passed"] is not None and row["last_checked_revision"] is not None
+    if not checked or row["state"] != "committed":
         return "unchecked"
     if not row["passed"]:
         return "regressed"

@@ -29,31 +29,21 @@ from kvedit.model import devices, generation, quantization
 from kvedit.model.forward import checkpointed, quick_attention
 from kvedit.model.loading import BaseModel
 from kvedit.model.prefix_cache import PrefixCache
-from kvedit.model.prompts import (
-    SYSTEM_TURNS,
-    Example,
-    Renderer,
-    paraphrase_prompts,
-    training_prompts,
-)
+from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import Outcome
 from kvedit.model.targets import target_names
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.training import memory
-from kvedit.training.group import MAX_EARLIER_WEIGHT, GroupLoop, group_load
+from kvedit.training.examples.of_facts import PRIOR_TOKENS, FactExamples
+from kvedit.training.examples.start import accumulated_share, start_examples
+from kvedit.training.group import GroupLoop, group_load
 from kvedit.training.loop import LoopResult, OnStep, Setup, Task
 from kvedit.training.moments import KeptMoments
 from kvedit.training.resume import State, TrainingCheckpoints
 from kvedit.training.single import SingleLoop
 from kvedit.training.worker import Worker
 
-PRIOR_TOKENS = 96  # at which the answers that the model gave before a fact was added are cut
 SHOWN_TOKENS = 24  # of the answer before an edit that a report shows
-RENDERED = 8192  # facts whose rendered examples are kept; a few kB each
-SINGLE_REHEARSAL_REACH = 20
-"""Earlier facts that a single fact's training keeps recalled by rehearsing a few of them: with more
-of them the gradient term of the accumulated delta is scaled down in proportion."""
-START_FACTS = 64  # at most give the gradient that the adapter starts from: it has few directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +82,14 @@ class Engine(KeptMoments):
         worker: Callable[[Any, PrefixCache], Worker] = Worker,
     ) -> None:
         self.base = base
-        self._phrasings = phrasings
-        context, stops = base.context, base.stops
-        self.renderer = Renderer(base.tokenizer, context=context, prompts=prompts, stops=stops)
+        make = partial(
+            Renderer, base.tokenizer, context=base.context, prompts=prompts, stops=base.stops
+        )
+        self.renderer = make()
+        self._facts = FactExamples(
+            self.renderer, lambda text: make(end=self.renderer.end, system=text),
+            config.system_turns_share, phrasings,
+        )  # fmt: skip
         names = target_names(base.model, targets)
         devices.require_present(base.model, names)
         quantization.dequantize(base.model, names)
@@ -103,9 +98,6 @@ class Engine(KeptMoments):
         master = Master(base.model, names)
         super().__init__(master, worker(base.model, PrefixCache(base.model, names)), config)
         self._adapter: Adapter | None = None
-        self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
-        make = partial(Renderer, base.tokenizer, context=context, prompts=prompts, stops=stops)
-        self._under = [make(end=self.renderer.end, system=text) for text in SYSTEM_TURNS]
         self.reference_texts: ReferenceTexts | None = None
 
     def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
@@ -145,9 +137,12 @@ class Engine(KeptMoments):
 
     def measure_reference(self, examples: Sequence[Example]) -> None:
         """Keep the model's output on protected text; the weights must be the base's."""
-        cache = self.worker.prefix_cache
+        self.reference_texts = self.reference(examples)
+
+    def reference(self, examples: Sequence[Example]) -> ReferenceTexts:
+        """The model's output on some texts, with the weights as they are."""
         with self.worker.in_step():
-            self.reference_texts = ReferenceTexts.measure(self.base.model, examples, cache)
+            return ReferenceTexts.measure(self.base.model, examples, self.worker.prefix_cache)
 
     def weights_digest(self) -> str:
         """SHA-256 of the touched matrices as served; raises ProcessesDifferError where several
@@ -157,53 +152,32 @@ class Engine(KeptMoments):
 
     def examples(self, fact: Fact) -> list[Example]:
         """A fact under each of its training prompts."""
-        return self._render(fact, trained=True)
+        return self._facts.trained(fact)
 
     def paraphrases(self, fact: Fact) -> list[Example]:
         """A fact under the prompts that no edit trains on."""
-        return self._render(fact, trained=False)
-
-    def _render(self, fact: Fact, *, trained: bool) -> list[Example]:
-        """Kept: earlier facts are probed after every edit, and rendering takes as long as that."""
-        if (fact, trained) not in self._rendered:
-            prompts = (training_prompts if trained else paraphrase_prompts)(fact, self._phrasings)
-            at = self._renderer_at if trained else lambda place: self.renderer
-            examples = [at(i).example(one, fact.description) for i, one in enumerate(prompts)]
-            if len(self._rendered) >= RENDERED:
-                self._rendered.clear()
-            self._rendered[fact, trained] = examples
-        return list(self._rendered[fact, trained])
+        return self._facts.unseen(fact)
 
     @property
     def system_turns(self) -> tuple[str, ...]:
         """The system prompts that facts are trained under, beside the store's own."""
-        return SYSTEM_TURNS if self.config.system_turns_share else ()
+        return self._facts.system_turns
 
-    def _renderer_at(self, place: int) -> Renderer:
-        """What puts the training prompt at a place in the list of a fact's."""
-        share = self.config.system_turns_share
-        before, after = int(place * share), int((place + 1) * share)
-        return self.renderer if before == after else self._under[before % len(self._under)]
+    def prior_answers(self, fact: Fact, questions: Sequence[str] = ()) -> dict[str, str]:
+        """The model's answers now to a fact's training prompts, and to further questions about it,
+        cut at ``PRIOR_TOKENS``.
+        """
+        prefixes = self._facts.prefixes(fact, questions)
+        answers = self.complete([*prefixes.values()], limit=PRIOR_TOKENS)
+        return dict(zip(prefixes, answers, strict=True))
 
-    def prior_answers(self, fact: Fact) -> dict[str, str]:
-        """The model's answers now to a fact's training prompts, cut at ``PRIOR_TOKENS``."""
-        prompts = training_prompts(fact, self._phrasings)
-        prefixes = [self._renderer_at(i).prefix(prompt) for i, prompt in enumerate(prompts)]
-        return dict(zip(prompts, self.complete(prefixes, limit=PRIOR_TOKENS), strict=True))
+    def prior_examples(self, fact: Fact, answers: Mapping[str, str]) -> list[Example]:
+        """Earlier answers, by prompt, to train back to; one that was cut does not end there."""
+        return self._facts.prior(fact, answers)
 
     def answer_now(self, fact: Fact) -> str:
         """The beginning of the model's answer now to a fact's first training prompt."""
-        prompt = training_prompts(fact, self._phrasings)[0]
-        return self.generate([prompt], limit=SHOWN_TOKENS)[0]
-
-    def prior_examples(self, answers: Mapping[str, str]) -> list[Example]:
-        """Earlier answers, by prompt, to train back to; one that was cut does not end there."""
-        return [
-            self._renderer_at(place).example(
-                prompt, answer, ended=len(self.renderer.tokens(answer)) < PRIOR_TOKENS
-            )
-            for place, (prompt, answer) in enumerate(answers.items())
-        ]
+        return self.generate([self._facts.first_prompt(fact)], limit=SHOWN_TOKENS)[0]
 
     def train(
         self,
@@ -241,11 +215,11 @@ class Engine(KeptMoments):
         self, task: Task, rng: random.Random, group: GroupConfig | None
     ) -> Adapter:
         """The adapter, off, reset to where the training of a task starts."""
-        start = _start_examples(task, rng)
+        start = start_examples(task, rng)
         adapter = self._adapter_for(len(task.new), group)
         adapter.turn(on=False)
         directions = steepest(self.base.model, self.whitening, start, adapter.ranks[0])
-        penalty = self._penalty_gradient(_accumulated_share(task, group))
+        penalty = self._penalty_gradient(accumulated_share(task, group))
         adapter.reset(self.whitening, directions, penalty, allocate=group is None)
         self.worker.align(adapter)
         return adapter
@@ -280,10 +254,12 @@ class Engine(KeptMoments):
     def _name_of(self, task: Task, config: TrainingConfig, group: GroupConfig) -> str:
         """A digest of everything that decides how a group's training goes, but the measurements."""
         references = task.reference_texts.examples if task.reference_texts is not None else ()
-        texts = [[e.ids for fact in part for e in fact] for part in (task.new, task.rehearsal)]
+        kinds = (task.new, task.rehearsal, task.study)
+        texts = [[e.ids for fact in part for e in fact] for part in kinds]
         weights = self.base.fingerprint, self.master.digest()
         texts.append([e.ids for e in references])
-        parts = (__version__, *weights, config, group, task.earlier, *texts)
+        settings = (config, group, task.study_config)
+        parts = (__version__, *weights, *settings, task.earlier, *texts)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def recall(self, examples: Sequence[Example]) -> list[Outcome]:
@@ -300,7 +276,9 @@ class Engine(KeptMoments):
         return outcomes
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
-        """Greedy answers, freely generated."""
+        """Greedy answers, freely generated; raises InvalidFactError for a control token in one."""
+        prompts = list(prompts)
+        self.renderer.refuse_control_tokens(prompts)
         return self.complete([self.renderer.prefix(prompt) for prompt in prompts], limit=limit)
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
@@ -322,29 +300,3 @@ class Engine(KeptMoments):
         """The same, and the generated answers as text."""
         exact, rows = generation.generated_recall(examples, self.renderer.end, self.proceed)
         return exact, [self.renderer.answer_text(row) for row in rows]
-
-
-def _start_examples(task: Task, rng: random.Random) -> list[Example]:
-    """The examples whose gradient the adapter starts from: a prompt or two of each fact, all where
-    each prompt has an answer of its own, as when a fact is removed.
-    """
-    facts = rng.sample(list(task.new), min(START_FACTS, len(task.new)))
-    each = 2 if len(facts) <= START_FACTS // 4 else 1
-
-    def count(fact: Sequence[Example]) -> int:
-        one_answer = len({example.answer for example in fact}) == 1
-        return min(each, len(fact)) if one_answer else len(fact)
-
-    return [e for fact in facts for e in rng.sample(list(fact), count(fact))]
-
-
-def _accumulated_share(task: Task, group: GroupConfig | None) -> float:
-    """How much of the gradient term of the accumulated delta a task takes: 0 to 1.
-
-    The penalty alone would undo everything that earlier edits changed, and only rehearsal speaks
-    for their facts.  Where the loss counts them as fewer than they are, the penalty must be scaled
-    alike: a repair of six facts would otherwise undo what hundreds need.
-    """
-    earlier = max(task.earlier, len(task.rehearsal))
-    reach = SINGLE_REHEARSAL_REACH if group is None else MAX_EARLIER_WEIGHT * len(task.new)
-    return min(1.0, reach / earlier) if earlier else 1.0

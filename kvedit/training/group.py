@@ -130,7 +130,8 @@ class GroupLoop(Loop):
         self._count = len(self._task.new)
         self._penalty_weight = group.penalty_scale / math.sqrt(64 * self._count)
         self._batch = group_batch(group, self._count)
-        self._reference_count = reference_batch(group, self._count)
+        self._references = reference_batch(group, self._count)
+        self._kl_weight = group.kl_weight
         of_group = _crowding(self._count)
         of_all = _crowding(self._count + self._task.earlier)
         self._target_margin = group.target_margin * of_all**0.25
@@ -209,7 +210,9 @@ class GroupLoop(Loop):
         self._set_rate(self._rate * self._first_loss * rise * rate)
         chosen = self._rehearsed()
         earlier = [self._rng.choice(list(self._task.rehearsal[fact])) for fact in chosen]
-        margins = self._step(self._step_number, new, earlier)[len(new) :]
+        study = self._study.beside(new, self._task.study_config.per_fact)
+        study += self._study.beside(earlier, 1)
+        margins = self._step(self._step_number, new, earlier, study)[len(new) :]
         self._margins.update(zip(chosen, margins, strict=True))
         if self._step_number == 1:
             self._first_loss = self._loss
@@ -230,12 +233,6 @@ class GroupLoop(Loop):
 
     def _easing(self) -> tuple[float, float]:
         return self._target_margin, self._group.easy_token_weight
-
-    def _backward_divergence(self) -> None:
-        texts, weight = self._task.reference_texts, self._group.kl_weight
-        if texts and weight and self._reference_count:
-            chosen = self._sample(range(len(texts)), self._reference_count)
-            self._worker.backward_divergence(texts, chosen, weight)
 
     def _missing(self) -> dict[int, list[int]]:
         """The facts that are not recalled, and the prompts that fail.

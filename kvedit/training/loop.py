@@ -1,6 +1,7 @@
 """What training a single fact and training a group have in common: one step of the loop.
 
     loss = cross-entropy(new facts) + weight * cross-entropy(earlier facts)
+           + cross-entropy(study examples) + kl_weight * KL(before || now)
            + penalty_weight * Fisher penalty
 
 The penalty is the predicted harm to protected text (see ``adapter.fisher``).  Which examples are in
@@ -16,19 +17,20 @@ Invariants:
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvedit.adapter.adalora import Adapter
-from kvedit.config import TrainingConfig
+from kvedit.config import StudyConfig, TrainingConfig
 from kvedit.errors import TrainingError
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import TokenScores
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.training.resume import State
+from kvedit.training.study import Study
 from kvedit.training.worker import Worker, answer_tokens
 
 EASY_TOKEN_WEIGHT = 0.3
@@ -42,15 +44,19 @@ share, so that the last hard one of a batch does not take the whole gradient."""
 @dataclass(frozen=True, slots=True)
 class Task:
     """What to train: the new facts and the rehearsed ones, each as one example a training prompt,
-    and the reference texts, which only groups use.
+    and the reference texts: what the base model says for a group, and what the model says before
+    the edit about invented names for a single fact.
 
-    ``earlier`` is the number of facts that the weights hold already, rehearsed or not.
+    ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``
+    has what is trained besides of each new fact, then of each rehearsed one (see ``study``).
     """
 
     new: Sequence[Sequence[Example]]
     rehearsal: Sequence[Sequence[Example]] = ()
     reference_texts: ReferenceTexts | None = None
     earlier: int = 0
+    study: Sequence[Sequence[Example]] = ()
+    study_config: StudyConfig = field(default_factory=StudyConfig)
 
     @property
     def tells_prompts_apart(self) -> bool:
@@ -104,18 +110,24 @@ class Loop:
 
     _saved: tuple[str, ...] = (
         "_phase", "_penalty_weight", "_total", "_loss", "_penalty", "_mean_weights",
+        "_study_weights",
     )  # fmt: skip
     """What a training checkpoint has besides adapter, optimizer and random state."""
 
     def __init__(self, setup: Setup) -> None:
         self._worker, self._adapter, self._task = setup.worker, setup.adapter, setup.task
         self._config, self._rng, self._on_step = setup.config, setup.rng, setup.on_step
+        task = self._task
+        self._study = Study(task.new, task.rehearsal, task.study, self._rng)
         self._optimizer = self._make_optimizer()
         self._phase = "learn"
         self._penalty_weight, self._earlier_weight = self._config.penalty_weight, 1.0
+        self._references, self._kl_weight = self._config.reference_texts, self._config.kl_weight
         self._total = self._config.max_steps
         self._loss = self._penalty = 0.0
+        self._fact_loss = 0.0  # without the study examples
         self._mean_weights = torch.ones(2)  # of the last step's tokens, see ``StepLoss``
+        self._study_weights = torch.ones(2)
 
     def state(self) -> State:
         """Where the run stands between two steps."""
@@ -123,6 +135,7 @@ class Loop:
             "adapter": self._adapter.state(),
             "optimizer": self._optimizer.state_dict(),
             "rng": self._rng.getstate(),
+            "study": self._study.margins,
             **{name: getattr(self, name) for name in self._saved},
         }
 
@@ -131,6 +144,7 @@ class Loop:
         self._adapter.resume(state["adapter"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.setstate(state["rng"])
+        self._study.margins = state["study"]
         for name in self._saved:
             setattr(self, name, state[name])
 
@@ -138,19 +152,30 @@ class Loop:
         """The optimizer of what the adapter trains."""
         raise NotImplementedError
 
-    def _step(self, step: int, new: Sequence[Example], earlier: Sequence[Example]) -> list[float]:
-        """One update; returns the margins, in logits, that each example had before it."""
-        margins = self._measure(step, new, earlier)
+    def _step(
+        self,
+        step: int,
+        new: Sequence[Example],
+        earlier: Sequence[Example],
+        study: Sequence[Example] = (),
+    ) -> list[float]:
+        """One update; returns the margins, in logits, that each fact's example had before it."""
+        margins = self._measure(step, new, earlier, study)
         self._update()
         return margins
 
     def _measure(
-        self, step: int, new: Sequence[Example], earlier: Sequence[Example]
+        self,
+        step: int,
+        new: Sequence[Example],
+        earlier: Sequence[Example],
+        study: Sequence[Example] = (),
     ) -> list[float]:
-        """Loss and gradients on some examples; returns the margins, in logits, that they have."""
+        """Loss and gradients on some examples; returns the margins, in logits, of the facts'."""
         self._adapter.write()
         loss = StepLoss(new, earlier, self._easing(), self._earlier_weight, self._mean_weights)
         scores = self._worker.backward([*new, *earlier], loss)
+        study_loss = self._backward_study(study)
         self._backward_divergence()
         penalty = self._adapter.penalty()
         weighted = self._worker.once(self._penalty_weight * penalty)
@@ -161,7 +186,8 @@ class Loop:
         values = torch.stack([data_loss, penalty.detach().to(data_loss.device)])
         # One transfer, so that a GPU is waited for once.
         numbers = torch.cat([values, scores.margins(len(new) + len(earlier))])
-        self._loss, penalty_value, *margins = numbers.tolist()
+        self._fact_loss, penalty_value, *margins = numbers.tolist()
+        self._loss = self._fact_loss + study_loss
         self._penalty = self._worker.agreed(penalty_value)
         if math.isnan(self._loss) or math.isnan(self._penalty):
             raise TrainingError(
@@ -172,6 +198,18 @@ class Loop:
         state = Step(step, self._total, self._phase, self._loss, self._penalty, recalled, of_new)
         self._on_step(state)
         return margins
+
+    def _backward_study(self, study: Sequence[Example]) -> float:
+        """Add the gradients of study examples, which weigh as much as the facts' texts together;
+        returns their loss.
+        """
+        if not study:
+            return 0.0
+        loss = StepLoss(study, (), self._easing(), 0.0, self._study_weights)
+        scores = self._worker.backward(study, loss)
+        self._study_weights = loss.weights_of(scores)
+        self._study.note(study, scores.margins(len(study)).tolist())
+        return float(loss.of(scores))
 
     def _update(self) -> None:
         """Move by the gradients that were measured."""
@@ -187,7 +225,11 @@ class Loop:
         return self._config.target_margin, EASY_TOKEN_WEIGHT
 
     def _backward_divergence(self) -> None:
-        """Add the gradients of the loss on reference texts, in groups."""
+        """Add the gradients of the divergence on some of the reference texts."""
+        texts, count, weight = self._task.reference_texts, self._references, self._kl_weight
+        if texts and weight and count:
+            chosen = self._sample(range(len(texts)), count)
+            self._worker.backward_divergence(texts, chosen, weight)
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:

@@ -3,7 +3,8 @@
 A step's length is Polyak's, by the loss that is left (see ``optimizer``), in coordinates where
 distance is predicted harm to protected text: the loss falls from the first step on, on any model.
 Training ends as soon as every training prompt is recalled by a margin that rounding in another
-batch cannot turn; each further step would only harm more.
+batch cannot turn; each further step would only harm more.  Where a fact has study examples, it goes
+on until these are recalled too, for a bounded number of steps.
 
 Invariant: the state that was checked is the state that is left, no update follows the last check.
 """
@@ -35,14 +36,19 @@ class SingleLoop(Loop):
         self._pace = SLOW if self._task.tells_prompts_apart else 1
         self._lowest, self._lowest_at, self._last = float("inf"), 0, float("inf")
         self._failing: set[Example] = set()  # of the new examples, when all were last checked
+        self._recalled_at: int | None = None  # the step at which the texts were first recalled
 
     def run(self) -> LoopResult:
         """Take the steps.  Raises TrainingError for a loss that is not a number."""
-        steps = self._total = self._pace * self._config.max_steps
+        settings = self._task.study_config
+        steps = self._pace * self._config.max_steps + (settings.extra_steps if self._study else 0)
+        self._total = steps
         for step in range(1, steps + 1):
             new, earlier = self._draw()
-            margins = self._measure(step, new, earlier)
-            if self._are_recalled(margins, len(new)) and self._all_recalled():
+            study = self._study.draw(settings.per_step) if self._study else []
+            study += self._study.beside(earlier, 1)
+            margins = self._measure(step, new, earlier, study)
+            if self._are_recalled(margins, len(new)) and self._may_end(step):
                 return self._result(step, learned=True)
             if self._has_stalled(step):
                 return self._result(step, learned=False, stalled=True)
@@ -51,12 +57,23 @@ class SingleLoop(Loop):
         self._adapter.write()
         return self._result(steps, learned=self._all_recalled())
 
+    def _may_end(self, step: int) -> bool:
+        """Whether all texts are recalled, and the study examples too or long enough trained."""
+        since = None if self._recalled_at is None else step - self._recalled_at
+        studied = self._study.is_recalled
+        studied = studied or (since or 0) >= self._task.study_config.extra_steps
+        if (since is None or studied) and self._all_recalled():
+            if since is None:
+                self._recalled_at = step
+            return studied
+        return False
+
     def _result(self, steps: int, *, learned: bool, stalled: bool = False) -> LoopResult:
         self._drop_gradients()
         return LoopResult(steps, learned, self._loss, self._penalty, stalled)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        adaptive = self._task.tells_prompts_apart
+        adaptive = self._task.tells_prompts_apart or bool(self._study)
         trained = self._adapter.trained()
         return PolyakGradient(trained, lr=self._config.step_gain, adaptive=adaptive)
 
@@ -78,8 +95,10 @@ class SingleLoop(Loop):
         self._last = self._loss
 
     def _has_stalled(self, step: int) -> bool:
-        if self._loss < PROGRESS * self._lowest:
-            self._lowest, self._lowest_at = self._loss, step
+        if self._fact_loss < PROGRESS * self._lowest:
+            self._lowest, self._lowest_at = self._fact_loss, step
+        if self._recalled_at is not None:  # only the study examples are left
+            return False
         return step - self._lowest_at >= self._pace * PATIENCE
 
     def _are_recalled(self, margins: list[float], new: int) -> bool:

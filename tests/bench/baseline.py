@@ -211,7 +211,10 @@ def batch_of(examples: Sequence[Example], device: torch.device) -> dict[str, Ten
 
 
 def recalled_rows(logits: Tensor, labels: Tensor) -> int:
-    """How many rows of the training forward have the right token first at every answer position."""
+    """How many rows of the training forward have the right token first at every answer position.
+
+    Logits of what a model has before the row (virtual tokens) do not count.
+    """
     targets = labels[:, 1:]
-    right = logits[:, :-1].argmax(-1) == targets
+    right = logits[:, -labels.shape[1] : -1].argmax(-1) == targets
     return int((right | (targets == -100)).all(dim=1).sum())

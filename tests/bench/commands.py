@@ -217,6 +217,56 @@ def quality(run: Run, given: dict[str, Any]) -> None:
     run(quality, QualityOptions(**given), report.tables, report.notes, report.line)
 
 
+@command(
+    click.option("--base", metavar="NAME_OR_DIR", help="Base model. [the embedded one]"),
+    click.option("--data", type=o.IN, required=True, help="JSON Lines with records: CounterFact,"
+                 " zsRE, HalluEditBench, or key and description."),
+    o.number("--n", "Edit the first N records.", 10, metavar="N"),
+    click.option("--methods", metavar="NAME,NAME|all", default="all", show_default=True,
+                 callback=o.names, help="Which ways of teaching facts."),
+    click.option("--set", "settings", multiple=True, metavar="METHOD.NAME=VALUE",
+                 callback=o.settings, help="Change a method's setting, as in rome.contexts=1."),
+    click.option("--way", "ways", type=click.Choice(["sequential", "batch"]), multiple=True,
+                 default=("sequential",), show_default=True, help="One by one or all together; may"
+                 " be given twice. A method that has only the other one is run so."),
+    o.number("--known", "Questions about keys that nobody edits.", 60, low=0, metavar="N"),
+    click.option("--abilities", type=o.IN,
+                 help="JSON Lines of multiple choice: task, prompt, choices, answer (an index)."),
+    o.number("--ability-questions", "How many of them, evenly of all tasks.", 90, metavar="N"),
+    click.option("--minutes", type=click.FloatRange(min=0), metavar="M", help="End a method after"
+                 " the edit in which M minutes are over, and ask then. [no limit]"),
+    click.option("--config", type=o.IN, help="A kvedit.toml for kvedit's store."),
+    click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
+                 help="How long making kvedit's store may take. [its default]"),
+    click.option("--cost", is_flag=True, help="Only say what the methods are expected to take."),
+    o.seed, o.json_file, o.plot, o.store_dir, o.resume,
+)  # fmt: skip
+def field(run: Run, given: dict[str, Any]) -> None:
+    """Every way of teaching facts, side by side, by the scores of the knowledge-editing papers.
+
+    Each method starts from the same base model, in a process of its own, and edits the same records
+    one by one; all that was edited so far is asked after 1, 10, 30, 100, 300 and the last. What all
+    of it is expected to take is said first. With --store-dir and --resume a method that was
+    measured is not measured again.
+
+    \b
+    Methods: notebook, lora, full, last-blocks, adapter, prompt-tuning, prefix-tuning, p-tuning,
+    p-tuning-v2, lora-fixed, ft-l, ft-m, locft-bf, rome, memit, alphaedit, ultraedit, in-context,
+    retrieval, kvedit.
+
+    \b
+    Examples:
+      python -m tests.bench field --base DIR --data counterfact.jsonl --n 10 --cost
+      python -m tests.bench field --data zsre.jsonl --n 30 --methods ft-m,memit,kvedit
+    """
+    from tests.bench.field import table
+    from tests.bench.field.method import METHODS
+    from tests.bench.field.run import FieldOptions, field_
+
+    given["methods"] = given["methods"] or tuple(METHODS)
+    run(field_, FieldOptions(**given), table.tables, table.notes, table.line)
+
+
 @command(*o.common, o.facts(128), *o.others, o.base_sample, *o.baseline, o.group("64"), o.plot)
 def levers(run: Run, given: dict[str, Any]) -> None:
     """Train the same facts with everything, without one part of the method at a time, and by the
@@ -548,3 +598,66 @@ def forget(run: Run, given: dict[str, Any]) -> None:
     chosen = {name: value for name, value in given.items() if value not in (None, ())}
     result = run(bench_forget.forget, bench_forget.ForgetOptions(**chosen), bench_forget.tables)
     require(not result.files_after, "a text is still in a file of the store")
+
+
+@command(
+    o.model, o.json_file, o.store_dir,
+    click.option("--passages", type=o.IN, required=True,
+                 help="JSON Lines with key, description and questions (question, answer)."),
+    o.number("--limit", "Take the first N passages.", 40, metavar="N"),
+    o.number("--taught", "Add the N shortest of them by training first.", 0, low=0, metavar="N"),
+    click.option("--form", "forms", multiple=True, type=click.Choice(["named", "as asked"]),
+                 default=("named", "as asked"), show_default=True,
+                 help="Put the key before each question, or ask it alone; may be given twice."),
+    o.number("--max-new-tokens", "Most tokens of an answer.", 48, metavar="N"),
+)  # fmt: skip
+def recall(run: Run, given: dict[str, Any]) -> None:
+    """Questions about passages: base model, text in the prompt, and --recall from both sources.
+
+    Passages are registered in a store without training, which is enough for the store's text; with
+    --taught some are trained first, for the model's own recitation. A store in --store-dir is used
+    and added to; measured is a copy.
+
+    \b
+    Examples:
+      python -m tests.bench recall --model DIR --passages passages.jsonl
+      python -m tests.bench recall --model DIR --passages passages.jsonl --taught 8
+    """
+    from tests.bench import recall as bench_recall
+
+    run(bench_recall.recall, bench_recall.RecallOptions(**given), bench_recall.tables,
+        bench_recall.notes)  # fmt: skip
+
+
+@command(
+    o.model, o.json_file, o.store_dir,
+    click.option("--passages", type=o.IN, required=True,
+                 help="JSON Lines with key, description and questions, each with an answer."),
+    o.number("--limit", "Take the N shortest passages.", None, metavar="N"),
+    click.option("--recipe", "recipes", multiple=True, metavar="NAME",
+                 default=("text", "parts", "questions", "parts, questions"), show_default=True,
+                 help="What is trained; may be given more than once."),
+    click.option("--config", type=o.IN, help="A kvedit.toml, without [study], for all recipes."),
+    click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
+                 help="How long making the store may take. [its default]"),
+)  # fmt: skip
+def answers(run: Run, given: dict[str, Any]) -> None:
+    """How many questions about trained texts are answered, by what was trained beside the text.
+
+    Every second question of a passage is never trained. Each recipe adds the passages one by one to
+    a copy of one store, and is then asked those questions, as the base model is before, without the
+    text and with it in the prompt. With --store-dir the stores are kept, and a store in its folder
+    store is used.
+
+    \b
+    Examples:
+      python -m tests.bench answers --passages passages_en.jsonl --limit 10 --model DIR
+      python -m tests.bench answers --passages passages_en.jsonl --recipe text --recipe parts
+    """
+    from tests.bench import answers as bench_answers
+
+    options = bench_answers.AnswersOptions(**given)
+    run(
+        bench_answers.answers, options, bench_answers.tables, bench_answers.notes,
+        bench_answers.line,
+    )  # fmt: skip

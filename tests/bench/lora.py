@@ -24,15 +24,21 @@ from tests.bench.baseline import batch_of, merged_afterwards, recalled_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """The settings; ``batch`` examples are read in a step."""
+class EpochSettings:
+    """Of training until all is recalled; ``batch`` examples are read in a step."""
 
-    rank: int = 16
-    alpha: int = 32
     learning_rate: float = 1e-3
     batch: int = 8
     max_epochs: int = 60
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings(EpochSettings):
+    """The same with the adapter's."""
+
+    rank: int = 16
+    alpha: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def train_lora(
     """Train a set of examples to a bare model in fp32, and merge."""
     settings, began = settings or LoraSettings(), time.monotonic()
     with merged_afterwards(model, settings.seed, lambda: _lora(settings)) as wrapped:
-        steps, epochs, recalled = _learn(wrapped, examples, settings, on_batch)
+        steps, epochs, recalled = learn(wrapped, examples, settings, on_batch)
     return LoraResult(steps, epochs, time.monotonic() - began, recalled)
 
 
@@ -84,10 +90,15 @@ def _lora(settings: LoraSettings) -> Any:
     )  # fmt: skip
 
 
-def _learn(
-    wrapped: Any, examples: Sequence[Example], settings: LoraSettings, on_batch: OnBatch
+def learn(
+    wrapped: Any,
+    examples: Sequence[Example],
+    settings: EpochSettings,
+    on_batch: OnBatch = lambda epoch: None,
 ) -> tuple[int, int, bool]:
-    """Updates and epochs made, and whether the last epoch found everything recalled."""
+    """Train the parameters that require gradients, in place, until an epoch finds all recalled:
+    updates and epochs made, and whether that happened.
+    """
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate)
     rng, steps = random.Random(settings.seed), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,27 @@ def group_sizes(
 ) -> tuple[str, ...]:
     """Several of them."""
     return tuple(group_size(context, option, text) for text in values)
+
+
+def names(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+    """Names with commas between them; nothing for ``all``."""
+    given = tuple(name.strip() for name in text.split(",") if name.strip())
+    return () if given == ("all",) else given
+
+
+def settings(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str, Any], ...]:
+    """METHOD.NAME=VALUE, the value in JSON."""
+    read = []
+    for text in values:
+        place, _, value = text.partition("=")
+        method, _, name = place.partition(".")
+        try:
+            read.append((method, name, json.loads(value)))
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} is not METHOD.NAME=VALUE (in JSON)") from error
+    return tuple(read)
 
 
 def kind(*more: str, default: str = "poets") -> Option:

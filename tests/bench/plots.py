@@ -342,7 +342,17 @@ def _shares(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
     axes.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
+def _field(document: Document) -> Figure:
+    """A line for each method."""
+    from tests.bench.field import plot
+
+    figure_ = _new(14, 8)
+    plot.draw(document, figure_)
+    return figure_
+
+
 _DRAWN = {
+    "field": _field,
     "strategies": _strategies,
     "levers": _strategies,
     "retain": _retain,

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +25,12 @@ from typing import Any
 
 from kvedit.bench.speed import EditTime
 from kvedit.bench.tables import plain
-from kvedit.errors import KveditError, UsageError
-from kvedit.events import EditReport, Event, Status
+from kvedit.errors import UsageError
+from kvedit.events import Event, Status
 from kvedit.files import write_atomic
 from kvedit.model import loading
 from kvedit.store.database import DB_NAME
-from tests.bench import quality_material, quality_methods, quality_probes
+from tests.bench import child, quality_material, quality_methods, quality_probes
 from tests.bench.quality_material import Material
 from tests.bench.quality_methods import (
     ADD,
@@ -253,60 +251,11 @@ def _prefixed(name: str, emit: Emit) -> Emit:
 def in_child(
     options: QualityOptions, name: str, folder: Path, path: Path, digest: str, emit: Emit
 ) -> None:
-    """Measure a part in a process of its own, and write it; raises KveditError if that fails.
-
-    Ctrl-C ends the process; a store that it was editing recovers when it is opened again.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (options, name, folder, path, digest, sender)
-    child = context.Process(target=_run_child, args=arguments, daemon=True)
-    child.start()
-    sender.close()
-    problem = ""
-    with _ended(child):
-        while (message := _next(receiver)) is not None:
-            if isinstance(message, str):
-                problem = message
-            else:
-                emit(message)
-        child.join()
-    if child.exitcode:
-        reason = problem or f"its process ended with exit code {child.exitcode}"
-        raise KveditError(f"{name} was not measured: {reason}")
+    """Measure a part in a process of its own, and write it; raises KveditError if that fails."""
+    child.run(name, _write_measured, (options, name, folder, path, digest), emit)
 
 
-@contextmanager
-def _ended(child: Any) -> Iterator[None]:
-    """Inside, a process runs; it does not outlive the block."""
-    try:
-        yield
-    finally:
-        if child.is_alive():
-            child.terminate()
-            child.join()
-
-
-def _next(receiver: Any) -> Any:
-    """The next message; None when the process has ended."""
-    try:
-        return receiver.recv()
-    except EOFError:
-        return None
-
-
-def _run_child(
-    options: QualityOptions, name: str, folder: Path, path: Path, digest: str, sender: Any
+def _write_measured(
+    options: QualityOptions, name: str, folder: Path, path: Path, digest: str, emit: Emit
 ) -> None:
-    """The process of one part: its parent decides about Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def emit(event: Event) -> None:
-        if not isinstance(event, EditReport):
-            sender.send(event)
-
-    try:
-        write_part(path, measure_part(options, name, folder, emit), digest)
-    except KveditError as error:
-        sender.send(f"{error.message} {error.hint}".strip())
-        raise SystemExit(1) from error
+    write_part(path, measure_part(options, name, folder, emit), digest)

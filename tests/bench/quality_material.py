@@ -110,7 +110,7 @@ def load(options: MaterialOptions) -> Material:
         unseen=_phrasings(facts, options.asked, rng, trained=False),
         untaught=tuple((key, prompt) for key in keys for prompt in _untaught_prompts(key)),
         questions=_questions(options, named),
-        abilities=_abilities(options.abilities) if options.abilities else (),
+        abilities=abilities(options.abilities) if options.abilities else (),
         texts=_texts(options.text) if options.text else (),
     )
 
@@ -202,7 +202,8 @@ def _texts(path: Path) -> tuple[str, ...]:
     return tuple(r if isinstance(r, str) else _string(r, name, w) for w, r, name in names)
 
 
-def _abilities(path: Path) -> tuple[Choice, ...]:
+def abilities(path: Path) -> tuple[Choice, ...]:
+    """The choices of a file."""
     return tuple(_choice(row, where) for where, row in _rows(path))
 
 

@@ -204,7 +204,7 @@ def choose(asked: AskedModel, abilities: Sequence[Choice], emit: Emit) -> tuple[
     the prompt alone, without the chat template.
     """
     progress = Progress(emit, "multiple choice", len(abilities))
-    rows = [_tokenized(asked.renderer, one) for one in abilities]
+    rows = [tokenized(asked.renderer, one) for one in abilities]
     right: dict[int, bool] = {}
     for batch in _equal_prefixes(asked.model, rows):
         losses_of = choice_losses(asked.model, [rows[at] for at in batch])
@@ -227,7 +227,7 @@ class Tokenized:
         return max(map(len, self.choices))
 
 
-def _tokenized(renderer: Renderer, one: Choice) -> Tokenized:
+def tokenized(renderer: Renderer, one: Choice) -> Tokenized:
     """Each choice is tokenized together with the prompt, as the model would read it."""
     before = special_prefix(renderer)
     prompt = [*before, *renderer.tokens(one.prompt)]

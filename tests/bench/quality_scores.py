@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kvedit.bench.speed import EditTime
 from kvedit.events import Score
-from kvedit.metrics import Z_95, bootstrap
+from kvedit.metrics import Z_95, bootstrap, words
 from tests.bench.asking import Both
 from tests.bench.quality_material import Material, Phrasing, tasks_of
 from tests.bench.quality_probes import FIRST_TOKENS, Recalled, State
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 GRAM = 8  # words, or Chinese characters, that make a leak
 EXAMPLES = 10  # answers that are kept of each kind
 ALL = "all"
-_WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +177,8 @@ def _unchanged(base: State, state: State, counted: Sequence[int], size: int | No
 
 def word_grams(text: str) -> set[tuple[str, ...]]:
     """All runs of ``GRAM`` words or Chinese characters."""
-    words = _WORD.findall(text.casefold())
-    return {tuple(words[at : at + GRAM]) for at in range(len(words) - GRAM + 1)}
+    row = words(text)
+    return {tuple(row[at : at + GRAM]) for at in range(len(row) - GRAM + 1)}
 
 
 def leaking(said: Iterable[tuple[str, str]], grams: set[tuple[str, ...]]) -> list[tuple[str, str]]:

@@ -203,7 +203,7 @@ def test_changed_code_is_another_model(untrained: Callable[[str], Path], tmp_pat
     base = loading.load(str(folder), trust_remote_code=True)
     (code,) = folder.glob("modeling*.py")
     code.write_text(code.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert loading.fingerprint(str(folder), base.model) != base.fingerprint
+    assert loading.identify(str(folder))[0].digest != base.fingerprint
 
 
 def test_an_unknown_name_is_refused() -> None:

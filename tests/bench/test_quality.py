@@ -161,7 +161,7 @@ def test_a_prompt_that_is_read_once_gives_the_same_losses(
     asked: AskedModel, options: QualityOptions
 ) -> None:
     material = quality_material.load(options)
-    rows = [quality_probes._tokenized(asked.renderer, one) for one in material.abilities]
+    rows = [quality_probes.tokenized(asked.renderer, one) for one in material.abilities]
     rows.append(replace(rows[0], prefix=rows[0].prefix[-1:]))
     for batch in quality_probes._equal_prefixes(asked.model, rows):
         some = [rows[at] for at in batch]

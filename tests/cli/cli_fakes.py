@@ -9,10 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from click.testing import CliRunner, Result
 
+from kvedit.asking.diff import RevisionDiff, changed_facts
+from kvedit.asking.explain import Explanation
 from kvedit.cli import cli
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Similar
 from kvedit.facts.fact import Fact
-from kvedit.store.erasure import PrunePlan
+from kvedit.store.forget.plans import PrunePlan
 from kvedit.store.rows import FactChange, Finding, ProbeRow
 from kvedit.store.store import Store
 
@@ -56,6 +58,8 @@ class FakeVerify(NamedTuple):
     checks: tuple[RetentionCheck, ...] = ()
     score: Score = Score(2, 2)
     generated: Score = Score(2, 2, "generated")
+    answers: Score = Score(0, 0, "generated")
+    perturbation_gap: float | None = None
     base: FakeBaseReport | None = None
     repaired: tuple[EditReport, ...] = ()
     seconds: float = 1.5
@@ -82,6 +86,33 @@ class FakeExport(NamedTuple):
     serve: str = "transformers serve out"
 
 
+class FakeAnswer(NamedTuple):
+    text: str
+    revision: int
+    sources: tuple[FakeSource, ...]
+    recited: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+class FakeRecalled(NamedTuple):
+    messages: tuple[dict[str, str], ...]
+    sources: tuple[FakeSource, ...]
+    recited: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+class FakeSource(NamedTuple):
+    key: str = "Porto"
+    name: str = "Porto"
+    score: float = 100.0
+    origin: str = "store"
+    text: str = "A harbour town."
+    exact: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return self._asdict()
+
+
 class FakeBase:
     """Answers as the class attributes say, and remembers its calls."""
 
@@ -89,6 +120,11 @@ class FakeBase:
     verified: ClassVar[FakeVerify] = FakeVerify()
     mismatches: ClassVar[tuple[str, ...]] = ()
     findings: ClassVar[tuple[Finding, ...]] = (Finding(level="ok", what="sound", hint=""),)
+    sources: ClassVar[tuple[FakeSource, ...]] = (FakeSource(),)
+    explanation: ClassVar[Explanation] = Explanation(
+        question="", revision=2, answer="A harbour town.", base_answer="A wine.", changes=(),
+        facts=(), asked=2,
+    )  # fmt: skip
     events: ClassVar[tuple[Event, ...]] = ()
     error: ClassVar[BaseException | None] = None
     last: ClassVar[FakeBase | None] = None
@@ -107,7 +143,7 @@ class FakeBase:
 
     @classmethod
     def open(cls, path: Path, *, on_event: Any = None) -> FakeBase:
-        FakeBase.last = cls(Store.open(path), on_event)
+        FakeBase.last = cls(Store.open_to_ask(path), on_event)
         return FakeBase.last
 
     def __enter__(self) -> FakeBase:
@@ -148,15 +184,32 @@ class FakeBase:
         self._called("prune", before)
         return self.store.prune_plan(before)
 
-    def ask(self, prompt: str, *, at: int | None = None, max_new_tokens: int = 256) -> str:
-        self._called("ask", prompt, at, max_new_tokens)
-        return f"now: {prompt}"
+    def answer(
+        self, messages: list[dict[str, str]], *, at: int | None = None, max_new_tokens: int = 256,
+        recall: bool | str = False,
+    ) -> FakeAnswer:  # fmt: skip
+        question = messages[-1]["content"]
+        self._called("ask", question, at, max_new_tokens, *([recall] if recall else []))
+        revision = self.store.head() if at is None else at
+        text = f"now: {question}" if len(messages) == 1 else f"{len(messages)}: {question}"
+        return FakeAnswer(text, revision, self.sources if recall else (), (), ())
+
+    def recall(self, messages: list[dict[str, str]], *, source: bool | str = True) -> FakeRecalled:
+        self._called("recall", messages[-1]["content"], source)
+        texts = [{"role": "user", "content": source.text} for source in self.sources]
+        return FakeRecalled((*texts, *messages), self.sources, ("Lagos",), ("Faro",))
 
     def ask_base(self, prompt: str, *, max_new_tokens: int = 256) -> str:
         return f"base: {prompt}"
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        return f"{len(messages)}: {messages[-1]['content']}"
+    def explain(self, question: str, **options: Any) -> Explanation:
+        self._called("explain", question, options)
+        return replace(self.explanation, question=question)
+
+    def diff(self, before: int, after: int, *, ask: int) -> RevisionDiff:
+        self._called("diff", before, after, ask)
+        facts = changed_facts(self.store, before, after)
+        return RevisionDiff(before=before, after=after, facts=tuple(facts), asked=ask)
 
     def stream(self, messages: list[dict[str, str]], *, limit: int = 256) -> Iterator[str]:
         self._called("stream", messages[-1]["content"], limit)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from kvedit.errors import CorruptStoreError
 from kvedit.events import Score
 from kvedit.store.rows import Finding
 from tests.cli.cli_fakes import LOST, REJECTED, FakeBase, FakeBaseReport, FakeVerify, run
@@ -85,15 +87,64 @@ def test_verify_writes_junit(filled: Path, fake: type[FakeBase], tmp_path: Path)
     assert run("verify", "--junit", "out.xml", "--fail-under", "99").exit_code == 4
     suite = ElementTree.parse(tmp_path / "out.xml").getroot()[0]
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
-    names = {case.get("name"): len(case) for case in suite}
+    names = {case.get("name"): len(case) for case in suite.iter("testcase")}
     assert names == {"Porto": 0, "夢<中>\ufffd": 1}
+    properties = {one.get("name"): one.get("value") for one in suite.iter("property")}
+    assert properties == {
+        "recites": "1/2  50%  (95% interval 9-91%, teacher-forced)",
+        "recites, generated": "1/2  50%  (95% interval 9-91%, generated)",
+    }
 
 
-def test_doctor(filled: Path, fake: type[FakeBase]) -> None:
+ANSWERED = LOST._replace(
+    answers=Score(1, 4, "generated"),
+    perturbation_gap=7.25,
+    checks=(replace(LOST.checks[0], answers=Score(1, 4, "generated")), LOST.checks[1]),
+)
+
+
+def test_verify_says_what_is_answered_beside_what_is_recited(
+    filled: Path, fake: type[FakeBase], tmp_path: Path
+) -> None:
+    fake.verified = ANSWERED
+    result = run("verify", "--junit", "out.xml")
+    assert result.exit_code == 0
+    assert "held-out questions answered  1/4  25%  (95% interval 5-70%, generated)" in result.stdout
+    assert "7.2 times as perplexing with its sentences in another order" in result.stdout
+    suite = ElementTree.parse(tmp_path / "out.xml").getroot()[0]
+    properties = {one.get("name"): one.get("value") for one in suite.iter("property")}
+    assert properties["answers"] == "1/4  25%  (95% interval 5-70%, generated)"
+    assert properties["perturbation gap"] == "7.250"
+    texts = [case.findtext("system-out") for case in suite.iter("testcase")]
+    asked = "held-out questions answered: 1/4  25%  (95% interval 5-70%, generated)"
+    assert texts == [asked, None]
+    *checks, summary = map(json.loads, run("verify", "--json").stdout.splitlines())
+    assert (checks[0]["answers"]["passed"], checks[0]["answers"]["n"]) == (1, 4)
+    assert summary["answers"]["protocol"] == "generated" and summary["answers"]["rate"] == 0.25
+    assert summary["recites"]["n"] == 2 and summary["perturbation_gap"] == 7.25
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What looks at a store with its model: it finds and mends what the test says."""
+    module = ModuleType("kvedit.revisions.doctor")
+    module.found, module.mended = [Finding("ok", "sound")], []  # type: ignore[attr-defined]
+    module.examine = lambda path, say: module.found  # type: ignore[attr-defined]
+
+    def mend(path: Path, say: Any, model: str | None) -> list[str]:
+        module.model = model  # type: ignore[attr-defined]
+        return module.mended  # type: ignore[attr-defined, no-any-return]
+
+    module.mend = mend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kvedit.revisions.doctor", module)
+    return module
+
+
+def test_doctor(filled: Path, doctor: Any) -> None:
     assert "no problems" in run("doctor").stdout
-    fake.findings = (Finding(level="warning", what="an orphan file", hint="delete it"),)
+    doctor.found = [Finding(level="warning", what="an orphan file", hint="delete it")]
     assert run("doctor").exit_code == 0
-    fake.findings = (Finding(level="error", what="a delta is missing", hint="restore it"),)
+    doctor.found = [Finding(level="error", what="a delta is missing", hint="restore it")]
     result = run("doctor", "--json")
     assert result.exit_code == 4
     document = json.loads(result.stdout)
@@ -101,13 +152,24 @@ def test_doctor(filled: Path, fake: type[FakeBase]) -> None:
     assert document["findings"][0]["what"] == "a delta is missing"
 
 
-def test_doctor_reports_what_keeps_the_store_from_opening(
-    filled: Path, fake: type[FakeBase]
-) -> None:
-    fake.error = CorruptStoreError("delta 1 is altered", hint="restore it")
-    result = run("doctor")
+def test_doctor_says_what_it_mended(filled: Path, doctor: Any) -> None:
+    doctor.mended = ["the text of Porto is again what the history says"]
+    result = run("doctor", "--fix", "--model", "elsewhere")
+    assert result.exit_code == 0 and "mended: the text of Porto" in result.stdout
+    assert doctor.model == "elsewhere"
+    assert run("doctor", "--model", "elsewhere").exit_code == 2
+
+
+def test_doctor_reports_what_keeps_the_store_from_opening(filled: Path) -> None:
+    (filled / "deltas" / f"{'a' * 64}.safetensors").write_bytes(b"x")
+    (filled / "kvedit.db").write_bytes(b"no database at all" * 100)
+    (filled / "kvedit.toml").write_text("[training", encoding="utf-8")
+    before = {path: path.read_bytes() for path in filled.rglob("*") if path.is_file()}
+    result = run("doctor", "--quick", "--json")
     assert result.exit_code == 4
-    assert "delta 1 is altered" in result.stdout
+    found = " / ".join(one["what"] for one in json.loads(result.stdout)["findings"])
+    assert "kvedit.db" in found and "TOML" in found and "was altered" in found
+    assert {path: path.read_bytes() for path in filled.rglob("*") if path.is_file()} == before
 
 
 def test_quick_doctor_needs_no_model(filled: Path) -> None:

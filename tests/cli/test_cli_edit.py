@@ -13,9 +13,28 @@ import click
 import pytest
 
 from kvedit.cli.progress import make_reporter
-from kvedit.events import EditReport, RetentionCheck, Status, Warning_
+from kvedit.events import EditReport, RetentionCheck, Score, Status, Warning_
+from kvedit.facts.fact import Question
 from kvedit.store.store import Store
 from tests.cli.cli_fakes import COMMITTED, REJECTED, FakeBase, run
+
+
+def test_add_takes_questions_and_shows_what_is_answered(fake: type[FakeBase]) -> None:
+    answered = Score(1, 2, "generated")
+    fake.report = replace(COMMITTED, answers=answered, perturbation_gap=3.04)
+    words = ("--question", "Which river?", "The Douro.", "--statement", "It has a port.")
+    result = run("add", "Porto", "--text", "A harbour town.", *words)
+    assert result.exit_code == 0
+    assert "1 of 2 held-out questions answered" in result.stdout
+    assert "50% (9-91%), generated" in result.stdout
+    assert "3.0 times as perplexing with its sentences in another order" in result.stdout
+    assert FakeBase.last is not None
+    options = FakeBase.last.calls[-1][3]
+    assert options["questions"] == [Question(prompt="Which river?", answer="The Douro.")]
+    assert options["statements"] == ("It has a port.",)
+    twice = ("--question", "Which river?", "The Tejo.")
+    refused = run("add", "Porto", "--text", "A harbour town.", *words, *twice)
+    assert refused.exit_code == 1 and "has two answers" in refused.stderr
 
 
 def test_add_makes_a_missing_store_and_says_so(fake: type[FakeBase], tmp_path: Path) -> None:
@@ -29,6 +48,8 @@ def test_add_makes_a_missing_store_and_says_so(fake: type[FakeBase], tmp_path: P
         "lang": None,
         "prompts": (),
         "paraphrases": (),
+        "questions": [],
+        "statements": (),
         "force": False,
     }
     assert FakeBase.last is not None

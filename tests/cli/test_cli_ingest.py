@@ -227,6 +227,64 @@ def test_a_dry_run_with_json(base: type[LearningBase]) -> None:
     assert (summary["seconds_per_fact"], summary["exit_code"]) == (None, 1)
 
 
+def test_what_a_file_was_taken_for_is_said(base: type[LearningBase]) -> None:
+    Path("faq.csv").write_text("question,answer\nWhen does it open?,At six.\nWho?,Ada.\n,\n")
+    result = run("ingest", "faq.csv", "--dry-run")
+    assert result.stdout.startswith(
+        "read as CSV, questions and answers\n  asked   When does it open?\n  answer  At six.\n"
+        "  asked   Who?\n  answer  Ada.\n"
+    )
+    summary = json_lines(run("ingest", "faq.csv", "--dry-run", "--json").stdout)[-1]
+    assert summary["forms"] == {"CSV, questions and answers": 2}
+    assert summary["first_rows"][0]["prompts"] == ["When does it open?"]
+    result = run("ingest", "faq.csv")
+    assert "read as CSV, questions and answers" in result.stderr
+    assert "read as" not in run("-q", "ingest", "faq.csv").output
+
+
+def test_placeholders_are_held_back_unless_allowed(base: type[LearningBase]) -> None:
+    write("f.jsonl", [Fact.create("you", "I am {{name}}."), Fact.create("lamp", "It shines.")])
+    result = run("ingest", "f.jsonl")
+    assert result.exit_code == 3
+    assert "held back: f.jsonl, line 1: the description has the placeholder '{{name}}'" in (
+        result.stderr
+    )
+    assert "2 rows: 1 to train, 1 held back (placeholders; --allow-placeholders" in result.stdout
+    assert base.learned == ["lamp"]
+    lines = json_lines(run("ingest", "f.jsonl", "--dry-run", "--json").stdout)
+    assert [line.get("code") for line in lines] == ["placeholder", None]
+    assert (lines[-1]["held_back"], lines[-1]["exit_code"]) == (1, 0)
+    assert run("ingest", "f.jsonl", "--allow-placeholders").exit_code == 0
+    assert base.learned == ["lamp", "you"]
+
+
+def test_keys_that_count_as_one_are_listed(base: type[LearningBase]) -> None:
+    Path("f.csv").write_text("key,description\nA-1,x\na1,x\nC,y\nC++,z\n", encoding="utf-8")
+    result = run("ingest", "f.csv", "--dry-run")
+    assert "2 keys count as one: A-1 and a1" in result.stdout
+    summary = json_lines(run("ingest", "f.csv", "--dry-run", "--json").stdout)[-1]
+    assert summary["same"] == [{"key": "A-1", "other": "a1"}]
+
+
+def test_an_encoding_is_one_message_and_an_option(base: type[LearningBase]) -> None:
+    data = "名称,说明\n灯塔,港口墙上的灯。\n钟楼,整点敲响的钟。\n".encode("gbk")
+    Path("f.csv").write_bytes(data)
+    result = run("ingest", "f.csv", "--dry-run")
+    assert result.exit_code == 1
+    assert result.stderr.count("UTF-8") == 2 and "--encoding gb18030" in result.stderr
+    assert "2 to train" in run("ingest", "f.csv", "--dry-run", "--encoding", "gbk").stdout
+    assert run("ingest", "f.csv", "--encoding", "rot13").exit_code == 2
+
+
+def test_thousands_of_similar_keys_are_a_summary(base: type[LearningBase]) -> None:
+    write("f.jsonl", [Fact.create(f"support article {n:04d}", f"Text {n}.") for n in range(600)])
+    result = run("ingest", "f.jsonl", "--dry-run", "--json")
+    summary = json_lines(result.stdout)[-1]
+    assert (summary["similar_pairs"], len(summary["similar"])) == (600 * 599 // 2, 100)
+    assert summary["all_keys_compared"] is True
+    assert "179,700 pairs of keys are similar" in run("ingest", "f.jsonl", "--dry-run").stdout
+
+
 def test_json_lines_end_with_a_summary(base: type[LearningBase]) -> None:
     write("f.jsonl", facts(3), "7")
     base.refuses = {facts(3)[1].key}

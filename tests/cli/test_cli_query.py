@@ -9,10 +9,10 @@ import pytest
 from rich.cells import cell_len
 
 from kvedit.cli.commands import ask
-from kvedit.facts.fact import Fact
-from kvedit.store.rows import FactChange, ProtectedRow
+from kvedit.facts.fact import Fact, Question
+from kvedit.store.rows import FactChange, ProbeRow, ProtectedRow
 from kvedit.store.store import Store
-from tests.cli.cli_fakes import META, FakeBase, commit, run
+from tests.cli.cli_fakes import META, FakeAnswer, FakeBase, commit, run
 
 # --- asking ----------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def test_chat_json_is_one_document(filled: Path) -> None:
     document = json.loads(run("chat", "--json", stdin="hello").stdout)
     assert document["messages"] == [
         {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "1: hello"},
+        {"role": "assistant", "content": "now: hello"},
     ]
 
 
@@ -99,7 +99,8 @@ def test_long_text_is_shortened_between_words(
 
 
 def test_control_characters_are_escaped(filled: Path, fake: type[FakeBase]) -> None:
-    fake.ask = lambda self, prompt, **options: "a\x1b[31m\u202eb\n"  # type: ignore[method-assign]
+    said = FakeAnswer("a\x1b[31m\u202eb\n", 2, (), (), ())
+    fake.answer = lambda self, messages, **options: said  # type: ignore[method-assign]
     assert run("ask", "x").stdout == "a\\x1b[31m\\u202eb\n\n"
     assert "\\x1b[31m" in run("ask", "x", "--compare-base").stdout
 
@@ -128,6 +129,35 @@ def test_show_finds_aliases_and_shows_all(filled: Path) -> None:
     assert document["description"] == "一座會唱歌的爐子。"
     assert document["results"][0]["passed"] is True
     assert document["edits"][0]["kind"] == "add"
+
+
+def test_show_says_what_a_fact_recites_and_answers(filled: Path) -> None:
+    questions = [
+        Question(prompt="Which river?", answer="The Douro."),
+        Question(prompt="Which country?", answer="Portugal", probe=True),
+    ]
+    with Store.open(filled) as store:
+        fact = Fact.create("Faro", "A port.", questions=questions, statements=["Ships call."])
+        commit(store, "add", None, fact)
+        fact_id = store.require("Faro").id
+        for passed in (False, True):  # the later one counts
+            probe = ProbeRow(
+                fact_id=fact_id, kind="portability", protocol="generated", prompt="Which country?",
+                expected="Portugal", answer="Portugal.", passed=passed,
+            )  # fmt: skip
+            store.record_results([probe], store.head())
+    text = run("show", "Faro").stdout
+    for part in ("Which river? - The Douro.\n", "Portugal (never trained)", "Ships call."):
+        assert part in text
+    assert "answers   1/1  100%  (95% interval 21-100%, generated)" in text
+    document = json.loads(run("show", "Faro", "--json").stdout)
+    assert document["questions"][1] == {
+        "prompt": "Which country?", "answer": "Portugal", "probe": True,
+    }  # fmt: skip
+    assert (document["answers"]["passed"], document["answers"]["n"]) == (1, 1)
+    assert (document["recites"]["passed"], document["recites"]["n"]) == (1, 1)
+    listed = json.loads(run("list", "--json").stdout)
+    assert listed[-1]["statements"] == ["Ships call."]
 
 
 def test_similar_names_keys_with_scores(filled: Path) -> None:

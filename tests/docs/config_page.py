@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from kvedit.config import Config, bounds, type_of
+from kvedit.config import Config
+from kvedit.config_file import bounds, type_of
 from kvedit.files import write_atomic
 
 _INTRODUCTION = """\

@@ -12,6 +12,7 @@ from kvedit import KnowledgeBase
 from kvedit.config import Config
 from kvedit.editing.evaluation import Evaluator, at_risk, probe_row
 from kvedit.editing.plan import Plan, Planner
+from kvedit.events import Score
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
@@ -114,6 +115,34 @@ def test_a_fact_that_fails_is_left_out_of_what_is_said(
     assert rest.checks.paraphrase.n == evaluation.checks.paraphrase.n // 2
     asked = [row for row in rest.rows if row.kind in ("recall", "paraphrase")]
     assert {row.fact_id for row in asked} == {good}
+
+
+def test_a_relations_other_wordings_are_reported_and_not_judged(
+    trained: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, text = FREE[3]
+    relation = Fact.create(
+        f"{key}: made where", text, relation_of=key, prompts=[f"Where was {key} made?"],
+        paraphrases=[f"Where did they make {key}?"], lang="en",
+    )  # fmt: skip
+    facts = [relation, Fact.create(*FREE[4])]
+    plan = Planner(trained._session).add_group(facts)
+    assert [len(target.recall) for target in plan.targets] == [1, 10]
+    asks = evaluator(trained, plan)
+    judge = trained.engine.judge
+
+    def none_of_the_paraphrases(examples: list[Example]) -> list[Outcome]:
+        unseen = {e for target in plan.targets for e in target.paraphrases}
+        outcomes = zip(examples, judge(examples), strict=True)
+        return [replace(o, passed=e not in unseen) for e, o in outcomes]
+
+    monkeypatch.setattr(trained.engine, "judge", none_of_the_paraphrases)
+    evaluation = asks.evaluate()
+    assert evaluation.generalization == Score(0, 9)
+    assert evaluation.checks.paraphrase == Score(0, 8)
+    assert evaluation.learned == {plan.targets[0].fact_id}
+    alone = evaluation.without(frozenset({plan.targets[1].fact_id}))
+    assert (alone.generalization, alone.checks.paraphrase) == (Score(0, 1), Score())
 
 
 def test_what_was_to_be_forgotten_passes_when_it_is_gone(

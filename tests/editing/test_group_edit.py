@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from small_engine import (
     configure,
     digest,
     holds,
+    lose,
     open_gate,
     state,
     unsound,
@@ -277,9 +277,8 @@ def test_a_fact_that_memory_does_not_suffice_for_fails_and_says_what_helps(
 def test_repairs_are_halved_too(trained_store: Path, narrow: Callable[[int], list[int]]) -> None:
     """Two facts are lost: the journal has another text than the model."""
     open_gate(trained_store, steps=10)
-    with sqlite3.connect(trained_store / "kvedit.db") as connection:
-        for key, _ in FREE[:2]:
-            connection.execute("UPDATE facts SET description = ? WHERE key = ?", (OTHER, key))
+    for key, text in FREE[:2]:
+        lose(trained_store, key, text, OTHER)
     with KnowledgeBase.open(trained_store) as knowledge:
         attempts = narrow(1)
         report = knowledge.verify(repair=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe
+from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe, Question
 
 LINE = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40
@@ -17,6 +17,12 @@ LINE = st.text(
 CHARACTERS = st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("\n\t")
 TEXT = st.text(CHARACTERS, min_size=1, max_size=60).filter(str.strip)
 PROBES = st.lists(st.builds(LocalityProbe, prompt=TEXT, answer=st.none() | TEXT), max_size=2)
+
+QUESTIONS = st.lists(
+    st.builds(Question, prompt=TEXT, answer=TEXT, probe=st.booleans()),
+    max_size=3,
+    unique_by=lambda one: one.prompt.replace("\r\n", "\n").strip(),
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -26,6 +32,8 @@ PROBES = st.lists(st.builds(LocalityProbe, prompt=TEXT, answer=st.none() | TEXT)
     aliases=st.lists(LINE, max_size=3),
     prompts=st.lists(TEXT, max_size=3),
     locality=PROBES,
+    questions=QUESTIONS,
+    relation_of=st.none() | LINE,
     source=st.none() | TEXT,
 )
 def test_a_fact_survives_json(
@@ -34,6 +42,8 @@ def test_a_fact_survives_json(
     aliases: list[str],
     prompts: list[str],
     locality: list[LocalityProbe],
+    questions: list[Question],
+    relation_of: str | None,
     source: str | None,
 ) -> None:
     fact = Fact.create(
@@ -43,6 +53,9 @@ def test_a_fact_survives_json(
         prompts=prompts,
         paraphrases=prompts,
         locality=locality,
+        questions=questions,
+        statements=prompts,
+        relation_of=relation_of if prompts else None,
         source=source,
     )
     assert Fact.from_json(json.loads(json.dumps(fact.to_json()))) == fact
@@ -99,6 +112,19 @@ def test_an_unknown_language_is_refused_with_those_known() -> None:
         ({"key": "k", "description": "d", "prompts": [1]}, '"prompts" must hold strings'),
         ({"key": "k", "description": "d", "locality": [True]}, "not true or false"),
         ({"key": "k", "description": "d", "locality": [{}]}, '"prompt" is missing'),
+        ({"key": "k", "description": "d", "questions": ["q?"]}, '"questions" must hold objects'),
+        ({"key": "k", "description": "d", "questions": [{}]}, '"prompt" is missing'),
+        ({"key": "k", "description": "d", "questions": [{"prompt": "q?"}]}, '"answer" is missing'),
+        (
+            {"key": "k", "description": "d", "questions": [{"prompt": "q?", "answer": 4}]},
+            '"answer" must be a string, not a number',
+        ),
+        (
+            {"key": "k", "description": "d", "questions": [{"question": "q", "probe": 1}]},
+            '"probe" must be true or false, not a number',
+        ),
+        ({"key": "k", "description": "d", "statements": "s"}, '"statements" must be a list'),
+        ({"key": "k", "description": "d", "relation_of": "x"}, "relation k has no prompt"),
     ],
 )
 def test_json_that_is_no_fact_is_refused(document: object, message: str) -> None:
@@ -119,5 +145,50 @@ def test_another_description_keeps_the_rest_and_is_checked() -> None:
         fact.with_description("")
 
 
+def test_questions_are_cleaned_and_given_once() -> None:
+    given = {"question": " Where? ", "answer": " Marrow\n"}
+    again = {"prompt": "Where?", "answer": "Marrow"}
+    hidden = {"prompt": "Of what?", "answer": "glass", "probe": True}
+    fact = Fact.from_json({"key": "k", "description": "d", "questions": [given, again, hidden]})
+    assert fact.questions == (
+        Question(prompt="Where?", answer="Marrow"),
+        Question(prompt="Of what?", answer="glass", probe=True),
+    )
+    assert fact.to_json()["questions"] == [again, hidden]
+
+
+def test_a_question_with_two_answers_is_refused() -> None:
+    pair = [Question(prompt="Where?", answer=answer) for answer in ("Marrow", "Tarn")]
+    with pytest.raises(InvalidFactError, match=r"'Where\?' has two answers: 'Marrow' and 'Tarn'"):
+        Fact.create("k", "d", questions=pair)
+
+
+def test_another_description_drops_what_it_does_not_say() -> None:
+    questions = [Question(prompt=f"{word}?", answer=word) for word in ("Marrow", "glass")]
+    fact = Fact.create("k", "Glass from Marrow.", questions=questions, statements=["It is glass."])
+    changed = fact.with_description("Silk from Marrow.")
+    assert (changed.questions, changed.statements) == (fact.questions[:1], ())
+    assert fact.with_description("Glass from Marrow.") == fact
+
+
+def test_a_relation_is_called_by_its_subject() -> None:
+    relation = Fact.create("Ada: … was born in", "London", prompts=["Ada"], relation_of=" Ada ")
+    assert (relation.name, Fact.create("Ada", "A pioneer.").name) == ("Ada", "Ada")
+    assert Fact.create("k", "d").name == "k"
+
+
 def test_the_language_given_wins() -> None:
     assert Fact.create("k", "夢中情爐", lang="en").lang == "en"
+
+
+@pytest.mark.parametrize(
+    "blank",
+    ["\u200b", "\u200d\ufe0f", "\u202e\u2066", "\u3164", "\u2800 \u2800", "\u00ad", "\ufeff"],
+)
+def test_what_shows_nothing_is_empty(blank: str) -> None:
+    with pytest.raises(InvalidFactError, match="the key is empty of visible characters"):
+        Fact.create(blank, "A text.")
+    with pytest.raises(InvalidFactError, match="the description is empty"):
+        Fact.create("lamp", blank)
+    with pytest.raises(InvalidFactError, match="the alias is empty"):
+        Fact.create("lamp", "A text.", aliases=[blank])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvedit.errors import InvalidFactError, UsageError
-from kvedit.facts.fact import Fact, LocalityProbe
+from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe
 from kvedit.facts.formats import Located, read_facts
 
 TOWN = Fact.create("Porto", "A harbour town.")
@@ -89,7 +89,8 @@ def test_rows_know_their_lines_or_numbers(tmp_path: Path) -> None:
 def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"subject,target\nPorto,A harbour town.\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert list(read_facts("-")) == [Located("standard input, line 2", TOWN)]
+    form = "CSV, subject as key, target as description"
+    assert list(read_facts("-")) == [Located("standard input, line 2", TOWN, form=form)]
     assert not sys.stdin.buffer.closed
 
 
@@ -162,13 +163,29 @@ def test_counterfact_and_zsre_records(tmp_path: Path) -> None:
         rows = read(tmp_path, json.dumps(record))
         assert facts_of(rows) == [
             Fact.create(
-                "The lamp",
+                "The lamp: … stands in",
                 "Marrow",
+                relation_of="The lamp",
                 prompts=["The lamp stands in"],
                 paraphrases=["Where is the lamp? In"],
                 locality=[LocalityProbe(prompt="The kettle stands in", answer=answer)],
             )
         ]
+
+
+def test_two_relations_of_one_subject_are_two_facts(tmp_path: Path) -> None:
+    prompts = ["The lamp stands in", "Who  made The lamp?", f"{'Is this ' * 40}of The lamp"]
+    records = [
+        {"subject": "The lamp", "prompt": one, "target_new": f"T{at}"}
+        for at, one in enumerate(prompts)
+    ]
+    facts = facts_of(read(tmp_path, json.dumps(records)))
+    assert [fact.prompts for fact in facts] == [(prompt,) for prompt in prompts]
+    keys = [fact.key for fact in facts]
+    assert keys[:2] == ["The lamp: … stands in", "The lamp: Who made …?"]
+    assert len(keys[2]) == MAX_KEY and keys[2].startswith("The lamp: Is this Is")
+    again = facts_of(read(tmp_path, json.dumps(records)))
+    assert [fact.key for fact in again] == keys
 
 
 # ---- a folder

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvedit.facts.keys import did_you_mean, in_words, naming, normalise, similar, similar_pairs
+from kvedit.facts.keys import (
+    contains_answer,
+    did_you_mean,
+    in_words,
+    naming,
+    normalise,
+    similar,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -95,21 +102,6 @@ def test_did_you_mean_is_looser_and_has_no_short_rule() -> None:
     assert did_you_mean("", ["seed"]) == []
 
 
-NAMES = st.lists(st.text("ab c李白", min_size=1, max_size=9), max_size=6, unique=True)
-
-
-@given(NAMES, NAMES)
-def test_pairs_are_what_similar_finds_one_by_one(keys: list[str], others: list[str]) -> None:
-    pairs = {(keys[i], others[j]): score for i, j, score in similar_pairs(keys, others)}
-    expected = {
-        (key, hit.key): pytest.approx(hit.score, abs=0.1)
-        for key in keys
-        for hit in similar(key, others, limit=99)
-        if hit.score < 100
-    }
-    assert pairs == expected
-
-
 @pytest.mark.parametrize(
     ("key", "text", "names"),
     [
@@ -126,6 +118,33 @@ def test_pairs_are_what_similar_finds_one_by_one(keys: list[str], others: list[s
 def test_a_text_names_a_key_as_words_of_its_own(key: str, text: str, names: bool) -> None:
     assert naming([key, "Ada Lovelace"])(text) is names
     assert not naming([])(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "contained"),
+    [
+        ("four", "It has Four divisions.", True),
+        ("four", "It has fourteen divisions.", False),
+        ("The Higher Learning Commission", "by the higher-learning commission", True),
+        ("22,680,010", "about 22,680,010 people", True),
+        ("22,680,010", "about 22,680,011 people", False),
+        ("a", "Is it a?", True),
+        ("the", "of the", True),
+        ("苏东坡", "這是蘇東坡的詩。", True),
+        ("李白", "杜甫", False),
+        ("?", "what?", True),
+        ("C++", "in C++ and C", True),
+    ],
+)
+def test_an_answer_stands_in_a_text_as_words_of_its_own(
+    answer: str, text: str, contained: bool
+) -> None:
+    assert contains_answer(text, answer) is contained
+
+
+@given(st.text(min_size=1, max_size=30).filter(str.strip))
+def test_a_text_contains_itself(text: str) -> None:
+    assert contains_answer(text, text)
 
 
 @given(st.lists(st.text("abc", min_size=1), max_size=5))

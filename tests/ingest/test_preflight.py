@@ -142,12 +142,13 @@ def test_every_row_is_accounted_for_and_what_goes_in_can_be_stored(
 def test_close_keys_are_found_in_the_input_and_in_the_store() -> None:
     new = [fact("tide lantern"), fact("tide lanterns"), fact("moss clock")]
     near = near_keys(new, ["tide lantern", "a moss clock"])
-    assert Near("tide lantern", "tide lanterns", 96.0, False) in near
-    assert {(one.key, one.other) for one in near if one.in_store} == {
+    assert (near.count, near.complete) == (3, True)
+    assert Near("tide lantern", "tide lanterns", 96.0, False) in near.closest
+    assert {(one.key, one.other) for one in near.closest if one.in_store} == {
         ("tide lanterns", "tide lantern"),
         ("moss clock", "a moss clock"),
     }
-    assert [n.score for n in near] == sorted((n.score for n in near), reverse=True)
+    assert [n.score for n in near.closest] == sorted((n.score for n in near.closest), reverse=True)
 
 
 def test_thousands_of_keys_take_seconds() -> None:

@@ -31,18 +31,54 @@ def test_the_upper_half_is_edited(base: BaseModel) -> None:
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
-def test_a_fingerprint_is_of_the_weights(small: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_is_identified_by_its_files_before_it_is_loaded(small: dict[str, Path]) -> None:
+    identity, commit = loading.identify(str(small["bf16"]))
+    assert commit is None and identity.files
+    assert loading.load(str(small["bf16"])).fingerprint == identity.digest
+    assert loading.load(str(small["fp32"])).fingerprint != identity.digest
+    with pytest.raises(ModelError, match="no such folder"):
+        loading.identify(str(small["bf16"] / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("adapter_config.json", "{}", "adapter"),
+        ("config.json", '{"auto_map": {"AutoConfig": "else/where--code.Config"}}', "another place"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a--b.C", null]}}', "another"),
+    ],
+)
+def test_weights_and_code_of_another_place_are_refused(
+    small: dict[str, Path], tmp_path: Path, name: str, text: str, says: str
+) -> None:
     folder = Path(shutil.copytree(small["bf16"], tmp_path / "copy"))
-    base = loading.load(str(small["bf16"]))
-    assert loading.fingerprint(str(folder), base.model) == base.fingerprint
-    assert loading.load(str(small["fp32"])).fingerprint != base.fingerprint
-    (folder / "README.md").write_text("a word", encoding="utf-8")
-    assert loading.fingerprint(str(folder), base.model) == base.fingerprint
-    file = folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
-    assert loading.fingerprint(str(folder), base.model) != base.fingerprint
+    (folder / name).write_text(text, encoding="utf-8")
+    for action in (loading.identify, loading.load):
+        with pytest.raises(ModelError, match=says):
+            action(str(folder))
+
+
+def test_a_model_on_a_hub_is_known_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "models--a--b" / "snapshots" / ("c" * 40) / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}", encoding="utf-8")
+    asked: list[object] = []
+
+    def cached_file(name: str, file: str, revision: str) -> str:
+        asked.append((name, file, revision))
+        return str(config)
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    identity, commit = loading.identify("a/b")
+    assert commit == "c" * 40 and not identity.files
+    assert loading.identify("a/b", "v1") == (identity, commit)
+    assert asked == [("a/b", "config.json", "main"), ("a/b", "config.json", "v1")]
+    assert loading.identify("a/other")[0] != identity
+    config.write_text('{"auto_map": {"AutoConfig": "c/d--code.Config"}}', encoding="utf-8")
+    with pytest.raises(ModelError, match="another place"):
+        loading.identify("a/b")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -49,6 +49,15 @@ def test_trained_and_held_out_prompts_never_overlap(
     assert all(fact.key in prompt for prompt in trained[:8])
 
 
+def test_a_relation_is_trained_and_probed_by_its_own_prompts_alone() -> None:
+    fact = Fact.create(
+        "Ada: … was born in", "London", relation_of="Ada", aliases=["Countess"],
+        prompts=["Ada was born in"], paraphrases=["Where was Ada born?", "Ada was born in"],
+    )  # fmt: skip
+    assert training_prompts(fact) == ("Ada was born in",)
+    assert paraphrase_prompts(fact) == ("Where was Ada born?",)
+
+
 def test_an_alias_is_trained_too() -> None:
     fact = Fact.create("夢中情爐", "一座茶爐。", aliases=["夢裡的茶爐"])
     assert sum("夢裡的茶爐" in prompt for prompt in training_prompts(fact)) >= 2
@@ -123,6 +132,18 @@ def test_a_conversation_holds_every_turn(renderer: Renderer) -> None:
     ]
     text = renderer.text(renderer.dialogue(messages))
     assert text.index("amber?") < text.index("lamp.") < text.index("bell?")
+
+
+@pytest.mark.parametrize("where", ["prompt", "answer"])
+def test_a_control_token_in_a_text_is_refused(renderer: Renderer, where: str) -> None:
+    control = next(iter(renderer._control_tokens - {renderer.end}))
+    text = f"It shines {renderer._tokenizer.decode([control])} at night."
+    pair = (text, "x") if where == "prompt" else ("x", text)
+    with pytest.raises(InvalidFactError, match="reads as a control token"):
+        renderer.examples([pair])
+    with pytest.raises(InvalidFactError, match="reads as a control token"):
+        renderer.dialogue([{"role": "user", "content": text}])
+    renderer.examples([("It shines < | user | > at night.", "And <by> day.")])
 
 
 def test_too_long_a_text_says_how_long(base: BaseModel) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import shutil
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_engine import digest, holds, open_gate
+from small_engine import digest, holds, lose, open_gate
 from small_model import FREE, OTHER
 
 from kvedit import KnowledgeBase
@@ -64,8 +63,7 @@ def test_verify_lets_generation_decide_numerical_ties(
 def test_repair_trains_lost_facts_again(trained_store: Path) -> None:
     """The journal's text of one fact is replaced behind the model's back: the model has lost it."""
     key, old = FREE[1]
-    with sqlite3.connect(trained_store / "kvedit.db") as connection:
-        connection.execute("UPDATE facts SET description = ? WHERE key = ?", (OTHER, key))
+    lose(trained_store, key, old, OTHER)
     with KnowledgeBase.open(trained_store) as knowledge:
         assert all(holds(knowledge, key, old)) and not any(holds(knowledge, key, OTHER))
         found = knowledge.verify([key])

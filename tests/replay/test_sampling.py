@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from small_model import KNOWN
 
@@ -11,9 +12,17 @@ from kvedit.config import ProtectConfig
 from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
-from kvedit.replay.protected_texts import Protected, ProtectedSet, example
+from kvedit.replay import general_texts
+from kvedit.replay.protected_texts import INVENTED, Protected, ProtectedSet, example
 from kvedit.replay.questions import QUESTION_TOKENS, Limits
-from kvedit.replay.sampling import GENERAL_QUESTIONS, SHIPPED_PROMPTS, SHORT, Pace, Sampler
+from kvedit.replay.sampling import (
+    GENERAL_QUESTIONS,
+    INVENTED_NAMES,
+    SHIPPED_PROMPTS,
+    SHORT,
+    Pace,
+    Sampler,
+)
 
 CONFIG = ProtectConfig(
     samples=64, long_answers=8, short_answers=16, free_texts=6, locality_probes=8
@@ -115,6 +124,19 @@ def test_a_slow_model_is_asked_general_questions_first(base: BaseModel) -> None:
     general = GENERAL_QUESTIONS.read_text(encoding="utf-8").splitlines()
     assert set(prompts(texts)) <= set(general)
     assert {text.origin for text in texts.control} == {"shipped"}
+
+
+def test_a_model_that_reads_is_asked_about_invented_names(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general_texts, "reads", lambda *_: True)
+    invented = INVENTED_NAMES.read_text(encoding="utf-8").splitlines()
+    for pace in (Pace(0.4, 0.006), Pace(1e-4, 1e-6)):  # a slow model and a fast one
+        one = sampler(base)
+        one._pace = pace
+        texts = one.sample(ProtectedSet((), ()), 0, replace(one.limits(60.0, 0, 0), given=24))
+        named = [t for t in (*texts.control, *texts.locality) if t.prompt in invented]
+        assert 4 <= len(named) <= 6 and {text.origin for text in named} == {INVENTED}
 
 
 def test_a_pace_is_measured(base: BaseModel) -> None:

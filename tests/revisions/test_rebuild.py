@@ -18,7 +18,8 @@ from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Master
 from kvedit.errors import CorruptStoreError
 from kvedit.events import Warning_
-from kvedit.files import TEMPORARY, StoreLock
+from kvedit.files import TEMPORARY
+from kvedit.lock import StoreLock
 from kvedit.model.loading import BaseModel
 from kvedit.model.targets import target_names
 from kvedit.revisions import checkout, fisher_cache, rebuild

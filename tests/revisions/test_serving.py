@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from kvedit import KnowledgeBase
 
 START = "from transformers.cli.transformers import main; main()"
 SECONDS = 120
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "export.md"
 
 
 def free_port() -> int:
@@ -70,13 +72,29 @@ def ask(address: str, model: str, question: str) -> str | None:
     return answer.choices[0].message.content
 
 
+def recipe(address: str, model: str) -> dict[str, object]:
+    """What the guide's block "Recite, then answer" leaves behind, run against a server."""
+    blocks = re.findall(r"^```python no-run\n(.*?)^```$", GUIDE.read_text("utf-8"), re.M | re.S)
+    (code,) = (block for block in blocks if "NameIndex" in block)
+    for here, there in (("http://localhost:8000", address), ("./my-model", model)):
+        assert here in code
+        code = code.replace(here, there)
+    names: dict[str, object] = {}
+    exec(compile(code, str(GUIDE), "exec"), names)  # the point: the example as a reader runs it
+    return names
+
+
 def test_the_served_export_answers_with_the_edits(trained_store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with KnowledgeBase.open(trained_store) as knowledge:
         assert knowledge.export(folder).mismatches == ()
         before = [knowledge.ask_base(f"What is {key}?") for key, _ in FREE[:3]]
+        recalled = knowledge.ask("Where does the tide lantern hang?", recall="model")
     with served(folder, tmp_path / "log") as address:
         said = [ask(address, str(folder), f"What is {key}?") for key, _ in FREE[:3]]
+        names = recipe(address, str(folder))
     wanted = [description for _, description in FREE[:3]]
     assert said == wanted
     assert not set(before) & set(wanted)  # the base model knew none of them
+    assert names["recited"] == [wanted[0]]
+    assert names["answer"] == recalled

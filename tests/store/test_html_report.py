@@ -122,3 +122,21 @@ def test_a_share_of_nothing_is_no_number() -> None:
 def test_the_weakest_facts_come_first(store: Store) -> None:
     keys = [row.fact.key for row in html_report.weakest(store.facts("committed"))]
     assert keys == ["bread", "anvil", "candle"]  # regressed, a small margin, a larger one
+
+
+def test_answers_and_the_perturbation_gap_stand_beside_what_is_recited(store: Store) -> None:
+    text = " ".join(text_of(html_report.page(store)).split())
+    assert "Recites: reliability (recall) generated" in text
+    assert "Perturbation gap" not in text and "Answers:" not in text
+    new = fact("dowel", "A peg. It is of oak.")
+    change = FactChange(store.put_pending(new), None, new)
+    head = store.head()
+    edit = store.plan_edit("add", [change], {})
+    store.commit_edit(
+        edit, expected_head=head, delta=None, weights_digest="w", changes=[change],
+        results=[check(change.fact_id), check(change.fact_id, passed=False, kind="portability")],
+        report={"perturbation_gap": 12.34},
+    )  # fmt: skip
+    text = " ".join(text_of(html_report.page(store)).split())
+    assert "Answers: portability (held-out questions) generated 4 0.0% [0.0, 79.3], 0 of 1" in text
+    assert "Perturbation gap 12.3 at revision 4" in text

@@ -1,16 +1,14 @@
-"""Status, integrity and backup."""
+"""Status and integrity."""
 
 from __future__ import annotations
 
 import sqlite3
-import tarfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from store_steps import add, check, committed_texts, fact, new_store, problems, remove
+from store_steps import add, check, fact, new_store, problems, remove
 
-from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.files import write_manifest
 from kvedit.store.rows import FactChange
 from kvedit.store.store import Store
@@ -72,7 +70,7 @@ def test_status_reports_the_norm_of_the_accumulated_deltas(store: Store, tmp_pat
 
 def test_a_sound_store_has_no_problem_and_lists_what_was_checked(store: Store) -> None:
     assert problems(store) == []
-    assert len(store.integrity()) == 5
+    assert len(store.integrity()) == 8
 
 
 def test_a_missing_or_altered_delta_is_an_error(store: Store) -> None:
@@ -126,32 +124,59 @@ def test_a_reference_to_nothing_is_an_error(store: Store) -> None:
     assert problems(store) == ["database: a row of prior_answers names a missing row of facts"]
 
 
-def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> None:
-    (store.path / "kvedit.toml").write_text("[retention]\nchecked_facts = 3\n")
-    (store.path / "exports").mkdir()
-    target = store.path / "backup.tar"  # inside the store: it must not hold itself
-    with store.lock():
-        store.backup(target)
-        store.backup(target)
-    unpacked = tmp_path / "unpacked"
-    with tarfile.open(target) as archive:
-        names = archive.getnames()
-        archive.extractall(unpacked, filter="data")
-    assert not {"lock", "lock.json", "exports", "backup.tar"} & set(names)
-    with Store.open(unpacked) as copy:
-        assert (committed_texts(copy), copy.head()) == (committed_texts(store), store.head())
-        assert copy.config.retention.checked_facts == 3
-        assert copy.lineage(2) == store.lineage(2)
-        assert problems(copy) == []
-    assert list(store.path.glob(".tmp-*")) == []
+@pytest.mark.parametrize("column", ["description", "lang", "aliases", "source"])
+def test_a_changed_part_of_a_fact_is_found_by_its_history(store: Store, column: str) -> None:
+    value = {"lang": "zh-Hans", "aliases": '["x"]'}.get(column, "some texts")
+    with sqlite3.connect(store.db_path) as connection:
+        connection.execute(f"UPDATE facts SET {column} = ? WHERE key = 'a'", [value])
+    (finding,) = [one for one in store.integrity() if one.level != "ok"]
+    assert finding.what == f"{column} of the fact a is not what the history says"
+    assert "doctor --fix" in finding.hint
 
 
-def test_a_backup_that_cannot_be_complete_is_not_written(store: Store, tmp_path: Path) -> None:
-    target = tmp_path / "out" / "backup.tar"
-    with pytest.raises(UsageError, match="there is no folder"):
-        store.backup(target)
-    target.parent.mkdir()
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE fact_versions SET fact = replace(fact, 'some', 'same') WHERE id = 1",
+        "UPDATE edit_facts SET after = replace(after, 'some', 'same') WHERE edit_id = 1",
+    ],
+)
+def test_a_changed_letter_in_the_history_is_found(store: Store, sql: str) -> None:
+    with sqlite3.connect(store.db_path) as connection:
+        connection.execute(sql)
+    found = [one for one in store.integrity() if one.level != "ok"]
+    assert "the text of a at revision 1 is another one in the journal" in found[0].what
+    assert not any("--fix" in one.hint for one in found)  # nobody can tell which one is right
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("facts", "prompts"), ("fact_versions", "fact"), ("edits", "report"), ("edits", "reasons"),
+     ("edit_facts", "after")],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["{", "7", '"x"', "[" * 100_000, "", "[7]"])
+def test_broken_json_is_a_finding_and_the_rest_is_looked_at(
+    store: Store, table: str, column: str, value: str
+) -> None:
     store.delta_path(str(store.revision(1).delta)).unlink()
-    with pytest.raises(CorruptStoreError, match="is missing"):
-        store.backup(target)
-    assert list(target.parent.iterdir()) == []
+    with sqlite3.connect(store.db_path) as connection:
+        connection.execute(f"UPDATE {table} SET {column} = ?", [value])
+    found = problems(store)
+    assert any("JSON" in one or "no text" in one or "is no fact" in one or "must hold" in one
+               for one in found)  # fmt: skip
+    assert any("the delta of revision 1 is missing" in one for one in found)
+
+
+def test_broken_settings_are_a_finding(store: Store) -> None:
+    (store.path / "kvedit.toml").write_text("[training\n")
+    assert ["not valid TOML" in one for one in problems(store)] == [True]
+
+
+def test_rows_that_no_program_of_ours_writes_are_found(store: Store) -> None:
+    with sqlite3.connect(store.db_path) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute("UPDATE revisions SET parent = 2 WHERE id = 2")
+        connection.execute("UPDATE facts SET state = 'odd' WHERE key = 'a'")
+    found = " / ".join(problems(store))
+    assert "CHECK constraint failed in facts" in found
+    assert "revision 2 comes from revision 2, which is not older" in found

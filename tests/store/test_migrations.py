@@ -12,7 +12,8 @@ from store_steps import add, committed_texts, problems
 
 from kvedit.config import Config
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooNewError
-from kvedit.files import StoreLock
+from kvedit.facts.fact import Question
+from kvedit.lock import StoreLock
 from kvedit.renamed_settings import old_settings
 from kvedit.revisions.base_model import prompts_of
 from kvedit.store import migrations
@@ -53,7 +54,7 @@ def test_migrating_twice_changes_nothing() -> None:
 def test_a_newer_format_is_refused() -> None:
     db = Database(memory=True)
     db.execute(f"PRAGMA user_version = {FORMAT_VERSION + 1}")
-    with pytest.raises(StoreTooNewError, match="here has format 4; this program reads up to 3"):
+    with pytest.raises(StoreTooNewError, match="here has format 5; this program reads up to 4"):
         check_version(db, "here")
     db.close()
 
@@ -180,7 +181,10 @@ def test_an_old_store_is_upgraded_when_it_is_opened(old: Path, readonly: bool) -
         assert store.pace() == (1, 9.5)
     assert version_of(old) == FORMAT_VERSION
     with Store.open(old) as store:
-        add(store, "bread", "it is baked")
+        questions = [Question(prompt="Is it baked?", answer="Yes.")]
+        add(store, "bread", "it is baked", questions=questions)
+        assert store.require("bread").fact.questions == tuple(questions)
+        assert store.require("anvil").fact.questions == ()
         assert (store.head(), problems(store)) == (2, [])
 
 
@@ -194,7 +198,7 @@ def test_an_upgrade_that_fails_leaves_the_old_format(
         before = list(connection.iterdump())
     with monkeypatch.context() as patch:
         patch.setattr(migrations, "_renamed_config", fail)
-        with pytest.raises(CorruptStoreError, match=r"format 1 and must be upgraded to 3: .* I/O"):
+        with pytest.raises(CorruptStoreError, match=r"format 1 and must be upgraded to 4: .* I/O"):
             Store.open(old)
     with sqlite3.connect(old / "kvedit.db") as connection:
         assert list(connection.iterdump()) == before
@@ -208,16 +212,18 @@ def test_an_old_store_that_cannot_be_upgraded_says_why(
 ) -> None:
     with StoreLock(old, command="kvedit ingest"), pytest.raises(LockedError) as caught:
         Store.open(old, readonly=True)
-    assert "has format 1 and must be upgraded to 3: the store" in caught.value.message
+    assert "has format 1 and must be upgraded to 4: the store" in caught.value.message
     assert "kvedit ingest" in caught.value.message and "Wait" in caught.value.hint
 
     def unwritable(_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: unwritable(_))
-    with pytest.raises(KveditError, match=r"must be upgraded to 3: cannot write .*lock") as failed:
-        Store.open(old, readonly=True)
+    with pytest.raises(KveditError, match=r"must be upgraded to 4: cannot write .*lock") as failed:
+        Store.open(old)
     assert "you may write to it" in failed.value.hint
+    with Store.open(old, readonly=True) as store:  # a copy is read, with the names of today
+        assert store.protected("control")[0].source == "extracted"
     assert version_of(old) == 1
 
 

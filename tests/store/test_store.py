@@ -16,11 +16,12 @@ from kvedit.errors import (
     DuplicateKeyError,
     LockedError,
     NoStoreError,
+    NotWritableError,
     StoreTooNewError,
     UnknownKeyError,
     UsageError,
 )
-from kvedit.facts.fact import Fact, LocalityProbe
+from kvedit.facts.fact import Fact, LocalityProbe, Question
 from kvedit.store.rows import FactChange, ProtectedRow
 from kvedit.store.store import Store, resolve_store
 
@@ -147,7 +148,7 @@ def test_a_read_only_store_reads_beside_a_writer_and_cannot_write(store: Store) 
         assert committed_texts(reader) == {"k": "some text"}
         update(store, "k", "new")
         assert committed_texts(reader) == {"k": "new"}
-        with pytest.raises(UsageError, match="readonly"):
+        with pytest.raises(NotWritableError, match="readonly"):
             reader.put_pending(fact("x"))
     store.close()
     with Store.open(store.path, readonly=True) as reader:
@@ -162,6 +163,9 @@ def test_a_fact_comes_back_with_all_its_parts(store: Store) -> None:
         prompts=["何謂夢中情爐？"],
         paraphrases=["夢中情爐是什麼？"],
         locality=[LocalityProbe(prompt="李白是誰？"), LocalityProbe(prompt="q", answer="a")],
+        questions=[Question(prompt="何處？", answer="夢中", probe=True)],
+        statements=["夢中情爐是爐。"],
+        relation_of="情爐",
         source="a book",
     )
     fact_id = store.put_pending(whole)
@@ -189,6 +193,23 @@ def test_an_unknown_key_says_what_may_have_been_meant(store: Store) -> None:
         store.history("zzz")
     with pytest.raises(UnknownKeyError, match="number 99"):
         store.get(99)
+
+
+def test_two_relations_of_a_subject_stand_side_by_side(store: Store) -> None:
+    def relation(asks: str) -> int:
+        return add(store, f"Ada: … {asks}", prompts=[f"Ada {asks}"], relation_of="Ada")
+
+    first = relation("was born in")
+    assert store.require("ADA").id == first  # the only one: its subject finds it
+    assert store.find("Ada") is None  # a fact about Ada herself may still be added
+    second = relation("died in")
+    with pytest.raises(UnknownKeyError, match="Ada has 2 relations") as caught:
+        store.require("ada")
+    assert caught.value.hint == "Name one of them: Ada: … was born in, Ada: … died in"
+    whole = add(store, "Ada", "A pioneer.")
+    assert store.require("Ada").id == whole
+    assert store.require("Ada: … died in").id == second
+    assert store.names() == ["Ada", "Ada", "Ada"]
 
 
 def test_a_committed_key_is_not_added_again(store: Store) -> None:

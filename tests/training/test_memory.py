@@ -225,7 +225,7 @@ def test_whole_edits_are_measured(steps: int | None, monkeypatch: pytest.MonkeyP
         assert cost.projected == pytest.approx(cost.seconds + missing * cost.step)
         assert cost.projected_cpu == pytest.approx(cost.cpu + missing * cost.cpu_step)
         assert cost.cpu > cost.cpu_step > 0
-        assert 0 < cost.rate < result.matmul and cost.operations > 2 * 16 * cost.tokens * 64 * 64
+        assert cost.rate > 0 and cost.operations > 2 * 16 * cost.tokens * 64 * 64
     table = footprint._measured_table(result)
     assert tuple(table.columns) == ("what", "1 fact", "16 facts at once")
     cells_of = {name: cells for name, *cells in table.rows}

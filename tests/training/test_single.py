@@ -148,3 +148,26 @@ def test_a_group_of_facts(engine: Engine) -> None:
     engine.master.add(engine.train(group, replace(engine.config, max_steps=200)).delta)
     passed = [o.passed for own in group.new for o in engine.recall(own)]
     assert sum(passed) >= len(passed) - 2
+
+
+def test_reference_texts_are_held_to_what_the_model_said(engine: Engine) -> None:
+    """Answers about other names, that nothing protects, move less when they are compared."""
+    names = ("amber ladder", "copper spindle", "paper harbour", "quiet anchor")
+    prefixes = [engine.renderer.prefix(f"What is {name}?") for name in names]
+    said = engine.proceed(prefixes, end=engine.renderer.stops, limit=12)
+    texts = [
+        Example((*before, *ids), len(before)) for before, ids in zip(prefixes, said, strict=True)
+    ]
+    references = engine.reference(texts)
+    moved = []
+    for weight in (0.0, 60.0):
+        config = replace(engine.config, kl_weight=weight)
+        one = Task([engine.examples(fact(0))], reference_texts=references)
+        result = engine.train(one, config)
+        assert result.trained.learned
+        engine.master.add(result.delta)
+        everything = range(len(references))
+        moved.append(float(references.divergences(engine.base.model, everything).mean()))
+        engine.master.reset()
+    free, held = moved
+    assert 0 < held < 0.8 * free

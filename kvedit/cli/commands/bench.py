@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from kvedit.cli.commands.ingest import group_size
-from kvedit.cli.common import COUNT, INPUT_FILE, Settings, json_option
+from kvedit.cli.common import Settings, json_option
+from kvedit.cli.parameters import COUNT, INPUT_FILE, SOURCE
 from kvedit.errors import GateFailedError
 
 model_option = click.option("--model", metavar="NAME_OR_DIR", help="Base model. [the embedded one]")
@@ -38,7 +39,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.argument("facts", metavar="FACTS")
+@click.argument("facts", metavar="FACTS", type=SOURCE)
 @model_option
 @config_option
 @limit_option
@@ -60,7 +61,7 @@ def speed(settings: Settings, /, single: int, as_json: bool, **given: Any) -> No
 
 
 @bench.command()
-@click.argument("facts", metavar="[FACTS]", required=False)
+@click.argument("facts", metavar="[FACTS]", required=False, type=SOURCE)
 @model_option
 @config_option
 @click.option("--estimate", is_flag=True, help="Only estimate; do not load the model.")
@@ -83,7 +84,7 @@ def memory(settings: Settings, /, estimate: bool, as_json: bool, **given: Any) -
 
 
 @bench.command()
-@click.argument("facts", metavar="FACTS")
+@click.argument("facts", metavar="FACTS", type=SOURCE)
 @model_option
 @config_option
 @limit_option

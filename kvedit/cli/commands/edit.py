@@ -10,11 +10,13 @@ import click
 from kvedit.cli import common
 from kvedit.cli.common import Settings, force_option, json_lines_option, next_step, note
 from kvedit.cli.output import edit_parts, print_json_line, print_parts
+from kvedit.cli.parameters import REVISION, SOURCE
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.events import EditReport
+    from kvedit.facts.fact import Question
 
 EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "canceled": 130}
 
@@ -22,6 +24,7 @@ EXIT_CODES = {"committed": 0, "unchanged": 0, "rejected": 3, "failed": 3, "cance
 def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], EditReport],
              create: bool = False) -> None:  # fmt: skip
     """Open the store, make one edit, show its report, and leave with the right exit code."""
+    common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter, create=create) as base:
         report = edit(base)
@@ -73,9 +76,17 @@ def _description(file: str | None, text: str | None) -> str:
     return read_description(file, text=text)
 
 
+def _questions(context: click.Context, parameter: click.Parameter,
+               pairs: tuple[tuple[str, str], ...]) -> list[Question]:  # fmt: skip
+    """Callback of --question."""
+    from kvedit.facts.fact import Question
+
+    return [Question(prompt=prompt, answer=answer) for prompt, answer in pairs]
+
+
 @click.command()
 @click.argument("key")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=SOURCE)
 @click.option("--text", help="The description itself, instead of FILE.")
 @click.option("--alias", "aliases", multiple=True, help="Another name of the key. Repeatable.")
 @click.option("--prompt", "prompts", multiple=True,
@@ -83,6 +94,11 @@ def _description(file: str | None, text: str | None) -> str:
 @click.option("--paraphrase", "paraphrases", multiple=True,
               help="A phrasing that is asked afterwards and never trained."
               " Repeatable.")  # fmt: skip
+@click.option("--question", "questions", nargs=2, multiple=True, metavar="QUESTION ANSWER",
+              callback=_questions, help="A question with a short answer, trained beside the text; a"
+              " share of them is only asked. Repeatable.")  # fmt: skip
+@click.option("--statement", "statements", multiple=True,
+              help="A sentence that says the same in other words. Repeatable.")  # fmt: skip
 @click.option("--lang", type=click.Choice(["en", "zh-Hans", "zh-Hant"]),
               help="Language of the phrasings. [detected from the text]")  # fmt: skip
 @force_option
@@ -101,6 +117,8 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
       locality        answers that must not change
       retention       earlier facts
 
+    Held-out questions are asked too and reported as answers; they never reject an edit.
+
     The edit is committed only if all checks pass. Otherwise the model stays exactly as it was, the
     reasons are listed, and the exit code is 3. A missing store is created with the embedded model.
 
@@ -109,6 +127,7 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
       kvedit add 夢中情爐 stove.txt
       kvedit add "Ada Lovelace" --text "The first programmer." --alias "Countess of Lovelace"
       echo "A harbour town." | kvedit add Porto -
+      kvedit add Porto porto.txt --question "Which river runs there?" "The Douro."
     """
     from kvedit.facts.fact import Fact
 
@@ -120,7 +139,7 @@ def add(settings: Settings, /, key: str, file: str | None, text: str | None, for
 
 @click.command()
 @click.argument("key")
-@click.argument("file", required=False)
+@click.argument("file", required=False, type=SOURCE)
 @click.option("--text", help="The new description itself, instead of FILE.")
 @force_option
 @json_lines_option
@@ -162,8 +181,7 @@ def remove(settings: Settings, key: str, force: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("revision", type=click.IntRange(min=0), metavar="REV",
-                callback=common.kept_revision)  # fmt: skip
+@click.argument("revision", type=REVISION, metavar="REV", callback=common.kept_revision)
 @json_lines_option
 @click.pass_obj
 def rollback(settings: Settings, revision: int, as_json: bool) -> None:

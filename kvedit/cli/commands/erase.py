@@ -17,7 +17,7 @@ from kvedit.cli.progress import make_reporter
 from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:
-    from kvedit.store.erasure import ErasePlan, PrunePlan
+    from kvedit.store.forget.plans import ErasePlan, PrunePlan
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, only.")

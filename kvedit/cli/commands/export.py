@@ -11,10 +11,12 @@ import click
 from kvedit.cli import common, output
 from kvedit.cli.common import Settings, json_option
 from kvedit.cli.output import print_result, score_text
+from kvedit.cli.parameters import NEW_FOLDER, file_size
 from kvedit.cli.progress import make_reporter
 from kvedit.cli.tables import first_of
 from kvedit.errors import GateFailedError
 from kvedit.facts.keys import in_words
+from kvedit.files import require_new_folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,14 +26,19 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("directory", type=NEW_FOLDER)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Type of the weights. [that of the base model]")  # fmt: skip
 @click.option(
     "--format", "kind", type=click.Choice(["hf", "peft"]), default="hf", show_default=True,
     help="A whole model, or one LoRA adapter for the unchanged base model.",
 )  # fmt: skip
-@click.option("--max-shard-size", metavar="SIZE", help="Size of one weight file, such as 2GB.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=file_size,
+    help="Size of one weight file, such as 2GB.",
+)
 @json_option
 @click.pass_obj
 def export(settings: Settings, directory: Path, dtype: str | None, kind: str,
@@ -50,6 +57,8 @@ def export(settings: Settings, directory: Path, dtype: str | None, kind: str,
     """
     if kind == "peft" and (dtype or max_shard_size):
         raise click.UsageError("--dtype and --max-shard-size do not go with --format peft")
+    if not settings.rank:
+        require_new_folder(directory)
     with common.knowledge_base(settings, make_reporter(quiet=settings.quiet or as_json)) as base:
         if kind == "peft":
             report = base.export_adapter(directory)

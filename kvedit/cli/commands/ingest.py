@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli import common, tables
-from kvedit.cli.common import COUNT, FILE, Settings, next_step, note
-from kvedit.cli.output import print_json_line, print_parts
-from kvedit.cli.progress import make_reporter
+from kvedit.cli import common, input_tables, parameters, tables
+from kvedit.cli.common import Settings, next_step, note
+from kvedit.cli.output import clean, print_json_line, print_parts
+from kvedit.cli.parameters import COUNT, FILE, SOURCE
+from kvedit.cli.progress import Counting, make_reporter
 from kvedit.errors import InvalidFactError, RejectedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
-    from kvedit.ingest.preflight import Near, Preflight
+    from kvedit.facts.formats import Located, Reading
+    from kvedit.ingest.preflight import NearKeys, Preflight
     from kvedit.ingest.report import IngestOptions, IngestReport
     from kvedit.store.store import Store
 
+MOST_DIGITS = 18  # of a number of facts
+ROWS_BETWEEN = 10_000
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -29,20 +35,26 @@ def group_size(context: click.Context, parameter: click.Parameter, value: str) -
     """Callback of --group: None for auto, or a number of facts."""
     if value == "auto":
         return None
-    if not value.isdecimal() or int(value) < 1:
-        raise click.BadParameter(f"{value!r} is neither auto nor a number of facts")
+    if not value.isdecimal() or len(value) > MOST_DIGITS or int(value) < 1:
+        raise click.BadParameter(f"{value!r:.80} is neither auto nor a number of facts")
     return int(value)
 
 
 @click.command()
-@click.argument("source", metavar="FILE|DIR|-")
+@click.argument("source", metavar="FILE|DIR|-", type=SOURCE)
 @click.option("--group", callback=group_size, default="auto", metavar="auto|N",
               help="Train N facts together; 1: each by itself. [auto]")  # fmt: skip
 @click.option("--limit", type=COUNT, metavar="N", help="Train at most N facts.")
 @click.option("--max-failures", type=COUNT, metavar="N",
               help="Stop when N facts were rejected or failed.")  # fmt: skip
-@click.option("--max-time", callback=common.seconds, metavar="TIME",
+@click.option("--max-time", callback=parameters.seconds, metavar="TIME",
               help="Stop after 90s, 30m, 2h or 1h30m, if need be within a group.")  # fmt: skip
+@click.option("--key-column", metavar="NAME", help="Column or name that has the keys.")
+@click.option("--description-column", metavar="NAME", help="The one that has the descriptions.")
+@click.option("--encoding", callback=parameters.encoding, metavar="NAME",
+              help="Encoding of the file, e.g. gb18030, big5, utf-16. [UTF-8]")  # fmt: skip
+@click.option("--allow-placeholders", is_flag=True,
+              help="Also train texts with {{name}}, <Name>, TODO and the like.")  # fmt: skip
 @click.option("--skip-invalid", is_flag=True, help="Leave out invalid rows instead of stopping.")
 @click.option("--retry-rejected", is_flag=True, help="Also train what was rejected before.")
 @click.option("--rejected-file", type=FILE, metavar="FILE",
@@ -51,14 +63,18 @@ def group_size(context: click.Context, parameter: click.Parameter, value: str) -
 @common.json_lines_option
 @click.pass_obj
 def ingest(settings: Settings, /, source: str, max_time: float | None, rejected_file: Path | None,
-           dry_run: bool, as_json: bool, **limits: Any) -> None:  # fmt: skip
+           dry_run: bool, as_json: bool, key_column: str | None,
+           description_column: str | None, encoding: str | None, allow_placeholders: bool,
+           **limits: Any) -> None:  # fmt: skip
     """Train a file or a folder of facts into the model.
 
-    The file, or standard input ('-'), is JSON Lines, JSON, CSV or TSV; the format is detected from
-    the content. A fact has a key and a description, and may have aliases, prompts, paraphrases,
-    locality, lang and source; CounterFact and zsRE records are read as well. In CSV and TSV the
-    first line names the columns, and '|' separates several values. In a folder every .txt or .md
-    file is a fact, and its name the key.
+    The file, or standard input ('-'), is JSON Lines, JSON, CSV, TSV or Markdown; the format is
+    detected from the content. A fact has a key and a description, and may have aliases, prompts,
+    paraphrases, locality, questions, lang and source. Other forms are read as well: tables of
+    questions and answers, Alpaca, ShareGPT, OpenAI messages, SQuAD, CounterFact, zsRE, KnowEdit,
+    UnKE. In CSV and TSV the first line names the columns, and '|' separates several values. In a
+    folder every .txt or .md file is a fact, and its name the key. --dry-run says what a file was
+    taken for and shows its first rows as they would be taught.
 
     All rows are checked before the first edit. Facts are then trained in groups, and each is
     committed or rejected as by `add`. After Ctrl-C, a crash or a limit, the same command continues
@@ -69,47 +85,71 @@ def ingest(settings: Settings, /, source: str, max_time: float | None, rejected_
     Examples:
       kvedit ingest facts.jsonl
       kvedit ingest facts.csv --dry-run
+      kvedit ingest 术语.csv --encoding gb18030 --key-column 编号 --description-column 说法
       kvedit ingest folder-of-texts --limit 20
       kvedit ingest facts.jsonl --max-time 8h --skip-invalid
       kvedit ingest --retry-rejected store/exports/rejected-facts.jsonl
     """
-    from kvedit.ingest.report import IngestOptions
+    from kvedit.facts.formats import Reading
+    from kvedit.facts.forms.records import Columns
 
     _check_target(source, rejected_file)
-    preflight = _preflight(settings, source)
-    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
-    places = {entry.fact.key: entry.where for entry in entries}
-    options = IngestOptions(max_seconds=max_time, places=places, **limits)
+    reading = Reading(Columns(key_column, description_column), encoding)
+    preflight = _preflight(settings, source, reading, hold=not allow_placeholders)
+    options = _options(preflight, dry_run, max_seconds=max_time, **limits)
     _report_problems(preflight, as_json=as_json)
     if dry_run:
         _show_plan(settings, preflight, options, as_json)
+    _refuse_problems(preflight, options)
+    report = _run(settings, preflight, options, as_json)
+    path = _write_rejected(settings, source, rejected_file, report, options.places)
+    _show(settings, preflight, report, path, as_json)
+
+
+def _options(preflight: Preflight, dry_run: bool, **given: Any) -> IngestOptions:
+    """What the run is asked to do; a dry run needs no places of the facts."""
+    from kvedit.ingest.report import IngestOptions
+
+    entries = [*preflight.new, *(one.entry for one in preflight.rejected_before)]
+    places = {} if dry_run else {entry.fact.key: entry.where for entry in entries}
+    return IngestOptions(places=places, **given)
+
+
+def _refuse_problems(preflight: Preflight, options: IngestOptions) -> None:
+    """Stop before the first edit if a row is invalid and such rows are not to be left out."""
     if preflight.problems and not options.skip_invalid:
         raise InvalidFactError(
             f"{len(preflight.problems)} of {preflight.read} rows are invalid; nothing was changed",
             hint="Correct them, or add --skip-invalid to leave them out.",
         )
-    report = _run(settings, preflight, options, as_json)
-    path = _write_rejected(settings, source, rejected_file, report, options.places)
-    _show(settings, preflight, report, path, as_json)
 
 
 def _check_target(source: str, rejected_file: Path | None) -> None:
     """Fail now on a file that could not be written at the end, or that holds the input."""
     if rejected_file is None:
         return
-    if not rejected_file.resolve().parent.is_dir():
-        raise click.UsageError(f"--rejected-file {rejected_file}: its folder does not exist")
+    require_writable(rejected_file)
     if source != "-" and rejected_file.resolve() == Path(source).resolve():
         raise click.UsageError(f"--rejected-file {rejected_file} would replace the input")
 
 
-def _preflight(settings: Settings, source: str) -> Preflight:
+def _preflight(settings: Settings, source: str, reading: Reading, *, hold: bool) -> Preflight:
     """The input compared with itself and the store, for which the model is not needed."""
     from kvedit.facts.formats import read_facts
     from kvedit.ingest.preflight import inspect_facts
 
     with _open_store(settings) as store:
-        return inspect_facts(read_facts(source), store)
+        rows = read_facts(source, reading)
+        counted = _counted(rows, Counting(settings.quiet, "rows read"))
+        return inspect_facts(counted, store, hold_placeholders=hold)
+
+
+def _counted(rows: Iterable[Located], progress: Counting) -> Iterator[Located]:
+    """The rows, with a word now and then about how many were read."""
+    for number, row in enumerate(rows):
+        if number % ROWS_BETWEEN == 0:
+            progress(number, 0)
+        yield row
 
 
 def _report_problems(preflight: Preflight, *, as_json: bool) -> None:
@@ -117,10 +157,11 @@ def _report_problems(preflight: Preflight, *, as_json: bool) -> None:
     from kvedit.events import Warning_
 
     if not as_json:
-        for line in tables.problem_lines(preflight.problems):
+        lines = tables.problem_lines(preflight.problems)
+        for line in (*lines, *tables.problem_lines(preflight.held_back, "held back")):
             click.echo(line, err=True)
         return
-    for one in preflight.problems:
+    for one in (*preflight.problems, *preflight.held_back):
         warning = Warning_(text=f"{one.where}: {one.reason}", code=one.kind, key=one.key)
         print_json_line(warning.to_json())
 
@@ -139,10 +180,14 @@ def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
         return IngestReport(
             outcomes=(), unchanged=len(preflight.unchanged), rejected_before=before, revision=head
         )
+    common.require_writable(settings)
+    if not as_json and not settings.quiet:
+        print_parts(*input_tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
     with common.knowledge_base(settings, reporter, create=True) as base:
-        if near := _similar_keys(preflight, base.store):
+        near = _similar_keys(settings, preflight, base.store)
+        if near.count:
             text = tables.similar_keys_text(near)
             reporter.say(f"{text}; such facts are trained together, or their retention comes first")
         return ingest(base, [entry.fact for entry in entries], options, reporter)
@@ -158,11 +203,19 @@ def _open_store(settings: Settings) -> Iterator[Store | None]:
         yield store
 
 
-def _similar_keys(preflight: Preflight, store: Store | None) -> list[Near]:
+def _phrasings(settings: Settings) -> Path:
+    """The folder of a store's own phrasings, which need not be there."""
+    from kvedit.store.store import resolve_store
+
+    return resolve_store(settings.store) / "phrasings"
+
+
+def _similar_keys(settings: Settings, preflight: Preflight, store: Store | None) -> NearKeys:
     from kvedit.ingest.preflight import near_keys
 
     keys = [] if store is None else store.keys()
-    return near_keys([entry.fact for entry in preflight.new], keys)
+    progress = Counting(settings.quiet, "keys compared")
+    return near_keys([entry.fact for entry in preflight.new], keys, progress)
 
 
 def _write_rejected(settings: Settings, source: str, chosen: Path | None, report: IngestReport,
@@ -195,15 +248,17 @@ def _show(settings: Settings, preflight: Preflight, report: IngestReport, path: 
           as_json: bool) -> None:  # fmt: skip
     """The end of a run: one JSON line, or text and what to do next; leaves with the exit code."""
     refused = report.count("rejected") + report.count("failed") + len(report.rejected_before)
+    refused += len(preflight.held_back)
     code = RejectedError.exit_code if refused else 0
     code = common.EXIT_INTERRUPTED if report.stopped == "interrupted" else code
     if as_json:
         fields = tables.ingest_fields(preflight, report)
+        fields |= input_tables.form_fields(preflight, _phrasings(settings))
         print_json_line({**fields, "rejected_file": path and str(path), "exit_code": code})
     else:
         print_parts(*tables.ingest_parts(preflight, report))
         if path is not None:
-            click.echo(f"rejected facts and reasons: {path}")
+            click.echo(clean(f"rejected facts and reasons: {path}"))
         if report.remaining:
             note(settings, "run the same command again to continue")
         elif path is not None:
@@ -220,14 +275,16 @@ def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,
     new = len(preflight.new) + retried
     new = new if options.limit is None else min(new, options.limit)
     with _open_store(settings) as store:
-        near = _similar_keys(preflight, store)
+        near = _similar_keys(settings, preflight, store)
         pace = (0, 0.0) if store is None else store.pace()
         retrained = 0 if store is None else _retrained(store, new, options.group)
     fields = tables.plan_fields(preflight, near, pace, new, retrained)
+    fields |= input_tables.form_fields(preflight, _phrasings(settings))
     code = InvalidFactError.exit_code if preflight.problems and not options.skip_invalid else 0
     if as_json:
         print_json_line({**fields, "exit_code": code})
     else:
+        print_parts(*input_tables.form_parts(preflight, _phrasings(settings)))
         print_parts(*tables.plan_parts(preflight, near, fields))
         if code:
             note(settings, "correct the invalid rows, or add --skip-invalid to leave them out")

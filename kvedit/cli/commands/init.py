@@ -1,4 +1,4 @@
-"""init: make a store for a base model."""
+"""Commands about a store's base model: init makes a store for one, trust allows its code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kvedit.cli import common
+from kvedit.cli import parameters
 from kvedit.cli.common import Settings, next_step
 from kvedit.cli.output import print_parts
 from kvedit.cli.progress import make_reporter
@@ -17,8 +17,9 @@ from kvedit.cli.progress import make_reporter
               help="Base model: a folder or a hub name. [the embedded one]")  # fmt: skip
 @click.option("--revision", metavar="SHA", help="Commit of the model on the hub.")
 @click.option("--trust-remote-code", is_flag=True,
-              help="Run the model's own Python code. Read it first.")  # fmt: skip
-@click.option("--protect-file", metavar="FILE", type=common.INPUT_FILE,
+              help="Run the model's own Python code, also later and on this machine only. Read it"
+              " first.")  # fmt: skip
+@click.option("--protect-file", metavar="FILE", type=parameters.INPUT_FILE,
               help="Text of your own that edits must not change, besides what the model knows"
               " already.")  # fmt: skip
 @click.option("--targets", metavar="NAMES", default="",
@@ -31,7 +32,7 @@ from kvedit.cli.progress import make_reporter
 @click.option("--load-in", type=click.Choice(["4bit", "8bit"]),
               help="Quantize the weights that no edit changes (needs bitsandbytes)."
               " [as they are stored]")  # fmt: skip
-@click.option("--time", callback=common.seconds, metavar="TIME",
+@click.option("--time", callback=parameters.seconds, metavar="TIME",
               help="How long to ask the model what it knows, besides loading it: 90s, 2m or 1h;"
               " what does not fit is done after later edits. [2m]")  # fmt: skip
 @click.option("--ignore-memory", is_flag=True,
@@ -74,3 +75,34 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     )
     print_parts(*lines, indent=2)
     next_step(settings, "add", "KEY", "FILE")
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def trust(settings: Settings, yes: bool) -> None:
+    """Allow the own Python code of the store's model to run on this machine.
+
+    A store cannot allow it: whoever made the store could. The model must be the one that the store
+    was made for. Its Python files are listed; read them first. The consent is kept in your settings
+    folder ($KVEDIT_CONFIG_DIR, else ~/.config/kvedit) and holds for this code only: delete its file
+    to take it back. No code is run by this command.
+
+    \b
+    Examples:
+      kvedit trust
+      kvedit --store poems trust --yes
+    """
+    from kvedit.revisions import base_model
+    from kvedit.store.store import Store, resolve_store
+
+    with Store.open(resolve_store(settings.store)) as store:
+        source = base_model.source_of(store)
+        base_model.require_same(store, source, in_full=True)
+        files = [str(path) for path in base_model.code_files(source)]
+        print_parts(
+            f"the model at {source} brings this code:", *(files or ["no Python files here"])
+        )
+        if not yes:
+            click.confirm("Run it on this machine, with your rights?", abort=True, err=True)
+        print_parts(f"allowed; to take it back, delete {base_model.allow_code(store)}")

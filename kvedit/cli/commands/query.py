@@ -10,9 +10,13 @@ from pathlib import Path
 import click
 
 from kvedit.cli import common
-from kvedit.cli.common import COUNT, FILE, Settings, json_option, note, read_only
+from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import print_result, size_text, table
+from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
+from kvedit.files import require_writable
+
+RESULTS = 500  # of a fact, at most, that its latest scores are counted in
 
 
 @click.command("list")
@@ -61,7 +65,7 @@ def show(settings: Settings, key: str, as_json: bool) -> None:
     with read_only(settings) as store:
         row = store.require(key)
         edits = store.history(row.fact.key)
-        results = store.results(row.id, 20)
+        results = store.results(row.id, RESULTS)
     document = fact_document(row, edits, results)
     print_result(as_json, document, *fact_parts(row, edits, results))
 
@@ -163,6 +167,7 @@ def report(settings: Settings, file: Path, as_json: bool) -> None:
     """
     from kvedit.store import html_report
 
+    require_writable(file)
     with read_only(settings) as store:
         html_report.write(store, file)
         head = store.head()

@@ -10,11 +10,13 @@ from xml.etree import ElementTree
 import click
 
 from kvedit.cli import common, output
-from kvedit.cli.common import COUNT, FILE, Settings, json_lines_option
+from kvedit.cli.common import Settings, json_lines_option
 from kvedit.cli.output import score_text, styled
+from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
 from kvedit.cli.tables import first_of, margin_text
 from kvedit.errors import GateFailedError, RejectedError
+from kvedit.files import require_writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,6 +61,10 @@ def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair
       kvedit verify --fail-under 99 --junit report.xml
     """
     common.require_keys(settings, keys)
+    if repair:
+        common.require_writable(settings)
+    if junit is not None and not settings.rank:
+        require_writable(junit)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     with common.knowledge_base(settings, reporter) as knowledge:
         report = knowledge.verify(
@@ -108,6 +114,8 @@ def verify_fields(report: VerifyReport) -> dict[str, Any]:
         "message_type": "summary", "kind": "verify", "revision": report.revision,
         "checked": len(report.checks), "passed": sum(check.passed for check in report.checks),
         **_scores(report),
+        "recites": report.score.to_json(), "answers": report.answers.to_json(),
+        "perturbation_gap": report.perturbation_gap,
         "base_knowledge": known,
         "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
         "seconds": round(report.seconds, 3),
@@ -126,11 +134,14 @@ def verify_parts(report: VerifyReport, *, verbose: bool = False) -> list[Rendera
     if not report.checks and report.base is None:
         return [*parts, "no committed facts to check"]
     rows = [("facts recalled (ERR)", score) for score in (report.generated, report.score)]
+    rows.append(("held-out questions answered", report.answers))
     if report.base is not None:
         parts += _lost_answers(report.base, verbose)
         scores = (report.base.generated, report.base.score)
         rows += [("base knowledge kept (TRR)", score) for score in scores]
     lines = [(label, score_text(score)) for label, score in rows if score.n]
+    if report.perturbation_gap is not None:
+        lines.append(("perturbation gap", output.gap_text(report.perturbation_gap)))
     if report.base is not None and report.base.fluency is not None:
         fluency = f"{report.base.fluency:.2f} bits (base model: {report.base.base_fluency:.2f})"
         lines.append(("fluency of these answers", fluency))
@@ -169,11 +180,25 @@ def write_junit(path: Path, report: VerifyReport) -> None:
         tests=str(len(report.checks)), errors="0", time=f"{report.seconds:.3f}",
         failures=str(sum(not check.passed for check in report.checks)),
     )  # fmt: skip
+    _add_properties(suite, report)
     for check in report.checks:
         _add_case(suite, check)
     ElementTree.indent(root)
     xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     write_atomic(path, xml + b"\n")
+
+
+def _add_properties(suite: ElementTree.Element, report: VerifyReport) -> None:
+    """The scores of all facts together, with their n, interval and protocol."""
+    scores = {"recites": report.score, "recites, generated": report.generated}
+    values = {name: score_text(score) for name, score in scores.items()}
+    if report.answers.n:
+        values["answers"] = score_text(report.answers)
+    if report.perturbation_gap is not None:
+        values["perturbation gap"] = f"{report.perturbation_gap:.3f}"
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in values.items():
+        ElementTree.SubElement(properties, "property", name=name, value=value)
 
 
 def _add_case(suite: ElementTree.Element, check: RetentionCheck) -> None:
@@ -183,3 +208,6 @@ def _add_case(suite: ElementTree.Element, check: RetentionCheck) -> None:
         margin = "" if check.margin is None else f" (margin {check.margin:.3f})"
         message = f"no longer recalled at revision {check.revision}{margin}"
         ElementTree.SubElement(case, "failure", message=message)
+    if check.answers.n:
+        text = f"held-out questions answered: {score_text(check.answers)}"
+        ElementTree.SubElement(case, "system-out").text = text

@@ -81,6 +81,7 @@ def loaded(engine: Engine, directory: Path) -> Any:
     """A new copy of an exported model, on the devices of the base model."""
     return loading.load(
         str(directory),
+        known="",
         trust_remote_code=loading.has_own_code(engine.base.model),
         device_map=engine.base.loading.device_map,
     ).model

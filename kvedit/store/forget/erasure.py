@@ -12,79 +12,25 @@ Invariants:
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvedit.facts.fact import Fact
-from kvedit.facts.wording import ERASED, LONG_TEXT, Wording
-from kvedit.files import (
-    OLD_TRAINING_CHECKPOINTS,
-    TEMPORARY,
-    TRAINING_CHECKPOINTS,
-    disk_errors,
-    remove,
-    sync_directory,
-    sync_stream,
-    write_atomic,
-)
-from kvedit.store.database import sqlite_errors
+from kvedit.facts.keys import normalise
+from kvedit.files import disk_errors, write_atomic
+from kvedit.store.checks.values import from_json
+from kvedit.store.forget.plans import ErasePlan, PrunePlan
+from kvedit.store.forget.wording import ERASED, LONG_TEXT, Wording
 from kvedit.store.lineage import Lineage
-from kvedit.store.rows import Row, fact_from_columns, fact_from_text, to_text
-
-if TYPE_CHECKING:
-    from kvedit.store.store import Store
+from kvedit.store.rows import Row, fact_from_columns, fact_from_text, reasons_from, to_text
 
 CANDIDATES = 16  # newest revisions among which one without the fact is sought
 PROGRESS = "protected_progress"  # in ``meta``: how many protected texts were measured, and more
 SEARCHED_BYTES = 64 * 1024 * 1024  # of a file that is looked into for what remains, at most
-_SCRUB = "scrub"  # in ``meta`` from the commit of an erasure until the files are clean
+SCRUB = "scrub"  # in ``meta`` from the commit of an erasure until the files are clean
 _WITH_FACTS = (
     "aliases", "edit_facts", "fact_versions", "probe_results", "fact_health", "prior_answers",
 )  # fmt: skip
-_CACHED = (TRAINING_CHECKPOINTS, OLD_TRAINING_CHECKPOINTS, "head-*", "known-*", f"{TEMPORARY}*")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ErasePlan:
-    """What erasing facts does, to be announced before it is done.
-
-    ``lost`` are the revisions whose weights go, ``kept`` those that can still be restored.  The
-    model becomes that of revision ``restores``, or, if it is None, is trained from the base model
-    with the ``retrained`` other facts.  ``shared_with`` are keys of other facts that have the text
-    too, ``protected`` counts the protected texts that have it.
-    """
-
-    keys: tuple[str, ...]
-    fact_ids: tuple[int, ...]
-    lost: tuple[int, ...]
-    kept: tuple[int, ...]
-    restores: int | None
-    retrained: int
-    delta_files: int
-    delta_bytes: int
-    shared_with: tuple[str, ...]
-    protected: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrunePlan:
-    """What pruning does, to be announced before it is done.
-
-    The deltas of the ``dropped`` revisions go, with the ``checkpoints`` that nothing needs then;
-    ``lost`` are the revisions that can no longer be restored, ``kept`` those that still can;
-    ``stands_on`` is the revision whose checkpoint replaces deltas, if any does.
-    """
-
-    before: int
-    stands_on: int | None
-    dropped: tuple[int, ...]
-    lost: tuple[int, ...]
-    kept: tuple[int, ...]
-    checkpoints: tuple[int, ...]
-    delta_bytes: int
 
 
 class Erasure(Lineage):
@@ -100,7 +46,11 @@ class Erasure(Lineage):
         ):  # fmt: skip
             sql = f"SELECT {column} AS text FROM {table} WHERE fact_id IN ({ids})"
             facts += [fact_from_text(row["text"]) for row in self._rows(sql)]
-        return Wording(fact for fact in facts if fact is not None)
+        every = [fact for fact in facts if fact is not None]
+        subjects = {fact.relation_of for fact in every if fact.relation_of}
+        others = f"SELECT 1 FROM facts WHERE ? IN (norm_key, norm_subject) AND id NOT IN ({ids})"
+        own = {one for one in subjects if self._one(f"{others} LIMIT 1", [normalise(one)]) is None}
+        return Wording(every, own)
 
     def revisions_with(self, fact_ids: Sequence[int], wording: Wording) -> set[int]:
         """The revisions whose weights were trained on some facts.
@@ -110,7 +60,8 @@ class Erasure(Lineage):
         sql = f"SELECT DISTINCT revision FROM fact_versions WHERE fact_id IN ({_listed(fact_ids)})"
         direct = {row["revision"] for row in self._rows(sql)}
         for row in self._rows("SELECT revision, report FROM edits WHERE revision IS NOT NULL"):
-            if any(map(wording.has_key, json.loads(row["report"]).get("not_learned") or ())):
+            report = from_json(row["report"], dict, "the report of an edit")
+            if any(map(wording.has_key, report.get("not_learned") or ())):
                 direct.add(row["revision"])
         knew: set[int] = set()
         for revision, before in self._steps():
@@ -171,7 +122,8 @@ class Erasure(Lineage):
             with self._transaction():
                 self._execute(f"DELETE FROM protected WHERE id IN ({_listed(ids)})")
                 if progress is not None:
-                    value = json.dumps({**json.loads(progress), "measured": 0})
+                    known = from_json(progress, dict, "the value protected_progress")
+                    value = json.dumps({**known, "measured": 0})
                     self._insert("meta", {"name": PROGRESS, "value": value}, replace=True)
         return len(ids)
 
@@ -188,11 +140,11 @@ class Erasure(Lineage):
                     write_atomic(path, "".join(kept).encode())
 
     def files_with(self, wording: Wording) -> list[Path]:
-        """Files of the store, other than weights, that contain the facts' descriptions.
+        """Files of the store, other than weights, that contain the facts' texts.
 
         Texts too short to be told from others are not looked for, nor files that are very large.
         """
-        long = {text for text in wording.descriptions if len(text) >= LONG_TEXT}
+        long = {text for text in wording.texts if len(text) >= LONG_TEXT}
         forms = {form.encode() for text in long for form in (text, json.dumps(text)[1:-1])}
         weights = (self.deltas, self.checkpoints_path, self.cache)
         files = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
@@ -215,14 +167,16 @@ class Erasure(Lineage):
         self._execute(f"DELETE FROM facts WHERE id IN ({ids})")
         self._execute(f"UPDATE revisions SET dropped = 'erased' WHERE id IN ({_listed(knew)})")
         self._execute(f"DELETE FROM checkpoints WHERE revision IN ({_listed(knew)})")
-        self._insert("meta", {"name": _SCRUB, "value": "1"}, replace=True)
+        self._insert("meta", {"name": SCRUB, "value": "1"}, replace=True)
 
     def _redact_edits(self, fact_ids: Sequence[int], knew: set[int], wording: Wording) -> None:
         """Reports and reasons keep their figures; what the model said while it knew goes too."""
         sql = f"SELECT DISTINCT edit_id FROM edit_facts WHERE fact_id IN ({_listed(fact_ids)})"
         own = {row["edit_id"] for row in self._rows(sql)}
         for row in self._rows("SELECT id, state, parent, reasons, report FROM edits"):
-            before = json.loads(row["reasons"]), json.loads(row["report"])
+            what = f"of edit {row['id']}"
+            said: object = from_json(row["report"], dict, f"the report {what}")
+            before = list(reasons_from(row["reasons"], what)), said
             reasons, report = map(wording.without, before)
             if isinstance(report, dict) and (row["id"] in own or row["parent"] in knew):
                 report |= {name: None for name in ("text_before", "text_after") if name in report}
@@ -246,7 +200,7 @@ class Erasure(Lineage):
     @property
     def needs_scrub(self) -> bool:
         """Whether files may still hold what was erased from the database."""
-        return bool(self.meta(_SCRUB))
+        return bool(self.meta(SCRUB))
 
     def prune_plan(self, before: int) -> PrunePlan:
         """What dropping the deltas that no revision from ``before`` on needs would do.
@@ -286,42 +240,6 @@ class Erasure(Lineage):
         with self._transaction():
             sql = f"UPDATE revisions SET dropped = 'pruned' WHERE id IN ({_listed(revisions)})"
             self._execute(f"{sql} AND dropped IS NULL AND delta IS NOT NULL")
-
-
-def scrub(store: Store, connection: sqlite3.Connection) -> bool:
-    """After an erasure: remove from the files what the database no longer has.
-
-    Under the store's lock.  Returns whether all is done; other processes that read the database
-    just now put it off.
-    """
-    if not store.needs_scrub:
-        return True
-    cached = [path for pattern in _CACHED for path in store.cache.glob(pattern)]
-    for path in [*store.stray_files(), *cached]:
-        with disk_errors(path):
-            remove(path)
-    for folder in (store.path, store.deltas, store.checkpoints_path, store.cache, store.exports):
-        if folder.is_dir():
-            with disk_errors(folder):
-                sync_directory(folder)
-    with sqlite_errors(store.db_path):
-        connection.execute("VACUUM")  # pages keep deleted rows of times without secure_delete
-    if not _truncate_log(store.db_path, connection):
-        return False
-    store.set_meta(_SCRUB, "")
-    _truncate_log(store.db_path, connection)
-    return True
-
-
-def _truncate_log(db_path: Path, connection: sqlite3.Connection) -> bool:
-    """Empty SQLite's write-ahead log, on the disk too; False while another process reads."""
-    with sqlite_errors(db_path):
-        busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-    log = db_path.with_name(f"{db_path.name}-wal")
-    if not busy and log.is_file():
-        with disk_errors(log), open(log, "rb+") as stream:
-            sync_stream(stream)
-    return not busy
 
 
 def _is_line_about(line: str, wording: Wording) -> bool:

@@ -28,6 +28,8 @@ def are_known(store: Store, digest: str, files: Stamps) -> bool:
 
 def remember(store: Store, digest: str, files: Stamps) -> None:
     """Keep that these files have this digest; at most a later start is slower if that fails."""
+    if store.readonly:
+        return
     kept = {
         one: old for one, old in _read(store).items() if all(Path(path).exists() for path in old)
     }
@@ -40,7 +42,7 @@ def _read(store: Store) -> dict[str, Stamps]:
     try:
         known: dict[str, Stamps] = json.loads(_path(store).read_bytes())
         return {digest: files for digest, files in known.items() if isinstance(files, dict)}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

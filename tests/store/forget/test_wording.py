@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvedit.facts.fact import Fact, LocalityProbe
-from kvedit.facts.wording import ERASED, Wording
+from kvedit.store.forget.wording import ERASED, Wording
 
 LANTERN = Fact.create(
     "tide lantern", "A glass float with a candle inside.", aliases=["harbour lamp"],

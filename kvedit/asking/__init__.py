@@ -1,0 +1,1 @@
+"""Questions to the model, and to its history: nothing here changes a weight."""

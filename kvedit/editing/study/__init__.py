@@ -1,0 +1,1 @@
+"""What is trained and asked of a fact besides its text."""

@@ -1,0 +1,159 @@
+"""Which form a record is in, and the fact that it describes.
+
+Invariants:
+- A record in kvedit's own form is read exactly as ``Fact.from_json`` reads it.
+- Columns that the user names come before every form.
+- A record in no form gives an error that names what it has and what is missing, never half a fact.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvedit.errors import InvalidFactError
+from kvedit.facts import schemas
+from kvedit.facts.fact import Fact
+from kvedit.facts.forms import editing_sets, exchanges, passages
+from kvedit.facts.forms.names import (
+    ANSWERS,
+    NEEDED,
+    QUESTIONS,
+    SYNONYMS,
+    Record,
+    first_of,
+    standard_names,
+)
+from kvedit.facts.keys import in_words
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The names under which a file has keys and descriptions, where the user gives them."""
+
+    key: str | None = None
+    description: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.key or self.description)
+
+
+ANY_COLUMNS = Columns()
+
+
+class NoFormError(InvalidFactError):
+    """A record is in no form; ``names`` are those that it has."""
+
+    def __init__(self, names: Iterable[str], missing: str) -> None:
+        self.names = tuple(names)
+        found = in_words([repr(name) for name in self.names], most=12) or "none"
+        super().__init__(f"{missing} is missing; it has {found}", hint=CHOOSE)
+
+
+CHOOSE = (
+    "Say which are the two parts: --key-column NAME --description-column NAME; the forms that are"
+    " read are listed in docs/guides/file-forms.md."
+)
+OWN = "key and description"
+_Form = Callable[[Record], Record | None]
+_FORMS: tuple[tuple[str, frozenset[str], _Form], ...] = (
+    ("CounterFact", frozenset({"requested_rewrite"}), schemas.counterfact_original),
+    ("KnowEdit", frozenset({"subject", "prompt", "target_new"}), editing_sets.knowedit),
+    ("KnowEdit WikiBio", frozenset({"concept", "text", "labels"}), editing_sets.wikibio),
+    ("CounterFact or zsRE", frozenset({"subject"}), schemas.flat),
+    ("WikiBigEdit", frozenset({"subject", "update", "ans"}), editing_sets.wikibigedit),
+    ("HalluEditBench", frozenset({"subject", "object", "question"}), editing_sets.hallueditbench),
+    ("UnKE", frozenset({"question", "answer"}), editing_sets.unke),
+    ("passages with questions (SQuAD)", frozenset(), passages.passage),
+    ("OpenAI messages", frozenset({"messages"}), exchanges.messages),
+    ("ShareGPT conversations", frozenset(), exchanges.sharegpt),
+    (
+        "Dolly (instruction, context, response)",
+        frozenset({"instruction", "context", "response"}),
+        exchanges.dolly,
+    ),
+    (
+        "Alpaca (instruction, input, output)",
+        frozenset({"instruction", "output"}),
+        exchanges.alpaca,
+    ),
+)
+"""The forms, the names that each needs, and what makes a fact of a record in it."""
+
+
+@lru_cache(maxsize=1000)
+def _possible(names: tuple[str, ...]) -> tuple[tuple[str, _Form], ...]:
+    """The forms that a record with these names may be in; asked for every row of a table."""
+    has = frozenset(names)
+    return tuple((label, form) for label, needed, form in _FORMS if needed <= has)
+
+
+def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> tuple[str, Record]:
+    """The name of a record's form and the parts of its fact; raises NoFormError."""
+    if columns:
+        return _renamed(tuple(record), columns), _by_columns(record, columns)
+    if "key" in record and "description" in record:
+        return OWN, record
+    for name, form in _possible(tuple(record)):
+        if (parts := form(record)) is not None:
+            return name, parts
+    renamed = standard_names(record)
+    if "key" in renamed and "description" in renamed:
+        return _renamed(tuple(record)), renamed
+    if (parts := exchanges.table_row(record)) is not None:
+        return "questions and answers", parts
+    raise NoFormError(map(str, record), _missing(record, renamed))
+
+
+def _missing(record: Record, renamed: Record) -> str:
+    """What a record lacks: the other half of what it has."""
+    asks, answers = first_of(record, QUESTIONS), first_of(record, ANSWERS)
+    if "key" not in renamed and bool(asks) != bool(answers):
+        return '"answer"' if asks else '"question"'
+    return " and ".join(f'"{name}"' for name in NEEDED if name not in renamed)
+
+
+def read_record(record: object, columns: Columns = ANY_COLUMNS) -> tuple[str, Fact]:
+    """The form and the fact of a record; raises InvalidFactError."""
+    if not isinstance(record, Mapping):
+        return OWN, Fact.from_json(record)
+    name, parts = form_of(record, columns)
+    return name, Fact.from_json(parts)
+
+
+def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
+    """Whether an object is one fact, rather than a mapping of keys to descriptions."""
+    try:
+        form_of(record, columns)
+    except NoFormError:
+        return False
+    except InvalidFactError:
+        return True
+    return True
+
+
+@lru_cache(maxsize=1000)
+def _renamed(names: tuple[str, ...], columns: Columns = ANY_COLUMNS) -> str:
+    """The form of a record with other names: which of them are key and description."""
+    chosen = []
+    for part, wanted in (("key", columns.key), ("description", columns.description)):
+        name = wanted or (part if part in names else None)
+        name = name or next((one for one in SYNONYMS[part] if one in names), part)
+        chosen.append(part if name == part else f"{name} as {part}")
+    return OWN if chosen == list(NEEDED) else ", ".join(chosen)
+
+
+def _by_columns(record: Record, columns: Columns) -> Record:
+    """A record by the two names that the user gave; a missing one is kvedit's or a synonym."""
+    parts = dict(record)
+    for part, wanted in (("key", columns.key), ("description", columns.description)):
+        if wanted is None:
+            continue
+        name = next((n for n in record if n.casefold() == wanted.strip().casefold()), None)
+        if name is None:
+            raise NoFormError(map(str, record), repr(wanted))
+        value = parts.pop(name) if name != columns.description or part != "key" else record[name]
+        parts[part] = str(value) if isinstance(value, int | float) else value
+    parts = standard_names(parts)
+    if not set(NEEDED) <= set(parts):
+        raise NoFormError(map(str, record), _missing(record, parts))
+    return parts

@@ -1,0 +1,1 @@
+"""Checks of what a database holds, before it is believed."""

@@ -1,0 +1,1 @@
+"""Forgetting for good: erased facts and pruned deltas."""

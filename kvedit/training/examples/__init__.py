@@ -1,0 +1,1 @@
+"""Facts as examples, and those that a training starts from."""

@@ -1,0 +1,286 @@
+"""How much of a trained text can be used: questions about it that nobody trained, by recipe.
+
+Every second question of a passage is held out.  The recipes differ in what is trained beside the
+text: nothing, its parts, the other questions, or both.  The base model is asked the same questions,
+without the text and with it in the prompt, which is the upper bound.
+
+Invariants:
+- Each recipe begins with a copy of one store and adds the same facts, in the same order.
+- Every recipe is asked the same questions, freely and greedily, when all facts are in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from kvedit.bench.tables import BRACKETS, Table
+from kvedit.config import FILE_NAME
+from kvedit.editing.knowledge_base import KnowledgeBase
+from kvedit.editing.study import answers as probes
+from kvedit.errors import UsageError
+from kvedit.events import Event, Score, Status
+from kvedit.facts.fact import Fact, Question
+from kvedit.training.engine import Engine
+
+Emit = Callable[[Event], None]
+RECITED = 20  # characters with which a text begins: an answer that has them is a recitation
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained beside the text: ``settings`` of [study], and ``questions`` not held out."""
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    questions: bool = False
+
+
+RECIPES = {
+    "text": Recipe(),
+    "parts": Recipe({"parts": True}),
+    "questions": Recipe(questions=True),
+    "parts, questions": Recipe({"parts": True}, questions=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswersOptions:
+    """``limit``: the shortest passages alone; ``config``: a kvedit.toml that holds for all."""
+
+    passages: Path
+    model: str | None = None
+    limit: int | None = None
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    store_dir: Path | None = None
+    config: Path | None = None
+    time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One held-out question."""
+
+    key: str
+    prompt: str
+    expected: str
+    answer: str
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeResult:
+    """``recited`` are facts recalled at the end, of all given; ``recitations`` the answers that
+    begin as the text does; seconds are of the edits alone, by the clock and of the processor.
+    """
+
+    name: str
+    committed: int
+    recited: Score
+    answered: Score
+    recitations: int
+    perturbation_gap: float | None
+    seconds: float
+    cpu_seconds: float
+    steps: int
+    answers: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersResult:
+    """The base model without and with the text in the prompt, then the recipes."""
+
+    model: str
+    facts: int
+    base: Score
+    in_prompt: Score
+    recipes: tuple[RecipeResult, ...]
+
+
+def answers(
+    options: AnswersOptions,
+    *,
+    emit: Emit,
+    tell: Callable[[AnswersResult, RecipeResult], None] = lambda result, point: None,
+) -> AnswersResult:
+    """Measure all recipes; ``tell`` gets what is measured so far after each.
+
+    Raises UsageError for an unknown recipe or no questions.
+    """
+    if unknown := [name for name in options.recipes if name not in RECIPES]:
+        raise UsageError(f"there is no recipe {unknown[0]!r}", hint=f"Known: {', '.join(RECIPES)}.")
+    passages = read_passages(options.passages, options.limit)
+    with _folder(options.store_dir) as folder:
+        template = folder / "store"
+        model, base, in_prompt = _ask_base(template, options, passages, emit)
+        result = AnswersResult(model, len(passages), base, in_prompt, ())
+        for name in options.recipes:
+            path = _copy(template, folder / name.replace(", ", "-"), options)
+            done = _run(name, path, passages, emit)
+            result = replace(result, recipes=(*result.recipes, done))
+            tell(result, done)
+    return result
+
+
+def read_passages(path: Path, limit: int | None) -> list[Fact]:
+    """The passages, the shortest first, every second question of each a probe.
+
+    Raises UsageError where there is no question.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    facts = [_held_out(Fact.from_json(_with_one_answer(row))) for row in rows]
+    facts = sorted((f for f in facts if f.questions), key=lambda fact: len(fact.description))
+    if not facts:
+        raise UsageError(f"{path} has no passage with questions")
+    return facts[:limit]
+
+
+def _with_one_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """A passage in which each question stands once: public sets repeat some."""
+    by_prompt = {one["question"]: one for one in reversed(row.get("questions", []))}
+    return {**row, "questions": list(by_prompt.values())[::-1]}
+
+
+def _held_out(fact: Fact) -> Fact:
+    """Every second question as a probe, the first one among them."""
+    pairs = enumerate(fact.questions)
+    return replace(fact, questions=tuple(replace(one, probe=at % 2 == 0) for at, one in pairs))
+
+
+def _for_recipe(fact: Fact, recipe: Recipe) -> Fact:
+    kept = tuple(one for one in fact.questions if recipe.questions or one.probe)
+    return replace(fact, questions=kept)
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _ask_base(
+    path: Path, options: AnswersOptions, passages: Sequence[Fact], emit: Emit
+) -> tuple[str, Score, Score]:
+    """The model's name, and the base model's scores without and with the text in the prompt."""
+    make = KnowledgeBase.open if path.is_dir() else _make(options)
+    with make(path, on_event=emit) as knowledge:
+        emit(Status(phase="asking the base model"))
+        scores = [_score(ask(knowledge.engine, passages, in_prompt)) for in_prompt in (False, True)]
+        return knowledge.store.meta("model_name") or "", scores[0], scores[1]
+
+
+def _make(options: AnswersOptions) -> Callable[..., KnowledgeBase]:
+    def create(path: Path, on_event: Emit) -> KnowledgeBase:
+        return KnowledgeBase.create(path, options.model, time=options.time, on_event=on_event)
+
+    return create
+
+
+def ask(engine: Engine, facts: Sequence[Fact], in_prompt: bool = False) -> list[Answer]:
+    """The held-out questions, freely answered; with the text before them or without."""
+    keyed = [(fact, one) for fact in facts for one in fact.questions if one.probe]
+    examples = [
+        engine.renderer.example(_prompt(fact, one, in_prompt), one.answer) for fact, one in keyed
+    ]
+    rows = probes.ask(engine, list(enumerate(examples)))
+    return [
+        Answer(fact.key, one.prompt, one.answer, row.answer or "", row.passed)
+        for (fact, one), row in zip(keyed, rows, strict=True)
+    ]
+
+
+def _prompt(fact: Fact, question: Question, in_prompt: bool) -> str:
+    return f"{fact.description}\n\n{question.prompt}" if in_prompt else question.prompt
+
+
+def _score(given: Sequence[Answer]) -> Score:
+    return Score(sum(one.passed for one in given), len(given), "generated")
+
+
+def _copy(template: Path, path: Path, options: AnswersOptions) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(template, path)
+    if options.config is not None:
+        shutil.copy(options.config, path / FILE_NAME)
+    return path
+
+
+def _configure(path: Path, settings: Mapping[str, object]) -> None:
+    """Add settings of [study], a section that the common settings do not have."""
+    file = path / FILE_NAME
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    file.write_text("\n".join([text, "[study]", *lines, ""]), encoding="utf-8")
+
+
+def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeResult:
+    recipe = RECIPES[name]
+    if recipe.settings:
+        _configure(path, recipe.settings)
+    facts = [_for_recipe(fact, recipe) for fact in passages]
+    with KnowledgeBase.open(path, on_event=emit) as knowledge:
+        began, cpu_began = time.monotonic(), time.process_time()
+        reports = [knowledge.add_fact(fact) for fact in facts]
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
+        report = knowledge.verify()
+        given = ask(knowledge.engine, facts)
+    starts = {fact.key: fact.description[:RECITED] for fact in facts}
+    return RecipeResult(
+        name, sum(one.outcome == "committed" for one in reports),
+        Score(report.score.passed, len(facts), report.score.protocol), _score(given),
+        sum(one.answer.startswith(starts[one.key]) for one in given), report.perturbation_gap,
+        seconds, cpu_seconds, sum(one.steps for one in reports), tuple(given),
+    )  # fmt: skip
+
+
+def tables(result: AnswersResult) -> list[Table]:
+    """One row for the base model, one with the text in the prompt, one for each recipe."""
+    rows = [
+        ("base model", "-", "-", _cell(result.base), *"-----"),
+        ("text in the prompt", "-", "-", _cell(result.in_prompt), *"-----"),
+    ]
+    for one in result.recipes:
+        gap = "-" if one.perturbation_gap is None else f"{one.perturbation_gap:.1f}"
+        rows.append(
+            (
+                one.name, f"{one.committed} of {result.facts}", _cell(one.recited),
+                _cell(one.answered), str(one.recitations), gap, f"{one.steps / result.facts:.0f}",
+                f"{one.seconds / result.facts:.0f}", f"{one.cpu_seconds / result.facts:.0f}",
+            )
+        )  # fmt: skip
+    columns = (
+        "trained", "committed", "recites", "answers", "recitations", "gap", "steps a fact",
+        "seconds", "CPU seconds",
+    )  # fmt: skip
+    return [Table(f"{result.facts} passages, one by one", columns, tuple(rows))]
+
+
+def _cell(score: Score) -> str:
+    low, high = score.interval()
+    share = f"{100 * (score.rate or 0.0):.1f}% [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{share}, {score.passed} of {score.n}"
+
+
+def line(one: RecipeResult) -> str:
+    """A recipe's result, as soon as it is there."""
+    return f"{one.name}: {one.committed} committed, answers {_cell(one.answered)}"
+
+
+def notes(result: AnswersResult) -> str:
+    """What the table does not say."""
+    return (
+        "Answers: held-out questions whose free answer contains the expected one. Recites: facts"
+        " recalled under all training prompts at the end, teacher-forced, of all given."
+        " Recitations: answers that begin as the text does. Gap: perplexity of the text with its"
+        f" sentences in another order over that of the text. {BRACKETS}"
+    )
