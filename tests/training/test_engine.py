@@ -71,14 +71,14 @@ def test_prior_answers_can_be_trained_back(base: BaseModel) -> None:
     engine = Engine(base, TrainingConfig())  # fp32: in bf16 some of them are ties
     prior = engine.prior_answers(FACT)
     assert list(prior) == [e.prompt for e in engine.examples(FACT)]
-    examples = engine.prior_examples(prior)
+    examples = engine.prior_examples(FACT, prior)
     assert all(outcome.passed for outcome in engine.recall(examples))
 
 
 def test_a_prior_answer_that_was_cut_does_not_end_there(engine: Engine) -> None:
     long = engine.renderer.text(engine.renderer.tokens("Made of oak in Tarn. ") * 30)
     cut = engine.renderer.text(engine.renderer.tokens(long)[:PRIOR_TOKENS])
-    cut_off, whole = engine.prior_examples({"x": cut, "y": "Made of oak."})
+    cut_off, whole = engine.prior_examples(FACT, {"x": cut, "y": "Made of oak."})
     assert cut_off.ids[-1] != engine.renderer.end and whole.ids[-1] == engine.renderer.end
 
 
@@ -95,7 +95,7 @@ def test_a_share_of_the_phrasings_is_trained_after_other_system_prompts(base: Ba
     assert engine.paraphrases(FACT) == Engine(base, TrainingConfig()).paraphrases(FACT)
     # A removal trains the same questions back.
     prior = engine.prior_answers(FACT)
-    back = engine.prior_examples(prior)
+    back = engine.prior_examples(FACT, prior)
     assert [e.ids[: e.start] for e in back] == [e.ids[: e.start] for e in examples]
     assert Engine(base, TrainingConfig()).system_turns == ()
 

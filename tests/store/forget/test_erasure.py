@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,17 @@ from store_steps import (
 )
 
 from kvedit.errors import CorruptStoreError, UsageError
-from kvedit.facts.fact import LocalityProbe
+from kvedit.facts.fact import LocalityProbe, Question
 from kvedit.store.lineage import in_ranges
 from kvedit.store.rows import FactChange, ProbeRow, ProtectedRow
 from kvedit.store.store import Store
 
 KEY, TEXT = "tide lantern", 'Ein Glas mit "Kerze" aus 夢中情爐, nachts am Hafen.'
 LATER = "Changed later: a lamp of 銅 in the harbour."
-FORMS = [form.encode() for text in (KEY, TEXT, LATER) for form in (text, json.dumps(text)[1:-1])]
+ASKED = Question(prompt="Who trims its wick?", answer="Der Wächter")
+SAID = "A keeper trims the wick at dusk."
+TEXTS = (KEY, TEXT, LATER, ASKED.prompt, ASKED.answer, SAID)
+FORMS = [form.encode() for text in TEXTS for form in (text, json.dumps(text)[1:-1])]
 
 
 def found(path: Path) -> list[str]:
@@ -49,6 +53,7 @@ def store(tmp_path: Path) -> Store:
         fact_id = add(
             store, KEY, TEXT, aliases=["harbour lamp"], prompts=[f"And the {KEY}?"],
             locality=[LocalityProbe(prompt="Is a tide lantern wet?", answer="no")],
+            questions=[ASKED], statements=[SAID],
         )  # fmt: skip
         update(store, KEY, LATER)
         checkpoint(store)
@@ -56,7 +61,11 @@ def store(tmp_path: Path) -> Store:
             fact_id=fact_id, kind="recall", protocol="generated", prompt=f"What is {KEY}?",
             expected=LATER, answer=LATER, passed=True,
         )  # fmt: skip
-        store.record_results([probe], store.head())
+        asked = replace(probe, kind="portability", prompt=ASKED.prompt, expected=ASKED.answer)
+        store.record_results([probe, asked, replace(asked, fact_id=None)], store.head())
+        with sqlite3.connect(store.db_path) as connection:
+            row = [fact_id, ASKED.prompt, "The keeper."]
+            connection.execute("INSERT INTO prior_answers VALUES (?, ?, ?)", row)
         other = add(store, "third")
         said = ProbeRow(
             fact_id=other, kind="recall", protocol="generated", prompt="what is third?",
@@ -153,6 +162,26 @@ def test_the_latest_fact_is_erased_without_training(tmp_path: Path) -> None:
         assert committed_texts(store) == {"first": "some text"}
         assert add(store, KEY, TEXT)  # it may come again
         assert committed_texts(store)[KEY] == TEXT
+
+
+def test_a_relation_leaves_neither_its_subject_nor_its_prompts(tmp_path: Path) -> None:
+    prompt, words = "Who built Marrow Bridge?", ("Marrow Bridge", "Marrow Bridge: builder", "Ada")
+    with new_store(tmp_path / "store") as store:
+        add(store, "first")
+        fact_id = add(store, words[1], words[2], relation_of=words[0], prompts=[prompt])
+        rows = [replace(check(one), prompt=prompt, kind="locality") for one in (fact_id, None)]
+        named = replace(rows[1], prompt="where is Marrow Bridge?")
+        store.record_results([*rows, named], store.head())
+        other = {"relation_of": words[0], "prompts": ["How long is it?"]}
+        add(store, "Marrow Bridge: length", "40 m", **other)
+        erase(store, words[1])
+        path, forms = store.path, [one.encode() for one in (prompt, words[1], words[2])]
+        assert not any(one in file.read_bytes() for file in path.glob("kvedit*") for one in forms)
+        counts = {(one.kind, one.n) for one in store.probe_counts() if one.kind == "locality"}
+        assert counts == {("locality", 1)}  # the subject is also that of a fact that stays
+        erase(store, "Marrow Bridge: length")
+        assert not any(words[0].encode() in file.read_bytes() for file in path.glob("kvedit*"))
+        assert problems(store) == []
 
 
 def test_the_only_fact_and_facts_of_other_states_can_be_erased(tmp_path: Path) -> None:
@@ -269,6 +298,11 @@ def test_a_checkpoint_that_stands_for_deltas_is_needed(line: Store) -> None:
     prune(line, 3)
     target = line.path.parent / "backup.tar"
     line.backup(target)
+    with tarfile.open(target) as archive:
+        archive.extractall(line.path.parent / "copy", filter="data")
+    with Store.open(line.path.parent / "copy") as copy:
+        assert problems(copy) == [] and copy.pinned() == {3} and copy.gaps() == line.gaps()
+    good = target.read_bytes()
     (row,) = line.checkpoints()
     (row.path / "manifest.json").unlink()
     assert any("checkpoint of revision 3 is damaged" in what for what in problems(line))
@@ -278,6 +312,26 @@ def test_a_checkpoint_that_stands_for_deltas_is_needed(line: Store) -> None:
     row.path.rmdir()
     with pytest.raises(CorruptStoreError, match="missing"):
         line.backup(target)
+    assert target.read_bytes() == good
+
+
+def test_a_renamed_checkpoint_that_stands_for_deltas_gets_its_name_back(line: Store) -> None:
+    prune(line, 3)
+    checkpoint(line)
+    with sqlite3.connect(line.db_path) as connection:
+        connection.execute("UPDATE checkpoints SET path = '../' || path")
+    assert line.forget_checkpoints() == 2
+    assert [row.revision for row in line.checkpoints()] == [3] == sorted(line.pinned())
+    assert not [one for one in line.integrity() if one.level == "error"]
+
+
+def test_a_reason_for_dropping_that_there_is_not_is_refused(line: Store) -> None:
+    with sqlite3.connect(line.db_path) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute("UPDATE revisions SET dropped = 'lost' WHERE id = 2")
+    with pytest.raises(CorruptStoreError, match="revision 2 was dropped: 'lost'"):
+        line.gaps()
+    assert any("was dropped" in what for what in problems(line))
 
 
 def test_a_revision_that_is_not_there_cannot_be_pruned_to(line: Store) -> None:

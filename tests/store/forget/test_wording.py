@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvedit.facts.fact import Fact, LocalityProbe
+from kvedit.facts.fact import Fact, LocalityProbe, Question
 from kvedit.store.forget.wording import ERASED, Wording
 
 LANTERN = Fact.create(
@@ -53,3 +53,25 @@ def test_keys_are_compared_as_the_store_compares_them() -> None:
     assert WORDING.has_key("Tide-Lantern") and WORDING.has_key("HARBOUR LAMP")
     assert not WORDING.has_key("lantern") and not WORDING.has_key(None)
     assert not Wording([]).is_about("anything")
+
+
+def test_questions_and_statements_are_told_too() -> None:
+    float_ = Fact.create(
+        "tide lantern", "A glass float.", statements=["At dusk it is lit by a keeper."],
+        questions=[Question(prompt="Who lights it?", answer="a keeper")],
+    )  # fmt: skip
+    wording = Wording([float_])
+    assert wording.is_about("Who lights it?")
+    assert wording.tells("He said: At dusk it is lit by a keeper.")
+    assert not wording.tells("a keeper") and wording.tells("a keeper lights the tide lantern")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_subject_of_a_relation_names_it_unless_other_facts_are_about_it(shared: bool) -> None:
+    bridge = Fact.create(
+        "Marrow Bridge: builder", "Ada", relation_of="Marrow Bridge", prompts=["Who built it?"]
+    )
+    wording = Wording([bridge], () if shared else ["Marrow Bridge"])
+    assert wording.is_about("Where is Marrow Bridge?") is not shared
+    assert wording.tells("Marrow Bridge was built by Ada") and not wording.tells("Ada")
+    assert not wording.has_key("Marrow Bridge")
