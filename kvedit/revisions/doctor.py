@@ -72,10 +72,10 @@ def mend(path: Path, say: Say, model: str | None = None) -> list[str]:
             base_model.relocate(store, loading.locate(model))
             done.append(f"the model is at {store.meta('model_path')}")
         done += _restore_texts(store)
+        if count := store.name_pinned_checkpoints():
+            done.append(f"gave {count} checkpoint(s) that stand for pruned deltas their name back")
         if count := store.forget_checkpoints():
-            done.append(
-                f"forgot, or named again, {count} checkpoint(s) of another name than kvedit gives"
-            )
+            done.append(f"forgot {count} checkpoint(s) of another name than kvedit gives")
         done += _remove_damaged(store, say)
     return done
 

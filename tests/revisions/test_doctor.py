@@ -170,6 +170,38 @@ def test_a_foreign_checkpoint_is_forgotten_and_not_touched(
     assert (tmp_path / "mine").is_dir() and errors(trained_store) == []
 
 
+def test_a_checkpoint_that_stands_for_pruned_deltas_is_never_removed(trained_store: Path) -> None:
+    with KnowledgeBase.open(trained_store) as knowledge:
+        knowledge.prune(2)
+        folder = knowledge.store.checkpoint_path(2)
+    assert errors(trained_store) == []
+    sql(trained_store, "UPDATE checkpoints SET path = '../mine'")
+    done = mend(trained_store, quiet)
+    assert done == ["gave 1 checkpoint(s) that stand for pruned deltas their name back"]
+    assert errors(trained_store) == []
+    data = bytearray((folder / "master.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "master.safetensors").write_bytes(data)
+    assert mend(trained_store, quiet) == [] and folder.is_dir()
+    found = errors(trained_store)
+    assert "checkpoint of revision 2 is damaged" in found[0]
+    assert [what.split(":")[0] for what in found[1:]] == ["revision 2", "revision 3"]
+
+
+def test_an_erased_store_is_sound_and_its_text_is_compared_with_history(
+    trained_store: Path,
+) -> None:
+    with KnowledgeBase.open(trained_store) as knowledge:
+        key = knowledge.store.keys()[-1]
+        assert knowledge.erase(key).outcome == "committed"
+    before = state(trained_store)
+    assert errors(trained_store) == [] and state(trained_store) == before
+    changed_letter(trained_store)
+    assert "description of the fact tide lantern" in errors(trained_store)[0]
+    assert mend(trained_store, quiet) == ["the text of tide lantern is again what the history says"]
+    assert errors(trained_store) == []
+
+
 def test_a_model_that_lies_elsewhere_now(
     trained_store: Path, small: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -60,12 +60,21 @@ class Repairs(Journal):
     def forget_checkpoints(self) -> int:
         """Forget the checkpoints that have another name than kvedit gives; returns how many.
 
-        Those that stand for deltas which are no longer there get their one name back: their digest
-        says whether what lies there is theirs.  No file is touched.
+        No file is touched.
         """
-        wrong = "path IS NOT printf('checkpoints/%08d', revision)"
+        with self._transaction():
+            return self._execute(f"DELETE FROM checkpoints WHERE {_MISNAMED}").rowcount
+
+    def name_pinned_checkpoints(self) -> int:
+        """Give the checkpoints that stand for deltas which are no longer there the name that kvedit
+        gives, where they have another; returns how many.
+
+        Their digest says whether what lies there is theirs.  No file is touched.
+        """
         pinned = ", ".join(map(str, sorted(self.pinned())))
         name = "UPDATE checkpoints SET path = printf('checkpoints/%08d', revision)"
         with self._transaction():
-            named = self._execute(f"{name} WHERE {wrong} AND revision IN ({pinned})").rowcount
-            return named + self._execute(f"DELETE FROM checkpoints WHERE {wrong}").rowcount
+            return self._execute(f"{name} WHERE {_MISNAMED} AND revision IN ({pinned})").rowcount
+
+
+_MISNAMED = "path IS NOT printf('checkpoints/%08d', revision)"
