@@ -25,7 +25,9 @@ from kvedit.store.store import Store
 READING = (
     ("list", "--state", "all", "--json"), ("show", "tide lantern"), ("history", "--json"),
     ("status",), ("similar", "tide"), ("report", "-o", "{work}/report.html"),
+    ("erase", "tide lantern", "--dry-run", "--json"), ("prune", "--before", "2", "--dry-run"),
 )  # fmt: skip
+FORGETTING = READING[-2:]
 CHECKING = (("doctor", "--quick", "--json"), ("backup", "{work}/backup.tar", "--force"))
 ASKING = (
     ("ask", "What is tide lantern?", "--max-new-tokens", "2"), ("doctor", "--json"), ("verify",),
@@ -133,7 +135,8 @@ def work(ram_path: Path) -> Path:
 def test_some_values_in_every_column(template: Path, work: Path, table: str, column: str) -> None:
     for name in chosen(table, column, 2):
         if store := poisoned(template, work, table, column, name):
-            assert not faults(store, work, *CHECKING, ("history", "--json")), name
+            commands = (*CHECKING, ("history", "--json"), *FORGETTING)
+            assert not faults(store, work, *commands), name
 
 
 @pytest.mark.parametrize(
@@ -215,3 +218,10 @@ def test_a_folder_that_is_a_link_is_refused(template: Path, work: Path, name: st
     (store / name).symlink_to(work / "outside")
     assert [one.code for one in run(store, work, *CHECKING)] == [4, 1]
     assert not faults(store, work, *READING, *CHECKING)
+
+
+@pytest.mark.parametrize(("table", "column"), columns())
+def test_sweep(template: Path, work: Path, table: str, column: str) -> None:
+    for name in VALUES:
+        if store := poisoned(template, work, table, column, name):
+            assert not faults(store, work, *FORGETTING), name
