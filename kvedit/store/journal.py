@@ -14,9 +14,9 @@ from pathlib import Path
 
 from kvedit.errors import CorruptStoreError, LockedError, UsageError
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import normalise
 from kvedit.files import OLD_TRAINING_CHECKPOINTS, TEMPORARY, disk_errors, now, remove, sha256_file
 from kvedit.store.database import DELTA_SUFFIX
+from kvedit.store.key_forms import KeyForms
 from kvedit.store.lineage import Lineage
 from kvedit.store.rows import (
     EditRow,
@@ -39,7 +39,7 @@ _TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}.*")
 _HEALTH_KINDS = "('recall', 'retention')"
 
 
-class Journal(Lineage):
+class Journal(Lineage, KeyForms):
     """The part of a store that records edits and appends revisions."""
 
     def plan_edit(
@@ -214,11 +214,12 @@ class Journal(Lineage):
 
     def _write_fact(self, fact_id: int, fact: Fact, state: str) -> None:
         """Set a fact's row and its aliases."""
-        columns = {**fact_columns(fact), "state": state}
+        form = self.key_form
+        columns = {**fact_columns(fact, form), "state": state}
         self._update("facts", fact_id, {**columns, "updated_at": now()})
         self._execute("DELETE FROM aliases WHERE fact_id = ?", [fact_id])
         if state in ("pending", "committed"):
-            for alias in {normalise(name) for name in fact.aliases} - {normalise(fact.key)}:
+            for alias in {form(name) for name in fact.aliases} - {form(fact.key)}:
                 row = {"norm_alias": alias, "fact_id": fact_id}
                 self._insert("aliases", row, replace=True)
 
