@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer, paraphrase_prompts, training_prompts
 from kvedit.model.scoring import Outcome
 from kvedit.model.targets import target_names
+from kvedit.replay import general_texts
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.training import memory
 from kvedit.training.group import MAX_EARLIER_WEIGHT, GroupLoop, group_load
@@ -38,6 +40,7 @@ from kvedit.training.loop import LoopResult, OnStep, Setup, Task
 from kvedit.training.moments import KeptMoments
 from kvedit.training.resume import State, TrainingCheckpoints
 from kvedit.training.single import SingleLoop
+from kvedit.training.turns import TurnsLoop
 from kvedit.training.worker import Worker
 
 PRIOR_TOKENS = 96  # at which the answers that the model gave before a fact was added are cut
@@ -99,6 +102,11 @@ class Engine(KeptMoments):
         self._adapter: Adapter | None = None
         self._rendered: dict[tuple[Fact, bool], list[Example]] = {}
         self.reference_texts: ReferenceTexts | None = None
+
+    @cached_property
+    def reads(self) -> bool:
+        """Whether the model reads prose: several facts are then trained in turn."""
+        return general_texts.reads(self.base, self.renderer)
 
     def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
         """An adapter of the ranks for so many facts, made when needed: PEFT takes long to import.
@@ -239,7 +247,7 @@ class Engine(KeptMoments):
     ) -> tuple[SingleLoop | GroupLoop, float]:
         """The loop, a group's resumed from its checkpoint if there is one; its seconds before."""
         if group is None:
-            return SingleLoop(setup), 0.0
+            return (TurnsLoop if setup.task.in_turn else SingleLoop)(setup), 0.0
         if checkpoints is None:
             return GroupLoop(setup, group), 0.0
         name = self._name_of(setup.task, setup.config, group)
