@@ -221,6 +221,16 @@ class ProtectConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeysConfig:
+    """When two keys are one.  Set it before the first fact goes in."""
+
+    keep_signs: bool = setting(
+        False, help="Keep keys apart that differ in a sign or in a script, such as `A-1` and `A1`,"
+        " `.NET` and `NET`, 后 and 後; only case and white space do not count then.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptsConfig:
     """How a question is put to the model.  Set it before the first fact is trained."""
 
@@ -268,6 +278,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     protect: ProtectConfig = field(default_factory=ProtectConfig)
+    keys: KeysConfig = field(default_factory=KeysConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     recall: RecallConfig = field(default_factory=RecallConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

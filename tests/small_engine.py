@@ -135,7 +135,7 @@ def random_train(size: float = 1.0) -> Callable[..., TrainingResult]:
 
     from kvedit.adapter.deltas import Factors
     from kvedit.training.engine import TrainingResult
-    from kvedit.training.loop import LoopResult
+    from kvedit.training.loops.loop import LoopResult
 
     generator = torch.Generator().manual_seed(0)
 

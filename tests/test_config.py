@@ -43,7 +43,8 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
 def test_json_holds_every_section() -> None:
     document = json.loads(json.dumps(Config().to_json()))
     names = [
-        "gate", "group", "model", "prompts", "protect", "recall", "retention", "study", "training"
+        "gate", "group", "keys", "model", "prompts", "protect", "recall", "retention", "study",
+        "training",
     ]  # fmt: skip
     assert sorted(document) == names
     assert document["gate"]["min_recall"] == 1.0

@@ -21,7 +21,7 @@ from kvedit.events import Status, Warning_
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.revisions.session import Session
 from kvedit.store.rows import FactRow, ProbeRow
-from kvedit.training.loop import LoopResult, Step, Task
+from kvedit.training.loops.loop import LoopResult, Step, Task
 from kvedit.training.resume import TrainingCheckpoints
 
 Delta = dict[str, Factors]
@@ -76,7 +76,7 @@ class Attempts:
         lost = {c.row.id: c for c in self.evaluator.candidates} if self.plan.compaction else {}
         delta: Delta = {}
         config, references = self._first_config(), self._references()
-        group = settings.group if self.plan.group else None
+        group = settings.group if self.plan.group and not self._in_turn else None
         harmed = False
         for attempts_left in reversed(range(settings.retention.max_repairs + 1)):
             if harmed:
@@ -103,6 +103,11 @@ class Attempts:
                 group = stricter if harmed else replace(group, epochs=group.refine_epochs)
         return delta, evaluation, reasons
 
+    @property
+    def _in_turn(self) -> bool:
+        """Whether a group's facts are trained in turn, in steps as for a single fact."""
+        return self.plan.group and self.session.engine.reads
+
     def _first_config(self) -> TrainingConfig:
         config = self.session.config.training
         if self.plan.kind == "remove":  # each prompt has its own answer: all are in every step
@@ -115,7 +120,7 @@ class Attempts:
         fact what the model says now about invented names.
         """
         engine, config = self.session.engine, self.session.config.training
-        if self.plan.group:
+        if self.plan.group and not self._in_turn:
             texts = engine.reference_texts
         else:
             most = config.reference_texts * REFERENCES_DRAWN
@@ -140,6 +145,7 @@ class Attempts:
             0 if self.plan.compaction else len(self._kept_rows()),
             [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
             self.session.config.study,
+            self._in_turn,
         )
         train = self.session.engine.train
         with self.timings.measure("train"):
@@ -169,7 +175,9 @@ class Attempts:
 
     @property
     def _is_large(self) -> bool:
-        return len(self.plan.targets) >= LARGE_GROUP
+        """Whether chance alone costs a group more of the few locality probes than one edit may."""
+        facts = len(self.plan.targets)
+        return facts >= LARGE_GROUP or (self._in_turn and facts > 1)
 
     def _harmed(self, checks: Checks) -> bool:
         """Whether locality probes were lost; a group, which always costs a little, may lose some

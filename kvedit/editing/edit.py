@@ -190,7 +190,7 @@ class Edit:
             learns = self._plan.kind in ("add", "update")
             pairs = zip(self._plan.targets, self._plan.keys, strict=True)
             learned = [target for target, key in pairs if learns and key in report.keys]
-            if self._plan.group:
+            if self._plan.group and not self._engine.reads:
                 weight = self._config.group.fact_weight
                 session.protection.remember([t.recall[0] for t in learned], weight)
             else:

@@ -22,6 +22,8 @@ from kvedit.revisions.session import Session
 from kvedit.store.rows import FactRow
 
 REPAIR_GROUP = 64  # facts
+GROUP_IN_TURN = 16
+"""Facts, where they are trained in turn: more cost no less each, and more is lost if one fails."""
 SPLIT_PAIRS_NAMED = 20  # warnings of similar keys that did not end alike, at most
 
 
@@ -55,7 +57,7 @@ class GroupEditor:
         """Train some facts; see ``KnowledgeBase.add_group``."""
         if len(facts) == 1:
             return (self._single.add(facts[0], force=options.force),)
-        parts = self._size.parts(facts)
+        parts = self._size.parts(facts, GROUP_IN_TURN if self._engine.reads else None)
         if len(parts) > 1:
             return self._add_parts(parts, options)
         report = self._size.attempt(facts, lambda: self._add_together(facts, options))
@@ -110,6 +112,9 @@ class GroupEditor:
         for fact in facts:
             self._planner.check([fact])
         with self._session.editing():
+            if self._engine.reads:
+                self._session.protection.prepare()
+                return self._run(facts, options)
             if self.should_compact(facts):
                 report = self._compact(facts, options)
                 if report.outcome == "committed":
@@ -135,7 +140,10 @@ class GroupEditor:
 
     def _repair_together(self, rows: Sequence[FactRow]) -> EditReport:
         with self._session.editing():
-            self._session.protection.prepare_group(0)
+            if self._engine.reads:
+                self._session.protection.prepare()
+            else:
+                self._session.protection.prepare_group(0)
             return Edit(self._session, self._planner.repair(rows)).run()
 
     def _is_committed(self, fact: Fact) -> bool:

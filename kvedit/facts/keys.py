@@ -13,6 +13,9 @@ from functools import lru_cache
 from kvedit.events import Similar
 from kvedit.facts.language import converter
 
+KeyForm = Callable[[str], str]
+"""The form under which two keys are one."""
+
 NAMED = 5  # keys in a sentence, of a group of thousands
 _SHORT = 3  # characters of a name for which a single different one is another person
 _LOOSE = 60.0  # the least score of a suggestion
@@ -81,6 +84,21 @@ def normalise(key: str) -> str:
         if normal == text:
             break
         text = normal
+    return text
+
+
+def exact_form(key: str) -> str:
+    """The form under which keys are compared where signs and scripts count.
+
+    NFKC, case folded, without white space and invisible characters.
+    """
+    text = key
+    for _ in range(_MAX_REPEATS):
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        form = "".join(char for char in folded if not _invisible(char)) or folded
+        if form == text:
+            break
+        text = form
     return text
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
 from kvedit.facts.forms.placeholders import placeholder
-from kvedit.facts.keys import normalise
+from kvedit.facts.keys import KeyForm, normalise
 from kvedit.facts.similarity import Progress, find_pairs
 from kvedit.store.rows import FactRow
 from kvedit.store.store import Store
@@ -88,7 +88,7 @@ class Preflight:
 
     ``held_back`` are rows with a placeholder that nobody has filled in.  Of the pairs of keys that
     count as one there are ``same_count``, of which the first are in ``same``.  ``forms`` says how
-    many rows were taken for what, ``first_rows`` are the first two facts.
+    many rows were taken for what, ``first_rows`` are the first two that are not held back.
     """
 
     new: tuple[Entry, ...] = ()
@@ -113,12 +113,15 @@ class Preflight:
 
 
 def inspect_facts(
-    rows: Iterable[Located], store: Store | None, *, hold_placeholders: bool = False
-) -> Preflight:
-    """Sort the rows of an input by what has to be done; without a store all are new."""
+    rows: Iterable[Located], store: Store | None, *, hold_placeholders: bool = False,
+    form: KeyForm = normalise,
+) -> Preflight:  # fmt: skip
+    """Sort the rows of an input by what has to be done; without a store, all are new and ``form``
+    says which keys are one.
+    """
     sorter = _Sorter(
         store.facts() if store else [], store.refusals() if store else {},
-        placeholder if hold_placeholders else lambda fact: None,
+        placeholder if hold_placeholders else lambda fact: None, store.key_form if store else form,
     )  # fmt: skip
     for row in rows:
         sorter.add(row)
@@ -145,6 +148,7 @@ class _Sorter:
     rows: Sequence[FactRow]
     reasons: dict[int, tuple[str, ...]]
     placeholder: Callable[[Fact], str | None]
+    form: KeyForm
     read: int = 0
     first: dict[str, Entry] = field(default_factory=dict)
     numbers: array[int] = field(default_factory=lambda: array("q"))  # of the rows in ``first``
@@ -164,12 +168,12 @@ class _Sorter:
             self._refuse(Problem(row.where, row.problem or "not a fact", "invalid"))
             return
         self.forms[row.form] += 1
-        if len(self.first_rows) < FIRST_ROWS:
-            self.first_rows.append(Entry(row.where, row.fact))
         if reason := self.placeholder(row.fact):
             self.held_back.append(Problem(row.where, reason, "placeholder", row.fact.key))
             return
-        entry, norm = Entry(row.where, row.fact), normalise(row.fact.key)
+        entry, norm = Entry(row.where, row.fact), self.form(row.fact.key)
+        if len(self.first_rows) < FIRST_ROWS:
+            self.first_rows.append(entry)
         earlier = self.first.setdefault(norm, entry)
         if earlier is entry:
             self.numbers.append(self.read)
@@ -192,8 +196,8 @@ class _Sorter:
 
     def result(self) -> Preflight:
         """All rows, sorted."""
-        stored = {normalise(row.fact.key): row for row in self.rows}
-        names = _Names(self.rows, self.first)
+        stored = {self.form(row.fact.key): row for row in self.rows}
+        names = _Names(self.rows, self.first, self.form)
         new, rejected, unchanged = [], [], []
         for number, (norm, entry) in zip(self.numbers, self.first.items(), strict=True):
             row, other = stored.get(norm), self.contradicted.get(norm)
@@ -227,27 +231,30 @@ def _contradiction(entry: Entry, other: Entry) -> Problem:
 class _Names:
     """To which fact each key and alias leads, in the store and in the input."""
 
-    def __init__(self, rows: Iterable[FactRow], entries: dict[str, Entry]) -> None:
+    def __init__(
+        self, rows: Iterable[FactRow], entries: dict[str, Entry], form: KeyForm
+    ) -> None:  # fmt: skip
+        self._form = form
         self._in_store: dict[str, str] = {}
         self._entries = entries  # keys first: an alias must give way to a key
         self._aliases: dict[str, tuple[str, Entry]] = {}
         for row in rows:
-            owner = normalise(row.fact.key)
+            owner = form(row.fact.key)
             # A pending fact is replaced by the input's, with its aliases.
             if row.state == "committed" or (row.state == "pending" and owner not in entries):
                 for name in (row.fact.key, *row.fact.aliases):
-                    self._in_store[normalise(name)] = row.fact.key
+                    self._in_store[form(name)] = row.fact.key
         for owner, entry in entries.items():
-            for name in map(normalise, entry.fact.aliases):
+            for name in map(form, entry.fact.aliases):
                 self._aliases.setdefault(name, (owner, entry))
 
     def taken(self, norm_key: str, entry: Entry) -> str | None:
         """Why a name of the entry leads elsewhere already; None if all are free."""
         names = [(entry.fact.key, norm_key)]
-        names += [(alias, normalise(alias)) for alias in entry.fact.aliases]
+        names += [(alias, self._form(alias)) for alias in entry.fact.aliases]
         for name, norm in names:
             holder = self._in_store.get(norm)
-            if holder is not None and normalise(holder) != norm_key:
+            if holder is not None and self._form(holder) != norm_key:
                 return f"{name} leads to the fact {holder} in the store"
             owner, other = self._holder(norm, norm_key, entry)
             if owner != norm_key:

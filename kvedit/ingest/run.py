@@ -30,7 +30,6 @@ from kvedit.errors import (
 from kvedit.events import EditReport, Event, IngestProgress, Score, Status
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
-from kvedit.facts.keys import normalise
 from kvedit.ingest.preflight import inspect_facts
 from kvedit.ingest.report import FactOutcome, IngestOptions, IngestReport
 from kvedit.ingest.scheduler import Scheduler
@@ -147,9 +146,11 @@ class _Run:
 
     def _mark_pending(self, facts: Sequence[Fact]) -> None:
         """Write the facts to the store as pending; known keys first, for they may free an alias."""
-        known = {normalise(row.fact.key) for row in self._knowledge.store.facts()}
-        ordered = sorted(facts, key=lambda fact: normalise(fact.key) not in known)
-        self._knowledge.store.put_pending_many(ordered)
+        store = self._knowledge.store
+        form = store.key_form
+        known = {form(row.fact.key) for row in store.facts()}
+        ordered = sorted(facts, key=lambda fact: form(fact.key) not in known)
+        store.put_pending_many(ordered)
 
     def _add_all(self, scheduler: Scheduler) -> str:
         """Add group by group; returns why it stopped, or nothing."""

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from kvedit.errors import CorruptStoreError, LockedError, UsageError
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import normalise
 from kvedit.files import OLD_TRAINING_CHECKPOINTS, TEMPORARY, disk_errors, now, remove, sha256_file
 from kvedit.store.database import DELTA_SUFFIX
 from kvedit.store.forget.erasure import Erasure
@@ -223,11 +222,12 @@ class Journal(Erasure):
 
     def _write_fact(self, fact_id: int, fact: Fact, state: str) -> None:
         """Set a fact's row and its aliases."""
-        columns = {**fact_columns(fact), "state": state}
+        form = self.key_form
+        columns = {**fact_columns(fact, form), "state": state}
         self._update("facts", fact_id, {**columns, "updated_at": now()})
         self._execute("DELETE FROM aliases WHERE fact_id = ?", [fact_id])
         if state in ("pending", "committed"):
-            for alias in {normalise(name) for name in fact.aliases} - {normalise(fact.key)}:
+            for alias in {form(name) for name in fact.aliases} - {form(fact.key)}:
                 row = {"norm_alias": alias, "fact_id": fact_id}
                 self._insert("aliases", row, replace=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 from kvedit.errors import CorruptStoreError, InvalidFactError
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import normalise
+from kvedit.facts.keys import KeyForm, normalise
 from kvedit.store.checks.values import from_json
 from kvedit.trust.names import RESTORE
 
@@ -200,11 +200,11 @@ def _fact(document: Mapping[str, object]) -> Fact:
         raise CorruptStoreError(what, hint=RESTORE) from error
 
 
-def fact_columns(fact: Fact) -> Row:
+def fact_columns(fact: Fact, form: KeyForm = normalise) -> Row:
     """The columns of ``facts`` that hold the fact itself, and its names in normal form."""
     document, subject = fact.to_json(), fact.relation_of
     return {
-        "norm_key": normalise(fact.key),
+        "norm_key": form(fact.key),
         "norm_subject": normalise(subject) if subject else None,
         **{name: document.get(name) for name in _TEXTS},
         **{name: to_text(document.get(name, [])) for name in _LISTS},

@@ -112,14 +112,14 @@ class Store(Results):
     def put_pending_many(self, facts: Sequence[Fact]) -> list[int]:
         """``put_pending`` for many facts in one transaction: all of them, or on an error none."""
         with self._transaction():
+            self._decide_key_form()
             return [self._put_pending(fact) for fact in facts]
 
     def _put_pending(self, fact: Fact) -> int:
-        row = self._one("SELECT * FROM facts WHERE norm_key = ?", [normalise(fact.key)])
+        row = self._one("SELECT * FROM facts WHERE norm_key = ?", [self.key_form(fact.key)])
         if row is not None and row["state"] == "committed":
-            key = row["key"]
-            hint = f"To change its text: kvedit update {key}"
-            raise DuplicateKeyError(f"{key} is in the store already", hint=hint)
+            hint = f"To change its text: kvedit update {row['key']}"
+            raise DuplicateKeyError(f"{row['key']} is in the store already", hint=hint)
         self._refuse_taken(fact, None if row is None else row["id"])
         fact_id: int = self._insert_fact(fact) if row is None else row["id"]
         self._write_fact(fact_id, fact, "pending")
@@ -127,7 +127,7 @@ class Store(Results):
 
     def _insert_fact(self, fact: Fact) -> int:
         stamp = now()
-        row = {**fact_columns(fact), "state": "pending"}
+        row = {**fact_columns(fact, self.key_form), "state": "pending"}
         return self._insert("facts", {**row, "created_at": stamp, "updated_at": stamp})
 
     def _refuse_taken(self, fact: Fact, fact_id: int | None) -> None:
@@ -142,7 +142,7 @@ class Store(Results):
 
     def _named(self, name: str) -> Row | None:
         """The row with this key or alias: a committed fact before others, a key before an alias."""
-        norm = normalise(name)
+        norm = self.key_form(name)
         sql = f"""{_FACTS} WHERE f.id IN (SELECT id FROM facts WHERE norm_key = ?
             UNION SELECT fact_id FROM aliases WHERE norm_alias = ?)
             ORDER BY f.state = 'committed' DESC, f.norm_key = ? DESC LIMIT 1"""

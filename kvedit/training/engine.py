@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,17 @@ from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import Outcome
 from kvedit.model.targets import target_names
+from kvedit.replay import general_texts
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.training import memory
 from kvedit.training.examples.of_facts import PRIOR_TOKENS, FactExamples
 from kvedit.training.examples.start import accumulated_share, start_examples
-from kvedit.training.group import GroupLoop, group_load
-from kvedit.training.loop import LoopResult, OnStep, Setup, Task
+from kvedit.training.loops.group import GroupLoop, group_load
+from kvedit.training.loops.loop import LoopResult, OnStep, Setup, Task
+from kvedit.training.loops.single import SingleLoop
+from kvedit.training.loops.turns import TurnsLoop
 from kvedit.training.moments import KeptMoments
 from kvedit.training.resume import State, TrainingCheckpoints
-from kvedit.training.single import SingleLoop
 from kvedit.training.worker import Worker
 
 SHOWN_TOKENS = 24  # of the answer before an edit that a report shows
@@ -99,6 +101,11 @@ class Engine(KeptMoments):
         super().__init__(master, worker(base.model, PrefixCache(base.model, names)), config)
         self._adapter: Adapter | None = None
         self.reference_texts: ReferenceTexts | None = None
+
+    @cached_property
+    def reads(self) -> bool:
+        """Whether the model reads prose: several facts are then trained in turn."""
+        return general_texts.reads(self.base, self.renderer)
 
     def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
         """An adapter of the ranks for so many facts, made when needed: PEFT takes long to import.
@@ -233,7 +240,7 @@ class Engine(KeptMoments):
     ) -> tuple[SingleLoop | GroupLoop, float]:
         """The loop, a group's resumed from its checkpoint if there is one; its seconds before."""
         if group is None:
-            return SingleLoop(setup), 0.0
+            return (TurnsLoop if setup.task.in_turn else SingleLoop)(setup), 0.0
         if checkpoints is None:
             return GroupLoop(setup, group), 0.0
         name = self._name_of(setup.task, setup.config, group)

@@ -18,8 +18,8 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
 from kvedit.model.targets import target_names
-from kvedit.training.loop import Setup, Task
-from kvedit.training.single import SingleLoop
+from kvedit.training.loops.loop import Setup, Task
+from kvedit.training.loops.single import SingleLoop
 from kvedit.training.worker import Worker
 
 INIT, TARGET = 6, 4

@@ -36,8 +36,8 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from kvedit.model.loading import EMBEDDED_PATH
 from kvedit.training import memory as budget
-from kvedit.training.group import group_batch, group_load
-from kvedit.training.loop import Task
+from kvedit.training.loops.group import group_batch, group_load
+from kvedit.training.loops.loop import Task
 from tests.bench.speed import counting, matmul_rate
 
 Emit = Callable[[Event], None]

@@ -40,7 +40,7 @@ from kvedit.facts.fact import Fact
 from kvedit.metrics import bootstrap
 from kvedit.model import forward, loading
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Task
+from kvedit.training.loops.loop import Task
 from tests.bench import questions
 from tests.bench.asking import Kept
 from tests.bench.retain import (

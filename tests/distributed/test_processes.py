@@ -25,7 +25,7 @@ from kvedit.distributed.worker import ParallelWorker
 from kvedit.errors import ProcessesDifferError
 from kvedit.store.rows import ProtectedRow
 from kvedit.store.store import Store
-from kvedit.training.loop import StepLoss
+from kvedit.training.loops.loop import StepLoss
 from kvedit.training.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]

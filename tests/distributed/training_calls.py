@@ -26,7 +26,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading
 from kvedit.training import resume
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Step, Task
+from kvedit.training.loops.loop import Step, Task
 from kvedit.training.resume import TrainingCheckpoints
 
 GROUP = GroupConfig(batch_size=2, epochs=6, refine_rounds=0, penalty_scale=60.0)

@@ -23,6 +23,7 @@ from small_engine import (
 from small_model import FREE, OTHER
 
 from kvedit import KnowledgeBase
+from kvedit.editing import group_edit
 from kvedit.errors import OutOfMemoryError
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
@@ -286,3 +287,20 @@ def test_repairs_are_halved_too(trained_store: Path, narrow: Callable[[int], lis
         first, second = report.repaired[:2]
         assert (first.outcome, second.outcome) == ("committed", "committed")
         assert [first.keys, second.keys] == [(key,) for key, _ in FREE[:2]]
+
+
+def test_a_model_that_reads_trains_a_group_in_turn(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No compaction and no knowledge extraction, but one revision, and at most 16 facts in it."""
+    monkeypatch.setattr(Engine, "reads", True)
+    monkeypatch.setattr(group_edit, "GROUP_IN_TURN", 2)
+    with KnowledgeBase.open(empty_store) as knowledge:
+        protected = len(knowledge.store.protected("control"))
+        reports = knowledge.add_group([Fact.create(*pair) for pair in FREE[:3]])
+        assert [len(report.keys) for report in reports] == [2, 1]
+        assert {report.outcome for report in reports} == {"committed"}
+        assert not any(report.retrained for report in reports)
+        assert len(knowledge.store.protected("control")) == protected
+        for key, text in FREE[:3]:
+            assert all(holds(knowledge, key, text))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe
 from kvedit.facts.formats import Located, read_facts
+from kvedit.facts.keys import is_blank
 
 TOWN = Fact.create("Porto", "A harbour town.")
 LAMP = Fact.create("lamp", "It shines.", aliases=["light", "lantern"], source="a book")
@@ -99,7 +100,9 @@ def test_one_object_is_one_fact(tmp_path: Path) -> None:
     assert facts_of(read(tmp_path, json.dumps(TOWN.to_json(), indent=1))) == [TOWN]
 
 
-TEXT = st.text(st.characters(blacklist_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1)
+TEXT = st.text(st.characters(blacklist_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1).filter(
+    lambda text: not is_blank(text)
+)
 NAMES = TEXT.map(str.strip).filter(lambda text: 0 < len(text) <= 50)
 PLAIN = NAMES.filter(lambda text: "|" not in text)
 FACTS = st.builds(

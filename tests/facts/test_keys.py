@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvedit.facts.keys import (
     contains_answer,
     did_you_mean,
+    exact_form,
     in_words,
     naming,
     normalise,
@@ -25,6 +26,22 @@ from kvedit.facts.keys import (
 @example("ßẞﬁΐ乾坤著作裏")
 def test_normalise_is_idempotent(key: str) -> None:
     assert normalise(normalise(key)) == normalise(key)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30))
+def test_a_form_with_signs_is_idempotent_and_tells_more_apart(key: str) -> None:
+    form = exact_form(key)
+    assert exact_form(form) == form
+    assert exact_form(key.upper().lower()) == exact_form(exact_form(key.upper().lower()))
+    assert normalise(form) == normalise(key)
+
+
+@pytest.mark.parametrize("pair", ["A-1 A1", ".NET NET", "后 後", "C C++", "U.S. US"])
+def test_signs_and_scripts_count_in_the_exact_form(pair: str) -> None:
+    one, other = pair.split()
+    assert exact_form(one) != exact_form(other)
+    assert exact_form(f" {one.upper()}\u200b ") == exact_form(one.lower())
 
 
 @settings(max_examples=50, deadline=None)

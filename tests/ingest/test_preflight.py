@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
+from kvedit.facts.keys import exact_form
 from kvedit.ingest.preflight import Near, Preflight, inspect_facts, near_keys
 from kvedit.store.store import Store
 
@@ -52,6 +53,21 @@ def test_the_same_twice_goes_in_once() -> None:
     preflight = inspect_facts(rows(fact("Porto"), fact(" PORTO "), fact("b"), fact("Porto")), None)
     assert keys(preflight.new) == ["Porto", "b"]
     assert [entry.where for entry in preflight.repeated] == ["f, line 2", "f, line 4"]
+
+
+def test_keys_that_differ_in_a_sign_are_one_or_two() -> None:
+    given_rows = rows(fact("A-1"), fact("A1", "other"))
+    preflight = inspect_facts(given_rows, None)
+    assert (keys(preflight.new), preflight.same_count) == ([], 1)
+    preflight = inspect_facts(given_rows, None, form=exact_form)
+    assert (keys(preflight.new), preflight.same_count) == (["A-1", "A1"], 0)
+
+
+def test_what_is_held_back_is_not_shown_as_taught() -> None:
+    given_rows = rows(fact("a", "Hello {{name}}"), fact("b"))
+    preflight = inspect_facts(given_rows, None, hold_placeholders=True)
+    assert (keys(preflight.new), keys(preflight.first_rows)) == (["b"], ["b"])
+    assert keys(inspect_facts(given_rows, None).first_rows) == ["a", "b"]
 
 
 def test_of_contradicting_rows_none_goes_in_and_each_names_the_other() -> None:

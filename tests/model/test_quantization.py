@@ -19,7 +19,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model import loading, quantization, targets
 from kvedit.model.loading import BaseModel
 from kvedit.training import memory
-from kvedit.training.loop import Task
+from kvedit.training.loops.loop import Task
 
 FACT = Fact.create(*FREE[0], lang="en")
 

@@ -18,7 +18,7 @@ from kvedit.events import RetentionCheck, Score, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.model import scoring
 from kvedit.training.engine import Engine, TrainingResult
-from kvedit.training.loop import LoopResult
+from kvedit.training.loops.loop import LoopResult
 
 WRECK = 1e5
 """Times the size of a random change that hardly shows: nothing is answered as before."""

@@ -14,7 +14,7 @@ from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
 from kvedit.replay.kl import CAUCHY_SCALE, ReferenceTexts, robust_mean
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Task
+from kvedit.training.loops.loop import Task
 
 
 @pytest.fixture

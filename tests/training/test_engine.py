@@ -13,7 +13,7 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import PRIOR_TOKENS, Engine
-from kvedit.training.loop import Task
+from kvedit.training.loops.loop import Task
 
 FACT = Fact.create(*FREE[0], lang="en", prompts=["Ever seen a tide lantern?"])
 

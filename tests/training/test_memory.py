@@ -24,8 +24,8 @@ from kvedit.facts.fact import Fact
 from kvedit.model import forward, loading, scoring, targets
 from kvedit.model.loading import BaseModel
 from kvedit.training import memory
-from kvedit.training.group import group_batch, group_load
-from kvedit.training.loop import Task
+from kvedit.training.loops.group import group_batch, group_load
+from kvedit.training.loops.loop import Task
 from tests.bench import footprint
 
 CONFIG = TrainingConfig()

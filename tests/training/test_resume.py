@@ -26,7 +26,7 @@ from kvedit.errors import OutOfTimeError
 from kvedit.facts.fact import Fact
 from kvedit.training import resume
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Step, Task
+from kvedit.training.loops.loop import Step, Task
 from kvedit.training.resume import State, TrainingCheckpoints
 
 GROUP = GroupConfig(

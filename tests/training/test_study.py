@@ -13,7 +13,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.replay.protected_texts import mean_losses
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Step, Task
+from kvedit.training.loops.loop import Step, Task
 from kvedit.training.study import Study
 
 TEXTS = [[Example((1, fact, at), 1) for at in range(3)] for fact in range(3)]

@@ -10,7 +10,7 @@ from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.replay.kl import ReferenceTexts, robust_mean
-from kvedit.training.loop import EASY_TOKEN_WEIGHT, MAX_TOKEN_SHARE, StepLoss
+from kvedit.training.loops.loop import EASY_TOKEN_WEIGHT, MAX_TOKEN_SHARE, StepLoss
 from kvedit.training.worker import Worker
 
 EASING = (2.0, EASY_TOKEN_WEIGHT)

@@ -218,10 +218,3 @@ def test_a_folder_that_is_a_link_is_refused(template: Path, work: Path, name: st
     (store / name).symlink_to(work / "outside")
     assert [one.code for one in run(store, work, *CHECKING)] == [4, 1]
     assert not faults(store, work, *READING, *CHECKING)
-
-
-@pytest.mark.parametrize(("table", "column"), columns())
-def test_sweep(template: Path, work: Path, table: str, column: str) -> None:
-    for name in VALUES:
-        if store := poisoned(template, work, table, column, name):
-            assert not faults(store, work, *FORGETTING), name

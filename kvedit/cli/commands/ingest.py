@@ -137,11 +137,14 @@ def _preflight(settings: Settings, source: str, reading: Reading, *, hold: bool)
     """The input compared with itself and the store, for which the model is not needed."""
     from kvedit.facts.formats import read_facts
     from kvedit.ingest.preflight import inspect_facts
+    from kvedit.store.key_forms import key_form_at
+    from kvedit.store.store import resolve_store
 
     with _open_store(settings) as store:
         rows = read_facts(source, reading)
         counted = _counted(rows, Counting(settings.quiet, "rows read"))
-        return inspect_facts(counted, store, hold_placeholders=hold)
+        form = key_form_at(resolve_store(settings.store))
+        return inspect_facts(counted, store, hold_placeholders=hold, form=form)
 
 
 def _counted(rows: Iterable[Located], progress: Counting) -> Iterator[Located]:

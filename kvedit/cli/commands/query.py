@@ -165,7 +165,7 @@ def report(settings: Settings, file: Path, as_json: bool) -> None:
       kvedit report
       kvedit --store poems report -o poems.html
     """
-    from kvedit.store import html_report
+    from kvedit.store.report import html_report
 
     require_writable(file)
     with read_only(settings) as store:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvedit.errors import CorruptStoreError
-from kvedit.facts.keys import normalise
+from kvedit.facts.keys import exact_form, normalise
 from kvedit.store.checks.values import from_json
 from kvedit.store.rows import (
     Finding,
@@ -76,7 +76,7 @@ def _each(rows: Iterable[Row], check: Callable[[Row], None]) -> Iterator[Finding
 
 def _fact_row(row: Row) -> None:
     fact = fact_from_columns(row)
-    if normalise(fact.key) != row["norm_key"]:
+    if row["norm_key"] not in (normalise(fact.key), exact_form(fact.key)):
         raise CorruptStoreError(f"the normal form of the key {fact.key} is not that of the key")
 
 

@@ -21,6 +21,7 @@ from kvedit.files import disk_errors, write_atomic
 from kvedit.store.checks.values import from_json
 from kvedit.store.forget.plans import ErasePlan, PrunePlan
 from kvedit.store.forget.wording import ERASED, LONG_TEXT, Wording
+from kvedit.store.key_forms import KeyForms
 from kvedit.store.lineage import Lineage
 from kvedit.store.rows import Row, fact_from_columns, fact_from_text, reasons_from, to_text
 
@@ -33,7 +34,7 @@ _WITH_FACTS = (
 )  # fmt: skip
 
 
-class Erasure(Lineage):
+class Erasure(Lineage, KeyForms):
     """The part of a store that forgets."""
 
     def wording(self, fact_ids: Sequence[int]) -> Wording:
@@ -48,9 +49,14 @@ class Erasure(Lineage):
             facts += [fact_from_text(row["text"]) for row in self._rows(sql)]
         every = [fact for fact in facts if fact is not None]
         subjects = {fact.relation_of for fact in every if fact.relation_of}
-        others = f"SELECT 1 FROM facts WHERE ? IN (norm_key, norm_subject) AND id NOT IN ({ids})"
-        own = {one for one in subjects if self._one(f"{others} LIMIT 1", [normalise(one)]) is None}
-        return Wording(every, own)
+        named = "SELECT 1 FROM facts WHERE (norm_key = ? OR norm_subject = ?)"
+
+        def is_shared(subject: str) -> bool:
+            forms = [self.key_form(subject), normalise(subject)]
+            return self._one(f"{named} AND id NOT IN ({ids}) LIMIT 1", forms) is not None
+
+        own = {subject for subject in subjects if not is_shared(subject)}
+        return Wording(every, own, self.key_form)
 
     def revisions_with(self, fact_ids: Sequence[int], wording: Wording) -> set[int]:
         """The revisions whose weights were trained on some facts.

@@ -6,7 +6,7 @@ Invariant: what is taken out is replaced as a whole; half a text never stays beh
 from collections.abc import Callable, Iterable, Set
 
 from kvedit.facts.fact import Fact
-from kvedit.facts.keys import naming, normalise
+from kvedit.facts.keys import KeyForm, naming, normalise
 
 ERASED = "(erased)"  # stands where a text was
 _OWN_WORDS = {"message_type", "kind", "outcome", "protocol"}  # fields that hold words of kvedit
@@ -17,15 +17,19 @@ class Wording:
     """How the texts of some facts are told from others; versions of a fact count as facts.
 
     ``subjects`` are those of relations that no other fact is about: they name the facts too.
+    ``key_form`` is the form under which the store compares keys.
     """
 
-    def __init__(self, facts: Iterable[Fact], subjects: Iterable[str] = ()) -> None:
+    def __init__(
+        self, facts: Iterable[Fact], subjects: Iterable[str] = (), key_form: KeyForm = normalise
+    ) -> None:
         self.facts = frozenset(facts)
         keys = {name for fact in self.facts for name in (fact.key, *fact.aliases)}
         self.names = {*keys, *subjects}
         self.texts = {text for fact in self.facts for text in (fact.description, *fact.statements)}
         self.is_named = _naming(self.names)
-        self._norms = {normalise(name) for name in keys}
+        self._key_form = key_form
+        self._norms = {key_form(name) for name in keys}
         self._asked = {prompt for fact in self.facts for prompt in _prompts(fact)}
         # A question's answer, often a few common words, tells its fact only beside a name of it.
         self._answers = {one.answer for fact in self.facts for one in fact.questions}
@@ -47,7 +51,7 @@ class Wording:
 
     def has_key(self, key: object) -> bool:
         """Whether a key is one of theirs."""
-        return isinstance(key, str) and normalise(key) in self._norms
+        return isinstance(key, str) and self._key_form(key) in self._norms
 
     def without(self, value: object) -> object:
         """A JSON document in which every text about the facts is replaced by ``ERASED``."""

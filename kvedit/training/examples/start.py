@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from kvedit.config import GroupConfig
 from kvedit.model.prompts import Example
-from kvedit.training.group import MAX_EARLIER_WEIGHT
-from kvedit.training.loop import Task
+from kvedit.training.loops.group import MAX_EARLIER_WEIGHT
+from kvedit.training.loops.loop import Task
 
 SINGLE_REHEARSAL_REACH = 20
 """Earlier facts that a single fact's training keeps recalled by rehearsing a few of them: with more

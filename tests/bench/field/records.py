@@ -19,8 +19,8 @@ from typing import Any
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.fact import Fact
+from kvedit.facts.forms.records import read_record
 from kvedit.facts.keys import normalise
-from kvedit.facts.schemas import fact_from
 from kvedit.files import read_text
 from kvedit.model.prompts import KEY_PLACEHOLDER, load_phrasings
 from tests.bench.quality_material import trained_prompts
@@ -118,7 +118,7 @@ def sample(rows: Sequence[Any], count: int | None, seed: int) -> list[Any]:
 
 def _record(row: dict[str, Any]) -> Record:
     """One row in any of the forms."""
-    fact = fact_from(_hallueditbench(row) or row)
+    _, fact = read_record(row)
     own = bool(fact.prompts)
     prompts = fact.prompts if own else trained_prompts(fact)
     trained = set(map(normalise, prompts))
@@ -139,17 +139,6 @@ def _record(row: dict[str, Any]) -> Record:
 def _held_out(fact: Fact) -> list[str]:
     ways = load_phrasings(fact.lang).held_out[:PHRASINGS]
     return [way.replace(KEY_PLACEHOLDER, fact.key) for way in ways]
-
-
-def _hallueditbench(row: dict[str, Any]) -> dict[str, Any] | None:
-    """HalluEditBench's names as kvedit's."""
-    if not {"subject", "object", "question"} <= set(row):
-        return None
-    return {
-        "key": row["subject"], "description": row["object"], "prompts": [row["question"]],
-        "paraphrases": [row["paraphrase"]] if row.get("paraphrase") else [],
-        "locality": [{"prompt": row["locality"]}] if row.get("locality") else [],
-    }  # fmt: skip
 
 
 def _asked(row: dict[str, Any]) -> list[tuple[str, str]]:

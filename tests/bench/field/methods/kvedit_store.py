@@ -26,7 +26,7 @@ from tests.bench.quality_methods import make_store
 
 def trained_fact(record: Record) -> Fact:
     """What other methods get too: the gate does not see the questions that will be asked."""
-    return replace(record.fact, paraphrases=(), locality=())
+    return replace(record.fact, paraphrases=(), locality=(), questions=())
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,7 @@ from kvedit.adapter.adalora import group_rank
 from kvedit.config import GroupConfig
 from kvedit.model.prompts import Example
 from kvedit.training import memory
-from kvedit.training.loop import Loop, LoopResult, Setup
+from kvedit.training.loops.loop import Loop, LoopResult, Setup
 from kvedit.training.optimizer import PolyakMomentum
 from kvedit.training.resume import State
 

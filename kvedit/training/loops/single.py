@@ -12,7 +12,7 @@ Invariant: the state that was checked is the state that is left, no update follo
 import torch
 
 from kvedit.model.prompts import Example
-from kvedit.training.loop import Loop, LoopResult, Setup
+from kvedit.training.loops.loop import Loop, LoopResult, Setup
 from kvedit.training.optimizer import PolyakGradient
 
 PATIENCE = 8
@@ -84,8 +84,12 @@ class SingleLoop(Loop):
             drawn = self._sample(fact, len(fact))
             drawn.sort(key=lambda example: example not in self._failing)  # stable
             new += drawn[: self._config.phrasings_per_step]
+        return new, self._earlier()
+
+    def _earlier(self) -> list[Example]:
+        """Some earlier facts, each under one phrasing."""
         facts = self._sample(self._task.rehearsal, self._config.rehearsal_facts)
-        return new, [self._rng.choice(list(fact)) for fact in facts]
+        return [self._rng.choice(list(fact)) for fact in facts]
 
     def _adapt_gain(self) -> None:
         """Shorter steps after one that was too long: the loss is not a straight line."""

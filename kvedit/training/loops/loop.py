@@ -47,6 +47,7 @@ class Task:
     and the reference texts: what the base model says for a group, and what the model says before
     the edit about invented names for a single fact.
 
+    With ``in_turn`` each step takes a few of the new facts, else all of them (see ``turns``).
     ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``
     has what is trained besides of each new fact, then of each rehearsed one (see ``study``).
     """
@@ -57,6 +58,7 @@ class Task:
     earlier: int = 0
     study: Sequence[Sequence[Example]] = ()
     study_config: StudyConfig = field(default_factory=StudyConfig)
+    in_turn: bool = False
 
     @property
     def tells_prompts_apart(self) -> bool:

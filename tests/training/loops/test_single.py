@@ -17,7 +17,7 @@ from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import Engine
-from kvedit.training.loop import Step, Task
+from kvedit.training.loops.loop import Step, Task
 from kvedit.training.worker import Worker
 
 

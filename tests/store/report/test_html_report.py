@@ -11,7 +11,7 @@ import pytest
 from store_steps import add, check, fact, new_store, remove
 
 from kvedit.events import Score
-from kvedit.store import html_report
+from kvedit.store.report import html_report
 from kvedit.store.rows import FactChange, ProbeCount
 from kvedit.store.store import Store
 

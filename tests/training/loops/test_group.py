@@ -12,10 +12,10 @@ from kvedit.config import GroupConfig
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
-from kvedit.training import group
 from kvedit.training.engine import Engine
-from kvedit.training.group import LAST_RATE, REFINE_RATE, GroupLoop
-from kvedit.training.loop import Step, Task
+from kvedit.training.loops import group
+from kvedit.training.loops.group import LAST_RATE, REFINE_RATE, GroupLoop
+from kvedit.training.loops.loop import Step, Task
 
 GROUP = GroupConfig(
     batch_size=2,

@@ -1,0 +1,77 @@
+"""Several facts in turn: a few in each step, resting when they are recalled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from small_model import FREE
+
+from kvedit.facts.fact import Fact
+from kvedit.model.prompts import Example
+from kvedit.training.engine import Engine
+from kvedit.training.loops.loop import Step, Task
+from kvedit.training.loops.turns import FACTS_PER_STEP, TurnsLoop
+
+FACTS = 4
+
+
+def task(engine: Engine) -> Task:
+    facts = [Fact.create(*FREE[number], lang="en") for number in range(FACTS)]
+    return Task([engine.examples(fact) for fact in facts], in_turn=True)
+
+
+def test_all_are_recalled_after_the_merge(engine: Engine) -> None:
+    one, steps = task(engine), list[Step]()
+    result = engine.train(one, on_step=steps.append)
+    assert result.trained.learned and result.trained.steps == len(steps)
+    engine.master.add(result.delta)
+    assert all(all(engine.generated_recall(examples)) for examples in one.new)
+
+
+def test_a_step_has_a_few_of_those_that_do_not_rest(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[list[int]] = []
+    resting: list[set[int]] = []
+    next_facts = TurnsLoop._next_facts
+
+    def noted(loop: TurnsLoop) -> list[int]:
+        resting.append(set(loop._resting))
+        turns.append(next_facts(loop))
+        return turns[-1]
+
+    monkeypatch.setattr(TurnsLoop, "_next_facts", noted)
+    engine.train(task(engine))
+    first = [fact for turn in turns[: FACTS // FACTS_PER_STEP] for fact in turn]
+    assert sorted(first) == list(range(FACTS))  # each once before any has its next turn
+    for turn, asleep in zip(turns, resting, strict=True):
+        assert len(turn) == min(FACTS_PER_STEP, FACTS - len(asleep)) == len(set(turn))
+        assert asleep.isdisjoint(turn)
+    assert any(resting)
+
+
+def test_it_gives_up_when_nothing_moves(engine: Engine) -> None:
+    config = replace(engine.config, step_gain=1e-9)
+    result = engine.train(task(engine), config)
+    assert result.trained.stalled and not result.trained.learned
+    assert result.trained.steps < config.max_steps * FACTS
+
+
+def test_the_same_training_gives_the_same_delta(engine: Engine) -> None:
+    config = replace(engine.config, max_steps=4)
+    first, second = (engine.train(task(engine), config) for _ in range(2))
+    assert first.trained == second.trained
+    for name, factors in first.delta.items():
+        assert factors.b.equal(second.delta[name].b) and factors.a.equal(second.delta[name].a)
+
+
+def test_prompts_that_failed_come_first(engine: Engine) -> None:
+    loop = TurnsLoop.__new__(TurnsLoop)
+    examples = task(engine).new[0]
+    failing: set[Example] = {examples[-1]}
+    loop._failing = failing
+    loop._task = task(engine)
+    loop._config = replace(engine.config, phrasings_per_step=1)
+    loop._sample = lambda items, count: list(items)  # type: ignore[method-assign]
+    assert loop._prompts(0) == [examples[-1]]
