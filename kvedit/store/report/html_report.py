@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
+TEMPLATE = Path(__file__).parents[2] / "data" / "report.html"
 KINDS = {
     "recall": "Recites: reliability (recall)",
     "paraphrase": "Generalization (paraphrases)",
