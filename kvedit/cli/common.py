@@ -78,14 +78,14 @@ class KveditGroup(click.Group):
             raise
         except click.ClickException as error:
             vars(error)["message"] = clean(error.message)  # click declares it final
-            _print_error_line(as_json, error.format_message(), "", error.exit_code)
+            print_error_line(as_json, error.format_message(), "", error.exit_code)
             raise
         except (Exception, KeyboardInterrupt) as error:
             settings = ctx.obj if isinstance(ctx.obj, Settings) else Settings()
             if settings.verbosity >= 2:
                 click.echo(clean(traceback.format_exc().rstrip()), err=True)
-            message, hint, code = _explain(error, settings)
-            _print_error_line(as_json, message, hint, code)
+            message, hint, code = explain_error(error, settings)
+            print_error_line(as_json, message, hint, code)
             fail(message, hint)
             ctx.exit(code)
 
@@ -94,14 +94,14 @@ class KveditGroup(click.Group):
         return list(self.commands)
 
 
-def _print_error_line(as_json: bool, message: str, hint: str, code: int) -> None:
+def print_error_line(as_json: bool, message: str, hint: str, code: int) -> None:
     """An error as a JSON line on stdout."""
     if as_json and not printed_json() and not streams.broken_output():
         fields = {"message": message, "hint": hint, "exit_code": code}
         print_json_line({"message_type": "error", **fields})
 
 
-def _explain(error: BaseException, settings: Settings) -> tuple[str, str, int]:
+def explain_error(error: BaseException, settings: Settings) -> tuple[str, str, int]:
     """Message, hint and exit code of an error."""
     if isinstance(error, KeyboardInterrupt | click.Abort):
         hint = f"run `{settings.command('status')}` to see the state of the store"

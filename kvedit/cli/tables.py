@@ -35,6 +35,7 @@ STOPPED = {
     "time": "stopped at --max-time",
     "errors": "stopped: many facts in a row failed, so the cause is not in the facts themselves",
     "interrupted": "interrupted: the running edit was discarded, all earlier ones are committed",
+    "error": "stopped by an error: the running edit was discarded, all earlier ones are committed",
 }
 PREFLIGHT = {
     "new": "to train",
@@ -246,7 +247,7 @@ def ingest_fields(preflight: Preflight, report: IngestReport) -> dict[str, Any]:
         "revision": report.revision, **preflight_fields(preflight), **counts,
         "invalid": len(preflight.problems) + report.count("invalid"),
         "rejected_before": len(report.rejected_before), "remaining": report.remaining,
-        "stopped": report.stopped or None,
+        "stopped": report.stopped or None, "error": str(report.error) if report.error else None,
         "retention": report.retention.to_json(), "lost": list(report.lost),
         "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
         "seconds": round(report.seconds, 3),
