@@ -25,6 +25,7 @@ Parts = list["RenderableType"]
 SHOWN = 20
 SHOWN_SIMILAR = 3
 UNFINISHED = "if it was interrupted, repeat the command"
+HALF_MADE = "kvedit init was interrupted; the same command again goes on"
 CHANGE = (
     "{median:.1%} of the norm of a matrix (median of {matrices}), at most {most:.1%} ({matrix})"
 )
@@ -174,6 +175,7 @@ def status_table(fields: Mapping[str, Any]) -> RenderableType:
         ("store", fields["path"]),
         ("model", f"{fields['model_name']} ({fields['dtype'] or 'dtype unknown'})"),
         ("fingerprint", (fields["model_fingerprint"] or "-")[:16]),
+        ("half made", HALF_MADE if fields["half_made"] else None),
         ("revision", f"{fields['head']} (head)"),
         ("gone", fields["gone"] and f"revisions that can no longer be restored: {gone}"),
         ("facts", counts_text(fields["facts"])),
