@@ -317,5 +317,7 @@ def plan_parts(preflight: Preflight, near: NearKeys, fields: dict[str, Any]) -> 
     retrained = fields["would_retrain"]
     earlier = f" and retrain {retrained} earlier one{'s'[: retrained > 1]}" if retrained else ""
     similar = [similar_keys_text(near)] if near.count else []
-    plan = f"would train {fields['would_train']} new facts{earlier}: {time}"
+    new = fields["would_train"]
+    facts = "1 new fact" if new == 1 else f"{new} new facts"
+    plan = f"would train {facts}{earlier}: {time}"
     return [preflight_line(preflight), *similar, plan, "nothing was changed"]
