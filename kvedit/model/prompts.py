@@ -20,6 +20,7 @@ from typing import Any
 from kvedit.config import PromptsConfig
 from kvedit.errors import InvalidFactError, ModelError, TextTooLongError, UsageError
 from kvedit.facts.fact import Fact
+from kvedit.trust import chat_template
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
@@ -218,6 +219,17 @@ class Renderer:
         self.refuse_control_tokens(m["content"] for m in messages if m["role"] != "assistant")
         return self._dialogue(messages)
 
+    def question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """``dialogue`` for a model that answers; raises TextTooLongError if that cannot fit."""
+        ids = self.dialogue(messages)
+        if len(ids) >= self.context:
+            raise TextTooLongError(
+                f"the question is too long: it takes {len(ids)} tokens with all that stands before"
+                f" it, and the model's context is {self.context}, the answer included",
+                hint="Shorten the question, or start a new conversation.",
+            )
+        return ids
+
     def _dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [*self._special_prefix, *self.tokens(self._render(messages))]
 
@@ -267,24 +279,12 @@ class Renderer:
             return system_text + str(self._tokenizer.build_prompt(last, pairs))
         return "".join(f"{text}\n" for text in before) + self._template.replace("{prompt}", last)
 
-    def _apply_template(
-        self, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool
-    ) -> str:
-        """Apply the chat template; raises UsageError, with its message, when it refuses."""
-        from jinja2 import TemplateError
-
-        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(turns), **options, **self.prompts.template_options
-                )
-            )
-        except TemplateError as error:
-            raise UsageError(
-                f"the model's chat template refuses this conversation: {error}",
-                hint="Many take no system prompt: see [prompts] system in kvedit.toml.",
-            ) from error
+    def _apply_template(self, turns: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
+        """Apply the chat template; raises UsageError when it refuses or breaks."""
+        options = self.prompts.template_options
+        return chat_template.apply(
+            self._tokenizer, turns, generation_prompt=generation_prompt, options=options
+        )
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
         """The answer as the model would generate it after the prompt.

@@ -305,3 +305,18 @@ def test_an_example_can_be_shown(renderer: Renderer) -> None:
     assert prompt == "prompt  '<|user|>What is x?<|assistant|>'"
     assert answer == "answer  'Made of oak.<|end|>'"
     assert tokens.count("  |  ") == 1 and tokens.endswith("'<|end|>'")
+
+
+def test_a_question_that_leaves_no_place_for_an_answer_is_refused(base: BaseModel) -> None:
+    renderer = Renderer(base.tokenizer, context=64)
+    asked = [{"role": "user", "content": "What is it? "}]
+    longest = renderer.question(asked)
+    assert Renderer(base.tokenizer, context=len(longest) + 1).question(asked) == longest
+    with pytest.raises(TextTooLongError, match="the question is too long"):
+        Renderer(base.tokenizer, context=len(longest)).question(asked)
+
+
+def test_a_template_that_breaks_is_named(base: BaseModel) -> None:
+    base.tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(UsageError, match="chat template fails: ZeroDivisionError"):
+        Renderer(base.tokenizer, context=64)
