@@ -23,6 +23,10 @@ from kvedit.facts.fact import Fact
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
+_TEMPLATE_FAULTS = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+"""What the expressions of a chat template may raise: it is a small program of the model's."""
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 
@@ -64,6 +68,10 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
 
 def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = table.get(name, [])
+    if not isinstance(values, list):
+        raise UsageError(
+            f"{path}: {name} must be a list of phrasings", hint=f'Write {name} = ["..."].'
+        )
     for value in values:
         if not isinstance(value, str) or KEY_PLACEHOLDER not in value:
             raise UsageError(
@@ -183,7 +191,8 @@ class Renderer:
         return int(self.end if begin is None else begin)
 
     def empty_user_turn(self) -> tuple[list[int], int] | None:
-        """The tokens before a user's message and the first one after it; None without a template.
+        """The tokens before a user's message and the first one after it; None without a template,
+        or where it writes nothing after the message.
 
         A model that continues the former writes a user's message and then the latter.
         """
@@ -191,7 +200,8 @@ class Renderer:
             return None
         turn = self._render([{"role": "user", "content": _MARKER}])
         before, _, after = turn.partition(_MARKER)
-        return self.tokens(before), self.tokens(after)[0]
+        ending = self.tokens(after)
+        return (self.tokens(before), ending[0]) if ending else None
 
     def tokens(self, text: str) -> list[int]:
         """A text as tokens, without special tokens added."""
@@ -270,7 +280,7 @@ class Renderer:
     def _apply_template(
         self, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool
     ) -> str:
-        """Apply the chat template; raises UsageError, with its message, when it refuses."""
+        """Apply the chat template; raises UsageError, with the reason, when it fails."""
         from jinja2 import TemplateError
 
         options = {"tokenize": False, "add_generation_prompt": generation_prompt}
@@ -284,6 +294,11 @@ class Renderer:
             raise UsageError(
                 f"the model's chat template refuses this conversation: {error}",
                 hint="Many take no system prompt: see [prompts] system in kvedit.toml.",
+            ) from error
+        except _TEMPLATE_FAULTS as error:
+            raise UsageError(
+                f"the model's chat template fails: {type(error).__name__}: {error}",
+                hint="Correct chat_template in the model's folder, or take another model.",
             ) from error
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
