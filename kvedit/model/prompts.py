@@ -23,10 +23,8 @@ from kvedit.facts.fact import Fact
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
-_TEMPLATE_FAULTS = (
-    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
-"""What the expressions of a chat template may raise: it is a small program of the model's."""
+# What a chat template may raise: it is a small program of the model's.
+_TEMPLATE_FAULTS = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 
@@ -69,9 +67,7 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
 def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = table.get(name, [])
     if not isinstance(values, list):
-        raise UsageError(
-            f"{path}: {name} must be a list of phrasings", hint=f'Write {name} = ["..."].'
-        )
+        raise UsageError(f"{path}: {name} must be a list", hint=f'Write {name} = ["..."].')
     for value in values:
         if not isinstance(value, str) or KEY_PLACEHOLDER not in value:
             raise UsageError(
@@ -174,7 +170,7 @@ class Renderer:
 
     def _end_of_turn(self) -> int | None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
-        _, _, after = self._apply_template(turns, generation_prompt=False).rpartition(_MARKER)
+        _, _, after = self._apply_template(turns, answering=False).rpartition(_MARKER)
         added = self._tokenizer.added_tokens_decoder.items()
         special = {*self._tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         return next((token for token in self.tokens(after) if token in special), None)
@@ -191,8 +187,7 @@ class Renderer:
         return int(self.end if begin is None else begin)
 
     def empty_user_turn(self) -> tuple[list[int], int] | None:
-        """The tokens before a user's message and the first one after it; None without a template,
-        or where it writes nothing after the message.
+        """The tokens before a user's message and the first one after it; None where there are none.
 
         A model that continues the former writes a user's message and then the latter.
         """
@@ -269,7 +264,7 @@ class Renderer:
         if self._system is not None and not (turns and turns[0]["role"] == "system"):
             turns.insert(0, {"role": "system", "content": self._system})
         if self.chat:
-            return self._apply_template(turns, generation_prompt=True)
+            return self._apply_template(turns, answering=True)
         *before, last = [turn["content"] for turn in turns]
         if self._builds_prompts:
             system_text = "" if turns[0]["role"] != "system" else before.pop(0) + "\n"
@@ -277,28 +272,18 @@ class Renderer:
             return system_text + str(self._tokenizer.build_prompt(last, pairs))
         return "".join(f"{text}\n" for text in before) + self._template.replace("{prompt}", last)
 
-    def _apply_template(
-        self, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool
-    ) -> str:
+    def _apply_template(self, turns: Sequence[Mapping[str, str]], *, answering: bool) -> str:
         """Apply the chat template; raises UsageError, with the reason, when it fails."""
         from jinja2 import TemplateError
 
-        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+        options: dict[str, Any] = dict(self.prompts.template_options)
+        options |= {"tokenize": False, "add_generation_prompt": answering}
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(turns), **options, **self.prompts.template_options
-                )
-            )
-        except TemplateError as error:
+            return str(self._tokenizer.apply_chat_template(list(turns), **options))
+        except (TemplateError, AttributeError, *_TEMPLATE_FAULTS) as error:
             raise UsageError(
                 f"the model's chat template refuses this conversation: {error}",
                 hint="Many take no system prompt: see [prompts] system in kvedit.toml.",
-            ) from error
-        except _TEMPLATE_FAULTS as error:
-            raise UsageError(
-                f"the model's chat template fails: {type(error).__name__}: {error}",
-                hint="Correct chat_template in the model's folder, or take another model.",
             ) from error
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:

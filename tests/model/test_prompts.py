@@ -320,7 +320,7 @@ def test_phrasings_that_are_no_list_are_an_error_with_a_hint(tmp_path: Path, tex
 )
 def test_a_chat_template_that_fails_is_an_error_with_a_hint(base: BaseModel, template: str) -> None:
     base.tokenizer.chat_template = template
-    with pytest.raises(UsageError, match="chat template fails") as caught:
+    with pytest.raises(UsageError, match="chat template refuses") as caught:
         Renderer(base.tokenizer, context=64)
     assert caught.value.hint
 
