@@ -23,7 +23,6 @@ from kvedit.facts.fact import Fact
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
-# What a chat template may raise: it is a small program of the model's.
 _TEMPLATE_FAULTS = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
@@ -279,7 +278,8 @@ class Renderer:
         options: dict[str, Any] = dict(self.prompts.template_options)
         options |= {"tokenize": False, "add_generation_prompt": answering}
         try:
-            return str(self._tokenizer.apply_chat_template(list(turns), **options))
+            text = str(self._tokenizer.apply_chat_template(list(turns), **options))
+            return text.encode().decode()  # raises for half of a character
         except (TemplateError, AttributeError, *_TEMPLATE_FAULTS) as error:
             raise UsageError(
                 f"the model's chat template refuses this conversation: {error}",

@@ -316,7 +316,13 @@ def test_phrasings_that_are_no_list_are_an_error_with_a_hint(tmp_path: Path, tex
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ 1 / 0 }}", "{{ messages | length + '' }}", "{{ messages | tojson + 1 }}"]
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages | length + '' }}",
+        "{{ messages | tojson + 1 }}",
+        "{{ eos_token }}\ud800",
+    ],
 )
 def test_a_chat_template_that_fails_is_an_error_with_a_hint(base: BaseModel, template: str) -> None:
     base.tokenizer.chat_template = template
