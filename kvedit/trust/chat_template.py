@@ -27,20 +27,21 @@ class _TooSlow(Exception):
 
 
 def apply(
-    tokenizer: Any, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool,
-    options: Mapping[str, Any], seconds: float = SECONDS,
+    tokenizer: Any, turns: Sequence[Mapping[str, str]], options: Mapping[str, Any], *,
+    answering: bool, seconds: float = SECONDS,
 ) -> str:  # fmt: skip
     """A conversation as text by the tokenizer's chat template, with ``options`` for the template.
 
-    Raises UsageError where the template refuses the conversation, breaks, takes longer than
-    ``seconds`` or makes an enormous text.
+    ``answering`` adds what comes before an answer.  Raises UsageError where the template refuses
+    the conversation, breaks, takes longer than ``seconds`` or makes an enormous text.
     """
     from jinja2 import TemplateError
 
-    settings = {**options, "tokenize": False, "add_generation_prompt": generation_prompt}
+    settings = {**options, "tokenize": False, "add_generation_prompt": answering}
     try:
         with _time_limit(seconds):
             text = str(tokenizer.apply_chat_template(list(turns), **settings))
+        text.encode()  # raises for half of a character
     except TemplateError as error:
         raise _problem(tokenizer, f"refuses this conversation: {error}") from error
     except _TooSlow as error:

@@ -29,7 +29,7 @@ class Tokenizer:
 
 
 def apply(template: str, **options: Any) -> str:
-    given = {"generation_prompt": True, "options": {}, **options}
+    given = {"answering": True, "options": {}, **options}
     return chat_template.apply(Tokenizer(template), TURNS, **given)
 
 
