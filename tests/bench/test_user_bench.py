@@ -13,7 +13,7 @@ from small_model import FREE, settings
 from kvedit.bench import architectures, memory, speed, strategies, tables
 from kvedit.cli import cli
 from kvedit.cli.commands.bench import bench
-from kvedit.errors import UsageError
+from kvedit.errors import InvalidFactError, UsageError
 
 HEADING = {"schema", "benchmark", "command", "commit", "machine", "model", "seed", "started",
            "seconds", "tables"}  # fmt: skip
@@ -61,8 +61,13 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
 def test_facts_are_the_first_valid_ones_of_a_file(facts: Path, tmp_path: Path) -> None:
     assert [fact.key for fact in speed.load_facts(str(facts), 2)] == [key for key, _ in FREE[:2]]
     (tmp_path / "bad.jsonl").write_text('{"description": "no key"}\n' * 2, encoding="utf-8")
-    with pytest.raises(UsageError, match="no facts"):
+    with pytest.raises(InvalidFactError, match='"key" is missing'):
         speed.load_facts(str(tmp_path / "bad.jsonl"), 2)
+    (tmp_path / "empty.jsonl").write_text(
+        '{"key": "", "description": "no key"}\n', encoding="utf-8"
+    )
+    with pytest.raises(UsageError, match="no facts"):
+        speed.load_facts(str(tmp_path / "empty.jsonl"), 2)
 
 
 def test_parts_of_the_time_add_up() -> None:
