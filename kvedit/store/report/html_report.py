@@ -85,7 +85,7 @@ def page(store: Store) -> str:
         gap=latest_gap(edits),
         weakest=weakest(committed)[:WEAKEST],
         rejected=[(row, reasons) for row in facts if (reasons := refusals.get(row.id))],
-        edits=edits[::-1][:LATEST],
+        edits=edits[:LATEST],
         earlier_edits=max(0, len(edits) - LATEST),
         facts=facts,
         seconds=seconds,

@@ -93,6 +93,9 @@ def test_long_histories_are_cut_and_say_so(store: Store, monkeypatch: pytest.Mon
     remove(store, "anvil")
     text = " ".join(text_of(html_report.page(store)).split())
     assert "2 earlier edits: kvedit history" in text
+    edits = text[text.index("Edits, newest first") : text.index("2 earlier edits")]
+    assert "4 remove committed" in edits and "3 add committed" in edits
+    assert edits.index("4 remove") < edits.index("3 add") and "1 add committed" not in edits
 
 
 def test_the_store_is_left_as_it_was(store: Store, tmp_path: Path) -> None:
