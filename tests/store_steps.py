@@ -193,7 +193,8 @@ def _made_up(number: int, parent: int, learned: bool) -> list[tuple[str, Row]]:
 def _checks(number: int, revision: int | None) -> list[tuple[str, Row]]:
     """The rows of a fact's checks; the first of each was a numerical tie."""
     health = {"fact_id": number, "last_checked_revision": revision, "last_checked_at": _WHEN}
-    health |= {"passed": number % 50 != 0, "margin": (number % 90) / 10 - 0.5}
+    passed = number % 50 != 7
+    health |= {"passed": passed, "margin": (number % 90 + 1) / 10 * (1 if passed else -1)}
     rows = [("fact_health", health)] if revision else []
     for place in range(12):
         probe: Row = {"fact_id": number, "edit_id": number, "revision": revision}

@@ -19,6 +19,7 @@ from kvedit.store.rows import EditRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 POINTS = 60
@@ -33,6 +34,7 @@ def growth(counts: Mapping[int, int]) -> str:
     axes.set_ylim(bottom=0)
     _over_revisions(axes)
     axes.set_ylabel("facts")
+    _in_whole_numbers(axes.yaxis)
     return _svg(figure)
 
 
@@ -51,7 +53,7 @@ def retention(series: Mapping[str, Sequence[Check]]) -> str:
         )
     _over_revisions(axes, "" if most == 1 else f", up to {most} checks a point")
     axes.set_ylabel("%, Wilson 95%")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return _svg(figure)
 
 
@@ -109,11 +111,15 @@ def _chart() -> tuple[Figure, Axes]:
 
 
 def _over_revisions(axes: Axes, note: str = "") -> None:
-    """Name the horizontal axis; revisions are whole numbers."""
+    """Name the horizontal axis."""
+    _in_whole_numbers(axes.xaxis)
+    axes.set_xlabel(f"revision{note}")
+
+
+def _in_whole_numbers(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.set_xlabel(f"revision{note}")
+    axis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _svg(figure: Figure) -> str:

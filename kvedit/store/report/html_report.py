@@ -41,6 +41,7 @@ FACTS_BYTES = 3_000_000  # of the texts in the table of all facts
 DESCRIPTION, REASONS, KEY = 200, 500, 60
 """The most characters of a description, of an edit's reasons, and of a key in a list of keys."""
 HEALTH = ("recalled", "regressed", "stale", "unchecked")
+RECALLED = ("recalled", "stale")  # at the last check, which may be long ago
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def page(store: Store) -> str:
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         states=Counter(row.state for row in facts),
         health=[(name, sum(row.health == name for row in committed)) for name in HEALTH],
-        recalled=Score(sum(row.health == "recalled" for row in committed), len(committed)),
+        recalled=Score(sum(row.health in RECALLED for row in committed), len(committed)),
         measured=latest(counts),
         has_ties=any(row.ties for row in counts),
         gap=latest_gap(edits),

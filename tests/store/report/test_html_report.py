@@ -192,6 +192,7 @@ def test_a_store_of_3000_facts_has_a_small_page_soon(tmp_path: Path) -> None:
     assert "The latest 200 of 300 rejected facts are shown." in text
     assert "The weakest 30 of 2,700 committed facts." in text
     assert "Descriptions are cut at 200 characters." in text
+    assert "2640 of 2700 committed facts recalled when last checked 60 regressed 2590 stale" in text
     history = text[text.index("Edits, newest first") :]
     assert "3000 add" in history and " 2801 add" in history and " 2800 add" not in history
 
