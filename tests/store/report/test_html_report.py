@@ -10,7 +10,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from store_steps import add, check, erase, fact, fill, new_store, remove, roll_back
+from store_steps import (
+    add,
+    check,
+    checkpoint,
+    erase,
+    fact,
+    fill,
+    new_store,
+    prune,
+    remove,
+    roll_back,
+)
 
 from kvedit.events import Score
 from kvedit.store.report import html_report
@@ -178,6 +189,25 @@ def test_edits_of_an_erased_fact_say_what_is_gone(store: Store) -> None:
     history = text[text.index("Edits, newest first") :]
     assert history.index("5 erase committed 5 - 1 fact 4 rollback") < history.index("add committed")
     assert "(can no longer be restored: erased)" in history and "anvil" not in text
+
+
+def test_edits_whose_revisions_were_pruned_say_so(store: Store) -> None:
+    remove(store, "bread")
+    checkpoint(store)
+    prune(store, 4)
+    text = plain(store)
+    assert "Revisions that can no longer be restored: 3 pruned." in text
+    assert "3 add committed 3 - candle (can no longer be restored: pruned)" in text
+    assert "4 remove committed 4 - bread 3 add" in text and "erased" not in text
+
+
+def test_a_history_with_signs_that_no_file_can_hold_has_a_page(
+    store: Store, tmp_path: Path
+) -> None:
+    reject(store, "dagger", "no room")
+    store._execute("UPDATE edits SET reasons = ? WHERE id = 4", ['["a\\ud800b"]'])
+    html_report.write(store, tmp_path / "page.html")
+    assert "dagger" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_store_of_3000_facts_has_a_small_page_soon(tmp_path: Path) -> None:
