@@ -13,7 +13,6 @@ import pytest
 from store_steps import (
     add,
     check,
-    checkpoint,
     erase,
     fact,
     fill,
@@ -193,7 +192,9 @@ def test_edits_of_an_erased_fact_say_what_is_gone(store: Store) -> None:
 
 def test_edits_whose_revisions_were_pruned_say_so(store: Store) -> None:
     remove(store, "bread")
-    checkpoint(store)
+    folder = store.checkpoints_path / f"{store.head():08d}"
+    folder.mkdir()
+    store.add_checkpoint(store.head(), folder, "its digest")
     prune(store, 4)
     text = plain(store)
     assert "Revisions that can no longer be restored: 3 pruned." in text
