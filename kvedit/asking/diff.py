@@ -119,9 +119,9 @@ def _asked(
         return {}
     engine = session.engine
     prompts = [engine.examples(fact)[0].prompt for fact, _ in rows]
-    said = []
+    said, facts = [], "1 fact" if len(rows) == 1 else f"{len(rows)} facts"
     for number in (before, after):
-        session.say(f"asking revision {number} about {len(rows)} facts")
+        session.say(f"asking revision {number} about {facts}")
         said.append(session.at(number, lambda: engine.generate(prompts, limit=ANSWER_TOKENS)))
     return {
         row.key: replace(row, prompt=prompt, answer_before=first, answer_after=second)

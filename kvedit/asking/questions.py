@@ -68,13 +68,13 @@ class Questions:
         recall: bool | str = False,
     ) -> Answer:  # fmt: skip
         """The model's next turn in a conversation, at the head or at another revision, with the
-        sources that it stood on.
+        sources that it stood on.  Raises TextTooLongError if the context has no place for one.
         """
         return self._session.at(at, lambda: self._answer(messages, max_new_tokens, recall))
 
     def _answer(self, messages: Messages, limit: int, recall: bool | str) -> Answer:
         found = self._recalled(messages, recall)
-        prefix = self.engine.renderer.dialogue(found.messages)
+        prefix = self.engine.renderer.question(found.messages)
         text = self.engine.complete([prefix], limit=limit)[0]
         return Answer(
             text=text, revision=self._session.revision, sources=found.sources,
@@ -86,7 +86,7 @@ class Questions:
     ) -> Iterator[str]:
         """``chat``, in pieces as they are generated."""
         renderer, model = self.engine.renderer, self.engine.base.model
-        prefix = renderer.dialogue(self._recalled(messages, recall).messages)
+        prefix = renderer.question(self._recalled(messages, recall).messages)
         tokens = generation.stream(model, prefix, end=renderer.stops, limit=limit)
         return generation.pieces(tokens, renderer.answer_text)
 

@@ -161,7 +161,7 @@ def time_ingest(knowledge: KnowledgeBase, facts: Sequence[Fact], timings: EditTi
     began = time.monotonic()
     knowledge.protect_for(len(facts))
     parts = {EXTRACTION: time.monotonic() - began}
-    report = ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit)
+    report = ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit).require_end()
     seconds = time.monotonic() - began
     parts |= timings.parts
     parts["other"] = max(0.0, seconds - sum(parts.values()))

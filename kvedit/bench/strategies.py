@@ -66,7 +66,9 @@ def strategies(setup: Setup, groups: Sequence[int | None], emit: Emit) -> Strate
 
 def _run(knowledge: KnowledgeBase, group: int | None, facts: Sequence[Fact],
          emit: Emit) -> StrategyRun:  # fmt: skip
-    report = ingest(knowledge, facts, IngestOptions(group=group, skip_invalid=True), emit)
+    report = ingest(
+        knowledge, facts, IngestOptions(group=group, skip_invalid=True), emit
+    ).require_end()
     engine, store = knowledge.engine, knowledge.store
     rows = store.facts("committed")
     last = max((row.revision or 0 for row in rows), default=0)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli import streams
+from kvedit.cli import environment, streams
 from kvedit.cli.output import clean, print_json_line, printed_json
 from kvedit.errors import KveditError
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvedit.store.store import Store
 
 EXIT_INTERRUPTED = 130
+_HALF_MADE = "kvedit.half_made"
 LOG_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -78,14 +79,14 @@ class KveditGroup(click.Group):
             raise
         except click.ClickException as error:
             vars(error)["message"] = clean(error.message)  # click declares it final
-            _print_error_line(as_json, error.format_message(), "", error.exit_code)
+            print_error_line(as_json, error.format_message(), "", error.exit_code)
             raise
         except (Exception, KeyboardInterrupt) as error:
             settings = ctx.obj if isinstance(ctx.obj, Settings) else Settings()
             if settings.verbosity >= 2:
                 click.echo(clean(traceback.format_exc().rstrip()), err=True)
-            message, hint, code = _explain(error, settings)
-            _print_error_line(as_json, message, hint, code)
+            message, hint, code = explain_error(error, settings)
+            print_error_line(as_json, message, hint, code)
             fail(message, hint)
             ctx.exit(code)
 
@@ -94,14 +95,14 @@ class KveditGroup(click.Group):
         return list(self.commands)
 
 
-def _print_error_line(as_json: bool, message: str, hint: str, code: int) -> None:
+def print_error_line(as_json: bool, message: str, hint: str, code: int) -> None:
     """An error as a JSON line on stdout."""
     if as_json and not printed_json() and not streams.broken_output():
         fields = {"message": message, "hint": hint, "exit_code": code}
         print_json_line({"message_type": "error", **fields})
 
 
-def _explain(error: BaseException, settings: Settings) -> tuple[str, str, int]:
+def explain_error(error: BaseException, settings: Settings) -> tuple[str, str, int]:
     """Message, hint and exit code of an error."""
     if isinstance(error, KeyboardInterrupt | click.Abort):
         hint = f"run `{settings.command('status')}` to see the state of the store"
@@ -113,6 +114,9 @@ def _explain(error: BaseException, settings: Settings) -> tuple[str, str, int]:
             return f"cannot write to standard output: {why}", "", 1
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason, "", 1
+    if isinstance(error, Exception) and (setting := environment.misread(error)):
+        message = f"{setting} in the environment is not understood: {error}"
+        return message, "Unset it, or set it as the library that reads it wants it.", 2
     advice = "run it again as `kvedit -vv ...` for the traceback"
     if settings.verbosity >= 2:
         advice = "please report it with the lines above"
@@ -166,7 +170,21 @@ def read_only(settings: Settings) -> Iterator[Store]:
     from kvedit.store.store import Store, resolve_store
 
     with Store.open(resolve_store(settings.store), readonly=True) as store:
+        _say_half_made(settings, store)
         yield store
+
+
+def _say_half_made(settings: Settings, store: Store) -> None:
+    """Say, once a command, that the making of the store was interrupted."""
+    from kvedit.store.integrity import is_half_made
+
+    context = click.get_current_context(silent=True)
+    said = {} if context is None else context.find_root().meta
+    if is_half_made(store) and not said.get(_HALF_MADE):
+        said[_HALF_MADE] = True
+        command = settings.command("init")
+        note(settings, f"the store {store.path} is half made: `{command}` was interrupted; run it"
+             " again, with the same options, and it goes on")  # fmt: skip
 
 
 def require_keys(settings: Settings, keys: Sequence[str]) -> None:
@@ -215,6 +233,9 @@ def knowledge_base(settings: Settings, reporter: Reporter, *,
         from kvedit.model.devices import choose_threads
 
         choose_threads()
+        if not missing:
+            with read_only(settings):  # says so if the store is half made
+                pass
         make = KnowledgeBase.create if missing else KnowledgeBase.open
         with make(path, on_event=reporter) as base:
             yield base

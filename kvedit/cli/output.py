@@ -197,7 +197,7 @@ def print_parts(*parts: RenderableType, file: TextIO | None = None, indent: int 
 
     fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     console = Console(file=file, width=fixed, markup=False, emoji=False, highlight=False)
-    console.width -= indent
+    console.width = max(console.width - indent, SHORTEST_LINE)
     with console.capture() as captured:
         for part in parts:
             shown = styled(part, "") if isinstance(part, str) else part

@@ -25,6 +25,7 @@ Parts = list["RenderableType"]
 SHOWN = 20
 SHOWN_SIMILAR = 3
 UNFINISHED = "if it was interrupted, repeat the command"
+HALF_MADE = "kvedit init was interrupted; the same command again goes on"
 CHANGE = (
     "{median:.1%} of the norm of a matrix (median of {matrices}), at most {most:.1%} ({matrix})"
 )
@@ -35,6 +36,7 @@ STOPPED = {
     "time": "stopped at --max-time",
     "errors": "stopped: many facts in a row failed, so the cause is not in the facts themselves",
     "interrupted": "interrupted: the running edit was discarded, all earlier ones are committed",
+    "error": "stopped by an error: the running edit was discarded, all earlier ones are committed",
 }
 PREFLIGHT = {
     "new": "to train",
@@ -173,6 +175,7 @@ def status_table(fields: Mapping[str, Any]) -> RenderableType:
         ("store", fields["path"]),
         ("model", f"{fields['model_name']} ({fields['dtype'] or 'dtype unknown'})"),
         ("fingerprint", (fields["model_fingerprint"] or "-")[:16]),
+        ("half made", HALF_MADE if fields["half_made"] else None),
         ("revision", f"{fields['head']} (head)"),
         ("gone", fields["gone"] and f"revisions that can no longer be restored: {gone}"),
         ("facts", counts_text(fields["facts"])),
@@ -246,7 +249,7 @@ def ingest_fields(preflight: Preflight, report: IngestReport) -> dict[str, Any]:
         "revision": report.revision, **preflight_fields(preflight), **counts,
         "invalid": len(preflight.problems) + report.count("invalid"),
         "rejected_before": len(report.rejected_before), "remaining": report.remaining,
-        "stopped": report.stopped or None,
+        "stopped": report.stopped or None, "error": str(report.error) if report.error else None,
         "retention": report.retention.to_json(), "lost": list(report.lost),
         "repaired": sum(edit.outcome == "committed" for edit in report.repaired),
         "seconds": round(report.seconds, 3),
@@ -314,5 +317,7 @@ def plan_parts(preflight: Preflight, near: NearKeys, fields: dict[str, Any]) -> 
     retrained = fields["would_retrain"]
     earlier = f" and retrain {retrained} earlier one{'s'[: retrained > 1]}" if retrained else ""
     similar = [similar_keys_text(near)] if near.count else []
-    plan = f"would train {fields['would_train']} new facts{earlier}: {time}"
+    new = fields["would_train"]
+    facts = "1 new fact" if new == 1 else f"{new} new facts"
+    plan = f"would train {facts}{earlier}: {time}"
     return [preflight_line(preflight), *similar, plan, "nothing was changed"]

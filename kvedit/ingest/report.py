@@ -1,5 +1,7 @@
 """What a run over many facts is asked to do, and how it ended."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -42,8 +44,9 @@ class IngestReport:
 
     ``rejected_before`` were rejected in earlier runs and not tried again, ``remaining`` counts the
     facts that were not reached;
-    ``stopped`` tells why: ``limit``, ``failures``, ``errors``, ``time``, ``interrupted`` or
-    nothing. ``retention`` and ``lost`` (keys) come from the last verification.
+    ``stopped`` tells why: ``limit``, ``failures``, ``errors``, ``time``, ``interrupted``,
+    ``error`` (which is in ``error``) or nothing. ``retention`` and ``lost`` (keys) come from the
+    last verification.
     """
 
     outcomes: tuple[FactOutcome, ...]
@@ -51,6 +54,7 @@ class IngestReport:
     rejected_before: tuple[FactOutcome, ...] = ()
     remaining: int = 0
     stopped: str = ""
+    error: Exception | None = None
     retention: Score = field(default_factory=Score)
     lost: tuple[str, ...] = ()
     repaired: tuple[EditReport, ...] = ()
@@ -60,3 +64,9 @@ class IngestReport:
     def count(self, outcome: str) -> int:
         """How many facts of this run ended so."""
         return sum(one.outcome == outcome for one in self.outcomes)
+
+    def require_end(self) -> IngestReport:
+        """This report; raises the error that ended the run, if one did."""
+        if self.error is not None:
+            raise self.error
+        return self

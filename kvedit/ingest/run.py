@@ -6,6 +6,7 @@ Invariants:
   trained once, however often the run is stopped and started.
 - An error with one fact is that fact's outcome; an error that every further fact would meet (a full
   disk, a damaged store) ends the run.
+- However a run ends, its report says what was committed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kvedit.errors import (
@@ -59,8 +61,9 @@ def ingest(
     """Add the facts that are not committed yet; running it again resumes.
 
     Raises InvalidFactError, and changes nothing, if facts contradict each other or the store, or,
-    without ``skip_invalid``, do not fit the model; LockedError, DiskFullError or CorruptStoreError
-    if the run cannot go on.  Ctrl-C ends it with a report.
+    without ``skip_invalid``, do not fit the model.  Once there is something to report, an error
+    that ends the run (LockedError, DiskFullError, CorruptStoreError, ...) is in the report, as
+    ``error``, with ``stopped`` ``"error"``; Ctrl-C ends it with a report, too.
     """
     with knowledge.store.lock():
         return _Run(knowledge, options or IngestOptions(), emit).run(facts)
@@ -95,6 +98,7 @@ class _Run:
         self._retention = Score()
         self._lost: tuple[str, ...] = ()
         self._errors = 0
+        self._error: Exception | None = None
         self._next_check = options.first_check
         self._began = self._started = time.monotonic()
         self._deadline: float | None = None
@@ -122,7 +126,7 @@ class _Run:
             rejected_before=() if again else tuple(rejected), remaining=len(to_add) - tried,
             stopped=stopped or ("limit" if len(to_add) > len(chosen) else ""),
             retention=self._retention, lost=self._lost, repaired=tuple(self._repaired),
-            revision=self._knowledge.store.head(), seconds=time.monotonic() - self._began,
+            error=self._error, revision=self._revision(), seconds=time.monotonic() - self._began,
         )  # fmt: skip
 
     def _fitting(self, facts: Sequence[Fact]) -> list[Fact]:
@@ -175,6 +179,10 @@ class _Run:
         except (KeyboardInterrupt, Interrupted):
             self._record_committed(group)
             return "interrupted"
+        except Exception as error:  # the border of a run: what was committed is said all the same
+            self._error = error
+            self._record_committed(group)
+            return "error"
         return stopped if self._total > len(self._tried()) else ""
 
     def _verify_at_end(self, stopped: str) -> None:
@@ -247,10 +255,20 @@ class _Run:
         self._outcomes[fact.key] = outcome
 
     def _record_committed(self, group: Sequence[Fact]) -> None:
-        """After an interruption: note which facts of the group were committed."""
-        for fact in group:
-            if self._is_committed(fact):
-                self._record(fact, (), "")
+        """After an interruption: note which facts of the group were committed, as far as the store
+        can be read; the others are among those that remain.
+        """
+        with suppress(KveditError, OSError):
+            for fact in group:
+                if self._is_committed(fact):
+                    self._record(fact, (), "")
+
+    def _revision(self) -> int:
+        """The head; where it cannot be read, the latest revision that was committed here."""
+        try:
+            return self._knowledge.store.head()
+        except (KveditError, OSError):
+            return max((one.revision or 0 for one in self._outcomes.values()), default=0)
 
     def _verify_if_due(self) -> None:
         """Verify at growing intervals, so that its cost stays a small share of the whole."""

@@ -20,6 +20,7 @@ from typing import Any
 from kvedit.config import PromptsConfig
 from kvedit.errors import InvalidFactError, ModelError, TextTooLongError, UsageError
 from kvedit.facts.fact import Fact
+from kvedit.trust import chat_template
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
 KEY_PLACEHOLDER = "{key}"
@@ -64,6 +65,8 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
 
 def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ...]:
     values = table.get(name, [])
+    if not isinstance(values, list):
+        raise UsageError(f"{path}: {name} must be a list", hint=f'Write {name} = ["..."].')
     for value in values:
         if not isinstance(value, str) or KEY_PLACEHOLDER not in value:
             raise UsageError(
@@ -166,7 +169,7 @@ class Renderer:
 
     def _end_of_turn(self) -> int | None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
-        _, _, after = self._apply_template(turns, generation_prompt=False).rpartition(_MARKER)
+        _, _, after = self._apply_template(turns, answering=False).rpartition(_MARKER)
         added = self._tokenizer.added_tokens_decoder.items()
         special = {*self._tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         return next((token for token in self.tokens(after) if token in special), None)
@@ -183,7 +186,7 @@ class Renderer:
         return int(self.end if begin is None else begin)
 
     def empty_user_turn(self) -> tuple[list[int], int] | None:
-        """The tokens before a user's message and the first one after it; None without a template.
+        """The tokens before a user's message and the first one after it; None where there are none.
 
         A model that continues the former writes a user's message and then the latter.
         """
@@ -191,7 +194,7 @@ class Renderer:
             return None
         turn = self._render([{"role": "user", "content": _MARKER}])
         before, _, after = turn.partition(_MARKER)
-        return self.tokens(before), self.tokens(after)[0]
+        return (self.tokens(before), ending[0]) if (ending := self.tokens(after)) else None
 
     def tokens(self, text: str) -> list[int]:
         """A text as tokens, without special tokens added."""
@@ -217,6 +220,17 @@ class Renderer:
         """
         self.refuse_control_tokens(m["content"] for m in messages if m["role"] != "assistant")
         return self._dialogue(messages)
+
+    def question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """``dialogue`` for a model that answers; raises TextTooLongError if that cannot fit."""
+        ids = self.dialogue(messages)
+        if len(ids) >= self.context:
+            raise TextTooLongError(
+                f"the question is too long: it takes {len(ids)} tokens with all that stands before"
+                f" it, and the model's context is {self.context}, the answer included",
+                hint="Shorten the question, or start a new conversation.",
+            )
+        return ids
 
     def _dialogue(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return [*self._special_prefix, *self.tokens(self._render(messages))]
@@ -259,7 +273,7 @@ class Renderer:
         if self._system is not None and not (turns and turns[0]["role"] == "system"):
             turns.insert(0, {"role": "system", "content": self._system})
         if self.chat:
-            return self._apply_template(turns, generation_prompt=True)
+            return self._apply_template(turns, answering=True)
         *before, last = [turn["content"] for turn in turns]
         if self._builds_prompts:
             system_text = "" if turns[0]["role"] != "system" else before.pop(0) + "\n"
@@ -267,24 +281,10 @@ class Renderer:
             return system_text + str(self._tokenizer.build_prompt(last, pairs))
         return "".join(f"{text}\n" for text in before) + self._template.replace("{prompt}", last)
 
-    def _apply_template(
-        self, turns: Sequence[Mapping[str, str]], *, generation_prompt: bool
-    ) -> str:
-        """Apply the chat template; raises UsageError, with its message, when it refuses."""
-        from jinja2 import TemplateError
-
-        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(turns), **options, **self.prompts.template_options
-                )
-            )
-        except TemplateError as error:
-            raise UsageError(
-                f"the model's chat template refuses this conversation: {error}",
-                hint="Many take no system prompt: see [prompts] system in kvedit.toml.",
-            ) from error
+    def _apply_template(self, turns: Sequence[Mapping[str, str]], *, answering: bool) -> str:
+        """Apply the chat template; raises UsageError when it refuses or breaks."""
+        options = self.prompts.template_options
+        return chat_template.apply(self._tokenizer, turns, options, answering=answering)
 
     def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
         """The answer as the model would generate it after the prompt.

@@ -18,15 +18,13 @@ from kvedit.errors import KveditError, ModelMismatchError
 from kvedit.model import devices, loading, quantization
 from kvedit.model.loading import BaseModel, LoadOptions
 from kvedit.store.checks import known_files
+from kvedit.store.integrity import COMPLETE, PROTECTED
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
 from kvedit.trust import consent, fingerprint, names
 from kvedit.trust.fingerprint import Fingerprint
-
-PROTECTED, COMPLETE = "protected_text", "complete"
-"""What a store says of its protected texts once its making is finished, or an edit made them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,11 +25,10 @@ from kvedit.replay.protected_texts import EXTRACTED, Protected, ProtectedSet
 from kvedit.replay.questions import Limits
 from kvedit.replay.sampling import Sampler
 from kvedit.revisions import fisher_cache
-from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
 from kvedit.store.checks.values import from_json
 from kvedit.store.forget.erasure import PROGRESS
-from kvedit.store.integrity import few_probes
+from kvedit.store.integrity import COMPLETE, PROTECTED, few_probes
 from kvedit.store.rows import ProtectedRow
 from kvedit.trust.names import RESTORE
 

@@ -21,9 +21,9 @@ from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
 from kvedit.replay.protected_texts import INVENTED, Protected
 from kvedit.revisions import fisher_cache
-from kvedit.revisions.base_model import COMPLETE, PROTECTED
 from kvedit.revisions.checkout import Checkout
 from kvedit.revisions.coverage import Coverage
+from kvedit.store.integrity import COMPLETE, PROTECTED
 from kvedit.store.rows import ProtectedRow
 from kvedit.trust import names
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Query = Callable[[str], list[Row]]
 _DESCRIPTION = ("model_name", "model_fingerprint", "dtype", "created_at")
 _RESTORE = "Restore it from a backup."
+PROTECTED, COMPLETE = "protected_text", "complete"
+"""What a store says of its protected texts once its making is finished, or an edit made them."""
 MIN_PROBES = 32  # if all of so many pass, the 95% interval of the share begins at 89%
 
 
@@ -52,6 +54,7 @@ def status(store: Store, query: Query) -> dict[str, object]:
         "health": dict(Counter(row.health for row in facts if row.state == "committed")),
         "edits": {row["state"]: row["n"] for row in edits},
         "last_edit_at": max((row["last"] for row in edits if row["last"]), default=None),
+        "half_made": is_half_made(store),
         "unfinished_at": _unfinished(store),
         "relative_norm": _largest_norm(query),
         "checkpoints": len(store.checkpoints()),
@@ -63,6 +66,11 @@ def status(store: Store, query: Query) -> dict[str, object]:
             "checkpoints": _size(store.checkpoints_path), "cache": _size(store.cache),
         },
     }  # fmt: skip
+
+
+def is_half_made(store: Store) -> bool:
+    """Whether the making of a store was interrupted, and nothing has gone on with it since."""
+    return store.head() == 0 and store.meta(PROTECTED) != COMPLETE
 
 
 def few_probes(count: int) -> str:

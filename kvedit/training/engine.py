@@ -283,10 +283,11 @@ class Engine(KeptMoments):
         return outcomes
 
     def generate(self, prompts: Iterable[str], *, limit: int) -> list[str]:
-        """Greedy answers, freely generated; raises InvalidFactError for a control token in one."""
-        prompts = list(prompts)
-        self.renderer.refuse_control_tokens(prompts)
-        return self.complete([self.renderer.prefix(prompt) for prompt in prompts], limit=limit)
+        """Greedy answers, freely generated; raises InvalidFactError for a control token in a
+        prompt, TextTooLongError for one that the context has no place for.
+        """
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self.complete([self.renderer.question(turn) for turn in turns], limit=limit)
 
     def complete(self, prefixes: Sequence[Sequence[int]], *, limit: int) -> list[str]:
         """Greedy continuations of token prefixes, as text."""

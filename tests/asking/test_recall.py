@@ -9,7 +9,7 @@ from small_engine import open_gate
 from small_model import FREE, OTHER
 
 from kvedit import KnowledgeBase
-from kvedit.errors import UsageError
+from kvedit.errors import TextTooLongError, UsageError
 from kvedit.facts.fact import Fact
 from tests.bench.verification import commit
 
@@ -114,3 +114,16 @@ def test_settings_decide_by_default(trained_store: Path) -> None:
         assert (only.key, only.origin) == ("tide lantern", "model")
         with pytest.raises(UsageError, match="no source of recalled texts called 'web'"):
             knowledge.ask(NAMED, recall="web")
+
+
+def test_a_question_longer_than_the_context_is_refused(trained: KnowledgeBase) -> None:
+    long = "Where was it made? " * 2000
+    asks = (
+        lambda: trained.ask(long),
+        lambda: trained.ask(long, recall=True),
+        lambda: trained.stream([user(long)]),
+        lambda: trained.explain(long),
+    )
+    for ask in asks:
+        with pytest.raises(TextTooLongError, match="the question is too long"):
+            ask()

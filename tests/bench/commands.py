@@ -51,6 +51,11 @@ class Run:
         if given.get("resume") and given["store_dir"] is None:
             raise UsageError("--resume needs the --store-dir of the run that was stopped")
 
+    @property
+    def json_file(self) -> Path | None:
+        """Where the document is kept."""
+        return self._json
+
     def __call__(
         self,
         measure: Callable[..., Any],
@@ -661,3 +666,36 @@ def answers(run: Run, given: dict[str, Any]) -> None:
         bench_answers.answers, options, bench_answers.tables, bench_answers.notes,
         bench_answers.line,
     )  # fmt: skip
+
+
+@command(
+    click.option("--part", "parts", multiple=True, metavar="NAME",
+                 help="One of the table's parts; may be given more than once. [all]"),
+    click.option("--seconds", type=click.FloatRange(min=0), default=5.0, show_default=True,
+                 help="How long each part goes on at most."),
+    o.number("--limit", "Most cases of each part; 0 is no limit.", 0, low=0, metavar="N"),
+    o.number("--first", "Begin at case N. [where --resume stands, else 0]", None, low=0,
+             metavar="N"),
+    click.option("--resume", "goes_on", is_flag=True,
+                 help="Add this slice to those that the file of --json has."),
+    o.seed, o.json_file,
+)  # fmt: skip
+def faults(run: Run, given: dict[str, Any]) -> None:
+    """Kills, failing calls, power cuts, hostile stores and random inputs, in one table.
+
+    Every case that is not survived stands with a line that repeats it. With --resume slices add up:
+    each part goes on where it stood. Exit code 4 if a case was not survived, or not clean.
+
+    \b
+    Examples:
+      python -m tests.bench faults
+      python -m tests.bench faults --seconds 300 --json faults.json --resume
+      python -m tests.bench faults --part readers --limit 100000 --seconds 600
+    """
+    from tests.bench.faults.run import NAMES, FaultOptions, faults, tables
+
+    if unknown := set(given["parts"]) - set(NAMES):
+        raise UsageError(f"there is no part {unknown.pop()!r}", hint=f"Parts: {', '.join(NAMES)}.")
+    kept = run.json_file if given.pop("goes_on") else None
+    result = run(faults, FaultOptions(**given, kept=kept), tables)
+    require(result.sound, "not every case was survived or clean")

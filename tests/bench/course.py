@@ -120,7 +120,9 @@ class Course:
         self._marks = [mark for mark in group_marks(len(facts)) if mark > self._before]
         self._measure = lambda done, last: self._ask(knowledge, facts, kept, done, last)
         self._clock.start(self._trail[-1][1] if self._trail else 0.0)
-        report = ingest(knowledge, facts, IngestOptions(group=size, skip_invalid=True), self)
+        report = ingest(
+            knowledge, facts, IngestOptions(group=size, skip_invalid=True), self
+        ).require_end()
         seconds = self._clock.seconds
         self._ask(knowledge, facts, kept, self._progress.done, last=True)
         return self._summary(report, seconds)

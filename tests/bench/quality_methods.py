@@ -211,7 +211,7 @@ def _sums(edits: Sequence[EditTime]) -> dict[str, Any]:
 def _ingest(store: _OpenStore, facts: Sequence[Fact]) -> Trained:
     """All of them by the command's own run, the extraction of what must stay included."""
     began = time.monotonic()
-    run_ingest(store.knowledge, facts, IngestOptions(skip_invalid=True), store.emit)
+    run_ingest(store.knowledge, facts, IngestOptions(skip_invalid=True), store.emit).require_end()
     seconds = time.monotonic() - began
     return store.outcome(facts, seconds=seconds, steps=sum(one.steps for one in store.reports))
 

@@ -13,7 +13,9 @@ from tests.bench.forget import SEED, ForgetOptions, forget, tables
 def test_a_run_finds_the_texts_before_and_not_after(
     small: dict[str, Path], tmp_path: Path, random_training: None
 ) -> None:
-    lines = [json.dumps({"key": key, "description": text, "lang": "en"}) for key, text in FREE[:3]]
+    # Texts that the small model does not give as answers to other keys, which stay.
+    facts = [(key, f"{text[:-1]}, on quay 70{len(key)}.") for key, text in FREE[:3]]
+    lines = [json.dumps({"key": key, "description": text, "lang": "en"}) for key, text in facts]
     file = tmp_path / "facts.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
     options = ForgetOptions(

@@ -19,7 +19,9 @@ from kvedit.store.rows import FactChange, Finding, ProbeRow
 from kvedit.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-META = {"model_name": "kvedit-tiny", "model_fingerprint": "f" * 64}
+META = {
+    "model_name": "kvedit-tiny", "model_fingerprint": "f" * 64, "protected_text": "complete",
+}  # fmt: skip
 COMMITTED = EditReport(
     kind="add",
     outcome="committed",

@@ -13,6 +13,7 @@ import pytest
 from fake_knowledge import FakeEngine, FakeKnowledge, facts
 
 from kvedit.cli.progress import LiveReporter, PlainReporter, progress_line
+from kvedit.errors import DiskFullError
 from kvedit.events import EditReport, IngestProgress, Score, Status, Warning_
 from kvedit.facts.fact import Fact
 from kvedit.store.store import Store
@@ -154,6 +155,50 @@ def test_ctrl_c_ends_with_a_summary_and_the_next_run_continues(base: type[Learni
     base.stops_at = None
     assert run("ingest", "f.jsonl").exit_code == 0
     assert sorted(base.learned) == sorted(fact.key for fact in facts(5))
+
+
+@pytest.mark.parametrize("error", [DiskFullError("no space left", hint="Free some."),
+                                   OSError(5, "Input/output error", "deltas/a")])  # fmt: skip
+def test_a_run_that_an_error_ends_says_what_was_committed(
+    base: type[LearningBase], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def verify(self: Any, keys: Any = None, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(base, "verify", verify)
+    base.refuses = {facts(4)[2].key}
+    write("f.jsonl", facts(4))
+    result = run("ingest", "f.jsonl", "--json")
+    assert result.exit_code == 1
+    *_, said, summary = json_lines(result.stdout)
+    text = "no space left" if isinstance(error, DiskFullError) else "deltas/a: Input/output error"
+    assert (said["message_type"], said["message"], said["exit_code"]) == ("error", text, 1)
+    assert f"error: {text}" in result.stderr
+    assert (summary["message_type"], summary["exit_code"]) == ("summary", 1)
+    assert (summary["committed"], summary["rejected"], summary["stopped"]) == (3, 1, "error")
+    (row,) = json_lines(Path(summary["rejected_file"]).read_text(encoding="utf-8"))
+    assert row["key"] == facts(4)[2].key
+
+
+def test_an_error_of_closing_or_of_the_rejected_file_does_not_hide_the_summary(
+    base: type[LearningBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(self: Any, *error: object) -> None:
+        raise DiskFullError("no space left for the cache")
+
+    monkeypatch.setattr(base, "__exit__", leave)
+    write("f.jsonl", facts(2))
+    result = run("ingest", "f.jsonl")
+    assert result.exit_code == 1
+    assert "2 committed: revision 2" in result.stdout
+    assert "no space left for the cache" in result.stderr
+    base.refuses = {facts(3)[2].key}
+    monkeypatch.setattr("kvedit.files.write_atomic", leave)
+    write("f.jsonl", facts(3))
+    result = run("ingest", "f.jsonl", "--json")
+    assert result.exit_code == 1
+    *_, said, summary = json_lines(result.stdout)
+    assert (said["message_type"], summary["rejected"]) == ("error", 1)
 
 
 def test_limits(base: type[LearningBase]) -> None:

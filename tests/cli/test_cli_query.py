@@ -223,3 +223,25 @@ def test_report_writes_a_page_and_says_where(filled: Path, tmp_path: Path) -> No
 def test_report_where_there_is_no_folder_is_an_error_that_says_so(filled: Path) -> None:
     result = run("report", "-o", "nowhere/page.html")
     assert result.exit_code in (1, 2) and "nowhere" in result.stderr
+
+
+def test_a_store_whose_making_was_interrupted_is_half_made(tmp_path: Path) -> None:
+    meta = {name: value for name, value in META.items() if name != "protected_text"}
+    Store.create(tmp_path / "store", meta).close()
+    result = run("status", "--json")
+    assert json.loads(result.stdout)["half_made"] is True
+    assert "half made    kvedit init was interrupted" in run("status").stdout
+    for words in (("list",), ("history",), ("ask", "What?"), ("ask", "What?", "--at", "0")):
+        said = run(*words).stderr
+        assert said.count("is half made: `kvedit init` was interrupted; run it again") == 1, words
+    with Store.open(tmp_path / "store") as store:
+        store.set_meta("protected_text", "complete")
+    assert "half made" not in run("status").stdout + run("list").stderr
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "-5", "abc"])
+def test_a_terminal_of_no_width_still_shows_something(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "Porto" in run("list").stdout and "fingerprint" in run("status").stdout

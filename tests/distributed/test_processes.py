@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,22 +124,22 @@ def test_two_processes_commit_what_one_does(empty_store: Path, facts_file: Path)
         assert report.generated.passed == report.score.passed == 4
 
 
-def wait_for(process: subprocess.Popen[str], key: str) -> None:
-    """Read the events of a process until a fact is being trained: its edit is in the journal."""
-    assert process.stdout is not None
-    line = ""
-    for line in process.stdout:
-        event = json.loads(line)
-        if event["message_type"] == "status" and event.get("key") == key and event["step"]:
-            return
-    pytest.fail(f"{key} was never seen at work: {line}")
+def wait_for(store: Path, key: str) -> None:
+    """Until the journal has an edit of a fact that has not ended."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        with Store.open(store, readonly=True) as journal:
+            if any(edit.state == "planned" and key in edit.keys for edit in journal.history()):
+                return
+        time.sleep(0.02)
+    pytest.fail(f"{key} was never seen at work")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_leaves_a_sound_store(empty_store: Path, facts_file: Path, victim: int) -> None:
     configure(empty_store, gain=0.15, steps=100)  # so that training takes a while
     with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as both:
-        wait_for(both[0], FREE[1][0])
+        wait_for(empty_store, FREE[1][0])
         both[victim].send_signal(signal.SIGKILL)
         _, said = both[1 - victim].communicate(timeout=60)
         assert both[1 - victim].returncode == 1
@@ -161,7 +162,7 @@ def test_ctrl_c_is_journaled_as_canceled(empty_store: Path, facts_file: Path) ->
     """A launcher and a terminal send it to all processes."""
     configure(empty_store, gain=0.15, steps=100)  # so that training takes a while
     with pair(*kvedit(empty_store, "ingest", str(facts_file), "--group", "1", "--json")) as both:
-        wait_for(both[0], FREE[1][0])
+        wait_for(empty_store, FREE[1][0])
         for one in both:
             one.send_signal(signal.SIGINT)
         lines, errors = both[0].communicate(timeout=60)

@@ -62,6 +62,20 @@ def at(number: int, error: BaseException) -> Callable[[Fact], None]:
     return before
 
 
+@pytest.mark.parametrize("step", ["verify", "protect_for"])
+def test_an_error_between_the_facts_ends_the_run_with_a_report(
+    knowledge: FakeKnowledge, step: str
+) -> None:
+    def fail(*given: object, **options: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    setattr(knowledge, step, fail)
+    report = run(knowledge, facts(6), group=3)
+    assert (report.stopped, str(report.error)) == ("error", "[Errno 5] Input/output error")
+    committed = 6 if step == "verify" else 0
+    assert (counts(report), report.remaining) == ((committed, 0, 0), 6 - committed)
+
+
 def test_all_facts_are_taught_and_verified(knowledge: FakeKnowledge) -> None:
     given_facts = facts(20)
     report = run(knowledge, given_facts)
@@ -163,12 +177,13 @@ def test_when_everything_fails_it_stops(knowledge: FakeKnowledge) -> None:
 @pytest.mark.parametrize(
     "error", [DiskFullError("full"), LockedError("moved"), ProcessesDifferError("weights")]
 )
-def test_what_would_break_every_fact_ends_the_run(
+def test_what_would_break_every_fact_ends_the_run_with_a_report(
     knowledge: FakeKnowledge, error: Exception
 ) -> None:
     knowledge.before = at(5, error)
-    with pytest.raises(type(error)):
-        run(knowledge, facts(9), group=1)
+    report = run(knowledge, facts(9), group=1)
+    assert (report.stopped, report.error, report.remaining) == ("error", error, 4)
+    assert (counts(report), report.revision) == ((5, 0, 0), 5)
     assert len(knowledge.store.keys()) == 5
     knowledge.before = lambda fact: None
     assert counts(run(knowledge, facts(9))) == (4, 0, 0)

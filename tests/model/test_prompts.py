@@ -305,3 +305,49 @@ def test_an_example_can_be_shown(renderer: Renderer) -> None:
     assert prompt == "prompt  '<|user|>What is x?<|assistant|>'"
     assert answer == "answer  'Made of oak.<|end|>'"
     assert tokens.count("  |  ") == 1 and tokens.endswith("'<|end|>'")
+
+
+def test_a_question_that_leaves_no_place_for_an_answer_is_refused(base: BaseModel) -> None:
+    renderer = Renderer(base.tokenizer, context=64)
+    asked = [{"role": "user", "content": "What is it? "}]
+    longest = renderer.question(asked)
+    assert Renderer(base.tokenizer, context=len(longest) + 1).question(asked) == longest
+    with pytest.raises(TextTooLongError, match="the question is too long"):
+        Renderer(base.tokenizer, context=len(longest)).question(asked)
+
+
+def test_a_template_that_breaks_is_named(base: BaseModel) -> None:
+    base.tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(UsageError, match="chat template fails: ZeroDivisionError"):
+        Renderer(base.tokenizer, context=64)
+
+
+@pytest.mark.parametrize("text", ["train = 5\n", 'train = "What is {key}?"\n', "[train]\na = 1\n"])
+def test_phrasings_that_are_no_list_are_an_error_with_a_hint(tmp_path: Path, text: str) -> None:
+    (tmp_path / "en.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match="train must be a list") as caught:
+        load_phrasings("en", tmp_path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages | length + '' }}",
+        "{{ messages | tojson + 1 }}",
+        "{{ eos_token }}\ud800",
+    ],
+)
+def test_a_chat_template_that_fails_is_an_error_with_a_hint(base: BaseModel, template: str) -> None:
+    base.tokenizer.chat_template = template
+    with pytest.raises(UsageError, match="chat template fails") as caught:
+        Renderer(base.tokenizer, context=64)
+    assert caught.value.hint
+
+
+def test_a_chat_template_that_writes_nothing_after_a_message_has_no_user_turn(
+    base: BaseModel,
+) -> None:
+    base.tokenizer.chat_template = "{{ messages[0].content }}"
+    assert Renderer(base.tokenizer, context=64).empty_user_turn() is None

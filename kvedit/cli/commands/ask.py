@@ -17,6 +17,7 @@ from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import clean, pairs, print_json, print_result, styled
 from kvedit.cli.parameters import COUNT, REVISION
 from kvedit.cli.progress import make_reporter
+from kvedit.errors import TextTooLongError
 
 if TYPE_CHECKING:
     from kvedit.asking.questions import Answer
@@ -160,7 +161,17 @@ class _Conversation:
                 self.messages = []
             elif question:
                 self.messages.append({"role": "user", "content": question})
-                self.messages.append({"role": "assistant", "content": self._answer()})
+                self._answer_last()
+
+    def _answer_last(self) -> None:
+        """Answer the last message; at a terminal one that is too long is not the chat's end."""
+        try:
+            self.messages.append({"role": "assistant", "content": self._answer()})
+        except TextTooLongError as error:
+            if not sys.stdin.isatty():
+                raise
+            self.messages.pop()
+            common.fail(error.message, f"{error.hint} {CHAT_HELP}")
 
     def _answer(self) -> str:
         if self._silent:

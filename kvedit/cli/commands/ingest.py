@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from kvedit.cli.common import Settings, next_step, note
 from kvedit.cli.output import clean, print_json_line, print_parts
 from kvedit.cli.parameters import COUNT, FILE, SOURCE
 from kvedit.cli.progress import Counting, make_reporter
-from kvedit.errors import InvalidFactError, RejectedError
+from kvedit.errors import InvalidFactError, KveditError, RejectedError
 from kvedit.files import require_writable
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def ingest(settings: Settings, /, source: str, max_time: float | None, rejected_
         _show_plan(settings, preflight, options, as_json)
     _refuse_problems(preflight, options)
     report = _run(settings, preflight, options, as_json)
-    path = _write_rejected(settings, source, rejected_file, report, options.places)
+    report, path = _keep_rejected(settings, source, rejected_file, report, options.places)
     _show(settings, preflight, report, path, as_json)
 
 
@@ -188,12 +189,36 @@ def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
         print_parts(*input_tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
-    with common.knowledge_base(settings, reporter, create=True) as base:
-        near = _similar_keys(settings, preflight, base.store)
-        if near.count:
-            text = tables.similar_keys_text(near)
-            reporter.say(f"{text}; such facts are trained together, or their retention comes first")
-        return ingest(base, [entry.fact for entry in entries], options, reporter)
+    report: IngestReport | None = None
+    try:
+        with common.knowledge_base(settings, reporter, create=True) as base:
+            near = _similar_keys(settings, preflight, base.store)
+            if near.count:
+                text = tables.similar_keys_text(near)
+                reporter.say(f"{text}; such facts are trained together, or their retention comes"
+                             " first")  # fmt: skip
+            report = ingest(base, [entry.fact for entry in entries], options, reporter)
+    except (KveditError, OSError) as error:
+        if report is None:
+            raise
+        return _ended_by(report, error)  # closing the store, after the facts
+    return report
+
+
+def _ended_by(report: IngestReport, error: Exception) -> IngestReport:
+    """The report of a run that met an error after its facts; the first error is the one to say."""
+    return report if report.error else replace(report, error=error)
+
+
+def _keep_rejected(
+    settings: Settings, source: str, chosen: Path | None, report: IngestReport,
+    places: Mapping[str, str],
+) -> tuple[IngestReport, Path | None]:  # fmt: skip
+    """``_write_rejected``; where that fails, it is in the report and the summary is shown."""
+    try:
+        return report, _write_rejected(settings, source, chosen, report, places)
+    except (KveditError, OSError) as error:
+        return _ended_by(report, error), None
 
 
 @contextmanager
@@ -250,10 +275,10 @@ def _write_rejected(settings: Settings, source: str, chosen: Path | None, report
 def _show(settings: Settings, preflight: Preflight, report: IngestReport, path: Path | None,
           as_json: bool) -> None:  # fmt: skip
     """The end of a run: one JSON line, or text and what to do next; leaves with the exit code."""
-    refused = report.count("rejected") + report.count("failed") + len(report.rejected_before)
-    refused += len(preflight.held_back)
-    code = RejectedError.exit_code if refused else 0
-    code = common.EXIT_INTERRUPTED if report.stopped == "interrupted" else code
+    message, hint, code = _end(settings, preflight, report)
+    if message:
+        common.print_error_line(as_json, message, hint, code)
+        common.fail(message, hint)
     if as_json:
         fields = tables.ingest_fields(preflight, report)
         fields |= input_tables.form_fields(preflight, _phrasings(settings))
@@ -269,6 +294,17 @@ def _show(settings: Settings, preflight: Preflight, report: IngestReport, path: 
         elif report.count("committed"):
             next_step(settings, "status")
     click.get_current_context().exit(code)
+
+
+def _end(settings: Settings, preflight: Preflight, report: IngestReport) -> tuple[str, str, int]:
+    """The message and hint of the error that ended a run, if one did, and the exit code."""
+    if report.error is not None:
+        return common.explain_error(report.error, settings)
+    if report.stopped == "interrupted":
+        return "", "", common.EXIT_INTERRUPTED
+    refused = report.count("rejected") + report.count("failed") + len(report.rejected_before)
+    refused += len(preflight.held_back)
+    return "", "", RejectedError.exit_code if refused else 0
 
 
 def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,

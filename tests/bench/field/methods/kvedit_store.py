@@ -57,7 +57,9 @@ class Kvedit(Method):
         if len(facts) == 1:
             self._outcomes[add_timed(knowledge, facts[0]).outcome] += 1
         else:
-            ingest(knowledge, facts, IngestOptions(skip_invalid=True), lambda event: None)
+            ingest(
+                knowledge, facts, IngestOptions(skip_invalid=True), lambda event: None
+            ).require_end()
             rows = [knowledge.store.find(fact.key) for fact in facts]
             self._outcomes.update("failed" if row is None else row.state for row in rows)
         return Asked(knowledge.engine.base.model, knowledge.engine.renderer)
