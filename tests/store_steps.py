@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from kvedit.facts.fact import Fact
 from kvedit.files import put
-from kvedit.store.rows import FactChange, ProbeRow
+from kvedit.store.rows import FactChange, ProbeRow, Row, fact_columns, fact_text
 from kvedit.store.store import Store
 
 META = {"model_name": "tiny", "model_fingerprint": "base-digest", "dtype": "bfloat16"}
@@ -138,6 +139,70 @@ def prune(store: Store, before: int) -> None:
     """Drop deltas, where a checkpoint stands for them already."""
     store.mark_pruned(store.prune_plan(before).dropped)
     store.recover()
+
+
+def fill(store: Store, count: int) -> None:
+    """Put facts, each with an edit and checks of its own, into an empty store's tables at once.
+
+    Every tenth was rejected; keys and texts are of several lengths and scripts.
+    """
+    tables: dict[str, list[Row]] = {}
+    revision = 0
+    for number in range(1, count + 1):
+        learned = number % 10 != 0
+        rows = _made_up(number, revision, learned)
+        for table, row in rows + _checks(number, revision + 1 if learned else None):
+            tables.setdefault(table, []).append(row)
+        revision += learned
+    store._db.conn.execute("PRAGMA foreign_keys = OFF")  # edits and revisions name each other
+    with store._transaction():
+        for table, filled in tables.items():
+            marks = ", ".join(f":{name}" for name in filled[0])
+            sql = f"INSERT INTO {table} ({', '.join(filled[0])}) VALUES ({marks})"
+            store._db.conn.executemany(sql, filled)
+        store._execute("UPDATE meta SET value = ? WHERE name = 'head'", [str(revision)])
+    store._db.conn.execute("PRAGMA foreign_keys = ON")
+
+
+_WHEN = "2026-01-01T00:00:00+00:00"
+_NORMS = {f"layers.{i}.{name}": 0.001 for i in range(24) for name in ("up", "down")}
+
+
+def _made_up(number: int, parent: int, learned: bool) -> list[tuple[str, Row]]:
+    """The rows of a fact and of its edit."""
+    ending = ("", " 架空之物", " " + "Donaudampfschifffahrt" * 6)[number % 3]
+    key = f"made-up thing {number}{ending}"
+    text = f"{key} is number {number}. " + "It is 没有 <real> & never was. " * (number % 30)
+    new, state, revision = fact(key, text), ("rejected", "committed")[learned], parent + 1
+    edit: Row = {"id": number, "kind": "add", "state": state, "parent": parent}
+    edit |= {"revision": revision if learned else None, "started_at": _WHEN}
+    edit |= {"reasons": json.dumps([] if learned else [f"recall {number % 8} of 8"])}
+    edit |= {"report": json.dumps({"seconds": 3.25, "relative_norms": _NORMS})}
+    times = {"created_at": _WHEN, "updated_at": _WHEN}
+    made: Row = {"id": revision, "parent": parent, "edit_id": number, "kind": "add"}
+    made |= {"delta": f"{number:064x}", "weights_digest": "w", "created_at": _WHEN}
+    version = {"fact_id": number, "revision": revision, "state": state, "fact": fact_text(new)}
+    return [
+        ("facts", {"id": number, **fact_columns(new), "state": state, **times}),
+        ("edits", edit),
+        ("edit_facts", {"edit_id": number, "fact_id": number}),
+        *([("revisions", made), ("fact_versions", version)] if learned else []),
+    ]
+
+
+def _checks(number: int, revision: int | None) -> list[tuple[str, Row]]:
+    """The rows of a fact's checks; the first of each was a numerical tie."""
+    health = {"fact_id": number, "last_checked_revision": revision, "last_checked_at": _WHEN}
+    passed = number % 50 != 7
+    health |= {"passed": passed, "margin": (number % 90 + 1) / 10 * (1 if passed else -1)}
+    rows = [("fact_health", health)] if revision else []
+    for place in range(12):
+        probe: Row = {"fact_id": number, "edit_id": number, "revision": revision}
+        probe |= {"kind": ("recall", "paraphrase", "retention")[place % 3], "prompt": "what?"}
+        probe |= {"protocol": "teacher-forced" if place else "generated", "margin": 1.5}
+        probe |= {"passed": number % 40 != place, "created_at": _WHEN}
+        rows.append(("probe_results", probe))
+    return rows
 
 
 def committed_texts(store: Store) -> dict[str, str]:

@@ -123,6 +123,21 @@ class Lineage(StoreBase):
         """The facts that the model holds at a revision, by their ids."""
         return _committed(self.facts_at(number))
 
+    def held_counts(self) -> dict[int, int]:
+        """How many facts the model holds at each revision; erased ones are counted nowhere."""
+        rows = self._rows("SELECT revision, fact_id, state FROM fact_versions ORDER BY revision")
+        changes: dict[int, list[tuple[int, bool]]] = {}
+        for row in rows:
+            change = (row["fact_id"], row["state"] == "committed")
+            changes.setdefault(row["revision"], []).append(change)
+        held: set[int] = set()
+        counts = {}
+        for revision in self.revisions():
+            for fact_id, is_held in changes.get(revision.id, ()):
+                (held.add if is_held else held.discard)(fact_id)
+            counts[revision.id] = len(held)
+        return counts
+
     def revision_before(self, fact_id: int) -> int:
         """The revision in the head's lineage just before a fact was committed last.
 

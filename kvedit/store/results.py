@@ -17,8 +17,12 @@ class Results(Repairs):
 
     def probe_counts(self) -> list[ProbeCount]:
         """How many probes of each kind passed at each revision, oldest first."""
-        sql = """SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n
-            FROM probe_results WHERE revision IS NOT NULL
+        # Of the generated answers only a tie has a margin; held-out questions are never ties.
+        sql = """SELECT revision, kind, protocol, sum(passed) AS passed, count(*) AS n,
+                sum(tie) AS ties, sum(tie AND passed) AS ties_passed
+            FROM (SELECT *, protocol = 'generated' AND margin IS NOT NULL
+                AND kind <> 'portability' AS tie FROM probe_results)
+            WHERE revision IS NOT NULL
             GROUP BY revision, kind, protocol ORDER BY revision"""
         return [ProbeCount(**row) for row in self._rows(sql)]
 

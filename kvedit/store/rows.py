@@ -81,13 +81,19 @@ class ProbeRow:
 
 @dataclass(frozen=True, slots=True)
 class ProbeCount:
-    """How many probes of one kind passed, of ``n``, at one revision and under one protocol."""
+    """How many probes of one kind passed, of ``n``, at one revision and under one protocol.
+
+    ``ties`` of them were asked teacher-forced, were numerical ties, and were decided by free
+    generation; ``ties_passed`` of these passed.
+    """
 
     revision: int
     kind: str
     protocol: str
     passed: int
     n: int
+    ties: int = 0
+    ties_passed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

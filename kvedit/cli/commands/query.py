@@ -157,8 +157,9 @@ def report(settings: Settings, file: Path, as_json: bool) -> None:
     """Write one HTML page about the store, which needs no network.
 
     It shows the facts and how well they are recalled, which of them need attention, what was
-    rejected and why, the edits, and plots over time. Nothing is measured for it: run `verify` first
-    for current figures.
+    rejected and why, the latest edits, and plots over time. Nothing is measured for it: run
+    `verify` first for current figures. It names no folder of this machine by more than its last
+    name, but it holds the texts of the facts.
 
     \b
     Examples:

@@ -4,28 +4,28 @@ Invariants:
 - The report is a single file without scripts, fonts or network access.
 - It is made from the store alone; nothing is measured, and the store is not changed.
 - Every share is given with its protocol, its number of probes and its interval.
+- No path of the machine stands in it, and it stays small: what is cut is said to be cut, and of
+  edits and facts the latest are shown.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import BytesIO
-from itertools import accumulate
+from html import escape
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kvedit.events import Score
 from kvedit.files import write_atomic
+from kvedit.store.report import charts
+from kvedit.store.report.scores import FORCED, GENERATED, Check, checks, pooled
+from kvedit.store.report.texts import clipped, fitting, folder_name, model_name, without_paths
 from kvedit.store.rows import EditRow, FactRow, ProbeCount
 from kvedit.store.store import Store
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).parents[2] / "data" / "report.html"
 KINDS = {
@@ -35,20 +35,29 @@ KINDS = {
     "retention": "Retention of earlier facts",
     "portability": "Answers: portability (held-out questions)",
 }
-WEAKEST, LATEST = 30, 200
-"""The most facts and edits in the tables of the weakest facts and of the latest edits."""
+WEAKEST, LATEST, REJECTED, FACTS = 30, 200, 200, 3000
+"""The most rows in the tables of the weakest facts, the edits, the rejected and all facts."""
+FACTS_BYTES = 3_000_000  # of the texts in the table of all facts
+DESCRIPTION, REASONS, KEY = 200, 500, 60
+"""The most characters of a description, of an edit's reasons, and of a key in a list of keys."""
 HEALTH = ("recalled", "regressed", "stale", "unchecked")
+RECALLED = ("recalled", "stale")  # at the last check, which may be long ago
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The scores of one kind of probe under one protocol: at its latest revision, and of all."""
+    """The scores of one kind of probe under one protocol: at its latest revision, and of all.
+
+    ``latest_ties`` and ``all_ties`` are how many of the probes were numerical ties.
+    """
 
     name: str
     protocol: str
     revision: int
     latest: Score
     all: Score
+    latest_ties: int = 0
+    all_ties: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +70,87 @@ class Gap:
 
 def write(store: Store, path: Path) -> None:
     """Write the page; the file is complete or not there.  Raises DiskFullError or KveditError."""
-    write_atomic(path, page(store).encode("utf-8"))
+    write_atomic(path, page(store).encode("utf-8", "replace"))
 
 
 def page(store: Store) -> str:
     """The page as HTML."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"share": share, "ties": ties, "number": number, "clipped": clipped}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     facts, edits, counts = store.facts(), store.history(), store.probe_counts()
     committed = [row for row in facts if row.state == "committed"]
-    refusals = store.refusals()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["share"] = share
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    status = store.status()
     return template.render(
-        status=store.status(),
+        status=status,
+        name=folder_name(str(store.path)),
+        model=model_name(str(status["model_name"] or "model unknown")),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         states=Counter(row.state for row in facts),
         health=[(name, sum(row.health == name for row in committed)) for name in HEALTH],
-        recalled=Score(sum(row.health == "recalled" for row in committed), len(committed)),
+        recalled=Score(sum(row.health in RECALLED for row in committed), len(committed)),
         measured=latest(counts),
+        has_ties=any(row.ties for row in counts),
         gap=latest_gap(edits),
-        weakest=weakest(committed)[:WEAKEST],
-        rejected=[(row, reasons) for row in facts if (reasons := refusals.get(row.id))],
-        edits=edits[::-1][:LATEST],
-        earlier_edits=max(0, len(edits) - LATEST),
-        facts=facts,
+        charts=_charts(store, committed, edits, counts),
         seconds=seconds,
-        charts=[(title, Markup(svg)) for title, svg in _charts(committed, edits, counts) if svg],
+        **_tables(store, facts, committed, edits),
     )
+
+
+def _tables(
+    store: Store, facts: Sequence[FactRow], committed: Sequence[FactRow], edits: Sequence[EditRow]
+) -> dict[str, Any]:
+    """The rows of the tables, and how many there are of which only some are shown."""
+    refusals, shortened = store.refusals(), _shortened(store)
+    rejected = [(row, shortened(refusals[row.id])) for row in facts[::-1] if refusals.get(row.id)]
+    return {
+        "weakest": weakest(committed)[:WEAKEST],
+        "committed": len(committed),
+        "rejected": rejected[:REJECTED],
+        "all_rejected": len(rejected),
+        "edits": [(edit, about(edit), shortened(edit.reasons)) for edit in edits[:LATEST]],
+        "earlier_edits": max(0, len(edits) - LATEST),
+        "facts": (shown := latest_facts(facts)),
+        "has_cut": any(len(row.fact.description) > DESCRIPTION for row in shown),
+        "all_facts": len(facts),
+        "description": DESCRIPTION,
+    }
+
+
+def _shortened(store: Store) -> Callable[[Sequence[str]], str]:
+    """Reasons for a table: without paths, and not longer than can be read."""
+    known = [os.path.abspath(store.path), store.meta("model_path") or ""]
+    beginning = 40 * REASONS  # enough of them, were most of it paths
+    return lambda reasons: clipped(
+        without_paths(clipped("; ".join(reasons), beginning), known), REASONS
+    )
+
+
+def about(edit: EditRow) -> str:
+    """What an edit was about: its first keys; of an erasure how many facts."""
+    if edit.kind == "erase" or not edit.keys:
+        return str(edit.report.get("key") or "")
+    more = f" and {len(edit.keys) - 6} more" if len(edit.keys) > 6 else ""
+    return ", ".join(clipped(key, KEY) for key in edit.keys[:6]) + more
+
+
+def latest_facts(facts: Sequence[FactRow]) -> list[FactRow]:
+    """The latest facts that a page has room for, in the order they came."""
+
+    def size(row: FactRow) -> int:
+        texts = (row.fact.key, clipped(row.fact.description, DESCRIPTION))
+        return sum(len(escape(text).encode("utf-8", "replace")) for text in texts)
+
+    newest = facts[: -FACTS - 1 : -1]
+    return list(fitting(((size(row), row) for row in newest), FACTS_BYTES))[::-1]
+
+
+def number(count: int) -> str:
+    """A count with its thousands apart."""
+    return f"{count:,}"
 
 
 def share(score: Score) -> str:
@@ -101,17 +161,28 @@ def share(score: Score) -> str:
     return f"{100 * score.rate:.1f}% [{low:.1f}, {high:.1f}], {score.passed} of {score.n}"
 
 
+def ties(count: int, n: int) -> str:
+    """How many of ``n`` probes were numerical ties, for a table; empty for none."""
+    if count == n:
+        return "; numerical ties only" if n else ""
+    return f"; {count} numerical tie{'s' * (count > 1)}" if count else ""
+
+
 def latest(counts: Sequence[ProbeCount]) -> list[Measured]:
     """The scores of each kind of probe, by protocol, in the order of ``KINDS``."""
-    scores = []
-    for kind, name in KINDS.items():
-        for protocol in sorted({row.protocol for row in counts if row.kind == kind}):
-            rows = [row for row in counts if (row.kind, row.protocol) == (kind, protocol)]
-            last = max(rows, key=lambda row: row.revision)
-            total = Score(sum(row.passed for row in rows), sum(row.n for row in rows), protocol)
-            at_last = Score(last.passed, last.n, protocol)
-            scores.append(Measured(name, protocol, last.revision, at_last, total))
-    return scores
+    return [
+        _measured(name, protocol, of_protocol)
+        for kind, name in KINDS.items()
+        for protocol, of_protocol in checks(counts, kind).items()
+        if of_protocol
+    ]
+
+
+def _measured(name: str, protocol: str, every: Sequence[Check]) -> Measured:
+    last, total = every[-1], pooled(every)
+    protocol = GENERATED if total.ties == total.n else protocol  # nothing else is left of it
+    at_last, of_all = (Score(one.passed, one.n, protocol) for one in (last, total))
+    return Measured(name, protocol, last.revision, at_last, of_all, last.ties, total.ties)
 
 
 def latest_gap(edits: Sequence[EditRow]) -> Gap | None:
@@ -141,89 +212,25 @@ def seconds(edit: EditRow) -> str:
 
 
 def _charts(
-    committed: Sequence[FactRow], edits: Sequence[EditRow], counts: Sequence[ProbeCount]
+    store: Store,
+    committed: Sequence[FactRow],
+    edits: Sequence[EditRow],
+    counts: Sequence[ProbeCount],
 ) -> list[tuple[str, str]]:
-    checks = [row for row in counts if row.kind == "retention" and row.n]
-    margins = [row.margin for row in committed if row.margin is not None]
-    return [
-        ("Facts in the model, by revision", _growth(committed, edits)),
-        ("Earlier facts still recalled, at each check", _retention(checks)),
-        ("Smallest logit margin in each fact's answer", _margins(margins)),
-        ("Norm of the accumulated deltas, relative to the base matrices", _norms(edits)),
+    """Titles and SVG of the charts that there is something to draw for."""
+    from markupsafe import Markup
+
+    erased = any(edit.kind == "erase" and edit.state == "committed" for edit in edits)
+    left_out = " (erased facts are counted nowhere)" if erased else ""
+    retention = checks(counts, "retention")
+    retention[FORCED + ", numerical ties generated"] = retention.pop(FORCED)
+    every = [
+        (f"Facts in the model, by revision{left_out}", charts.growth(store.held_counts())),
+        ("Earlier facts still recalled, at each check", charts.retention(retention)),
+        (
+            "Smallest logit margin in each fact's answer",
+            charts.margins([row.margin for row in committed if row.margin is not None]),
+        ),
+        ("Norm of the accumulated deltas, relative to the base matrices", charts.norms(edits)),
     ]
-
-
-def _growth(committed: Sequence[FactRow], edits: Sequence[EditRow]) -> str:
-    """The facts of today that were in the model at each revision."""
-    added = Counter(row.revision for row in committed if row.revision is not None)
-    revisions = sorted(edit.revision for edit in edits if edit.revision is not None)
-    if len(revisions) < 2:
-        return ""
-    heights = list(accumulate(added[revision] for revision in revisions))
-    figure, axes = _chart()
-    axes.step(revisions, heights, where="post")
-    axes.set(xlabel="revision")
-    return _svg(figure)
-
-
-def _retention(checks: Sequence[ProbeCount]) -> str:
-    if not checks:
-        return ""
-    scores = [Score(row.passed, row.n) for row in checks]
-    rates = [100 * (score.rate or 0.0) for score in scores]
-    ends = [score.interval() for score in scores]
-    below = [rate - 100 * low for rate, (low, _) in zip(rates, ends, strict=True)]
-    above = [100 * high - rate for rate, (_, high) in zip(rates, ends, strict=True)]
-    revisions = [row.revision for row in checks]
-    figure, axes = _chart()
-    axes.errorbar(revisions, rates, yerr=[below, above], fmt="o", markersize=3, linewidth=0.8)
-    axes.set(xlabel="revision", ylabel="%, Wilson 95%")
-    return _svg(figure)
-
-
-def _margins(margins: Sequence[float]) -> str:
-    if len(margins) < 2:
-        return ""
-    figure, axes = _chart()
-    axes.hist(margins, bins=min(40, len(margins)))
-    axes.axvline(0, linestyle=":", linewidth=1)
-    axes.set(xlabel="logits", ylabel="facts")
-    return _svg(figure)
-
-
-def _norms(edits: Sequence[EditRow]) -> str:
-    """The largest and the median relative norm, by revision: growing norms precede a collapse."""
-    measured = [(edit.revision, _percentages(edit)) for edit in edits]
-    points = sorted((at, norms) for at, norms in measured if at is not None and norms)
-    if len(points) < 2:
-        return ""
-    revisions = [revision for revision, _ in points]
-    figure, axes = _chart()
-    axes.plot(revisions, [max(norms) for _, norms in points], label="largest")
-    axes.plot(revisions, [median(norms) for _, norms in points], label="median")
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="revision", ylabel="% of a matrix's norm")
-    axes.legend(fontsize="small")
-    return _svg(figure)
-
-
-def _percentages(edit: EditRow) -> list[float]:
-    """The relative norm of each matrix after an edit, %; reports of early versions have none."""
-    norms = edit.report.get("relative_norms")
-    return [100 * norm for norm in norms.values()] if isinstance(norms, dict) else []
-
-
-def _chart() -> tuple[Figure, Axes]:
-    """A small figure and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Figure) -> str:
-    """A figure as an ``svg`` element."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue().decode("utf-8")
-    return text[text.index("<svg") :]
+    return [(title, Markup(svg)) for title, svg in every if svg]
