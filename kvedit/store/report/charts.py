@@ -119,7 +119,7 @@ def _over_revisions(axes: Axes, note: str = "") -> None:
 def _in_whole_numbers(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def _svg(figure: Figure) -> str:
