@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvedit.events import JsonDict
 from kvedit.facts.fact import Fact
+from kvedit.facts.keys import facts_text
 
 if TYPE_CHECKING:
     from kvedit.revisions.session import Session
@@ -119,9 +120,9 @@ def _asked(
         return {}
     engine = session.engine
     prompts = [engine.examples(fact)[0].prompt for fact, _ in rows]
-    said, facts = [], "1 fact" if len(rows) == 1 else f"{len(rows)} facts"
+    said = []
     for number in (before, after):
-        session.say(f"asking revision {number} about {facts}")
+        session.say(f"asking revision {number} about {facts_text(len(rows))}")
         said.append(session.at(number, lambda: engine.generate(prompts, limit=ANSWER_TOKENS)))
     return {
         row.key: replace(row, prompt=prompt, answer_before=first, answer_after=second)

@@ -20,7 +20,7 @@ from kvedit.editing.plan import Plan
 from kvedit.events import Status, Warning_
 from kvedit.replay.kl import ReferenceTexts
 from kvedit.revisions.session import Session
-from kvedit.store.rows import FactRow, ProbeRow
+from kvedit.store.rows import ProbeRow
 from kvedit.training.loops.loop import LoopResult, Step, Task
 from kvedit.training.resume import TrainingCheckpoints
 
@@ -125,7 +125,7 @@ class Attempts:
         else:
             most = config.reference_texts * REFERENCES_DRAWN
             texts = engine.reference(self.session.protection.invented_examples(most))
-        names = [*(row.fact.name for row in self._kept_rows()), *self.plan.names]
+        names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
 
     def _train(
@@ -142,7 +142,7 @@ class Attempts:
             [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
             [c.all for c in rehearsed],
             references,
-            0 if self.plan.compaction else len(self._kept_rows()),
+            0 if self.plan.compaction else len(self.evaluator.committed),
             [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
             self.session.config.study,
             self._in_turn,
@@ -157,11 +157,6 @@ class Attempts:
         self.resumed_seconds += result.resumed_seconds
         self.timings["train"] += result.resumed_seconds
         return result.delta
-
-    def _kept_rows(self) -> list[FactRow]:
-        """The committed facts, but for those that are erased."""
-        rows = self.session.store.facts("committed")
-        return [row for row in rows if row.id not in self.plan.erases]
 
     def _refusals(self, evaluation: Evaluation) -> tuple[str, ...]:
         """Why the edit must not be committed; a group that learned some of its facts may."""

@@ -78,7 +78,8 @@ class Evaluation:
 class Evaluator:
     """Asks what one plan is judged by; made with the weights that the edit starts from.
 
-    ``candidates`` are the earlier facts to check and rehearse.
+    ``committed`` are the earlier facts, but for those that the plan erases; ``candidates`` those
+    of them to check and rehearse.
     """
 
     def __init__(self, session: Session, plan: Plan) -> None:
@@ -87,6 +88,8 @@ class Evaluator:
         # A relation is trained on its own prompt alone: other wordings are a matter of luck.
         facts = [(change.fact_id, change.after or change.before) for change in plan.changes]
         self._relations = frozenset(i for i, fact in facts if fact and fact.relation_of)
+        rows = self._store.facts("committed")
+        self.committed = [row for row in rows if row.id not in plan.erases]
         self.candidates = self._choose_candidates()
         self._locality = self._answered_locality()
         self._reading = session.reading
@@ -95,8 +98,7 @@ class Evaluator:
     def _choose_candidates(self) -> list[RetentionCandidate]:
         """Earlier facts, with a few prompts each to be probed, drawn again for every edit."""
         settings = self._config.retention
-        rows = self._store.facts("committed")
-        committed = [row for row in rows if row.id not in self._plan.erases]
+        committed = self.committed
         probed = max(settings.checked_facts, len(self._plan.targets))
         if self._plan.compaction:
             probed = len(committed)

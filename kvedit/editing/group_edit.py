@@ -112,16 +112,20 @@ class GroupEditor:
         for fact in facts:
             self._planner.check([fact])
         with self._session.editing():
-            if self._engine.reads:
-                self._session.protection.prepare()
-                return self._run(facts, options)
-            if self.should_compact(facts):
+            if not self._engine.reads and self.should_compact(facts):
                 report = self._compact(facts, options)
                 if report.outcome == "committed":
                     return report
                 self._compaction_refused = True
-            self._session.protection.prepare_group(len(facts))
+            self._prepare(len(facts))
             return self._run(facts, options)
+
+    def _prepare(self, facts: int) -> None:
+        """What must stay, for so many new facts; in turn they need what a single fact does."""
+        if self._engine.reads:
+            self._session.protection.prepare()
+        else:
+            self._session.protection.prepare_group(facts)
 
     def _compact(self, facts: Sequence[Fact], options: GroupOptions) -> EditReport:
         """The facts and all that are committed, as one edit of the base model."""
@@ -140,10 +144,7 @@ class GroupEditor:
 
     def _repair_together(self, rows: Sequence[FactRow]) -> EditReport:
         with self._session.editing():
-            if self._engine.reads:
-                self._session.protection.prepare()
-            else:
-                self._session.protection.prepare_group(0)
+            self._prepare(0)
             return Edit(self._session, self._planner.repair(rows)).run()
 
     def _is_committed(self, fact: Fact) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Similar
 from kvedit.facts.fact import Fact
+from kvedit.facts.keys import facts_text
 from kvedit.model.prompts import Example
 from kvedit.replay import questions
 from kvedit.replay.protected_texts import example
@@ -85,7 +86,7 @@ class Plan:
     def key(self) -> str:
         """The key to show: of one fact, of the first of several, or where a rollback goes."""
         if self.erases:
-            return "1 fact" if len(self.erases) == 1 else f"{len(self.erases)} facts"
+            return facts_text(len(self.erases))
         if self.restores is not None:
             return f"to {self.restores}"
         return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"

@@ -33,6 +33,11 @@ def in_words(keys: Sequence[str], most: int = NAMED) -> str:
     return ", ".join(keys) if more <= 0 else f"{', '.join(keys[:most])} and {more:,} more"
 
 
+def facts_text(count: int) -> str:
+    """So many facts, for a sentence."""
+    return "1 fact" if count == 1 else f"{count} facts"
+
+
 def naming(keys: Iterable[str]) -> Callable[[str], bool]:
     """A test whether a text contains one of the keys, as separate words; in scripts without
     spaces, anywhere.

@@ -32,6 +32,7 @@ from kvedit.errors import (
 from kvedit.events import EditReport, Event, IngestProgress, Score, Status
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located
+from kvedit.facts.keys import facts_text
 from kvedit.ingest.preflight import inspect_facts
 from kvedit.ingest.report import FactOutcome, IngestOptions, IngestReport
 from kvedit.ingest.scheduler import Scheduler
@@ -144,9 +145,10 @@ class _Run:
         places = self._options.places
         lines = [f"{places.get(key, key)}: {reason}" for key, reason in problems.items()]
         more = [f"... and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
-        count = "1 fact" if len(lines) == 1 else f"{len(lines)} facts"
         hint = "\n".join([*lines[:MAX_NAMED], *more])
-        return InvalidFactError(f"{count} cannot go in; nothing was changed", hint=hint)
+        return InvalidFactError(
+            f"{facts_text(len(lines))} cannot go in; nothing was changed", hint=hint
+        )
 
     def _mark_pending(self, facts: Sequence[Fact]) -> None:
         """Write the facts to the store as pending; known keys first, for they may free an alias."""

@@ -39,7 +39,7 @@ def apply(
 
     settings = {**options, "tokenize": False, "add_generation_prompt": answering}
     try:
-        with _time_limit(seconds):
+        with time_limit(seconds, _TooSlow("the time is up")):
             text = str(tokenizer.apply_chat_template(list(turns), **settings))
         text.encode()  # raises for half of a character
     except TemplateError as error:
@@ -68,8 +68,8 @@ def _problem(tokenizer: Any, what: str) -> UsageError:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise ``_TooSlow`` in the block after so long, where signals can be had."""
+def time_limit(seconds: float, error: BaseException) -> Iterator[None]:
+    """Raise an error in the block after so long, where signals can be had and no limit is set."""
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(
         signal.ITIMER_REAL
     ) != (0.0, 0.0):
@@ -77,7 +77,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _TooSlow
+        raise error
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from kvedit.facts import formats, keys
 from kvedit.facts.fact import Fact
 from kvedit.facts.forms.encodings import encoding_name
 from kvedit.facts.forms.records import Columns
+from kvedit.trust.chat_template import time_limit
 
 SECONDS = 10.0  # that no input may take
 SIGNS = (
@@ -36,22 +36,6 @@ Input = Any
 
 class Slow(BaseException):
     """An input took longer than ``SECONDS``; no handler of errors must take it for one."""
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    """Raise ``Slow`` inside when it takes too long."""
-
-    def too_long(*_: object) -> None:
-        raise Slow(f"more than {SECONDS:g} s")
-
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def generator(seed: int, part: str, number: int) -> random.Random:
@@ -382,7 +366,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 def fault_of(target: Target, given: Input) -> str | None:
     """Execute an input; what is wrong with how it ended, or None."""
     try:
-        with in_time():
+        with time_limit(SECONDS, Slow(f"more than {SECONDS:g} s")):
             target.execute(given)
     except KveditError as error:
         return None if error.message else "an error without a message"
