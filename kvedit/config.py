@@ -32,13 +32,16 @@ class TrainingConfig:
         help="Length of a step: the share of the loss that it would take away if the loss fell as"
         " steeply all the way (Polyak's rule).",
     )  # fmt: skip
-    init_rank: int = setting(32, low=2, help="Highest rank of a matrix's adapter.")
+    init_rank: int = setting(
+        32, low=2, help="Highest rank of a matrix's adapter; for facts trained in turn it and"
+        " `target_rank` grow with the square root of their number.",
+    )  # fmt: skip
     target_rank: int = setting(12, low=1, help="Average rank over all matrices.")
     phrasings_per_step: int = setting(2, low=1, help="Phrasings of each new fact in a step.")
     rehearsal_facts: int = setting(2, help="Earlier facts in a step, each under one phrasing.")
     reference_texts: int = setting(
-        2, help="Answers about invented names in a step, compared with what the model said before"
-        " the edit.",
+        2, help="Answers about invented names, or pieces of prose, in a step, compared with what the"
+        " model said before the edit.",
     )  # fmt: skip
     kl_weight: float = setting(
         5.0, help="Weight of the KL divergence from that (nats a token) in the loss."

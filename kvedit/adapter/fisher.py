@@ -265,16 +265,18 @@ def measure(
     examples: Sequence[Example],
     *,
     of: Callable[[Tensor, Tensor, torch.Generator], Tensor] = information,
+    onto: FisherMoments | None = None,
     seed: int = 0,
 ) -> FisherMoments:
     """Moments over the tokens of texts.  The gradients are those of ``of``, a sum over answer
-    tokens whose mean gradient is zero.
+    tokens whose mean gradient is zero.  With ``onto`` they are added to these, which stay as they
+    are; where these lie on the disk, memory holds the sum alone.
     """
     if not examples:
         raise ModelError(
             "there is no protected text to measure", hint="Give some with init --protect FILE."
         )
-    sums, chance = _Sums(), generator(model, seed)
+    sums, chance = _Sums(onto), generator(model, seed)
     with observed(model, names, sums.add_inputs, sums.add_gradients):
         for batch in measured_batches(model, examples):
             sums.begin([len(example.ids) for example in batch])
@@ -285,10 +287,11 @@ def measure(
 class _Sums:
     """Moments as they are measured: sums over batches, formed in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, onto: FisherMoments | None) -> None:
         self.sides: dict[str, Tensor] = {}
         self.inputs_of: dict[str, str] = {}
-        self.tokens = 0
+        self.tokens = onto.tokens if onto else 0
+        self._before = onto.sides if onto else {}
         self._lengths = torch.empty(0)
         self._last: tuple[str, Tensor] | None = None  # kept, so that its memory is not used again
 
@@ -314,6 +317,8 @@ class _Sums:
     def _add(self, side: str, values: Tensor) -> None:
         rows = _tokens(values, self._lengths).float()
         parts = rows.view(len(rows), block_count(rows.shape[1]), -1).transpose(0, 1)
+        if side not in self.sides and side in self._before:
+            self.sides[side] = self._before[side].to(parts.device, copy=True)
         if side in self.sides:
             self.sides[side].baddbmm_(parts.mT, parts)
         else:

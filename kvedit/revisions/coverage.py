@@ -245,14 +245,14 @@ class Coverage:
     def _extend(self, examples: Sequence[Example]) -> None:
         """Add the moments of more texts to the base's and to all; they are sums over tokens."""
         before = self._engine.fisher if self._measured else None
-        self._engine.protect(examples)
-        if before is None or self._engine.fisher is None:
+        if before is None or before[0] is before[1]:
+            self._engine.protect(examples, before[0] if before else None)
             return
-        more = self._engine.fisher[0]
-        self._engine.fisher = base, total = before  # until the sums are formed
-        grown_total = None if total is base else _sum(total, deepcopy(more))
-        grown = _sum(base, more)
-        self._engine.fisher = grown, grown_total or grown
+        base, total = before
+        more = self._engine.protect(examples)
+        self._engine.fisher = before  # until the sums are formed
+        grown_total = _sum(total, deepcopy(more))
+        self._engine.fisher = _sum(base, more), grown_total
 
     def _save(self) -> None:
         """Keep the base's moments, and of how many texts they are."""

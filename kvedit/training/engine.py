@@ -9,6 +9,7 @@ Invariants:
 """
 
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,8 +111,13 @@ class Engine(KeptMoments):
     def _adapter_for(self, facts: int, group: GroupConfig | None = None) -> Adapter:
         """An adapter of the ranks for so many facts, made when needed: PEFT takes long to import.
         For other ranks than the last one's the modules are wrapped again.
+
+        Without a group's settings ``facts`` are those trained in turn, one for a single fact; ranks
+        grow with the square root of their number, as a group's do.
         """
-        init, target = self.config.init_rank, self.config.target_rank
+        grown = math.sqrt(facts)
+        init = math.ceil(self.config.init_rank * grown)
+        target = math.ceil(self.config.target_rank * grown)
         if group is not None:
             side = min(map(min, self.master.shapes.values()))
             init = min(side, group_rank(group.rank, facts))
@@ -223,7 +229,8 @@ class Engine(KeptMoments):
     ) -> Adapter:
         """The adapter, off, reset to where the training of a task starts."""
         start = start_examples(task, rng)
-        adapter = self._adapter_for(len(task.new), group)
+        together = len(task.new) if group is not None or task.in_turn else 1
+        adapter = self._adapter_for(together, group)
         adapter.turn(on=False)
         directions = steepest(self.base.model, self.whitening, start, adapter.ranks[0])
         penalty = self._penalty_gradient(accumulated_share(task, group))

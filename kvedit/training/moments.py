@@ -51,10 +51,13 @@ class KeptMoments:
         give_back()
         return measured
 
-    def protect(self, examples: Sequence[Example]) -> None:
-        """Measure text that must stay."""
-        measured = self._measure(examples)
+    def protect(
+        self, examples: Sequence[Example], onto: FisherMoments | None = None
+    ) -> FisherMoments:
+        """Measure text that must stay, added to what was measured before (see ``measure``)."""
+        measured = self._measure(examples, onto=onto)
         self.fisher = measured, measured
+        return measured
 
     def remember(self, examples: Sequence[Example], weight: float | None = None) -> None:
         """Protect committed facts as well; ``weight`` says how often a token counts."""

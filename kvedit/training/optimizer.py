@@ -33,12 +33,16 @@ class PolyakGradient(torch.optim.Optimizer):
     ``lr`` is the share of the loss that the step would take away if the loss were linear; 1 is
     Polyak's own step.  With ``adaptive`` d is g divided by its root mean square, number by number,
     as in Adam (Kingma and Ba 2014, arXiv:1412.6980), and steps are averaged: where a few small
-    differences decide, the plain gradient goes back and forth.
+    differences decide, the plain gradient goes back and forth.  ``momentum`` is the share of the
+    step before that is taken again (B. T. Polyak, Some methods of speeding up the convergence of
+    iteration methods, 1964), for steps that see a part of the loss each.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, *, adaptive: bool = False) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float, *, adaptive: bool = False, momentum: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr})
-        self._adaptive = adaptive
+        self._adaptive, self._momentum = adaptive, momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
@@ -57,7 +61,11 @@ class PolyakGradient(torch.optim.Optimizer):
         length = closure() / slope.clamp_min(torch.finfo(torch.float32).tiny)
         for (rate, parameter), direction in zip(moved, directions, strict=True):
             step = direction * (rate * length.to(parameter.device))
-            parameter.sub_(self._averaged(parameter, step) if self._adaptive else step)
+            if self._adaptive:
+                step = self._averaged(parameter, step)
+            elif self._momentum:
+                step = self._continued(parameter, step)
+            parameter.sub_(step)
 
     def _scaled(self, parameter: Tensor) -> Tensor:
         """The gradient divided by its root mean square over the last steps."""
@@ -69,6 +77,11 @@ class PolyakGradient(torch.optim.Optimizer):
         unbiased = square / (1 - SQUARE_DECAY ** state["steps"])
         scaled: Tensor = gradient / unbiased.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         return scaled
+
+    def _continued(self, parameter: Tensor, step: Tensor) -> Tensor:
+        """The step, and a share of the one before."""
+        before: Tensor = self.state[parameter].setdefault("step", torch.zeros_like(parameter))
+        return before.mul_(self._momentum).add_(step)
 
     def _averaged(self, parameter: Tensor, step: Tensor) -> Tensor:
         mean: Tensor = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))

@@ -65,6 +65,17 @@ def test_measuring_two_texts_is_adding_their_moments(
     same(both, replace(sum_, tokens=one.tokens + two.tokens))
 
 
+def test_measuring_onto_moments_adds_to_them_and_leaves_them(
+    base: BaseModel, examples: list[Example], certain: None
+) -> None:
+    names = target_names(base.model)
+    both = fisher.measure(base.model, names, examples[:12])
+    first = fisher.measure(base.model, names, examples[:5])
+    before = {name: side.clone() for name, side in first.sides.items()}
+    same(both, fisher.measure(base.model, names, examples[5:12], onto=first))
+    assert all(first.sides[name].equal(side) for name, side in before.items())
+
+
 def test_batches_do_not_matter(
     base: BaseModel, examples: list[Example], certain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,3 +133,15 @@ def test_an_adaptive_step_gains_its_share_whatever_the_scale_of_a_number() -> No
         assert float(moved[0]) == pytest.approx(-float(moved[1]), rel=1e-4)
         gained = -float(moved @ sides[0].grad)
         assert gained == pytest.approx(0.2 * 0.5 * 3.0, rel=1e-4)
+
+
+def test_with_momentum_a_share_of_the_step_before_is_taken_again() -> None:
+    sides = parameters(1)
+    optimizer = PolyakGradient(sides, lr=1.0, momentum=0.5)
+    moves = []
+    for _ in range(3):
+        before = float(sides[0].detach())
+        sides[0].grad = torch.ones(1)
+        optimizer.step(lambda: 1.0)
+        moves.append(before - float(sides[0].detach()))
+    assert moves == pytest.approx([1.0, 1.5, 1.75])

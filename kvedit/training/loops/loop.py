@@ -44,8 +44,8 @@ share, so that the last hard one of a batch does not take the whole gradient."""
 @dataclass(frozen=True, slots=True)
 class Task:
     """What to train: the new facts and the rehearsed ones, each as one example a training prompt,
-    and the reference texts: what the base model says for a group, and what the model says before
-    the edit about invented names for a single fact.
+    and the reference texts: for a group what the base model says, for a single fact or facts in
+    turn what the model says before the edit about invented names, and prose.
 
     With ``in_turn`` each step takes a few of the new facts, else all of them (see ``turns``).
     ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``

@@ -9,6 +9,8 @@ on until these are recalled too, for a bounded number of steps.
 Invariant: the state that was checked is the state that is left, no update follows the last check.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from kvedit.model.prompts import Example
@@ -29,6 +31,8 @@ SHORTER, LONGER = 0.5, 1.25  # factors of the gain after such a step, and after 
 
 class SingleLoop(Loop):
     """Until the facts are recalled, or do not move."""
+
+    _momentum = 0.0  # each step sees the whole loss
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -75,7 +79,9 @@ class SingleLoop(Loop):
     def _make_optimizer(self) -> torch.optim.Optimizer:
         adaptive = self._task.tells_prompts_apart or bool(self._study)
         trained = self._adapter.trained()
-        return PolyakGradient(trained, lr=self._config.step_gain, adaptive=adaptive)
+        return PolyakGradient(
+            trained, lr=self._config.step_gain, adaptive=adaptive, momentum=self._momentum
+        )
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, those that failed first, and one of earlier facts."""
@@ -110,12 +116,15 @@ class SingleLoop(Loop):
         return min(margins[:new]) > self._config.min_margin and min(margins) > 0
 
     def _all_recalled(self) -> bool:
-        """Whether every training prompt of every new fact is recalled by the minimum margin.
+        """Whether every training prompt of every new fact is recalled by the minimum margin."""
+        self._failing = self._not_recalled([e for fact in self._task.new for e in fact])
+        return not self._failing
+
+    def _not_recalled(self, examples: Sequence[Example]) -> set[Example]:
+        """Those that are not recalled by the minimum margin.
 
         A numerical tie does not count: free generation, in other batch shapes, may turn it.
         """
-        examples = [e for fact in self._task.new for e in fact]
         outcomes = zip(examples, self._worker.recall(examples), strict=True)
         minimum = self._config.min_margin
-        self._failing = {e for e, o in outcomes if o.margin <= minimum or not o.robust}
-        return not self._failing
+        return {e for e, o in outcomes if o.margin <= minimum or not o.robust}

@@ -3,10 +3,12 @@
 For a model that talks.  Its facts pull the matrices in directions that differ more than those of
 short texts learned by heart, and the mean gradient of many moves little: with six facts in a step
 the loss of twelve was 0.8 after twelve turns of each, with two 0.5 after eight (log of 2026-11-29).
-So steps are those of a single fact, and a fact rests as soon as it was recalled in its turn.  What
+So steps are those of a single fact, and a fact rests as soon as it was recalled in two turns.  What
 the group shares is all the rest: the start, what must stay, the probes and the commit.
 
-Invariant: a fact rests only while it was recalled when last looked at.
+Invariants:
+- A fact rests only while it was recalled when last looked at.
+- All prompts of a fact are looked at again after its last turn, and not before.
 """
 
 import math
@@ -18,19 +20,30 @@ from kvedit.training.loops.loop import LoopResult, Setup
 from kvedit.training.loops.single import PATIENCE, PROGRESS, SingleLoop
 
 FACTS_PER_STEP = 2
+MOMENTUM = 0.5
+"""Of a step: a step sees a few of the facts, and what it does to the others is only seen later."""
+GAIN = 0.7
+"""Of ``step_gain``: with the momentum a gradient moves by ``GAIN / (1 - MOMENTUM)`` of it."""
+LOOKS = 2
+"""Turns in a row in which a fact must be recalled, each under another phrasing, before it rests: to
+look at all of its prompts costs as much as two of its turns."""
 
 
 class TurnsLoop(SingleLoop):
     """Until all facts are recalled, or the loss of those that are not stops falling."""
+
+    _momentum = MOMENTUM
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._count = len(self._task.new)
         self._round = math.ceil(self._count / FACTS_PER_STEP)  # steps in which each has its turn
         self._resting: set[int] = set()
+        self._looks = [0] * self._count  # turns in a row in which each fact was recalled
+        self._recalled: set[int] = set()  # facts with all prompts, that had no turn since
         self._waiting: list[int] = []  # those whose turn is still to come, the next one last
         self._losses: deque[float] = deque(maxlen=self._round)
-        self._set_rate(self._config.step_gain)
+        self._set_rate(GAIN * self._config.step_gain)
 
     def run(self) -> LoopResult:
         """Take the steps.  Raises TrainingError for a loss that is not a number."""
@@ -59,6 +72,7 @@ class TurnsLoop(SingleLoop):
                 awake = [i for i in range(self._count) if i not in {*self._resting, *facts}]
                 self._waiting = self._sample(awake, len(awake))
             facts.append(self._waiting.pop())
+        self._recalled.difference_update(facts)
         return facts
 
     def _prompts(self, fact: int) -> list[Example]:
@@ -68,12 +82,21 @@ class TurnsLoop(SingleLoop):
         return drawn[: math.ceil(self._config.phrasings_per_step / FACTS_PER_STEP)]
 
     def _note(self, facts: Sequence[int], margins: Sequence[float]) -> None:
-        """Let facts rest that are recalled by the minimum margin."""
+        """Let facts rest that were recalled by the minimum margin often enough."""
         self._losses.append(self._fact_loss)
         each = len(margins) // len(facts)
         for place, fact in enumerate(facts):
-            if min(margins[place * each : (place + 1) * each]) > self._config.min_margin:
+            lowest = min(margins[place * each : (place + 1) * each])
+            self._looks[fact] = self._looks[fact] + 1 if lowest > self._config.min_margin else 0
+            if self._looks[fact] >= LOOKS:
                 self._resting.add(fact)
+
+    def _all_recalled(self) -> bool:
+        """Whether all prompts of the facts that had a turn since their last look are recalled."""
+        facts = [number for number in range(self._count) if number not in self._recalled]
+        self._failing = self._not_recalled([e for fact in facts for e in self._task.new[fact]])
+        self._recalled.update(f for f in facts if self._failing.isdisjoint(self._task.new[f]))
+        return not self._failing
 
     def _wake(self) -> None:
         """After a check of all facts that failed: those with prompts that are not recalled."""

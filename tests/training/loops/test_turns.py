@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -75,3 +76,41 @@ def test_prompts_that_failed_come_first(engine: Engine) -> None:
     loop._config = replace(engine.config, phrasings_per_step=1)
     loop._sample = lambda items, count: list(items)  # type: ignore[method-assign]
     assert loop._prompts(0) == [examples[-1]]
+
+
+def test_ranks_grow_with_the_number_of_facts(engine: Engine) -> None:
+    engine.train(task(engine), replace(engine.config, max_steps=4))
+    ranks = (engine.config.init_rank, engine.config.target_rank)
+    assert engine._adapter_for(FACTS).ranks == tuple(2 * rank for rank in ranks)
+
+
+def test_a_fact_rests_after_it_was_recalled_in_turns_one_after_the_other(engine: Engine) -> None:
+    loop = TurnsLoop.__new__(TurnsLoop)
+    loop._config, loop._losses, loop._fact_loss = engine.config, deque(), 1.0
+    loop._resting, loop._looks = set(), [0] * FACTS
+    good, bad = engine.config.min_margin + 1, engine.config.min_margin - 1
+    for margins, resting in [([good, good], set()), ([good, bad], {0}), ([bad, good], {0})]:
+        loop._note([0, 1], margins)
+        assert loop._resting == resting
+    loop._note([0, 1], [bad, good])
+    assert loop._resting == {0, 1}
+
+
+def test_only_facts_that_had_a_turn_are_looked_at_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[set[Example]] = []
+    look = TurnsLoop._not_recalled
+
+    def noted(loop: TurnsLoop, examples: list[Example]) -> set[Example]:
+        looks.append(set(examples))
+        failing = look(loop, examples)
+        first = set(loop._task.new[0])
+        return failing | first if len(looks) == 1 else failing
+
+    monkeypatch.setattr(TurnsLoop, "_not_recalled", noted)
+    one = task(engine)
+    assert engine.train(one).trained.learned
+    everything = {example for fact in one.new for example in fact}
+    assert looks[0] == everything
+    assert set(one.new[0]) <= looks[1] < everything
