@@ -17,13 +17,16 @@ from collections.abc import Sequence
 
 from kvedit.model.prompts import Example
 from kvedit.training.loops.loop import LoopResult, Setup
-from kvedit.training.loops.single import PATIENCE, PROGRESS, SingleLoop
+from kvedit.training.loops.single import PROGRESS, SingleLoop
 
 FACTS_PER_STEP = 2
 MOMENTUM = 0.5
 """Of a step: a step sees a few of the facts, and what it does to the others is only seen later."""
 GAIN = 0.7
 """Of ``step_gain``: with the momentum a gradient moves by ``GAIN / (1 - MOMENTUM)`` of it."""
+TURNS_PATIENCE = 4
+"""Turns of each fact without progress after which training ends: the next group, or a training of
+its own, takes what is left further."""
 LOOKS = 2
 """Turns in a row in which a fact must be recalled, each under another phrasing, before it rests: to
 look at all of its prompts costs as much as two of its turns."""
@@ -99,8 +102,12 @@ class TurnsLoop(SingleLoop):
         return not self._failing
 
     def _wake(self) -> None:
-        """After a check of all facts that failed: those with prompts that are not recalled."""
+        """After a check of all facts that failed: those with prompts that are not recalled.
+
+        Progress counts from there: more facts are left than before.
+        """
         if len(self._resting) == self._count:
+            self._lowest = math.inf
             self._resting = {
                 number for number, fact in enumerate(self._task.new)
                 if self._failing.isdisjoint(fact)
@@ -114,4 +121,4 @@ class TurnsLoop(SingleLoop):
         left = (mean + 1.0) * (self._count - len(self._resting))
         if left < PROGRESS * self._lowest:
             self._lowest, self._lowest_at = left, step
-        return step - self._lowest_at >= self._pace * PATIENCE * self._round
+        return step - self._lowest_at >= self._pace * TURNS_PATIENCE * self._round
