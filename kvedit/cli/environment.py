@@ -12,25 +12,28 @@ NAMES = re.compile(
 """The names of variables that torch, accelerate, transformers and the hub's client read."""
 
 
-SHORT = 2  # characters of values, such as 0, 1 and no, that stand in messages about anything
+_PLAIN = re.compile("[0-9]+|true|false|yes|no|on|off", re.IGNORECASE)
+"""Values that libraries understand, and that messages about anything quote."""
 
 
 def misread(error: Exception) -> str:
     """The variable whose value an error of a library quotes, as NAME=VALUE; empty if none is.
 
-    One that the message names comes before one whose value it quotes, a long value before a short
-    one; a short one has to be in quotation marks.  Where several are as likely, all are named.
+    A variable that the message names comes before the others, and a plain value counts for it
+    alone; where several are as likely, all are named.
     """
     if not isinstance(error, ValueError | LookupError | RuntimeError | ImportError | TypeError):
         return ""
-    weights = {
-        name: weight
-        for name, value in os.environ.items()
-        if NAMES.fullmatch(name) and value and (weight := _weight(name, value, str(error)))
-    }
-    likely = [name for name, weight in weights.items() if weight == max(weights.values())]
-    return " or ".join(f"{name}={os.environ[name]!r:.60}" for name in sorted(likely))
+    message = str(error)
+    quoted = [name for name, value in os.environ.items()
+              if NAMES.fullmatch(name) and _quotes(message, value)]  # fmt: skip
+    named = [name for name in quoted if re.search(rf"\b{name}\b", message)]
+    others = [name for name in quoted if not _PLAIN.fullmatch(os.environ[name])]
+    return " or ".join(f"{name}={os.environ[name]!r:.60}" for name in sorted(named or others))
 
 
-def _weight(name: str, value: str, message: str) -> tuple[bool, int]:
-    """How likely a message is about a variable; false if it does not quote the value."""
+def _quotes(message: str, value: str) -> bool:
+    """Whether a message has a value in quotation marks, or ends with it after a word like value."""
+    said = re.escape(value)
+    form = rf"""(['"`‘“]){said}['"`’”]|(value|got|received|:)\s+{said}\W*$"""
+    return bool(value) and re.search(form, message, re.IGNORECASE) is not None
