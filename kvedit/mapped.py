@@ -52,6 +52,12 @@ def failure(path: Path | str, error: BaseException) -> KveditError | None:
     return KveditError(f"cannot read {path}: {reason}", hint=LOOK_AT_THE_DISK)
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that safetensors reports in words."""
+    said = _BY_SAFETENSORS.search(str(error))
+    return OSError(int(said[1]), os.strerror(int(said[1]))) if said else None
+
+
 def is_of_the_disk(error: BaseException) -> bool:
     """Whether an error says that bytes that are there could not be read."""
     return _number(error) not in (None, errno.ENOENT, errno.ENOMEM)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kvedit.adapter.split import Split, Splitter, row_blocks, split
 from kvedit.errors import CorruptStoreError, KveditError, ModelMismatchError
 from kvedit.files import verify_manifest, write_manifest
-from kvedit.mapped import mapping
+from kvedit.mapped import mapping, system_error
 from kvedit.model.loading import weights_digest
 
 MASTER_FILE = "master.safetensors"
@@ -199,8 +199,10 @@ class Master:
         try:
             save_file(tensors, folder / MASTER_FILE, {"matrices": self._identity})
         except SafetensorError as error:
+            if (system := system_error(error)) is not None:
+                raise system from error
             what = f"cannot write {folder}: {error}"
-            raise KveditError(what, hint="Free some space on its disk, and try again.") from error
+            raise KveditError(what, hint="Look at its disk, and try again.") from error
         return write_manifest(folder)
 
     def read_checkpoint(self, folder: Path, digest: str, *, trusted: bool = False) -> None:

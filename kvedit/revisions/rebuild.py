@@ -118,9 +118,12 @@ def keep_checkpoint(store: Store, master: Master, revision: int) -> None:
     final = store.checkpoint_path(revision)
     building = temporary_path(final)
     with disk_errors(final):
-        digest = master.write_checkpoint(building)
-        remove(final)  # left by a writer that ended before it was recorded
-        os.replace(building, final)
+        try:
+            digest = master.write_checkpoint(building)
+            remove(final)  # left by a writer that ended before it was recorded
+            os.replace(building, final)
+        finally:
+            remove(building)  # where the disk is full it takes the last space
         sync_directory(final.parent)  # before the database names it
     store.add_checkpoint(revision, final, digest)
     known_files.remember(store, digest, _stamps(final))
