@@ -9,14 +9,15 @@ import json
 import tomllib
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from kvedit.errors import UsageError
-from kvedit.renamed_settings import old_settings
 
 _INFINITY = float("inf")
 LARGEST = 2**63 - 1  # of any number in the settings
+OLD_SETTINGS = Path(__file__).parent / "data" / "old_settings.toml"
 
 
 def setting(default: Any, low: float = 0, high: float = _INFINITY, *, help: str) -> Any:
@@ -35,6 +36,18 @@ def read(path: Path, kind: type) -> dict[str, Any]:
     return {item.name: _section(path, document, item) for item in fields(kind)}
 
 
+@cache
+def old_settings(change: str) -> dict[str, dict[str, str]]:
+    """By section and old name: the new name (``renamed``), or what to do (``removed``).
+
+    ``read`` refuses an old name and says the new one; the second migration of the store's database
+    writes the new names into the settings that earlier edits recorded.
+    """
+    text = OLD_SETTINGS.read_text(encoding="utf-8")
+    changes: dict[str, dict[str, dict[str, str]]] = tomllib.loads(text)
+    return changes[change]
+
+
 def _document(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} cannot be read: it is not a file", hint="Move it away.")
@@ -45,7 +58,8 @@ def _document(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
         raise UsageError(f"{path} is not valid TOML: {error}", hint="Correct it.") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        what = f"{path} cannot be read: {error.strerror}"
+        raise UsageError(what, hint="Check that you may read it.") from error
 
 
 def _section(path: Path, document: dict[str, Any], section: Field[Any]) -> Any:
@@ -100,14 +114,18 @@ def _value(where: str, value: Any, item: Field[Any]) -> object:
     """Check one value against the type of its default and its range."""
     expected = type_of(item)
     numeric = expected in (int, float)
+    default = {} if item.default is MISSING else item.default
+    hint = f"Correct it, or take the line out: the default is {json.dumps(default)}."
     if numeric and type(value) in (int, float) and abs(value) > LARGEST:
-        raise UsageError(f"{where} must be {bounds(item)} and below 2^63, got {value!r:.40}")
+        what = f"{where} must be {bounds(item)} and below 2^63, got {value!r:.40}"
+        raise UsageError(what, hint=hint)
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
-        raise UsageError(f"{where} must be of type {expected.__name__}, got {value!r:.40}")
+        what = f"{where} must be of type {expected.__name__}, got {value!r:.40}"
+        raise UsageError(what, hint=hint)
     if numeric and not item.metadata["low"] <= value <= item.metadata["high"]:  # NaN too
-        raise UsageError(f"{where} must be {bounds(item)}, got {value}")
+        raise UsageError(f"{where} must be {bounds(item)}, got {value}", hint=hint)
     if isinstance(value, dict):
         _refuse_unwritable(where, value)
     return value

@@ -288,7 +288,8 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
             hint="Give the path of a text file, `-` for standard input, or --text.",
         ) from error
     except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+        what = f"cannot read {name}: {error.strerror}"
+        raise UsageError(what, hint="Check the disk, and that you may read it.") from error
 
 
 def decode(data: bytes, name: str, encoding: str | None = None) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 OS_CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir")
 WRITES = ("BEGIN", "COMMIT", "INSERT", "UPDATE", "DELETE", "CREATE", "VACUUM")
@@ -43,6 +44,16 @@ class Fault:
     def os_error(self) -> OSError:
         """What the operating system would raise."""
         return OSError(self.code, os.strerror(self.code))
+
+    def mapping_error(self, path: Path, *, torch: bool) -> Exception:
+        """What safetensors raises when it cannot map a file, or ``torch`` does for it (these were
+        seen with an mmap that fails: safetensors 0.8, torch 2.13).
+        """
+        why = os.strerror(self.code)
+        if torch:
+            return RuntimeError(f"unable to mmap 96 bytes from file <{path}>: {why} ({self.code})")
+        kind = {errno.ENOMEM: MemoryError, errno.EPERM: PermissionError}.get(self.code, OSError)
+        return kind(f"{why} (os error {self.code})")
 
     def sqlite_error(self) -> sqlite3.Error:
         """What SQLite would raise."""
@@ -122,4 +133,28 @@ def sqlite(fault: Fault) -> Iterator[None]:
         patch.setattr(
             sqlite3, "connect", lambda *args, **options: real(*args, factory=Connection, **options)
         )
+        yield
+
+
+@contextmanager
+def mapped(fault: Fault) -> Iterator[None]:
+    """Every mmap of a safetensors file is a call that may fail: two for each, one by safetensors
+    for the header and one by torch for the tensors.
+    """
+    from transformers import modeling_utils
+
+    from kvedit.adapter import deltas
+    from kvedit.revisions import fisher_cache
+    from kvedit.training import resume
+
+    def opened(path: Any, *rest: Any, **options: Any) -> Any:
+        Path(path).stat()  # a file that is not there is not mapped
+        for torch in (False, True):
+            if fault.reach(f"mmap {Path(path).name}{', tensors' * torch}"):
+                raise fault.mapping_error(path, torch=torch)
+        return safe_open(path, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (modeling_utils, deltas, fisher_cache, resume):
+            patch.setattr(module, "safe_open", opened)
         yield

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvedit.config import Config, GateConfig
+from kvedit.config_file import old_settings
 from kvedit.errors import UsageError
-from kvedit.renamed_settings import old_settings
 from tests.docs.config_page import page
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from kvedit.adapter.split import Split, Splitter, row_blocks, split
 from kvedit.errors import CorruptStoreError, KveditError, ModelMismatchError
 from kvedit.files import verify_manifest, write_manifest
+from kvedit.mapped import mapping, system_error
 from kvedit.model.loading import weights_digest
 
 MASTER_FILE = "master.safetensors"
@@ -198,23 +199,29 @@ class Master:
         try:
             save_file(tensors, folder / MASTER_FILE, {"matrices": self._identity})
         except SafetensorError as error:
-            raise KveditError(f"cannot write {folder}: {error}") from error
+            if (system := system_error(error)) is not None:
+                raise system from error
+            what = f"cannot write {folder}: {error}"
+            raise KveditError(what, hint="Look at its disk, and try again.") from error
         return write_manifest(folder)
 
     def read_checkpoint(self, folder: Path, digest: str, *, trusted: bool = False) -> None:
         """Serve a checkpoint: its file is mapped, and read where it is used.
 
-        Raises CorruptStoreError, and changes nothing, when any part is missing or altered;
-        ``trusted``: that was checked before.
+        Raises CorruptStoreError when any part is missing or altered, KveditError when it cannot be
+        mapped, and changes nothing; ``trusted``: that was checked before.
         """
         if not trusted:
             verify_manifest(folder, digest)
+        hint = "Run `kvedit doctor --fix`."
         try:
-            state = self._mapped(folder / MASTER_FILE)
-        except (OSError, SafetensorError) as error:
-            raise CorruptStoreError(f"the checkpoint {folder} cannot be read: {error}") from error
+            with mapping(folder / MASTER_FILE):
+                state = self._mapped(folder / MASTER_FILE)
+        except (FileNotFoundError, SafetensorError) as error:
+            what = f"the checkpoint {folder} cannot be read: {error}"
+            raise CorruptStoreError(what, hint=hint) from error
         if state is None:
-            raise CorruptStoreError(f"the checkpoint {folder} is for other matrices")
+            raise CorruptStoreError(f"the checkpoint {folder} is for other matrices", hint=hint)
         self.restore(self._base | state)
 
     def _are_parts(self, tensors: Mapping[str, Tensor]) -> bool:

@@ -67,7 +67,10 @@ def memory(setup: Setup, emit: Emit, *, measured: bool = True) -> MemoryResult:
     source = loading.locate(setup.model)
     outline = loading.outline(source, revision=None, trust_remote_code=False)
     if outline is None:
-        raise ModelError(f"{source} cannot be outlined without its weights and its own code")
+        raise ModelError(
+            f"{source} cannot be outlined without its weights and its own code",
+            hint="Give a model that needs no code of its own.",
+        )
     needed = budget.Sizes(outline).estimate(config.training)
     result = MemoryResult(model=source, estimate=asdict(needed), total=needed.total)
     if not measured:

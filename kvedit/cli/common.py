@@ -13,13 +13,14 @@ import shlex
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli import environment, streams
+from kvedit import mapped
+from kvedit.cli import endings, environment, streams
 from kvedit.cli.output import clean, print_json_line, printed_json
 from kvedit.errors import KveditError
 
@@ -86,8 +87,13 @@ class KveditGroup(click.Group):
             if settings.verbosity >= 2:
                 click.echo(clean(traceback.format_exc().rstrip()), err=True)
             message, hint, code = explain_error(error, settings)
-            print_error_line(as_json, message, hint, code)
+            ending = endings.Ending.of(ctx)
+            alone = ending is not None and ending.kind == endings.ONE_DOCUMENT
+            fields = ending.fields() if ending and alone else {}
+            print_error_line(as_json, message, hint, code, **fields)
             fail(message, hint)
+            if ending is not None and not streams.broken_output():
+                ending.tell(as_json=as_json, code=code)
             ctx.exit(code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -95,10 +101,10 @@ class KveditGroup(click.Group):
         return list(self.commands)
 
 
-def print_error_line(as_json: bool, message: str, hint: str, code: int) -> None:
+def print_error_line(as_json: bool, message: str, hint: str, code: int, **more: object) -> None:
     """An error as a JSON line on stdout."""
     if as_json and not printed_json() and not streams.broken_output():
-        fields = {"message": message, "hint": hint, "exit_code": code}
+        fields = {"message": message, "hint": hint, "exit_code": code, **more}
         print_json_line({"message_type": "error", **fields})
 
 
@@ -113,7 +119,10 @@ def explain_error(error: BaseException, settings: Settings) -> tuple[str, str, i
         if not error.filename and (why := streams.broken_output()):
             return f"cannot write to standard output: {why}", "", 1
         reason = error.strerror or str(error) or type(error).__name__
-        return f"{error.filename}: {reason}" if error.filename else reason, "", 1
+        hint = "check the disk, and that you may read and write there"
+        return f"{error.filename}: {reason}" if error.filename else reason, hint, 1
+    if failed := mapped.failure("a file", error):
+        return failed.message, failed.hint, failed.exit_code
     if isinstance(error, Exception) and (setting := environment.misread(error)):
         message = f"{setting} in the environment is not understood: {error}"
         return message, "Unset it, or set it as the library that reads it wants it.", 2
@@ -185,6 +194,14 @@ def _say_half_made(settings: Settings, store: Store) -> None:
         command = settings.command("init")
         note(settings, f"the store {store.path} is half made: `{command}` was interrupted; run it"
              " again, with the same options, and it goes on")  # fmt: skip
+
+
+def watched_changes(settings: Settings, kind: str) -> AbstractContextManager[None]:
+    """An error that leaves the block ends the command with what was changed in it."""
+    from kvedit.store.store import Store, resolve_store
+
+    path = resolve_store(settings.store)
+    return endings.watched(lambda: Store.open(path, readonly=True), kind)
 
 
 def require_keys(settings: Settings, keys: Sequence[str]) -> None:

@@ -144,7 +144,8 @@ class ProcessGroup:
             traceback.clear_frames(error.__traceback__)  # they hold the attempt's tensors
             return OutOfMemoryError(f"memory ran out: {first}", hint=memory.LESS)
         who = f"process {self.rank} of {self.count}"
-        return ProcessError(f"{who} failed: {type(error).__name__}: {first}")
+        what = f"{who} failed: {type(error).__name__}: {first}"
+        return ProcessError(what, hint="Look at what that process has printed, and try again.")
 
     def require_alike(self, value: Hashable, message: str, *, hint: str) -> None:
         """Raise ProcessesDifferError unless all processes have the same."""

@@ -108,7 +108,8 @@ def read_file(source: Path | str) -> Iterator[bytes]:
             f"there is no file {name}", hint="Check the path, or give `-` for standard input."
         ) from error
     except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
+        what = f"cannot read {name}: {error.strerror or error}"
+        raise UsageError(what, hint="Check the disk, and that you may read it.") from error
 
 
 def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
@@ -275,7 +276,8 @@ def _folder(folder: Path, encoding: str | None) -> Iterator[Located]:
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UsageError(f"cannot read {source_name(folder)}: {error.strerror}") from error
+        what = f"cannot read {source_name(folder)}: {error.strerror}"
+        raise UsageError(what, hint="Check the disk, and that you may read it.") from error
     texts = [path for path in paths if path.suffix.lower() in TEXTS and path.is_file()]
     if not texts:
         raise InvalidFactError(

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kvedit.errors import ModelError
+from kvedit import mapped
+from kvedit.errors import KveditError, ModelError, OutOfMemoryError
 from kvedit.model import devices, quantization, upcast
 from kvedit.paths import home_path
 from kvedit.trust import fingerprint
@@ -34,7 +35,7 @@ _CONTEXT_SETTINGS = (
 _DEFAULT_CONTEXT = 2048  # tokens, where a configuration has none of these
 _LOAD_ERRORS = (
     OSError, ValueError, LookupError, ImportError, SafetensorError, UnpicklingError, AttributeError,
-    TypeError, AssertionError, ArithmeticError, RuntimeError, SyntaxError,
+    TypeError, AssertionError, ArithmeticError, RuntimeError, SyntaxError, MemoryError,
 )  # fmt: skip
 """What transformers raises for configurations and files that do not make a model."""
 
@@ -191,9 +192,12 @@ _MODEL_HINT = (
 )
 
 
-def _load_error(part: str, source: str, error: Exception) -> ModelError:
+def _load_error(part: str, source: str, error: Exception) -> KveditError:
+    failed = mapped.failure(source, error)
+    if isinstance(failed, OutOfMemoryError):
+        return failed
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    hint = _MODEL_HINT
+    hint = mapped.LOOK_AT_THE_DISK if mapped.is_of_the_disk(error) else _MODEL_HINT
     if "trust_remote_code" in str(error):
         hint = "It brings its own code. If you trust it: --trust-remote-code."
     return ModelError(f"no {part} can be loaded from {source}: {reason}", hint=hint)

@@ -57,9 +57,10 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     phrasings = Phrasings(*(_phrasings(path, part, n) for part in (table, cross) for n in names))
     trained = {*phrasings.train, *phrasings.cross_train}
     if both := trained.intersection({*phrasings.held_out, *phrasings.cross_held_out}):
-        raise UsageError(f"{path} both trains and holds out {sorted(both)[0]!r}")
+        raise UsageError(f"{path} trains and holds out {min(both)!r}", hint="Take one of them out.")
     if not phrasings.train or not phrasings.held_out:
-        raise UsageError(f"{path} needs `train` and `held_out`, each with a phrasing or more")
+        what = f"{path} needs `train` and `held_out`, each with a phrasing or more"
+        raise UsageError(what, hint='Write train = ["What is {key}?"], and held_out likewise.')
     return phrasings
 
 
@@ -69,9 +70,8 @@ def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ..
         raise UsageError(f"{path}: {name} must be a list", hint=f'Write {name} = ["..."].')
     for value in values:
         if not isinstance(value, str) or KEY_PLACEHOLDER not in value:
-            raise UsageError(
-                f"{path}: {value!r} in {name} must be a text that contains {KEY_PLACEHOLDER}"
-            )
+            what = f"{path}: {value!r} in {name} must be a text that contains {KEY_PLACEHOLDER}"
+            raise UsageError(what, hint="Write for instance What is {key}?")
     return tuple(values)
 
 
@@ -141,7 +141,7 @@ class Renderer:
         # A space at the end belongs to the answer's first token.
         self._template = self.prompts.fallback_template.rstrip(" ")
         if "{prompt}" not in self._template:
-            raise UsageError("[prompts] fallback_template must contain {prompt}")
+            raise UsageError("[prompts] fallback_template lacks {prompt}", hint="Put it in.")
         self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None)) and not plain
         self._starts_with_space = not (
             self.chat or self._builds_prompts or self._template[-1].isspace()

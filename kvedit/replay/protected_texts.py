@@ -148,5 +148,8 @@ def _read(line: str, where: str, source: str) -> Protected:
             f"{where} is not a protected text", hint='Write {"prompt": "...", "answer": "..."}.'
         ) from error
     if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.strip():
-        raise InvalidFactError(f"{where}: prompt and answer must be texts")
+        raise InvalidFactError(
+            f"{where}: prompt and answer must be texts",
+            hint='Write {"prompt": "...", "answer": "..."}.',
+        )
     return Protected(prompt, answer, source)

@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvedit.adapter.fisher import BLOCK, FisherMoments
+from kvedit.errors import KveditError
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
+from kvedit.mapped import mapping
 from kvedit.store.checks import caches, known_files
 from kvedit.store.store import Store
 
@@ -100,9 +102,11 @@ def _measured_on(path: Path) -> tuple[str, str, str] | None:
     measured on.
     """
     try:
-        with safe_open(path, framework="pt") as stream:
+        with mapping(path), safe_open(path, framework="pt") as stream:
             label = stream.metadata() or {}
             return label.get("format", ""), label.get("weights", ""), label.get("texts", "")
+    except KveditError:
+        return None  # its bytes may be sound; it is measured again
     except (OSError, SafetensorError):
         remove(path)
         return None

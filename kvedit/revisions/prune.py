@@ -10,7 +10,7 @@ Invariants:
 import torch
 
 from kvedit.adapter.deltas import Snapshot
-from kvedit.errors import CorruptStoreError
+from kvedit.errors import CorruptStoreError, KveditError
 from kvedit.revisions import rebuild
 from kvedit.revisions.session import Session
 from kvedit.store.forget.plans import PrunePlan
@@ -61,7 +61,7 @@ def _gives(session: Session, revision: int, expected: Snapshot) -> bool:
         if row.revision == revision:
             try:
                 master.read_checkpoint(row.path, row.digest)
-            except CorruptStoreError:
+            except KveditError:
                 return False
             there = master.snapshot()
             return all(torch.equal(there[name].rows(), expected[name].rows()) for name in expected)

@@ -68,7 +68,10 @@ def _from_checkpoint(
         known = known_files.are_known(store, checkpoint.digest, files)
         try:
             master.read_checkpoint(checkpoint.path, checkpoint.digest, trusted=known)
-        except CorruptStoreError as error:
+        except KveditError as error:
+            sound = not isinstance(error, CorruptStoreError)
+            if sound and any(row.dropped for row in line):  # nothing else gives these weights
+                raise
             problems.append(f"{error.message}; all deltas are added instead")
             continue
         verified = None if known else (checkpoint.digest, files)
@@ -115,9 +118,12 @@ def keep_checkpoint(store: Store, master: Master, revision: int) -> None:
     final = store.checkpoint_path(revision)
     building = temporary_path(final)
     with disk_errors(final):
-        digest = master.write_checkpoint(building)
-        remove(final)  # left by a writer that ended before it was recorded
-        os.replace(building, final)
+        try:
+            digest = master.write_checkpoint(building)
+            remove(final)  # left by a writer that ended before it was recorded
+            os.replace(building, final)
+        finally:
+            remove(building)  # where the disk is full it takes the last space
         sync_directory(final.parent)  # before the database names it
     store.add_checkpoint(revision, final, digest)
     known_files.remember(store, digest, _stamps(final))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sqlite_utils import Database, Migrations
 
+from kvedit.config_file import old_settings
 from kvedit.errors import CorruptStoreError, StoreTooNewError
-from kvedit.renamed_settings import old_settings
 from kvedit.store.checks.values import from_json
 from kvedit.store.rows import to_text
 

@@ -181,7 +181,9 @@ class Store(Results):
         """The fact with this id; raises UnknownKeyError."""
         rows = self._rows(f"{_FACTS} WHERE f.id = ?", [fact_id])
         if not rows:
-            raise UnknownKeyError(f"there is no fact number {fact_id} in {self.path}")
+            raise UnknownKeyError(
+                f"there is no fact number {fact_id} in {self.path}", hint="Run `kvedit list`."
+            )
         return self._fact_rows(rows)[0]
 
     def facts(self, state: str | None = None) -> list[FactRow]:

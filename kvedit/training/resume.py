@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kvedit import files
 from kvedit.errors import KveditError, OutOfTimeError
+from kvedit.mapped import mapping
 
 FORMAT = 7  # of the states that loops keep; part of the file's name
 EVERY = 120.0  # seconds between two checkpoints, at least
@@ -58,7 +59,11 @@ class TrainingCheckpoints:
         """The state in which the last process left this task, if there is an intact checkpoint."""
         path = self._path(task)
         try:
-            state = _read(path)
+            with mapping(path):
+                state = _read(path)
+        except KveditError as error:  # its bytes may be sound: the file stays
+            self._warn(f"the training starts anew: {error.message}")
+            return None
         except (SafetensorError, OSError, ValueError, KeyError):
             files.remove(path)
             return None

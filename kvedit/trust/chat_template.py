@@ -2,15 +2,18 @@
 
 Invariants:
 - However a template breaks, the error names it and says what to do.
-- A template that does not end is stopped (in the main thread, where the system has timers), and a
-  text beyond ``MOST_CHARACTERS`` more than the conversation's own is refused.
+- A text beyond ``MOST_CHARACTERS`` more than the conversation's own is refused, and so is a single
+  step that makes much more (see ``sandbox``).
+- A template that does not end, or for which the process takes ``MOST_BYTES``, is stopped (in the
+  main thread, where the system has timers).
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,6 +22,8 @@ from kvedit.errors import UsageError
 
 SECONDS = 10.0  # templates take milliseconds
 MOST_CHARACTERS = 1_000_000  # no template of a published model adds so many
+MOST_BYTES = 2**30  # that the process may grow while a template is applied
+TICK = 0.02  # seconds between two looks at the memory
 SHOWN_CHARACTERS = 200  # of what went wrong
 
 
@@ -37,9 +42,11 @@ def apply(
     """
     from jinja2 import TemplateError
 
+    from kvedit.trust.sandbox import bounded_templates
+
     settings = {**options, "tokenize": False, "add_generation_prompt": answering}
     try:
-        with time_limit(seconds, _TooSlow("the time is up")):
+        with bounded_templates(), time_limit(seconds, _TooSlow("the time is up"), _memory_limit()):
             text = str(tokenizer.apply_chat_template(list(turns), **settings))
         text.encode()  # raises for half of a character
     except TemplateError as error:
@@ -67,20 +74,42 @@ def _problem(tokenizer: Any, what: str) -> UsageError:
     )
 
 
+def _memory_limit() -> Callable[[], None]:
+    """What raises MemoryError once the process has grown by more than ``MOST_BYTES`` since."""
+    import psutil
+
+    process = psutil.Process()
+    before = process.memory_info().rss
+
+    def look() -> None:
+        if process.memory_info().rss - before > MOST_BYTES:
+            raise MemoryError(f"more than {MOST_BYTES:,} bytes")
+
+    return look
+
+
 @contextmanager
-def time_limit(seconds: float, error: BaseException) -> Iterator[None]:
-    """Raise an error in the block after so long, where signals can be had and no limit is set."""
+def time_limit(
+    seconds: float, error: BaseException, look: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Raise an error in the block after so long, where signals can be had and no limit is set.
+
+    ``look`` is called every ``TICK`` seconds, and may raise too.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(
         signal.ITIMER_REAL
     ) != (0.0, 0.0):
         yield
         return
+    end = time.monotonic() + seconds
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise error
+        if look is None or time.monotonic() >= end:
+            raise error
+        look()
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, *((seconds,) if look is None else (TICK, TICK)))
     try:
         yield
     finally:

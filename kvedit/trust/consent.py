@@ -44,7 +44,8 @@ def of_folder(folder: Path) -> str:
     try:
         lines = [f"{name}\0{sha256_file(folder / name)}\n" for name in names]
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
+        what = f"{error.filename} cannot be read: {error.strerror}"
+        raise ModelError(what, hint="Check the disk, and that you may read it.") from error
     return hashlib.sha256("".join(["code\n", *lines]).encode()).hexdigest()
 
 

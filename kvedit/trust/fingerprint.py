@@ -48,7 +48,8 @@ def of_folder(folder: Path) -> Fingerprint:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             files = {name: _leaf(folder / name, threads) for name in names}
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
+        what = f"{error.filename} cannot be read: {error.strerror}"
+        raise ModelError(what, hint="Check the disk, and that you may read it.") from error
     return Fingerprint(root(files), files)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvedit.bench.tables import plain
+from kvedit.errors import KveditError
 from tests.bench.faults import fuzz, steps
 from tests.bench.faults.run import NAMES, FaultOptions, Part, faults, tables
 
@@ -15,6 +16,7 @@ from tests.bench.faults.run import NAMES, FaultOptions, Part, faults, tables
 @pytest.mark.parametrize("name", [*fuzz.TARGETS, *steps.CASES])
 def test_a_slice_is_clean(name: str) -> None:
     limit = 12 if name == "command line" or name in steps.CASES else 300
+    limit = 4 if "mappings" in name else limit  # each opens a model
     options = FaultOptions(parts=(name,), limit=limit, seconds=60, seed=1)
     result = faults(options, lambda event: None)
     assert result.sound, result.parts
@@ -59,4 +61,24 @@ def test_an_input_that_never_ends_is_a_failure(
 
 
 def test_every_kind_is_a_part() -> None:
-    assert len(NAMES) == 10 and Part(name=NAMES[0]).tried == 0
+    assert len(NAMES) == 11 and Part(name=NAMES[0]).tried == 0
+
+
+def test_a_reader_that_takes_much_more_memory_than_its_file_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = fuzz.Readers(tmp_path)
+    made = (target.make(fuzz.generator(0, "readers", number)) for number in range(5_000))
+    large = next(given for given in made if target.bytes_of(given))
+    assert fuzz.fault_of(target, large) is None
+    monkeypatch.setattr(fuzz, "MOST_TIMES", 0)
+    monkeypatch.setattr(fuzz, "MOST_BESIDES", 10_000)
+    assert "Large: took" in str(fuzz.fault_of(target, large))
+
+
+def test_an_error_without_a_hint_is_a_failure(tmp_path: Path) -> None:
+    class Mute(fuzz.Target):
+        def execute(self, given: object) -> None:
+            raise KveditError("no")
+
+    assert "without a hint" in str(fuzz.fault_of(Mute(tmp_path), None))

@@ -234,6 +234,8 @@ def test_a_store_whose_making_was_interrupted_is_half_made(tmp_path: Path) -> No
     for words in (("list",), ("history",), ("ask", "What?"), ("ask", "What?", "--at", "0")):
         said = run(*words).stderr
         assert said.count("is half made: `kvedit init` was interrupted; run it again") == 1, words
+    said = run("list").stderr
+    assert "next: kvedit init" in said and "add" not in said
     with Store.open(tmp_path / "store") as store:
         store.set_meta("protected_text", "complete")
     assert "half made" not in run("status").stdout + run("list").stderr

@@ -82,7 +82,7 @@ def test_a_store_overrides_a_language_and_keeps_the_others(tmp_path: Path) -> No
         ('train = [3]\nheld_out = ["{key}"]', "3"),
         ('train = ["{key}"]\nheld_out = []', "held_out"),
         ('held_out = ["{key}"]', "train"),
-        ('train = ["{key}?"]\nheld_out = ["{key}?"]', "both trains and holds out"),
+        ('train = ["{key}?"]\nheld_out = ["{key}?"]', "trains and holds out"),
         ('train = "{key}"\nheld_out = ["{key}?"]', "train"),
         ('cross = 1\ntrain = ["{key}"]\nheld_out = ["{key}?"]', "cross"),
     ],

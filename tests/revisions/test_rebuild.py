@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from small_engine import StoreTemplate
 from small_model import FREE
 
 from kvedit import KnowledgeBase
 from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Master
-from kvedit.errors import CorruptStoreError
+from kvedit.errors import CorruptStoreError, DiskFullError
 from kvedit.events import Warning_
 from kvedit.files import TEMPORARY
 from kvedit.lock import StoreLock
@@ -241,3 +242,21 @@ def test_replay_finds_the_revision_that_is_wrong(
     missing = rebuild.check_revisions(store, master, lambda text: None)
     assert all(f.level == "error" for f in missing)
     assert {f"revision {n}" for n in (1, 2, 3)} == {f.what.split(":")[0] for f in missing}
+
+
+def test_a_checkpoint_that_the_disk_has_no_space_for_leaves_nothing_and_names_the_disk(
+    store: Store, master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuild.load_revision(store, master, 3)
+    there = sorted(store.checkpoints_path.iterdir())
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
+    monkeypatch.setattr(deltas, "save_file", full)
+    with pytest.raises(DiskFullError, match=r"no space left .* while writing .*00000003\n"):
+        rebuild.write_checkpoint(store, master)
+    assert sorted(store.checkpoints_path.iterdir()) == there

@@ -11,10 +11,10 @@ from sqlite_utils import Database
 from store_steps import add, committed_texts, problems
 
 from kvedit.config import Config
+from kvedit.config_file import old_settings
 from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooNewError
 from kvedit.facts.fact import Question
 from kvedit.lock import StoreLock
-from kvedit.renamed_settings import old_settings
 from kvedit.revisions.base_model import prompts_of
 from kvedit.store import migrations
 from kvedit.store.database import connect, upgrade

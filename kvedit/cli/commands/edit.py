@@ -26,7 +26,10 @@ def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], 
     """Open the store, make one edit, show its report, and leave with the right exit code."""
     common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with common.knowledge_base(settings, reporter, create=create) as base:
+    with (
+        common.watched_changes(settings, click.get_current_context().info_name or ""),
+        common.knowledge_base(settings, reporter, create=create) as base,
+    ):
         report = edit(base)
     code = EXIT_CODES.get(report.outcome, 1)
     if as_json:

@@ -84,7 +84,8 @@ def prune(settings: Settings, before: int, dry_run: bool, yes: bool, as_json: bo
         return
     if _confirmed(settings, yes, "drop them?"):
         reporter = make_reporter(quiet=settings.quiet or as_json)
-        with common.knowledge_base(settings, reporter) as base:
+        watched = common.watched_changes(settings, "prune")
+        with watched, common.knowledge_base(settings, reporter) as base:
             done = base.prune(before)
         text = f"dropped {len(done.dropped)} deltas, {output.size_text(done.delta_bytes)}"
         output.print_result(as_json, asdict(done), text)

@@ -73,7 +73,13 @@ def export(settings: Settings, directory: Path, dtype: str | None, kind: str,
     fields |= {name: getattr(report, name) for name in names}
     print_result(as_json, fields, *export_parts(report))
     if report.mismatches:
-        raise GateFailedError(f"{len(report.mismatches)} answer(s) differ in the exported model")
+        raise _differs(len(report.mismatches))
+
+
+def _differs(count: int) -> GateFailedError:
+    """The error of an exported model that does not answer like the store's."""
+    hint = "They are listed above; try another --dtype or --format."
+    return GateFailedError(f"{count} answer(s) differ in the exported model", hint=hint)
 
 
 def export_parts(report: ExportReport) -> list[RenderableType]:

@@ -39,13 +39,16 @@ def list_facts(settings: Settings, state: str, as_json: bool) -> None:
       kvedit list
       kvedit list --state all --json
     """
+    from kvedit.store.integrity import is_half_made
+
     with read_only(settings) as store:
         rows = store.facts(None if state == "all" else state)
+        half_made = is_half_made(store)
     if rows or as_json:
         print_result(as_json, [row.to_json() for row in rows], facts_table(rows))
     else:
         note(settings, "no facts" if state == "all" else f"no {state} facts")
-        common.next_step(settings, "add", "KEY", "FILE")
+        common.next_step(settings, *(("init",) if half_made else ("add", "KEY", "FILE")))
 
 
 @click.command()

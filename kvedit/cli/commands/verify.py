@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -66,7 +67,8 @@ def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair
     if junit is not None and not settings.rank:
         require_writable(junit)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
-    with common.knowledge_base(settings, reporter) as knowledge:
+    watched = common.watched_changes(settings, "verify") if repair else nullcontext()
+    with watched, common.knowledge_base(settings, reporter) as knowledge:
         report = knowledge.verify(
             list(keys) or None, sample=sample, repair=repair, base_knowledge=base_knowledge or 0
         )
@@ -76,8 +78,7 @@ def verify(settings: Settings, keys: tuple[str, ...], sample: int | None, repair
     code = verify_code(report, score, fail_under)
     show_verify(settings, reporter, report, code)
     if code == GateFailedError.exit_code:
-        recalled = f"recalled {score.passed} of {score.n} ({score.protocol})"
-        raise GateFailedError(f"{recalled}: less than --fail-under {fail_under:g}%")
+        raise _below(settings, score, fail_under or 0)
     click.get_current_context().exit(code)
 
 
@@ -87,6 +88,14 @@ def verify_code(report: VerifyReport, score: Score, fail_under: float | None) ->
         return GateFailedError.exit_code
     refused = any(edit.outcome != "committed" for edit in report.repaired)
     return RejectedError.exit_code if refused else 0
+
+
+def _below(settings: Settings, score: Score, fail_under: float) -> GateFailedError:
+    """The error of a gate that did not pass."""
+    recalled = f"recalled {score.passed} of {score.n} ({score.protocol})"
+    repair = settings.command("verify", "--repair")
+    what = f"{recalled}: less than --fail-under {fail_under:g}%"
+    return GateFailedError(what, hint=f"`{repair}` trains again what was lost.")
 
 
 def show_verify(settings: Settings, reporter: Reporter, report: VerifyReport,

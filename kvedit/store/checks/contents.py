@@ -77,7 +77,8 @@ def _each(rows: Iterable[Row], check: Callable[[Row], None]) -> Iterator[Finding
 def _fact_row(row: Row) -> None:
     fact = fact_from_columns(row)
     if row["norm_key"] not in (normalise(fact.key), exact_form(fact.key)):
-        raise CorruptStoreError(f"the normal form of the key {fact.key} is not that of the key")
+        what = f"the normal form of the key {fact.key} is not that of the key"
+        raise CorruptStoreError(what, hint=RESTORE)
 
 
 def _version(row: Row) -> None:
@@ -85,7 +86,7 @@ def _version(row: Row) -> None:
     if row["edit_id"] is not None and _journalled(row) != row["fact"]:
         key = from_json(row["fact"], dict, "a fact in the history").get("key")
         what = f"the text of {key} at revision {row['revision']} is another one in the journal"
-        raise CorruptStoreError(f"{what} than in the history")
+        raise CorruptStoreError(f"{what} than in the history", hint=RESTORE)
 
 
 def _edit(row: Row) -> None:

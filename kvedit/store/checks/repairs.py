@@ -50,7 +50,9 @@ class Repairs(Journal):
         """The state of a fact; raises UnknownKeyError."""
         row = self._one("SELECT state FROM facts WHERE id = ?", [fact_id])
         if row is None:
-            raise UnknownKeyError(f"there is no fact number {fact_id} in {self.path}")
+            raise UnknownKeyError(
+                f"there is no fact number {fact_id} in {self.path}", hint="Run `kvedit list`."
+            )
         return str(row["state"])
 
     def altered(self) -> list[Altered]:

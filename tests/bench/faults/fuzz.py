@@ -2,13 +2,17 @@
 
 Invariants:
 - Input number n of a part is a function of the seed, the part and n alone: any one can be repeated.
-- An input is clean if it ends, within ``SECONDS``, in a result or in an error of kvedit's own.
+- An input is clean if it ends, within ``SECONDS``, in a result or in an error of kvedit's own that
+  says what is wrong and what to do next.
+- Every ``LARGE_EVERY``th file for a reader is repeated up to ``LARGE_BYTES``, and is clean only if
+  reading it takes no more memory than ``MOST_TIMES`` its size and ``MOST_BESIDES``.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +28,11 @@ from kvedit.facts.forms.records import Columns
 from kvedit.trust.chat_template import time_limit
 
 SECONDS = 10.0  # that no input may take
+LARGE_EVERY = 200
+LARGE_BYTES = 50_000
+MOST_TIMES = 40  # a text of one byte a character, decoded as four, parsed, and made rows of
+MOST_BESIDES = 2**20
+SLOWER = 4  # while allocations are looked at
 SIGNS = (
     "", " ", "\n", "\r\n", "\t", ",", ";", "|", '"', "'", "\\", "{", "}", "[", "]", ":", "=", "#",
     "\0", "\ufeff", "\u200b", "\u202e", "\u0301", "\ud800", "\U0001f600", "ﬁ", "Σ", "İ", "ß", "后",
@@ -36,6 +45,10 @@ Input = Any
 
 class Slow(BaseException):
     """An input took longer than ``SECONDS``; no handler of errors must take it for one."""
+
+
+class Large(Exception):
+    """An input took more memory than its size explains."""
 
 
 def generator(seed: int, part: str, number: int) -> random.Random:
@@ -85,6 +98,10 @@ class Target:
         """Give it to kvedit."""
         raise NotImplementedError
 
+    def bytes_of(self, given: Input) -> int | None:
+        """The size of an input whose memory is looked at; None: it is not."""
+        return None
+
     def close(self) -> None:
         """Undo what the part has set up."""
 
@@ -102,11 +119,17 @@ class Readers(Target):
 
     def make(self, rng: random.Random) -> Input:
         data = mutated_bytes(rng, rng.choice(self.corpus), self.corpus)
+        if data and rng.random() < 1 / LARGE_EVERY:
+            data *= LARGE_BYTES // len(data) + 1
         encoding = rng.choice((None,) * 8 + ("gbk", "utf-16", "no-such-encoding", "base64"))
         columns = (
             Columns("key", rng.choice(("text", "description", "x"))) if rng.random() < 0.1 else None
         )
         return data, encoding, columns
+
+    def bytes_of(self, given: Input) -> int | None:
+        size = len(given[0])
+        return size if size >= LARGE_BYTES else None
 
     def execute(self, given: Input) -> None:
         data, encoding, columns = given
@@ -330,6 +353,9 @@ class CommandLine(Target):
             raise ValueError(f"exit {result.exit_code}")
         if result.exit_code and not result.stderr.strip():
             raise ValueError(f"exit {result.exit_code} without a word")
+        # A gate that did not pass and click's own usage errors say what to do as they are.
+        if result.exit_code not in (0, 2, 3, 4) and "hint:" not in result.stderr:
+            raise ValueError(f"without a hint: {result.stderr[-400:]}")
 
     def close(self) -> None:
         self.stack.close()
@@ -365,11 +391,36 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 
 def fault_of(target: Target, given: Input) -> str | None:
     """Execute an input; what is wrong with how it ended, or None."""
+    size = target.bytes_of(given)
     try:
-        with time_limit(SECONDS, Slow(f"more than {SECONDS:g} s")):
-            target.execute(given)
+        seconds = SECONDS if size is None else SLOWER * SECONDS
+        with time_limit(seconds, Slow(f"more than {seconds:g} s")):
+            if size is None:
+                target.execute(given)
+            else:
+                _within_memory(target, given, MOST_TIMES * size + MOST_BESIDES)
     except KveditError as error:
-        return None if error.message else "an error without a message"
+        lacks = [name for name in ("message", "hint") if not getattr(error, name)]
+        return f"without a {lacks[0]}: {error!r}"[:300] if lacks else None
     except (Exception, Slow) as error:
         return f"{type(error).__name__}: {error}"[:300]
     return None
+
+
+def _within_memory(target: Target, given: Input, most: int) -> None:
+    """Execute an input; raises Large if what Python allocates for it has a higher peak."""
+    failed: KveditError | None = None
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        try:
+            target.execute(given)
+        except KveditError as error:
+            failed = error
+        taken = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    if taken > most:
+        raise Large(f"took {taken:,} bytes, more than {most:,}")
+    if failed is not None:
+        raise failed

@@ -93,7 +93,69 @@ def _revisions(path: Path, texts: Callable[[Store], dict[str, str]]) -> dict[int
         return {store.head(): texts(store)}
 
 
+def failing_mappings(folder: Path, first: int) -> Iterator[str | None]:
+    """Each mmap of weights, checkpoints and statistics fails once, in each way, in each command."""
+    import pytest
+
+    judge: Any = importlib.import_module("tests.mmap_faults")
+    template = _trained_store(folder)
+    number = 0
+    with pytest.MonkeyPatch.context() as patch:
+        _train_at_random(patch)
+        for kind in judge.WORK:
+            spare = Path(shutil.copytree(template, folder / "spare"))
+            labels = judge.calls(spare, kind)
+            shutil.rmtree(spare)
+            for (call, label), code in itertools.product(enumerate(labels, 1), judge.CODES):
+                number += 1
+                if number > first:
+                    what = _failing_mapping(judge, template, folder / "store", kind, call, code)
+                    yield what and f"{kind}, {label}, {code}, call {call}: {what}"
+
+
+def _failing_mapping(
+    judge: Any, template: Path, path: Path, kind: str, call: int, code: int
+) -> str | None:
+    shutil.copytree(template, path)
+    try:
+        wrong: str | None = judge.wrong(path, kind, call, code)
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"[:300]
+    finally:
+        shutil.rmtree(path)
+    return wrong
+
+
+def _trained_store(folder: Path) -> Path:
+    """A store of the small model with three facts."""
+    import pytest
+    from small_engine import configure
+    from small_model import FREE, build
+
+    from kvedit import KnowledgeBase
+
+    models = build(folder / "models")
+    path = folder / "trained"
+    path.mkdir()
+    configure(path)
+    with pytest.MonkeyPatch.context() as patch:
+        _train_at_random(patch)
+        with KnowledgeBase.create(path, model=models["bf16"]) as base:
+            for fact in FREE[:3]:
+                base.add(*fact, force=True)
+    return path
+
+
+def _train_at_random(patch: Any) -> None:
+    from small_engine import random_train
+
+    from kvedit.training.engine import Engine
+
+    patch.setattr(Engine, "train", random_train())
+
+
 CASES: dict[str, Callable[[Path, int], Iterator[str | None]]] = {
     "failing calls (EIO, ENOSPC, EPERM)": failing_calls,
+    "failing mappings (EIO, ENOSPC, ENOMEM, EPERM)": failing_mappings,
     "power cuts": power_cuts,
 }
