@@ -117,15 +117,14 @@ class Attempts:
 
     def _references(self) -> ReferenceTexts | None:
         """What the training is held to besides: for a group what the base model says, for a single
-        fact or several in turn what the model says now about invented names, and how it reads
-        prose.
+        fact or several in turn what the model says now about invented names.
         """
         engine, config = self.session.engine, self.session.config.training
         if self.plan.group and not self._in_turn:
             texts = engine.reference_texts
         else:
             most = config.reference_texts * REFERENCES_DRAWN
-            texts = engine.reference(self.session.protection.reference_examples(most))
+            texts = engine.reference(self.session.protection.invented_examples(most))
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
 

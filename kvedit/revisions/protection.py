@@ -10,7 +10,7 @@ Invariants:
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ from kvedit.facts.keys import normalise
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
-from kvedit.replay.protected_texts import INVENTED, PROSE, Protected
+from kvedit.replay.protected_texts import INVENTED, Protected
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.checkout import Checkout
 from kvedit.revisions.coverage import Coverage
@@ -33,7 +33,6 @@ _SAMPLES = "protected_samples"
 MIN_FACTS, GROWTH = 16, 1.5
 """Moments are measured on the head once there are so many facts, and again when there are half as
 many more."""
-REFERENCE_TOKENS = 32  # at most, of an answer or a text that a single fact's training is held to
 MEASURED_TEXTS = 2000
 """So many protected texts suffice for moments that are measured often; all are used the first time.
 """
@@ -149,17 +148,11 @@ class Protection:
         """The store's locality probes."""
         return self._examples(self._texts("locality"))
 
-    def reference_examples(self, most: int) -> list[Example]:
-        """So many answers about invented names and as many shipped texts, others for each revision.
-
-        Few texts are measured for the Fisher moments of a new store; the shipped ones speak for
-        all other text that the model reads.
-        """
+    def invented_examples(self, most: int) -> list[Example]:
+        """So many answers about invented names, others for each revision."""
+        texts = [text for text in self._texts("control") if text.origin == INVENTED]
         rng = random.Random(self._checkout.revision)
-        texts = self._texts("control")
-        kinds = ([text for text in texts if text.origin == kind] for kind in (INVENTED, PROSE))
-        drawn = [text for kind in kinds for text in rng.sample(kind, min(most, len(kind)))]
-        return [replace(e, ids=e.ids[: e.start + REFERENCE_TOKENS]) for e in self._examples(drawn)]
+        return self._examples(rng.sample(texts, min(most, len(texts))))
 
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""
