@@ -294,6 +294,35 @@ def levers(run: Run, given: dict[str, Any]) -> None:
 
 
 @command(
+    o.json_file,
+    click.option("--store", type=o.FOLDER, required=True,
+                 help="A store, as a rule after init alone; it is copied, not changed."),
+    click.option("--facts", metavar="FILE|NAME", default="glossary", show_default=True,
+                 help="JSON Lines with key and description, or a name as in quality."),
+    o.number("--limit", "Take the first N facts.", 16, metavar="N"),
+    click.option("--variant", "variants", multiple=True, callback=o.several_settings,
+                 metavar="SECTION.NAME=VALUE", help="Settings, with spaces between them; may be"
+                 " given more than once. The defaults come first."),
+)  # fmt: skip
+def variants(run: Run, given: dict[str, Any]) -> None:
+    """Add one group of facts under several settings, each time to a copy of one store.
+
+    Shows what the gate saw of each: how many facts were learned, unseen phrasings, locality, the
+    perplexity of ordinary text, steps and seconds.
+
+    \b
+    Examples:
+      python -m tests.bench variants --store DIR --variant "training.target_rank=24"
+      python -m tests.bench variants --store DIR --facts glossary-mixed --limit 8
+    """
+    from tests.bench import variants as measured
+
+    chosen = (measured.DEFAULTS, *given.pop("variants"))
+    options = measured.VariantsOptions(variants=chosen, **given)
+    run(measured.variants, options, measured.tables, line=measured.line)
+
+
+@command(
     o.data, o.models, o.seed, o.json_file, o.facts(300), *o.others, o.base_sample, o.group("auto"),
     o.resume, o.plot,
 )  # fmt: skip

@@ -98,11 +98,11 @@ def _store(home: Path, lever: Lever | None) -> Path:
     document = tomllib.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if lever is not None:
         document.setdefault(lever.section, {})[lever.setting] = lever.off
-    (folder / FILE_NAME).write_text(_toml(document), encoding="utf-8")
+    (folder / FILE_NAME).write_text(as_toml(document), encoding="utf-8")
     return folder
 
 
-def _toml(document: Mapping[str, Mapping[str, Any]]) -> str:
+def as_toml(document: Mapping[str, Mapping[str, Any]]) -> str:
     """Settings as TOML."""
     lines = []
     for section, table in document.items():

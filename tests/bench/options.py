@@ -54,16 +54,24 @@ def names(context: click.Context, option: click.Parameter, text: str) -> tuple[s
 def settings(
     context: click.Context, option: click.Parameter, values: tuple[str, ...]
 ) -> tuple[tuple[str, str, Any], ...]:
-    """METHOD.NAME=VALUE, the value in JSON."""
+    """METHOD.NAME=VALUE or SECTION.NAME=VALUE, the value in JSON."""
     read = []
     for text in values:
         place, _, value = text.partition("=")
-        method, _, name = place.partition(".")
+        first, _, name = place.partition(".")
         try:
-            read.append((method, name, json.loads(value)))
+            read.append((first, name, json.loads(value)))
         except ValueError as error:
-            raise click.BadParameter(f"{text!r} is not METHOD.NAME=VALUE (in JSON)") from error
+            form = option.metavar or "SECTION.NAME=VALUE"
+            raise click.BadParameter(f"{text!r} is not {form} (in JSON)") from error
     return tuple(read)
+
+
+def several_settings(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[tuple[str, str, Any], ...], ...]:
+    """Each value has settings with spaces between them."""
+    return tuple(settings(context, option, tuple(text.split())) for text in values)
 
 
 def kind(*more: str, default: str = "poets") -> Option:

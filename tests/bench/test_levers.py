@@ -89,7 +89,7 @@ template_options = { enable_thinking = false, depth = 2 }
 step_gain = 1e-05
 """
     document = tomllib.loads(text)
-    assert tomllib.loads(levers._toml(document)) == document
+    assert tomllib.loads(levers.as_toml(document)) == document
 
 
 def test_the_command_is_there(tmp_path: Path) -> None:
