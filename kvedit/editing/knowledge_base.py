@@ -191,13 +191,16 @@ class KnowledgeBase(Questions):
         """Give a fact another text.  Raises UnknownKeyError."""
         return self._single.update(key, description, force=force)
 
-    def study(self, key: str, texts: Sequence[Written], *, force: bool = False) -> StudyReport:
+    def study(
+        self, key: str, texts: Sequence[Written], *, of: str | None = None, force: bool = False
+    ) -> StudyReport:
         """Train a fact with questions and statements that somebody wrote from its description: with
         those that it supports and that name no other key; the report says why others are refused.
 
-        Raises UnknownKeyError.
+        ``of`` is the description that they were written from: if the fact has another one, all are
+        refused.  What the fact has already is passed over.  Raises UnknownKeyError.
         """
-        return self._single.study(key, texts, force=force)
+        return self._single.study(key, texts, of=of, force=force)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
         """Train a fact's prompts back to what the model answered before it was added.

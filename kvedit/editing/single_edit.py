@@ -6,7 +6,7 @@ from dataclasses import replace
 from kvedit.editing.edit import Edit
 from kvedit.editing.plan import Planner
 from kvedit.editing.study.examples import trained_questions
-from kvedit.editing.study.filters import Filters, StudyReport
+from kvedit.editing.study.filters import Filters, StudyReport, refused_all, unknown_texts
 from kvedit.editing.study.writing import StudyWriter
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
@@ -51,12 +51,16 @@ class SingleEditor:
             (fact,) = self._writer.extended([fact])
             return Edit(self._session, self._planner.update(row, fact), force=force).run()
 
-    def study(self, key: str, texts: Sequence[Written], *, force: bool = False) -> StudyReport:
+    def study(
+        self, key: str, texts: Sequence[Written], *, of: str | None = None, force: bool = False
+    ) -> StudyReport:
         """See ``KnowledgeBase.study``."""
         with self._session.editing():
             row = self.committed(key)
-            filters = Filters(self._session)
-            found = self._session.at(0, lambda: filters.sort(row.fact, texts))
+            new, filters = unknown_texts(row.fact, texts), Filters(self._session)
+            if of is not None and of.strip() != row.fact.description:
+                return StudyReport(row.fact.key, refused_all(new, "it is about another text"))
+            found = self._session.at(0, lambda: filters.sort(row.fact, new))
             if not found.kept:
                 return StudyReport(row.fact.key, found)
             self._session.protection.prepare()

@@ -13,7 +13,7 @@ Invariants:
 - Nothing kept is a question that was given, held out, or trained as a phrasing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -134,16 +134,25 @@ class Filters:
     def _other_key(self, fact: Fact, text: str) -> str:
         """A key of another fact that a text names; names that are this fact's too do not count."""
         own = {normalise(name) for name in (fact.key, fact.name, *fact.aliases)}
-        mentions = self._names.mentioned(text, MAX_NAMES)
+        mentions = self._index_with(fact).mentioned(text, MAX_NAMES)
         own |= {normalise(one.name) for one in mentions if one.key == fact.key}
         others = (m.key for m in mentions if m.key != fact.key and normalise(m.name) not in own)
         return next(others, "")
 
+    def _index_with(self, fact: Fact) -> NameIndex:
+        """The names of the store's facts and of this one: no name counts inside a longer one."""
+        if fact.key in self._facts:
+            return self._index
+        return _index_of([*self._facts.values(), fact])
+
     @cached_property
-    def _names(self) -> NameIndex:
-        facts = [*self._store.facts("committed"), *self._store.facts("pending")]
-        names = [(row.fact.key, (row.fact.key, row.fact.name, *row.fact.aliases)) for row in facts]
-        return NameIndex((name, key) for key, of_fact in names for name in dict.fromkeys(of_fact))
+    def _facts(self) -> dict[str, Fact]:
+        rows = [*self._store.facts("committed"), *self._store.facts("pending")]
+        return {row.fact.key: row.fact for row in rows}
+
+    @cached_property
+    def _index(self) -> NameIndex:
+        return _index_of(self._facts.values())
 
     def _supported(self, fact: Fact, asked: Sequence[Written]) -> list[bool]:
         """Whether the text supports the answers to some questions."""
@@ -177,6 +186,23 @@ class Filters:
             if len(prefix) + limit <= renderer.context else False
             for prefix, answer, limit in rows
         ]  # fmt: skip
+
+
+def _index_of(facts: Iterable[Fact]) -> NameIndex:
+    named = [(fact.key, (fact.key, fact.name, *fact.aliases)) for fact in facts]
+    return NameIndex((name, key) for key, names in named for name in dict.fromkeys(names))
+
+
+def refused_all(texts: Sequence[Written], why: str) -> Sorted:
+    """All of some texts refused for one reason."""
+    return Sorted(refused=tuple(Refused(one, why) for one in texts))
+
+
+def unknown_texts(fact: Fact, texts: Sequence[Written]) -> list[Written]:
+    """Those of some texts that a fact does not have word for word."""
+    known = {(one.prompt, one.answer) for one in fact.all_questions}
+    known |= {("", statement) for statement in fact.all_statements}
+    return [one for one in texts if (one.prompt, one.answer) not in known]
 
 
 def _unfit_question(one: Written) -> str:
