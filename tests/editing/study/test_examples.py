@@ -96,8 +96,8 @@ def test_questions_are_distilled_where_the_settings_say_so(
     config = replace(session.config.study, distill=distill, held_out=0.0)
     session.config = replace(session.config, study=config)
     key, text = FREE[3]
-    asked = question("Of what is its case?", "brass")
-    report = empty.add_fact(Fact.create(key, text, lang="en", questions=[asked]))
+    asked = question("What is its case of?", "brass")
+    report = empty.add_fact(Fact.create(key, text, lang="en", questions=[asked]), force=True)
     assert report.outcome == "committed" and ("teacher" in report.timings) is distill
     assert set(taught) == ({asked.prompt} if distill else set())
 
