@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvedit.facts.fact import Fact as Fact
     from kvedit.facts.fact import LocalityProbe as LocalityProbe
     from kvedit.facts.fact import Question as Question
+    from kvedit.facts.fact import Written as Written
     from kvedit.store.store import Store as Store
 
 __version__ = "0.1.0"
@@ -31,11 +32,12 @@ _HOME = {
     "Question": "kvedit.facts.fact",
     "Score": "kvedit.events",
     "Store": "kvedit.store.store",
+    "Written": "kvedit.facts.fact",
 }
 
 __all__ = [  # noqa: RUF022 - the class most people come for stands first
     "KnowledgeBase", "Config", "EditReport", "Fact", "KveditError", "LocalityProbe", "Question",
-    "Score", "Store", "__version__",
+    "Score", "Store", "Written", "__version__",
 ]  # fmt: skip
 
 

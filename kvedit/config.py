@@ -149,6 +149,14 @@ class StudyConfig:
         False, help="Also ask for each sentence by its first words, for each number, date and name"
         " by its sentence with a blank, and for the key by the description without it.",
     )  # fmt: skip
+    questions: int = setting(
+        0, high=64, help="Most questions that the base model writes about each new fact, and half"
+        " as many statements; what the text does not support is refused. Needs a chat template.",
+    )  # fmt: skip
+    distill: bool = setting(
+        False, help="Train questions towards what the model answers with the text in its prompt,"
+        " in place of their answers' tokens alone.",
+    )  # fmt: skip
     per_step: int = setting(
         6, low=1, help="Questions, statements and parts in a single fact's step."
     )

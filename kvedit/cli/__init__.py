@@ -18,7 +18,7 @@ from kvedit.cli import streams
 from kvedit.cli.commands.ask import ask, chat, diff, explain
 from kvedit.cli.commands.bench import bench
 from kvedit.cli.commands.doctor import backup, doctor
-from kvedit.cli.commands.edit import add, remove, rollback, update
+from kvedit.cli.commands.edit import add, remove, rollback, study, update
 from kvedit.cli.commands.erase import erase, prune
 from kvedit.cli.commands.export import export
 from kvedit.cli.commands.ingest import ingest
@@ -44,8 +44,9 @@ Exit codes:
   13 model does not match the store    130 interrupted"""
 
 COMMANDS = (
-    init, add, ingest, update, remove, ask, chat, explain, list_facts, show, similar, history, diff,
-    status, report, verify, rollback, erase, prune, doctor, backup, trust, export, bench,
+    init, add, ingest, update, study, remove, ask, chat, explain, list_facts, show, similar,
+    history, diff, status, report, verify, rollback, erase, prune, doctor, backup, trust, export,
+    bench,
 )  # fmt: skip
 SHARED = ("add", "ingest", "verify")
 """Commands that several processes run together; the others run on rank 0 alone."""

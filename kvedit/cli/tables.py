@@ -126,11 +126,11 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
     ]
     parts: Parts = [pairs([field for field in fields if field[1]]), "", styled(fact.description)]
     questions = [
-        f"{one.prompt} - {one.answer}{' (never trained)' * one.probe}" for one in fact.questions
+        f"{one.prompt} - {one.answer}{' (never trained)' * one.probe}" for one in fact.all_questions
     ]
     of_its_own = {
         "prompts": fact.prompts, "paraphrases": fact.paraphrases, "questions": questions,
-        "statements": fact.statements,
+        "statements": fact.all_statements,
     }  # fmt: skip
     for title, lines in of_its_own.items():
         if lines:

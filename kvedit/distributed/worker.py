@@ -13,7 +13,7 @@ from kvedit.distributed.processes import ProcessGroup, joined
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome, TokenScores
-from kvedit.replay.kl import ReferenceTexts
+from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.training.worker import Worker
 
 TEXTS_PER_EXCHANGE = 256
@@ -37,7 +37,10 @@ class ParallelWorker(Worker):
         self._group = group
 
     def backward(
-        self, examples: Sequence[Example], loss: Callable[[TokenScores], Tensor]
+        self,
+        examples: Sequence[Example],
+        loss: Callable[[TokenScores], Tensor],
+        teacher: Teacher | None = None,
     ) -> TokenScores:
         """The scores of all examples; the gradients of this process's own."""
         self._require_same_texts(examples)
@@ -49,7 +52,9 @@ class ParallelWorker(Worker):
                 rows = places.to(scores.rows.device)[scores.rows]
                 return loss(replace(scores, rows=rows))
 
-            own = super().backward([examples[i] for i in mine], loss_of) if mine else None
+            own = None
+            if mine:
+                own = super().backward([examples[i] for i in mine], loss_of, teacher)
             parts = self._group.exchange("scores", own and _message(own, places))
         tensors = zip(*filter(None, parts), strict=True)
         device = next(self.model.parameters()).device

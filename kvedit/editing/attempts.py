@@ -17,8 +17,9 @@ from kvedit.config import GateConfig, GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
 from kvedit.editing.gate import Checks, misses, refusals, too_much_growth
 from kvedit.editing.plan import Plan
+from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Status, Warning_
-from kvedit.replay.kl import ReferenceTexts
+from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.revisions.session import Session
 from kvedit.store.rows import ProbeRow
 from kvedit.training.loops.loop import LoopResult, Step, Task
@@ -51,7 +52,8 @@ class Timings(dict[str, float]):
 class Attempts:
     """The attempts of one edit: ``refusals`` are the gate's reasons for each refused one, ``steps``
     all training steps, ``stalls`` the trainings whose loss stopped falling before the fact was
-    recalled, ``resumed_seconds`` the seconds spent by processes that ended in the training.
+    recalled, ``resumed_seconds`` the seconds spent by processes that ended in the training; the
+    ``teacher`` is the model before all of them.
     """
 
     session: Session
@@ -63,6 +65,7 @@ class Attempts:
     steps: int = 0
     stalls: int = 0
     resumed_seconds: float = 0.0
+    teacher: Teacher | None = None
 
     def run(self, snapshot: Snapshot) -> tuple[Delta, Evaluation, tuple[str, ...]]:
         """Train, merge, evaluate; when refused, go on from there with the facts that were lost in
@@ -76,6 +79,7 @@ class Attempts:
         lost = {c.row.id: c for c in self.evaluator.candidates} if self.plan.compaction else {}
         delta: Delta = {}
         config, references = self._first_config(), self._references()
+        self.teacher = self._teacher()
         group = settings.group if self.plan.group and not self._in_turn else None
         harmed = False
         for attempts_left in reversed(range(settings.retention.max_repairs + 1)):
@@ -128,6 +132,16 @@ class Attempts:
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
 
+    def _teacher(self) -> Teacher | None:
+        """What the model says now to the questions about all facts, with their texts before it."""
+        if not self.session.config.study.distill:
+            return None
+        edited = [one.after for one in self.plan.changes if one.after is not None]
+        facts = [*edited, *(candidate.row.fact for candidate in self.evaluator.candidates)]
+        study = StudyExamples(self.session)
+        with self.timings.measure("teacher"):
+            return self.session.engine.teacher([p for fact in facts for p in study.told(fact)])
+
     def _train(
         self,
         lost: Sequence[RetentionCandidate],
@@ -146,6 +160,7 @@ class Attempts:
             [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
             self.session.config.study,
             self._in_turn,
+            self.teacher,
         )
         train = self.session.engine.train
         with self.timings.measure("train"):

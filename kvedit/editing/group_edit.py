@@ -14,6 +14,7 @@ from kvedit.editing.edit import Edit
 from kvedit.editing.group_size import GroupSize
 from kvedit.editing.plan import Planner, should_compact
 from kvedit.editing.single_edit import SingleEditor
+from kvedit.editing.study.writing import StudyWriter
 from kvedit.errors import OutOfMemoryError
 from kvedit.events import EditReport, Warning_
 from kvedit.facts.fact import Fact
@@ -45,6 +46,7 @@ class GroupEditor:
     def __init__(self, session: Session, single: SingleEditor) -> None:
         self._session, self._store, self._engine = session, session.store, session.engine
         self._single, self._planner = single, Planner(session)
+        self._writer = StudyWriter(session)
         self._size = GroupSize(session.engine, session.config.group, self._warn_of_memory)
         self._compaction_refused = False
 
@@ -112,6 +114,7 @@ class GroupEditor:
         for fact in facts:
             self._planner.check([fact])
         with self._session.editing():
+            facts = self._writer.extended(facts)
             if not self._engine.reads and self.should_compact(facts):
                 report = self._compact(facts, options)
                 if report.outcome == "committed":

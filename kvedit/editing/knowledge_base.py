@@ -16,9 +16,10 @@ from kvedit.asking.questions import Questions
 from kvedit.editing.evaluation import at_risk
 from kvedit.editing.group_edit import GroupEditor, GroupOptions
 from kvedit.editing.single_edit import SingleEditor
+from kvedit.editing.study.filters import StudyReport
 from kvedit.editing.verify import VerifyReport, verify
 from kvedit.events import EditReport, Event, Warning_
-from kvedit.facts.fact import Fact, LocalityProbe, Question
+from kvedit.facts.fact import Fact, LocalityProbe, Question, Written
 from kvedit.model import loading
 from kvedit.model.prompts import Example
 from kvedit.replay import protected_texts
@@ -189,6 +190,17 @@ class KnowledgeBase(Questions):
     def update(self, key: str, description: str, *, force: bool = False) -> EditReport:
         """Give a fact another text.  Raises UnknownKeyError."""
         return self._single.update(key, description, force=force)
+
+    def study(
+        self, key: str, texts: Sequence[Written], *, of: str | None = None, force: bool = False
+    ) -> StudyReport:
+        """Train a fact with questions and statements that somebody wrote from its description: with
+        those that it supports and that name no other key; the report says why others are refused.
+
+        ``of`` is the description that they were written from: if the fact has another one, all are
+        refused.  What the fact has already is passed over.  Raises UnknownKeyError.
+        """
+        return self._single.study(key, texts, of=of, force=force)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
         """Train a fact's prompts back to what the model answered before it was added.

@@ -6,9 +6,11 @@ from dataclasses import replace
 from kvedit.editing.edit import Edit
 from kvedit.editing.plan import Planner
 from kvedit.editing.study.examples import trained_questions
+from kvedit.editing.study.filters import Filters, StudyReport, refused_all, unknown_texts
+from kvedit.editing.study.writing import StudyWriter
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
-from kvedit.facts.fact import Fact
+from kvedit.facts.fact import Fact, Written
 from kvedit.facts.keys import in_words, similar
 from kvedit.revisions.session import Session
 from kvedit.store.forget.plans import ErasePlan
@@ -21,7 +23,7 @@ class SingleEditor:
 
     def __init__(self, session: Session) -> None:
         self._session, self._store, self._engine = session, session.store, session.engine
-        self._planner = Planner(session)
+        self._planner, self._writer = Planner(session), StudyWriter(session)
 
     def add(self, fact: Fact, *, force: bool = False) -> EditReport:
         """See ``KnowledgeBase.add``."""
@@ -33,6 +35,7 @@ class SingleEditor:
             near = tuple(similar(fact.key, self._store.keys()))
             self._warn_of_similar(fact.key, near)
             self._session.protection.prepare()
+            (fact,) = self._writer.extended([fact])
             self._session.say("asking the model first", fact.key)
             return Edit(self._session, self._planner.add(fact, near), force=force).run()
 
@@ -45,7 +48,25 @@ class SingleEditor:
                 return self._unchanged("update", row)
             self._warn_of_dropped(row.fact, fact)
             self._session.protection.prepare()
+            (fact,) = self._writer.extended([fact])
             return Edit(self._session, self._planner.update(row, fact), force=force).run()
+
+    def study(
+        self, key: str, texts: Sequence[Written], *, of: str | None = None, force: bool = False
+    ) -> StudyReport:
+        """See ``KnowledgeBase.study``."""
+        with self._session.editing():
+            row = self.committed(key)
+            new, filters = unknown_texts(row.fact, texts), Filters(self._session)
+            if of is not None and of.strip() != row.fact.description:
+                return StudyReport(row.fact.key, refused_all(new, "it is about another text"))
+            found = self._session.at(0, lambda: filters.sort(row.fact, new))
+            if not found.kept:
+                return StudyReport(row.fact.key, found)
+            self._session.protection.prepare()
+            fact = replace(row.fact, written=(*row.fact.written, *found.kept))
+            report = Edit(self._session, self._planner.update(row, fact), force=force).run()
+            return StudyReport(row.fact.key, found, report)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
         """See ``KnowledgeBase.remove``."""
@@ -122,9 +143,15 @@ class SingleEditor:
         return self._session.at(before, lambda: self._engine.prior_answers(row.fact, prompts))
 
     def _add_again(self, row: FactRow, fact: Fact, *, force: bool) -> EditReport:
-        """The same text changes nothing; with other questions or statements it is an update."""
+        """The same text changes nothing; with other questions or statements it is an update, which
+        keeps what was written.
+        """
         if row.fact.description == fact.description:
-            more = replace(row.fact, questions=fact.questions, statements=fact.statements)
+            asked = {one.prompt for one in fact.questions}
+            more = replace(
+                row.fact, questions=fact.questions, statements=fact.statements,
+                written=tuple(one for one in row.fact.written if one.prompt not in asked),
+            )  # fmt: skip
             if more == row.fact or not (fact.questions or fact.statements):
                 return self._unchanged("add", row)
             self._session.protection.prepare()
@@ -144,9 +171,9 @@ class SingleEditor:
 
     def _warn_of_dropped(self, old: Fact, new: Fact) -> None:
         """Say so when questions or statements go, because the new text does not say it."""
-        kept = {*new.questions, *new.statements}
-        dropped = [one.prompt for one in old.questions if one not in kept]
-        dropped += [statement for statement in old.statements if statement not in kept]
+        kept = {*new.all_questions, *new.all_statements}
+        dropped = [one.prompt for one in old.all_questions if one not in kept]
+        dropped += [statement for statement in old.all_statements if statement not in kept]
         if dropped:
             text = f"{old.key}: the new text does not say, so it was dropped: {in_words(dropped)}"
             self._session.emit(Warning_(text=text, code="dropped", key=old.key))

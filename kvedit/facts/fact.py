@@ -48,11 +48,23 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A question, or a statement (an empty ``prompt``), that ``writer`` made from the description:
+    ``model`` is the base model.
+    """
+
+    prompt: str
+    answer: str
+    writer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
     """One fact; make it with ``Fact.create``, which checks and cleans.
 
     ``questions`` are trained, or asked, besides the description; ``statements`` say the same in
-    other words and are trained as text.  ``relation_of`` is the subject of a relation, whose
+    other words and are trained as text; ``written`` are more of both, made from the description and
+    worth nothing without it.  ``relation_of`` is the subject of a relation, whose
     description answers its own prompts only: no other phrasing is trained, and the key, which must
     be unique, says more than the subject.
     """
@@ -66,8 +78,20 @@ class Fact:
     locality: tuple[LocalityProbe, ...] = ()
     questions: tuple[Question, ...] = ()
     statements: tuple[str, ...] = ()
+    written: tuple[Written, ...] = ()
     relation_of: str | None = None
     source: str | None = None
+
+    @property
+    def all_questions(self) -> tuple[Question, ...]:
+        """The questions that were given, then those that were written."""
+        written = (Question(prompt=w.prompt, answer=w.answer) for w in self.written if w.prompt)
+        return (*self.questions, *written)
+
+    @property
+    def all_statements(self) -> tuple[str, ...]:
+        """Those that were given, then those that were written."""
+        return (*self.statements, *(one.answer for one in self.written if not one.prompt))
 
     @property
     def name(self) -> str:
@@ -87,13 +111,15 @@ class Fact:
         locality: Iterable[LocalityProbe] = (),
         questions: Iterable[Question] = (),
         statements: Iterable[str] = (),
+        written: Iterable[Written] = (),
         relation_of: str | None = None,
         source: str | None = None,
     ) -> Fact:
         """Check and clean the parts; detect the language unless it is given.
 
         Raises InvalidFactError for an empty, over-long or unprintable part, an unknown language, a
-        question with two answers, or a relation without a prompt.
+        question with two answers, or a relation without a prompt.  A question that was given is not
+        written besides.
         """
         key = _name("key", key)
         description = _text("description", description)
@@ -102,6 +128,7 @@ class Fact:
             raise InvalidFactError(
                 f"the relation {key} has no prompt", hint="Give the question it answers in prompts."
             )
+        asked = _questions(questions)
         return cls(
             key=key,
             description=description,
@@ -110,8 +137,9 @@ class Fact:
             prompts=prompts,
             paraphrases=_unique(_text("paraphrase", text) for text in paraphrases),
             locality=tuple(_probe(probe) for probe in locality),
-            questions=_questions(questions),
+            questions=asked,
             statements=_unique(_text("statement", statement) for statement in statements),
+            written=_written(written, asked),
             relation_of=_name("subject", relation_of) if relation_of else None,
             source=_text("source", source) if source else None,
         )
@@ -119,20 +147,22 @@ class Fact:
     def with_description(self, description: str) -> Fact:
         """The same fact, in the same language, with another description.
 
-        Statements, which say what the old one said, are dropped; so are questions whose answer does
-        not stand in the new one.
+        Statements, which say what the old one said, are dropped, and so is all that was written
+        from it, and questions whose answer does not stand in the new one.
         """
         text = _text("description", description)
         if text == self.description:
             return self
         kept = tuple(one for one in self.questions if contains_answer(text, one.answer))
-        return replace(self, description=text, questions=kept, statements=())
+        return replace(self, description=text, questions=kept, statements=(), written=())
 
     def to_json(self) -> dict[str, object]:
         """A JSON document; parts that are empty are left out."""
         probes = [_present(asdict(probe)) for probe in self.locality]
         questions = [_question_document(question) for question in self.questions]
-        return _present({**asdict(self), "locality": probes, "questions": questions})
+        written = [_present(asdict(one)) for one in self.written]
+        parts = {"locality": probes, "questions": questions, "written": written}
+        return _present({**asdict(self), **parts})
 
     @classmethod
     def from_json(cls, document: object) -> Fact:
@@ -155,6 +185,7 @@ class Fact:
             locality=[_probe_from(item) for item in _list(document, "locality")],
             questions=[_question_from(item) for item in _list(document, "questions")],
             statements=_strings(document, "statements"),
+            written=[_written_from(item) for item in _list(document, "written")],
             relation_of=_optional(document, "relation_of"),
             source=_optional(document, "source"),
         )
@@ -205,12 +236,10 @@ def _probe(probe: LocalityProbe) -> LocalityProbe:
 
 def _questions(questions: Iterable[Question]) -> tuple[Question, ...]:
     """Cleaned, without repetitions; a prompt may have one answer only."""
-    cleaned = _unique(
-        replace(
-            one, prompt=_text("question", one.prompt), answer=_text("question's answer", one.answer)
-        )
-        for one in questions
+    pairs = (
+        (o, _text("question", o.prompt), _text("question's answer", o.answer)) for o in questions
     )
+    cleaned = _unique(replace(one, prompt=prompt, answer=answer) for one, prompt, answer in pairs)
     answers: dict[str, str] = {}
     for one in cleaned:
         if answers.setdefault(one.prompt, one.answer) != one.answer:
@@ -220,6 +249,19 @@ def _questions(questions: Iterable[Question]) -> tuple[Question, ...]:
                 hint="Keep one of them.",
             )
     return tuple(cleaned)
+
+
+def _written(written: Iterable[Written], given: Iterable[Question]) -> tuple[Written, ...]:
+    """Cleaned; the first answer to each question not given."""
+    asked = {one.prompt for one in given}
+    by_text: dict[str, Written] = {}
+    for one in written:
+        prompt = one.prompt and _text("question", one.prompt)
+        answer, writer = _text("written answer", one.answer), _name("writer", one.writer)
+        if prompt not in asked:
+            cleaned = Written(prompt=prompt, answer=answer, writer=writer)
+            by_text.setdefault(prompt or answer, cleaned)
+    return tuple(by_text.values())
 
 
 def _unique(values: Iterable[_T]) -> tuple[_T, ...]:
@@ -254,6 +296,14 @@ def _question_from(item: object) -> Question:
         raise InvalidFactError(f'"probe" must be true or false, not {_kind(probe)}')
     prompt = _string(item, "question" if "question" in item and "prompt" not in item else "prompt")
     return Question(prompt=prompt, answer=_string(item, "answer"), probe=probe)
+
+
+def _written_from(item: object) -> Written:
+    """An object with ``prompt`` (none for a statement), ``answer`` and ``writer``."""
+    if not isinstance(item, Mapping):
+        raise InvalidFactError(f'"written" must hold objects, not {_kind(item)}')
+    prompt, answer = _optional(item, "prompt") or "", _string(item, "answer")
+    return Written(prompt=prompt, answer=answer, writer=_string(item, "writer"))
 
 
 def _question_document(question: Question) -> dict[str, object]:

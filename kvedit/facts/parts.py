@@ -25,7 +25,7 @@ asked."""
 _CUE_WORDS, _CUE_CHARACTERS = 4, 6  # at most, with which a sentence begins in its prompt
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _CHINESE = re.compile(f"[{_HAN}]")
-_UNIT = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])[^\W_])+")  # a character of Chinese or a word
+UNIT = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])[^\W_])+")  # a character of Chinese or a word
 _ABBREVIATION = re.compile(
     r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|No|Vol|Fig|Inc|Ltd|Co|Gen|Col|Lt"
     r"|Rev|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|ca?)|\b(?:[A-Za-z]\.)+[A-Za-z])\.$"
@@ -130,7 +130,7 @@ def _sentences(fact: Fact, ways: _Phrasing) -> Iterator[Question]:
 
 def _cue(sentence: str) -> str:
     """The first words of a sentence, at most a third of them; empty where it has few."""
-    units = list(_UNIT.finditer(sentence))
+    units = list(UNIT.finditer(sentence))
     most = _CUE_CHARACTERS if _CHINESE.search(sentence) else _CUE_WORDS
     count = min(most, len(units) // 3)
     return sentence[: units[count - 1].end()] if count else ""
@@ -139,15 +139,15 @@ def _cue(sentence: str) -> str:
 def _blanks(fact: Fact, ways: _Phrasing) -> Iterator[Question]:
     """Each number, date and name by its sentence with a blank."""
     for sentence in sentences(fact.description):
-        for value in _values(sentence):
+        for value in values(sentence):
             text = _without(sentence, value)
-            rest = len(_UNIT.findall(text.replace(BLANK, " ")))
+            rest = len(UNIT.findall(text.replace(BLANK, " ")))
             prompt = ways.blank.format(key=fact.key, text=text)
             if rest >= MIN_NAMED and not _alone(value).search(prompt):
                 yield Question(prompt=prompt, answer=value)
 
 
-def _values(sentence: str) -> list[str]:
+def values(sentence: str) -> list[str]:
     """What can be blanked out of a sentence, in its order; none lies within another."""
     taken: list[tuple[int, int]] = []
     for pattern in _VALUES:
@@ -158,7 +158,7 @@ def _values(sentence: str) -> list[str]:
             if all(end <= other or begin >= stop for other, stop in taken):
                 taken.append((begin, end))
     found = dict.fromkeys(sentence[begin:end].strip(" .,") for begin, end in sorted(taken))
-    return [value for value in found if _UNIT.search(value)]
+    return [value for value in found if UNIT.search(value)]
 
 
 def _without(text: str, value: str) -> str:
@@ -178,6 +178,6 @@ def _key(fact: Fact, ways: _Phrasing) -> Iterator[Question]:
     text = fact.description
     for name in sorted({fact.key, *fact.aliases}, key=len, reverse=True):
         text = _without(text, name)
-    rest = len(_UNIT.findall(text.replace(BLANK, " ")))
+    rest = len(UNIT.findall(text.replace(BLANK, " ")))
     if rest >= MIN_NAMED and not contains_answer(text, fact.key):
         yield Question(prompt=ways.key.format(text=text), answer=fact.key)

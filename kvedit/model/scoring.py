@@ -61,6 +61,10 @@ class Answers:
     rows: Tensor  # (N,), int64: the example that each position belongs to
 
 
+LossInstead = Callable[[Sequence[Example], Answers, Tensor], Tensor]
+"""From examples, their logits and cross-entropies (N,): the losses (N,) to train on."""
+
+
 def answer_logits(
     model: Any,
     examples: Sequence[Example],
@@ -146,11 +150,20 @@ def joined(parts: Iterable[TokenScores]) -> TokenScores:
 
 
 def batch_scores(
-    model: Any, examples: Sequence[Example], batch: Sequence[int], prefix_cache: PrefixCache | None
+    model: Any,
+    examples: Sequence[Example],
+    batch: Sequence[int],
+    prefix_cache: PrefixCache | None,
+    instead: LossInstead | None = None,
 ) -> TokenScores:
-    """Score the examples with these indices, together."""
-    answers = answer_logits(model, [examples[i] for i in batch], prefix_cache, in_float=False)
+    """Score the examples with these indices, together; ``instead`` may put other losses in place of
+    the cross-entropies.
+    """
+    chosen = [examples[i] for i in batch]
+    answers = answer_logits(model, chosen, prefix_cache, in_float=False)
     losses, token_margins = token_losses(answers.logits, answers.targets)
+    if instead is not None:
+        losses = instead(chosen, answers, losses)
     target_logits = answers.logits.detach().gather(1, answers.targets[:, None])[:, 0].float()
     places = torch.tensor(batch, device=answers.rows.device)
     tolerances = tie_tolerance(model, target_logits)

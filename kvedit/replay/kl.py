@@ -1,4 +1,5 @@
-"""Reference texts, and the KL divergence of the edited model from the base model on them.
+"""Reference texts, and the KL divergence of the edited model from the base model on them; a
+teacher, which is the model with a text before its questions.
 
 The Fisher penalty is a quadratic approximation whose errors add up over edits; here the divergence
 itself is measured, on a sample of the texts in every step.  Few tokens diverge much: those whose
@@ -7,11 +8,12 @@ others and, as noise, shortened every step; ``robust_mean`` bounds them.
 
 Invariants:
 - The reference states are the base model's, whatever was edited since.
+- A teacher's states are measured once, before the training that it is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from kvedit.facts.keys import naming
 from kvedit.model.forward import project, projects
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
-from kvedit.model.scoring import answer_states, batches, slices
+from kvedit.model.scoring import Answers, answer_states, batches, slices
 
 CAUCHY_SCALE = 1.0  # nats: a token's divergence beyond it counts less and less
 
@@ -71,6 +73,11 @@ class ReferenceTexts:
             states.update(zip(batch, torch.split(hidden, counts), strict=True))
         return cls(examples, [states[i] for i in range(len(examples))])
 
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """(answer length, hidden) for each example."""
+        return self._states
+
     def without(self, names: Iterable[str]) -> ReferenceTexts:
         """The texts whose prompts mention none of ``names``: edited answers may change."""
         edited = naming(names)
@@ -96,6 +103,54 @@ class ReferenceTexts:
                 base = project(model, torch.cat([self._states[i] for i in indices]))
             parts.append(_Divergence.apply(project(model, hidden), base))  # type: ignore[no-untyped-call]
         return torch.cat(parts)
+
+
+class Teacher:
+    """What a model says to questions when it reads the text that answers them, as a training target
+    for the questions alone (context distillation: Askell et al., arXiv:2112.00861).
+
+    Kept are the last hidden states, from which the whole distribution follows: fewer numbers than
+    its fifty highest logits with their tokens have for a small model, and no tail is lost.  An
+    answer token that the teacher would not give is learned from its label.
+    """
+
+    def __init__(self, states: Mapping[Example, Tensor]) -> None:
+        """``states`` (answer length, hidden) for each question, an example without the text."""
+        self._states = dict(states)
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        pairs: Sequence[tuple[Example, Example]],
+        prefix_cache: PrefixCache | None = None,
+    ) -> Teacher:
+        """Compute the states for pairs of a question without and with the text, whose answers have
+        the same tokens.  A model whose logits are no projection of its states teaches nothing.
+        """
+        read = ReferenceTexts.measure(model, [told for _, told in pairs], prefix_cache)
+        asked = [question for question, _ in pairs][: len(read)]
+        return cls(dict(zip(asked, read.states, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def losses(
+        self, model: nn.Module, examples: Sequence[Example], answers: Answers, losses: Tensor
+    ) -> Tensor:
+        """(N,): at each answer token KL(teacher || model), nats, in place of the cross-entropy in
+        ``losses``, for the questions that it has an answer to.
+        """
+        taught = [(at, self._states[one]) for at, one in enumerate(examples) if one in self._states]
+        if not taught:
+            return losses
+        of_taught = torch.tensor([at for at, _ in taught], device=answers.rows.device)
+        places = torch.isin(answers.rows, of_taught).nonzero()[:, 0]
+        with torch.no_grad():
+            told = project(model, torch.cat([states for _, states in taught]))
+        divergences = _Divergence.apply(answers.logits[places], told)  # type: ignore[no-untyped-call]
+        agrees = told.argmax(1) == answers.targets[places]
+        return losses.index_put((places,), torch.where(agrees, divergences, losses[places]))
 
 
 class _Divergence(torch.autograd.Function):

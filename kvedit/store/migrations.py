@@ -18,7 +18,7 @@ from kvedit.errors import CorruptStoreError, StoreTooNewError
 from kvedit.store.checks.values import from_json
 from kvedit.store.rows import to_text
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MIGRATIONS = Migrations("kvedit")
 
 
@@ -99,6 +99,13 @@ def format_4(db: Database) -> None:
         "ALTER TABLE revisions ADD COLUMN dropped TEXT CHECK (dropped IN ('erased', 'pruned'))"
     )
     db.execute("PRAGMA user_version = 4")
+
+
+@MIGRATIONS()
+def format_5(db: Database) -> None:
+    """Questions and statements that were written from a fact's description, and by whom."""
+    db.execute("ALTER TABLE facts ADD COLUMN written TEXT NOT NULL DEFAULT '[]'")
+    db.execute("PRAGMA user_version = 5")
 
 
 def _renamed_report(text: str) -> str:

@@ -19,7 +19,7 @@ from kvedit.trust.names import RESTORE
 
 Row = dict[str, Any]
 _TEXTS = ("key", "description", "lang", "relation_of", "source")
-_LISTS = ("aliases", "prompts", "paraphrases", "locality", "questions", "statements")
+_LISTS = ("aliases", "prompts", "paraphrases", "locality", "questions", "statements", "written")
 """Columns of JSON arrays."""
 
 

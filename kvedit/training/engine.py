@@ -34,7 +34,7 @@ from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import Outcome
 from kvedit.model.targets import target_names
 from kvedit.replay import general_texts
-from kvedit.replay.kl import ReferenceTexts
+from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.training import memory
 from kvedit.training.examples.of_facts import PRIOR_TOKENS, FactExamples
 from kvedit.training.examples.start import accumulated_share, start_examples
@@ -156,6 +156,11 @@ class Engine(KeptMoments):
         """The model's output on some texts, with the weights as they are."""
         with self.worker.in_step():
             return ReferenceTexts.measure(self.base.model, examples, self.worker.prefix_cache)
+
+    def teacher(self, pairs: Sequence[tuple[Example, Example]]) -> Teacher:
+        """What the model answers to questions with a text before them; see ``Teacher.measure``."""
+        with self.worker.in_step():
+            return Teacher.measure(self.base.model, pairs, self.worker.prefix_cache)
 
     def weights_digest(self) -> str:
         """SHA-256 of the touched matrices as served; raises ProcessesDifferError where several

@@ -13,7 +13,7 @@ Invariants:
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from kvedit.model import generation, scoring
 from kvedit.model.prefix_cache import PrefixCache
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome, TokenScores
-from kvedit.replay.kl import ReferenceTexts, robust_mean
+from kvedit.replay.kl import ReferenceTexts, Teacher, robust_mean
 
 _T = TypeVar("_T")
 
@@ -41,17 +41,24 @@ class Worker:
         return Accelerator()
 
     def backward(
-        self, examples: Sequence[Example], loss: Callable[[TokenScores], Tensor]
+        self,
+        examples: Sequence[Example],
+        loss: Callable[[TokenScores], Tensor],
+        teacher: Teacher | None = None,
     ) -> TokenScores:
-        """Add the gradients of a loss that is a sum over answer tokens; returns their scores.
+        """Add the gradients of a loss that is a sum over answer tokens; returns their scores, those
+        of a ``teacher`` where it has any.
 
         Each batch has a forward and a backward pass of its own, so that only its activations are in
         memory, however many examples there are.
         """
         parts = []
+        instead = partial(teacher.losses, self.model) if teacher else None
         for batch in scoring.step_batches(self.model, examples):
             with self.accelerator.autocast():
-                scores = scoring.batch_scores(self.model, examples, batch, self.prefix_cache)
+                scores = scoring.batch_scores(
+                    self.model, examples, batch, self.prefix_cache, instead
+                )
             self.accelerator.backward(loss(scores))
             parts.append(replace(scores, losses=scores.losses.detach()))
         return scoring.joined(parts)

@@ -1,8 +1,9 @@
 """How much of a trained text can be used: questions about it that nobody trained, by recipe.
 
 Every second question of a passage is held out.  The recipes differ in what is trained beside the
-text: nothing, its parts, the other questions, or both.  The base model is asked the same questions,
-without the text and with it in the prompt, which is the upper bound.
+text: nothing, its parts, the other questions, both, or what the base model wrote; and in whether
+questions are distilled from the model that reads the text.  The base model is asked the same
+questions, without the text and with it in the prompt, which is the upper bound.
 
 Invariants:
 - Each recipe begins with a copy of one store and adds the same facts, in the same order.
@@ -31,6 +32,7 @@ from kvedit.facts.fact import Fact, Question
 from kvedit.training.engine import Engine
 
 Emit = Callable[[Event], None]
+WRITTEN = 8  # questions that the model writes about each passage, at most
 RECITED = 20  # characters with which a text begins: an answer that has them is a recitation
 
 
@@ -47,6 +49,9 @@ RECIPES = {
     "parts": Recipe({"parts": True}),
     "questions": Recipe(questions=True),
     "parts, questions": Recipe({"parts": True}, questions=True),
+    "questions, distilled": Recipe({"distill": True}, questions=True),
+    "written": Recipe({"questions": WRITTEN}),
+    "written, distilled": Recipe({"questions": WRITTEN, "distill": True}),
 }
 
 
@@ -77,7 +82,8 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class RecipeResult:
     """``recited`` are facts recalled at the end, of all given; ``recitations`` the answers that
-    begin as the text does; seconds are of the edits alone, by the clock and of the processor.
+    begin as the text does; ``written`` the questions and statements that the model wrote; seconds
+    are of the edits alone, by the clock and of the processor.
     """
 
     name: str
@@ -86,6 +92,7 @@ class RecipeResult:
     answered: Score
     recitations: int
     perturbation_gap: float | None
+    written: int
     seconds: float
     cpu_seconds: float
     steps: int
@@ -232,6 +239,7 @@ def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeR
         began, cpu_began = time.monotonic(), time.process_time()
         reports = [knowledge.add_fact(fact) for fact in facts]
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
+        written = sum(len(row.fact.written) for row in knowledge.store.facts("committed"))
         report = knowledge.verify()
         given = ask(knowledge.engine, facts)
     starts = {fact.key: fact.description[:RECITED] for fact in facts}
@@ -239,28 +247,29 @@ def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeR
         name, sum(one.outcome == "committed" for one in reports),
         Score(report.score.passed, len(facts), report.score.protocol), _score(given),
         sum(one.answer.startswith(starts[one.key]) for one in given), report.perturbation_gap,
-        seconds, cpu_seconds, sum(one.steps for one in reports), tuple(given),
+        written, seconds, cpu_seconds, sum(one.steps for one in reports), tuple(given),
     )  # fmt: skip
 
 
 def tables(result: AnswersResult) -> list[Table]:
     """One row for the base model, one with the text in the prompt, one for each recipe."""
     rows = [
-        ("base model", "-", "-", _cell(result.base), *"-----"),
-        ("text in the prompt", "-", "-", _cell(result.in_prompt), *"-----"),
+        ("base model", "-", "-", _cell(result.base), *"------"),
+        ("text in the prompt", "-", "-", _cell(result.in_prompt), *"------"),
     ]
     for one in result.recipes:
         gap = "-" if one.perturbation_gap is None else f"{one.perturbation_gap:.1f}"
         rows.append(
             (
                 one.name, f"{one.committed} of {result.facts}", _cell(one.recited),
-                _cell(one.answered), str(one.recitations), gap, f"{one.steps / result.facts:.0f}",
+                _cell(one.answered), str(one.recitations), gap, str(one.written),
+                f"{one.steps / result.facts:.0f}",
                 f"{one.seconds / result.facts:.0f}", f"{one.cpu_seconds / result.facts:.0f}",
             )
         )  # fmt: skip
     columns = (
-        "trained", "committed", "recites", "answers", "recitations", "gap", "steps a fact",
-        "seconds", "CPU seconds",
+        "trained", "committed", "recites", "answers", "recitations", "gap", "written",
+        "steps a fact", "seconds", "CPU seconds",
     )  # fmt: skip
     return [Table(f"{result.facts} passages, one by one", columns, tuple(rows))]
 

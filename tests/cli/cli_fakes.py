@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 from kvedit.asking.diff import RevisionDiff, changed_facts
 from kvedit.asking.explain import Explanation
 from kvedit.cli import cli
+from kvedit.editing.study.filters import Refused, Sorted, StudyReport
 from kvedit.events import EditReport, Event, RetentionCheck, Score, Similar
-from kvedit.facts.fact import Fact
+from kvedit.facts.fact import Fact, Written
 from kvedit.store.forget.plans import PrunePlan
 from kvedit.store.rows import FactChange, Finding, ProbeRow
 from kvedit.store.store import Store
@@ -171,6 +172,11 @@ class FakeBase:
 
     def update(self, key: str, description: str, **options: Any) -> EditReport:
         return replace(self._called("update", key, description, options), kind="update")
+
+    def study(self, key: str, texts: Sequence[Written], **options: Any) -> StudyReport:
+        report = replace(self._called("study", key, list(texts), options), kind="update")
+        found = Sorted(tuple(texts[:1]), tuple(Refused(one, "it is late") for one in texts[1:]))
+        return StudyReport(key, found, report if found.kept else None)
 
     def remove(self, key: str, **options: Any) -> EditReport:
         return replace(self._called("remove", key, options), kind="remove")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe, Question
+from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe, Question, Written
 
 LINE = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40
@@ -33,6 +33,7 @@ QUESTIONS = st.lists(
     prompts=st.lists(TEXT, max_size=3),
     locality=PROBES,
     questions=QUESTIONS,
+    written=st.lists(st.builds(Written, prompt=TEXT | st.just(""), answer=TEXT, writer=LINE)),
     relation_of=st.none() | LINE,
     source=st.none() | TEXT,
 )
@@ -43,6 +44,7 @@ def test_a_fact_survives_json(
     prompts: list[str],
     locality: list[LocalityProbe],
     questions: list[Question],
+    written: list[Written],
     relation_of: str | None,
     source: str | None,
 ) -> None:
@@ -55,6 +57,7 @@ def test_a_fact_survives_json(
         locality=locality,
         questions=questions,
         statements=prompts,
+        written=written,
         relation_of=relation_of if prompts else None,
         source=source,
     )
@@ -165,10 +168,34 @@ def test_a_question_with_two_answers_is_refused() -> None:
 
 def test_another_description_drops_what_it_does_not_say() -> None:
     questions = [Question(prompt=f"{word}?", answer=word) for word in ("Marrow", "glass")]
-    fact = Fact.create("k", "Glass from Marrow.", questions=questions, statements=["It is glass."])
+    written = [Written(prompt="From where?", answer="Marrow", writer="model")]
+    fact = Fact.create(
+        "k", "Glass from Marrow.", questions=questions, statements=["It is glass."], written=written
+    )
     changed = fact.with_description("Silk from Marrow.")
     assert (changed.questions, changed.statements) == (fact.questions[:1], ())
+    assert fact.written == tuple(written) and changed.written == ()
     assert fact.with_description("Glass from Marrow.") == fact
+
+
+def test_what_was_written_stands_beside_what_was_given() -> None:
+    given = Question(prompt="Where?", answer="Marrow")
+    texts = [
+        Written(prompt="Where?", answer="Tarn", writer="model"),
+        Written(prompt="Of what?", answer="glass", writer="model"),
+        Written(prompt="Of what?", answer="silk", writer="Ann"),
+        Written(prompt="", answer="It is glass.", writer="Ann"),
+    ]
+    fact = Fact.create("k", "d", questions=[given], statements=["S."], written=texts)
+    assert fact.written == (texts[1], texts[3])
+    assert fact.all_questions == (given, Question(prompt="Of what?", answer="glass"))
+    assert fact.all_statements == ("S.", "It is glass.")
+    assert fact.to_json()["written"] == [
+        {"prompt": "Of what?", "answer": "glass", "writer": "model"},
+        {"prompt": "", "answer": "It is glass.", "writer": "Ann"},
+    ]
+    with pytest.raises(InvalidFactError, match='"written" must hold objects'):
+        Fact.from_json({"key": "k", "description": "d", "written": ["w"]})
 
 
 def test_a_relation_is_called_by_its_subject() -> None:

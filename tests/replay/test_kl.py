@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from small_model import FREE, KNOWN
@@ -11,7 +13,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model import forward
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
-from kvedit.model.scoring import answer_logits
+from kvedit.model.scoring import answer_logits, batch_scores
 from kvedit.replay.kl import CAUCHY_SCALE, ReferenceTexts, robust_mean
 from kvedit.training.engine import Engine
 from kvedit.training.loops.loop import Task
@@ -89,3 +91,32 @@ def test_a_model_whose_logits_are_no_projection_has_no_reference_texts(
     monkeypatch.setattr("kvedit.replay.kl.projects", lambda model: False)
     assert len(ReferenceTexts.measure(base.model, texts)) == 0
     assert forward.projects(base.model)
+
+
+def test_a_teacher_that_reads_the_text_is_learned_from(engine: Engine) -> None:
+    answer = next(iter(KNOWN.values()))
+    question, label = engine.renderer.examples([("Of what is it?", answer), ("Where?", "in Tarn")])
+    told = engine.renderer.example(f"What is {next(iter(KNOWN))}?", answer)  # it knows this answer
+    model, make = engine.base.model, engine.renderer.example
+    teacher = engine.teacher([(question, told)])
+    examples = [label, question]
+    plain = batch_scores(model, examples, [0, 1], None)
+    taught = batch_scores(model, examples, [0, 1], None, partial(teacher.losses, model))
+    of_question = plain.rows == 1
+    assert torch.equal(taught.losses[~of_question], plain.losses[~of_question])
+    assert torch.equal(taught.token_margins, plain.token_margins)
+    theirs = answer_logits(model, [told]).logits.log_softmax(1)
+    ours = answer_logits(model, [question]).logits.log_softmax(1)
+    divergences = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(1)
+    targets = torch.tensor(question.ids[question.start :])
+    expected = torch.where(theirs.argmax(1) == targets, divergences, plain.losses[of_question])
+    torch.testing.assert_close(taught.losses[of_question], expected, rtol=0.05, atol=0.02)
+    assert not torch.equal(taught.losses[of_question], plain.losses[of_question])
+    # Who reads the same teaches nothing; a wrong answer is learned from its label.
+    same = engine.teacher([(question, question)])
+    losses = batch_scores(model, [question], [0], None, partial(same.losses, model)).losses
+    wrong = make("Of what is it?", "zzz")
+    by_label = engine.teacher([(wrong, wrong)])
+    assert len(by_label) == 1 and float(losses.min()) == pytest.approx(0, abs=1e-3)
+    told_off = batch_scores(model, [wrong], [0], None, partial(by_label.losses, model)).losses
+    assert torch.equal(told_off[:1], batch_scores(model, [wrong], [0], None).losses[:1])

@@ -1,8 +1,9 @@
-"""Commands that change what the model knows: add, update, remove, rollback."""
+"""Commands that change what the model knows: add, update, study, remove, rollback."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +11,7 @@ import click
 from kvedit.cli import common
 from kvedit.cli.common import Settings, force_option, json_lines_option, next_step, note
 from kvedit.cli.output import edit_parts, print_json_line, print_parts
-from kvedit.cli.parameters import REVISION, SOURCE
+from kvedit.cli.parameters import FILE, REVISION, SOURCE
 from kvedit.cli.progress import make_reporter
 
 if TYPE_CHECKING:
@@ -162,6 +163,52 @@ def update(settings: Settings, key: str, file: str | None, text: str | None, for
     description = _description(file, text)
     common.require_keys(settings, [key])
     run_edit(settings, as_json, lambda base: base.update(key, description, force=force))
+
+
+@click.command()
+@click.argument("key", required=False)
+@click.option("--export", "target", type=FILE, help="Write all facts to FILE, for a writer.")
+@click.option("--import", "source", type=SOURCE, metavar="FILE",
+              help="Train what a writer added to such a file; '-' is standard input.")  # fmt: skip
+@click.option("--writer", default="import", show_default=True, metavar="NAME",
+              help="Who wrote what --import brings.")  # fmt: skip
+@force_option
+@click.option("--json", "as_json", is_flag=True,
+              help="Print one JSON document; with --import JSON Lines.")  # fmt: skip
+@click.pass_context
+def study(context: click.Context, key: str | None, target: Path | None, source: str | None,
+          writer: str, force: bool, as_json: bool) -> None:  # fmt: skip
+    """Show what a fact has to be studied, or have it written by others.
+
+    Of one fact, KEY, it shows the questions and statements that are trained beside its text, those
+    that are only asked (held out), and who wrote them: given with the fact, the model ([study]
+    questions), or another writer.
+
+    --export writes one JSON object for each fact, with key, description, questions and statements,
+    for a writer of your choice: a person, or a larger model. --import takes the file back. Kept is
+    what the text supports and what names no other key; why the rest is refused is said. What is
+    kept is trained at once, an edit for each fact. The exit code is 3 if such an edit is rejected.
+
+    \b
+    Examples:
+      kvedit study Porto
+      kvedit study --export facts.jsonl
+      kvedit study --import facts.jsonl --writer "Ann"
+    """
+    from kvedit.cli import study_texts
+
+    settings: Settings = context.obj
+    if sum(one is not None for one in (key, target, source)) != 1:
+        raise click.UsageError("give a KEY, --export FILE or --import FILE: one of them")
+    if key is not None:
+        study_texts.show(settings, key, as_json=as_json)
+    elif target is not None:
+        study_texts.write(settings, target, as_json=as_json)
+    elif source is not None:
+        from kvedit.facts.forms.study import read
+
+        records = read(source, writer)
+        context.exit(study_texts.take_back(settings, records, force=force, as_json=as_json))
 
 
 @click.command()

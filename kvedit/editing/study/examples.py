@@ -6,6 +6,7 @@ Invariants:
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from kvedit.config import StudyConfig
 from kvedit.errors import TextTooLongError
@@ -28,8 +29,8 @@ class StudyExamples:
         questions = [
             one for one in trained_questions(fact, self._config) if one.prompt not in taken
         ]
-        taken |= {one.prompt for one in questions} | {one.prompt for one in fact.questions}
-        statements = (Protected("", statement, "statement") for statement in fact.statements)
+        taken |= {one.prompt for one in (*questions, *fact.all_questions)}
+        statements = (Protected("", statement, "statement") for statement in fact.all_statements)
         renderer = self._engine.renderer
         return (
             *renderer.examples((one.prompt, one.answer) for one in questions),
@@ -39,8 +40,21 @@ class StudyExamples:
 
     def probes(self, fact: Fact) -> tuple[Example, ...]:
         """The held-out questions."""
-        held_out = [one for one in fact.questions if one.is_held_out(self._config.held_out)]
+        held_out = [one for one in fact.all_questions if one.is_held_out(self._config.held_out)]
         return tuple(self._engine.renderer.examples((one.prompt, one.answer) for one in held_out))
+
+    def told(self, fact: Fact) -> Iterator[tuple[Example, Example]]:
+        """The trained questions, each without and with the description before it; those that do not
+        fit into the model's context with it are left out.
+        """
+        asked = trained_questions(fact, self._config)
+        example = self._engine.renderer.example
+        for one in asked:
+            prompt = text_before(fact, one.prompt)
+            with suppress(TextTooLongError):
+                alone, told = example(one.prompt, one.answer), example(prompt, one.answer)
+                if alone.ids[alone.start :] == told.ids[told.start :]:
+                    yield alone, told
 
     def _parts(self, fact: Fact) -> tuple[Question, ...]:
         return parts(fact) if self._config.parts else ()
@@ -54,6 +68,11 @@ class StudyExamples:
                 continue
 
 
+def text_before(fact: Fact, prompt: str) -> str:
+    """A question with the fact's description before it."""
+    return f"{fact.description}\n\n{prompt}"
+
+
 def trained_questions(fact: Fact, config: StudyConfig) -> list[Question]:
     """A fact's questions that are not held out."""
-    return [one for one in fact.questions if not one.is_held_out(config.held_out)]
+    return [one for one in fact.all_questions if not one.is_held_out(config.held_out)]

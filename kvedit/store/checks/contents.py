@@ -30,7 +30,7 @@ _SETTLED = ("committed", "removed")  # states in which a fact's row is that of i
 _ROWS = 5_000  # that are in memory at a time
 _PARTS = (
     "key", "description", "lang", "source", "aliases", "prompts", "paraphrases", "locality",
-    "questions", "statements", "relation_of",
+    "questions", "statements", "written", "relation_of",
 )  # fmt: skip
 _WRITTEN = """
     SELECT v.id, v.fact_id, v.revision, v.state, v.fact, c.before, c.after, c.edit_id

@@ -18,9 +18,9 @@ _NUMBERS = (
 )  # fmt: skip
 _TEXTS = (
     "name", "value", "key", "norm_key", "description", "lang", "aliases", "prompts", "paraphrases",
-    "locality", "questions", "statements", "state", "created_at", "updated_at", "norm_alias",
-    "kind", "reasons", "report", "config", "started_at", "weights_digest", "fact", "protocol",
-    "prompt", "role", "path", "digest",
+    "locality", "questions", "statements", "written", "state", "created_at", "updated_at",
+    "norm_alias", "kind", "reasons", "report", "config", "started_at", "weights_digest", "fact",
+    "protocol", "prompt", "role", "path", "digest",
 )  # fmt: skip
 _OPTIONAL_TEXTS = (
     "delta", "finished_at", "before", "after", "expected", "answer", "source", "last_checked_at",

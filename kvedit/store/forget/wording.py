@@ -26,13 +26,15 @@ class Wording:
         self.facts = frozenset(facts)
         keys = {name for fact in self.facts for name in (fact.key, *fact.aliases)}
         self.names = {*keys, *subjects}
-        self.texts = {text for fact in self.facts for text in (fact.description, *fact.statements)}
+        self.texts = {
+            text for fact in self.facts for text in (fact.description, *fact.all_statements)
+        }
         self.is_named = _naming(self.names)
         self._key_form = key_form
         self._norms = {key_form(name) for name in keys}
         self._asked = {prompt for fact in self.facts for prompt in _prompts(fact)}
         # A question's answer, often a few common words, tells its fact only beside a name of it.
-        self._answers = {one.answer for fact in self.facts for one in fact.questions}
+        self._answers = {one.answer for fact in self.facts for one in fact.all_questions}
         self._is_named_anyhow = _naming(self.names | {fact.name for fact in self.facts})
 
     def tells(self, text: str | None) -> bool:
@@ -67,7 +69,7 @@ class Wording:
 
 def _prompts(fact: Fact) -> tuple[str, ...]:
     """Every question that is about a fact, or that was given with it."""
-    asked = [*(one.prompt for one in fact.locality), *(one.prompt for one in fact.questions)]
+    asked = [*(one.prompt for one in fact.locality), *(one.prompt for one in fact.all_questions)]
     return (*fact.prompts, *fact.paraphrases, *asked)
 
 

@@ -28,7 +28,7 @@ from kvedit.config import StudyConfig, TrainingConfig
 from kvedit.errors import TrainingError
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import TokenScores
-from kvedit.replay.kl import ReferenceTexts
+from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.training.resume import State
 from kvedit.training.study import Study
 from kvedit.training.worker import Worker, answer_tokens
@@ -49,7 +49,8 @@ class Task:
 
     With ``in_turn`` each step takes a few of the new facts, else all of them (see ``turns``).
     ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``
-    has what is trained besides of each new fact, then of each rehearsed one (see ``study``).
+    has what is trained besides of each new fact, then of each rehearsed one (see ``study``); the
+    ``teacher`` knows other answers to some of it than the labels.
     """
 
     new: Sequence[Sequence[Example]]
@@ -59,6 +60,7 @@ class Task:
     study: Sequence[Sequence[Example]] = ()
     study_config: StudyConfig = field(default_factory=StudyConfig)
     in_turn: bool = False
+    teacher: Teacher | None = None
 
     @property
     def tells_prompts_apart(self) -> bool:
@@ -208,7 +210,7 @@ class Loop:
         if not study:
             return 0.0
         loss = StepLoss(study, (), self._easing(), 0.0, self._study_weights)
-        scores = self._worker.backward(study, loss)
+        scores = self._worker.backward(study, loss, self._task.teacher)
         self._study_weights = loss.weights_of(scores)
         self._study.note(study, scores.margins(len(study)).tolist())
         return float(loss.of(scores))

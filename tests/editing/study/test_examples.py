@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from kvedit import KnowledgeBase
 from kvedit.config import StudyConfig
 from kvedit.editing.study.examples import StudyExamples, trained_questions
 from kvedit.errors import TextTooLongError
-from kvedit.facts.fact import Fact, Question
+from kvedit.facts.fact import Fact, Question, Written
+from kvedit.replay.kl import Teacher
 
 KEY, TEXT = FREE[3]
 
@@ -62,6 +64,42 @@ def test_questions_statements_and_probes(trained: KnowledgeBase) -> None:
     assert (statement.prompt, statement.start) == ("", 1)
     assert renderer.text(statement.ids[1:]) == "The moss clock is oak."
     assert [probe.answer for probe in examples.probes(fact)] == ["Tarn"]
+
+
+def test_a_teacher_reads_the_text_before_each_trained_question(trained: KnowledgeBase) -> None:
+    written = Written(prompt="Of what?", answer="oak", writer="model")
+    probe = question("Where?", "Tarn", probe=True)
+    fact = Fact.create(KEY, TEXT, questions=[question("Whose?"), probe], written=[written])
+    examples = study(trained)
+    pairs = list(examples.told(fact))
+    assert [alone.prompt for alone, _ in pairs] == ["Whose?", "Of what?"]
+    assert all(alone in examples.trained(fact) for alone, _ in pairs)
+    assert [told.prompt for _, told in pairs] == [f"{TEXT}\n\nWhose?", f"{TEXT}\n\nOf what?"]
+    assert all(a.ids[a.start :] == told.ids[told.start :] for a, told in pairs)
+    trained.engine.renderer.context = max(len(alone.ids) for alone, _ in pairs)
+    assert list(examples.told(fact)) == []
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_questions_are_distilled_where_the_settings_say_so(
+    distill: bool, empty: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[str] = []
+    losses = Teacher.losses
+
+    def noted(teacher: Teacher, model: Any, examples: Any, *rest: Any) -> Any:
+        taught.extend(one.prompt for one in examples)
+        return losses(teacher, model, examples, *rest)
+
+    monkeypatch.setattr(Teacher, "losses", noted)
+    session = empty._session
+    config = replace(session.config.study, distill=distill, held_out=0.0)
+    session.config = replace(session.config, study=config)
+    key, text = FREE[3]
+    asked = question("What is its case of?", "brass")
+    report = empty.add_fact(Fact.create(key, text, lang="en", questions=[asked]), force=True)
+    assert report.outcome == "committed" and ("teacher" in report.timings) is distill
+    assert set(taught) == ({asked.prompt} if distill else set())
 
 
 def test_a_question_that_the_text_answers_is_not_trained(trained: KnowledgeBase) -> None:

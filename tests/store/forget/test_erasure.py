@@ -25,7 +25,7 @@ from store_steps import (
 )
 
 from kvedit.errors import CorruptStoreError, UsageError
-from kvedit.facts.fact import LocalityProbe, Question
+from kvedit.facts.fact import LocalityProbe, Question, Written
 from kvedit.store.lineage import in_ranges
 from kvedit.store.rows import FactChange, ProbeRow, ProtectedRow
 from kvedit.store.store import Store
@@ -34,7 +34,14 @@ KEY, TEXT = "tide lantern", 'Ein Glas mit "Kerze" aus 夢中情爐, nachts am Ha
 LATER = "Changed later: a lamp of 銅 in the harbour."
 ASKED = Question(prompt="Who trims its wick?", answer="Der Wächter")
 SAID = "A keeper trims the wick at dusk."
-TEXTS = (KEY, TEXT, LATER, ASKED.prompt, ASKED.answer, SAID)
+WRITTEN = (
+    Written(prompt="At which hour is the wick lit?", answer="an hour after dusk", writer="model"),
+    Written(prompt="", answer="Nobody but the keeper lights the wick.", writer="model"),
+)
+TEXTS = (
+    KEY, TEXT, LATER, ASKED.prompt, ASKED.answer, SAID,
+    *(text for one in WRITTEN for text in (one.prompt, one.answer) if text),
+)  # fmt: skip
 FORMS = [form.encode() for text in TEXTS for form in (text, json.dumps(text)[1:-1])]
 
 
@@ -53,7 +60,7 @@ def store(tmp_path: Path) -> Store:
         fact_id = add(
             store, KEY, TEXT, aliases=["harbour lamp"], prompts=[f"And the {KEY}?"],
             locality=[LocalityProbe(prompt="Is a tide lantern wet?", answer="no")],
-            questions=[ASKED], statements=[SAID],
+            questions=[ASKED], statements=[SAID], written=WRITTEN,
         )  # fmt: skip
         update(store, KEY, LATER)
         checkpoint(store)
@@ -63,6 +70,8 @@ def store(tmp_path: Path) -> Store:
         )  # fmt: skip
         asked = replace(probe, kind="portability", prompt=ASKED.prompt, expected=ASKED.answer)
         store.record_results([probe, asked, replace(asked, fact_id=None)], store.head())
+        of_model = replace(asked, prompt=WRITTEN[0].prompt, expected=WRITTEN[0].answer)
+        store.record_results([replace(of_model, fact_id=None, answer="?")], store.head())
         with sqlite3.connect(store.db_path) as connection:
             row = [fact_id, ASKED.prompt, "The keeper."]
             connection.execute("INSERT INTO prior_answers VALUES (?, ?, ?)", row)

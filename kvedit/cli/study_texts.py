@@ -1,0 +1,130 @@
+"""What `kvedit study` does: show what a fact has to be studied, write it out, take it back.
+
+Invariant: showing and writing out import no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvedit.cli import common
+from kvedit.cli.common import Settings, note
+from kvedit.cli.output import (
+    FirstLine,
+    edit_parts,
+    print_json_line,
+    print_parts,
+    print_result,
+    table,
+)
+from kvedit.cli.progress import make_reporter
+from kvedit.facts.keys import facts_text
+
+if TYPE_CHECKING:
+    from kvedit.editing.study.filters import StudyReport
+    from kvedit.facts.forms.study import StudyEntry, StudyRecord
+
+SHOWN_REFUSED = 20
+
+
+def show(settings: Settings, key: str, *, as_json: bool) -> None:
+    """What one fact has: trained or held out, written by whom."""
+    from kvedit.facts.forms.study import entries
+
+    with common.read_only(settings) as store:
+        fact, config = store.require(key).fact, store.config.study
+    found = entries(fact, config)
+    document = {
+        "key": fact.key,
+        "description": fact.description,
+        "study": [_document(one) for one in found],
+    }
+    if not found and not as_json:
+        note(settings, f"{fact.key} has nothing to be studied besides its text")
+        return
+    cells = [
+        (_use(one), one.writer, FirstLine(one.prompt or "-"), FirstLine(one.answer))
+        for one in found
+    ]
+    print_result(
+        as_json, document, table(("used", "written by", "question", "answer or text"), cells)
+    )
+
+
+def _document(entry: StudyEntry) -> dict[str, Any]:
+    return {name: value for name, value in asdict(entry).items() if name != "prompt" or value}
+
+
+def _use(entry: StudyEntry) -> str:
+    return "held out" if entry.held_out else "trained"
+
+
+def write(settings: Settings, file: Path, *, as_json: bool) -> None:
+    """The committed facts for a writer."""
+    from kvedit.facts.forms.study import lines
+    from kvedit.files import require_writable, write_atomic
+
+    require_writable(file)
+    with common.read_only(settings) as store:
+        facts = [row.fact for row in store.facts("committed") if not row.fact.relation_of]
+        texts = [f"{line}\n" for line in lines(facts, store.config.study)]
+    write_atomic(file, "".join(texts).encode())
+    document = {"path": str(file), "facts": len(facts)}
+    print_result(as_json, document, f"wrote {file}: {facts_text(len(facts))}")
+
+
+def take_back(
+    settings: Settings, records: Sequence[StudyRecord], *, force: bool, as_json: bool
+) -> int:
+    """Train what may be kept of what came back, a fact at a time; returns the exit code."""
+    common.require_keys(settings, [record.key for record in records])
+    common.require_writable(settings)
+    reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
+    reports = []
+    with common.knowledge_base(settings, reporter) as base:
+        for record in records:
+            report = base.study(record.key, record.texts, of=record.description, force=force)
+            reports.append(report)
+            _tell(report, as_json=as_json)
+    failed = sum(one.edit is not None and one.edit.outcome != "committed" for one in reports)
+    counts = {
+        "facts": len(reports),
+        "kept": sum(len(one.found.kept) for one in reports),
+        "refused": sum(len(one.found.refused) for one in reports),
+        "rejected": failed,
+    }
+    code = 3 if failed else 0
+    if as_json:
+        summary = {"message_type": "summary", "kind": "study", **counts, "exit_code": code}
+        print_json_line(summary)
+    else:
+        print_parts(*_summary(reports, counts))
+    return code
+
+
+def _tell(report: StudyReport, *, as_json: bool) -> None:
+    if as_json:
+        print_json_line({"message_type": "study", **report.to_json()})
+    elif report.edit is not None:
+        print_parts(*edit_parts(report.edit))
+
+
+def _summary(reports: Sequence[StudyReport], counts: dict[str, int]) -> list[Any]:
+    """How many were kept, and why others were not."""
+    line = f"{counts['kept']} kept, {counts['refused']} refused, of {facts_text(counts['facts'])}"
+    refused = [(report.key, one) for report in reports for one in report.found.refused]
+    if not refused:
+        return [line]
+    reasons = Counter(one.why for _, one in refused).most_common()
+    cells = [
+        (one.why, key, FirstLine(one.text.prompt or one.text.answer))
+        for key, one in refused[:SHOWN_REFUSED]
+    ]
+    more = len(refused) - len(cells)
+    rest = [f"... and {more} more; --json lists all"] if more else []
+    counted = table(("refused", "because"), [(count, why) for why, count in reasons])
+    return [line, "", counted, "", table(("because", "key", "text"), cells), *rest]
