@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvedit.cli import common
-from kvedit.cli.answers import diff_parts, explanation_parts, source_lines
 from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import clean, pairs, print_json, print_result, styled
 from kvedit.cli.parameters import COUNT, REVISION
 from kvedit.cli.progress import make_reporter
+from kvedit.cli.tables.answers import diff_parts, explanation_parts, source_lines
 from kvedit.errors import TextTooLongError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from kvedit.cli.common import Settings, json_option
 from kvedit.cli.output import print_result
 from kvedit.cli.parameters import FILE
 from kvedit.cli.progress import make_reporter
-from kvedit.cli.tables import finding_parts
+from kvedit.cli.tables.facts import finding_parts
 from kvedit.errors import CorruptStoreError, GateFailedError
 from kvedit.files import require_writable
 

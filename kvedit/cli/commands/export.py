@@ -13,7 +13,7 @@ from kvedit.cli.common import Settings, json_option
 from kvedit.cli.output import print_result, score_text
 from kvedit.cli.parameters import NEW_FOLDER, file_size
 from kvedit.cli.progress import make_reporter
-from kvedit.cli.tables import first_of
+from kvedit.cli.tables.facts import first_of
 from kvedit.errors import GateFailedError
 from kvedit.facts.keys import in_words
 from kvedit.files import require_new_folder

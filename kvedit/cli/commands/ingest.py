@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvedit.cli import common, input_tables, parameters, tables
+from kvedit.cli import common, parameters
 from kvedit.cli.common import Settings, next_step, note
 from kvedit.cli.output import clean, print_json_line, print_parts
 from kvedit.cli.parameters import COUNT, FILE, SOURCE
 from kvedit.cli.progress import Counting, make_reporter
+from kvedit.cli.tables import ingest as tables
 from kvedit.errors import InvalidFactError, KveditError, RejectedError
 from kvedit.files import require_writable
 
@@ -186,7 +187,7 @@ def _run(settings: Settings, preflight: Preflight, options: IngestOptions,
         )
     common.require_writable(settings)
     if not as_json and not settings.quiet:
-        print_parts(*input_tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
+        print_parts(*tables.form_parts(preflight, _phrasings(settings)), file=sys.stderr)
     entries = [*preflight.new, *preflight.unchanged, *(one.entry for one in rejected)]
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json, many=True)
     report: IngestReport | None = None
@@ -281,7 +282,7 @@ def _show(settings: Settings, preflight: Preflight, report: IngestReport, path: 
         common.fail(message, hint)
     if as_json:
         fields = tables.ingest_fields(preflight, report)
-        fields |= input_tables.form_fields(preflight, _phrasings(settings))
+        fields |= tables.form_fields(preflight, _phrasings(settings))
         print_json_line({**fields, "rejected_file": path and str(path), "exit_code": code})
     else:
         print_parts(*tables.ingest_parts(preflight, report))
@@ -318,12 +319,12 @@ def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,
         pace = (0, 0.0) if store is None else store.pace()
         retrained = 0 if store is None else _retrained(store, new, options.group)
     fields = tables.plan_fields(preflight, near, pace, new, retrained)
-    fields |= input_tables.form_fields(preflight, _phrasings(settings))
+    fields |= tables.form_fields(preflight, _phrasings(settings))
     code = InvalidFactError.exit_code if preflight.problems and not options.skip_invalid else 0
     if as_json:
         print_json_line({**fields, "exit_code": code})
     else:
-        print_parts(*input_tables.form_parts(preflight, _phrasings(settings)))
+        print_parts(*tables.form_parts(preflight, _phrasings(settings)))
         print_parts(*tables.plan_parts(preflight, near, fields))
         if code:
             note(settings, "correct the invalid rows, or add --skip-invalid to leave them out")

@@ -13,7 +13,13 @@ from kvedit.cli import common
 from kvedit.cli.common import Settings, json_option, note, read_only
 from kvedit.cli.output import print_result, size_text, table
 from kvedit.cli.parameters import COUNT, FILE
-from kvedit.cli.tables import edits_table, fact_document, fact_parts, facts_table, status_table
+from kvedit.cli.tables.facts import (
+    edits_table,
+    fact_document,
+    fact_parts,
+    facts_table,
+    status_table,
+)
 from kvedit.files import require_writable
 
 RESULTS = 500  # of a fact, at most, that its latest scores are counted in

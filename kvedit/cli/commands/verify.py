@@ -15,7 +15,7 @@ from kvedit.cli.common import Settings, json_lines_option
 from kvedit.cli.output import score_text, styled
 from kvedit.cli.parameters import COUNT, FILE
 from kvedit.cli.progress import JsonReporter, Reporter, make_reporter
-from kvedit.cli.tables import first_of, margin_text
+from kvedit.cli.tables.facts import first_of, margin_text
 from kvedit.errors import GateFailedError, RejectedError
 from kvedit.files import require_writable
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvedit.cli.output import FirstLine, clean, pairs, styled, table
-from kvedit.cli.tables import Parts, when
+from kvedit.cli.tables.facts import Parts, when
 from kvedit.facts.keys import in_words
 
 if TYPE_CHECKING:

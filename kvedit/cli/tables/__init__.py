@@ -1,0 +1,1 @@
+"""What commands show: facts and edits, answers, what an input holds."""
