@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def test_slices_add_up_and_go_on(tmp_path: Path) -> None:
         result = faults(options, lambda event: None)
         kept.write_text(json.dumps(plain(result)), encoding="utf-8")
         assert (result.parts[0].tried, result.parts[0].next) == (5 * slices, 5 * slices)
+
+
+def test_a_part_that_came_to_its_end_is_not_begun_again(tmp_path: Path) -> None:
+    kept = tmp_path / "faults.json"
+    whole = Part(name="keys", tried=5, next=5, seconds=1.0, complete=True)
+    kept.write_text(json.dumps({"parts": [plain(whole)]}), encoding="utf-8")
+    options = FaultOptions(parts=("keys",), limit=5, seconds=60, kept=kept)
+    assert faults(options, lambda event: None).parts == (whole,)
+    again = faults(replace(options, first=0), lambda event: None)  # one case is asked for by name
+    assert again.parts[0].tried == 10
 
 
 def test_a_failure_is_counted_and_has_a_line_that_repeats_it(

@@ -116,7 +116,9 @@ def _kept(file: Path | None) -> dict[str, Part]:
 
 
 def _slice(part: Part, options: FaultOptions) -> Part:
-    """One part for its budget."""
+    """One part for its budget; one that has come to its end is not begun again."""
+    if part.complete and options.first is None:
+        return part
     tried, failed = 0, 0
     failures = list(part.failures)
     first = part.next if options.first is None else options.first
