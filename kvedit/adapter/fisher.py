@@ -274,7 +274,7 @@ def measure(
     """
     if not examples:
         raise ModelError(
-            "there is no protected text to measure", hint="Give some with init --protect FILE."
+            "there is no protected text to measure", hint="Give some with init --protect-file FILE."
         )
     sums, chance = _Sums(onto), generator(model, seed)
     with observed(model, names, sums.add_inputs, sums.add_gradients):

@@ -40,8 +40,8 @@ class Changes:
         """For a person."""
         lines = [f"committed before that: {name} {in_words(keys) or 'of some facts'}, revision {at}"
                  for name, keys, at in self.edits[:MOST_EDITS]]  # fmt: skip
-        if more := len(self.edits) - MOST_EDITS:
-            lines += [f"and {more} more"] * (more > 0)
+        if (more := len(self.edits) - MOST_EDITS) > 0:
+            lines.append(f"and {more} more")
         if kind == ONE_DOCUMENT:
             return [*lines, self._pruned()]
         if not lines:

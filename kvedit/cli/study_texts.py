@@ -33,22 +33,22 @@ SHOWN_REFUSED = 20
 
 def show(settings: Settings, key: str, *, as_json: bool) -> None:
     """What one fact has: trained or held out, written by whom."""
-    from kvedit.facts.forms.study import entries
+    from kvedit.facts.forms import study
 
     with common.read_only(settings) as store:
         fact, config = store.require(key).fact, store.config.study
-    found = entries(fact, config)
+    entries = study.entries(fact, config)
     document = {
         "key": fact.key,
         "description": fact.description,
-        "study": [_document(one) for one in found],
+        "study": [_document(one) for one in entries],
     }
-    if not found and not as_json:
+    if not entries and not as_json:
         note(settings, f"{fact.key} has nothing to be studied besides its text")
         return
     cells = [
         (_use(one), one.writer, FirstLine(one.prompt or "-"), FirstLine(one.answer))
-        for one in found
+        for one in entries
     ]
     print_result(
         as_json, document, table(("used", "written by", "question", "answer or text"), cells)
@@ -85,7 +85,8 @@ def take_back(
     common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     reports = []
-    with common.knowledge_base(settings, reporter) as base:
+    watched = common.watched_changes(settings, "study")
+    with watched, common.knowledge_base(settings, reporter) as base:
         for record in records:
             report = base.study(record.key, record.texts, of=record.description, force=force)
             reports.append(report)
@@ -93,8 +94,8 @@ def take_back(
     failed = sum(one.edit is not None and one.edit.outcome != "committed" for one in reports)
     counts = {
         "facts": len(reports),
-        "kept": sum(len(one.found.kept) for one in reports),
-        "refused": sum(len(one.found.refused) for one in reports),
+        "kept": sum(len(one.texts.kept) for one in reports),
+        "refused": sum(len(one.texts.refused) for one in reports),
         "rejected": failed,
     }
     code = 3 if failed else 0
@@ -116,7 +117,7 @@ def _tell(report: StudyReport, *, as_json: bool) -> None:
 def _summary(reports: Sequence[StudyReport], counts: dict[str, int]) -> list[Any]:
     """How many were kept, and why others were not."""
     line = f"{counts['kept']} kept, {counts['refused']} refused, of {facts_text(counts['facts'])}"
-    refused = [(report.key, one) for report in reports for one in report.found.refused]
+    refused = [(report.key, one) for report in reports for one in report.texts.refused]
     if not refused:
         return [line]
     reasons = Counter(one.why for _, one in refused).most_common()

@@ -175,8 +175,8 @@ class FakeBase:
 
     def study(self, key: str, texts: Sequence[Written], **options: Any) -> StudyReport:
         report = replace(self._called("study", key, list(texts), options), kind="update")
-        found = Sorted(tuple(texts[:1]), tuple(Refused(one, "it is late") for one in texts[1:]))
-        return StudyReport(key, found, report if found.kept else None)
+        outcome = Sorted(tuple(texts[:1]), tuple(Refused(one, "it is late") for one in texts[1:]))
+        return StudyReport(key, outcome, report if outcome.kept else None)
 
     def remove(self, key: str, **options: Any) -> EditReport:
         return replace(self._called("remove", key, options), kind="remove")

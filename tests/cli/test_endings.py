@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,24 @@ def test_what_was_committed_before_the_error_is_named(
     summary = lines(run(*COMMANDS[name], "--json").stdout)[-1]
     assert (summary["committed"], summary["revision"]) == (1, 4)
     assert summary["edits"] == [{"kind": "add", "keys": ["Faro 3"], "revision": 4}]
+
+
+def test_an_import_of_study_texts_says_what_was_trained_before_the_error(
+    filled: Path, breaking: Any
+) -> None:
+    def before(store: Store) -> None:
+        fact = store.require("Porto").fact
+        commit(store, "update", fact, replace(fact, statements=("One.",)))
+
+    row = json.dumps({"key": "Porto", "description": "d", "statements": ["One."]})
+    breaking(DiskFullError("no space left", hint="Free some."))
+    said = run("study", "--import", "-", stdin=row)
+    assert "no edit was committed" in said.stderr and said.exit_code == 1
+    breaking(DiskFullError("no space left", hint="Free some."), before)
+    said = run("study", "--import", "-", "--json", stdin=row)
+    assert "committed before that: update Porto, revision 3" in said.stderr
+    summary = lines(said.stdout)[-1]
+    assert (summary["kind"], summary["committed"], summary["revision"]) == ("study", 1, 3)
 
 
 def test_a_prune_says_what_was_dropped(tmp_path: Path, breaking: Any) -> None:

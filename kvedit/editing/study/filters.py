@@ -59,13 +59,13 @@ class StudyReport:
     """What became of texts that were brought for a fact; ``edit`` trained those that were kept."""
 
     key: str
-    found: Sorted
+    texts: Sorted
     edit: EditReport | None = None
 
     def to_json(self) -> JsonDict:
         """A JSON document; refused texts with their reasons."""
-        refused = [{**_document(one.text), "why": one.why} for one in self.found.refused]
-        kept = [_document(one) for one in self.found.kept]
+        refused = [{**_document(one.text), "why": one.why} for one in self.texts.refused]
+        kept = [_document(one) for one in self.texts.kept]
         outcome = self.edit.outcome if self.edit else "unchanged"
         return {"key": self.key, "outcome": outcome, "kept": kept, "refused": refused}
 

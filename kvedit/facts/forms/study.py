@@ -51,15 +51,15 @@ class StudyRecord:
 def entries(fact: Fact, config: StudyConfig) -> list[StudyEntry]:
     """All that a fact has to be studied besides its text."""
     writers = {one.prompt or one.answer: one.writer for one in fact.written}
-    found = [
+    entries = [
         StudyEntry(
             one.prompt, one.answer, writers.get(one.prompt, GIVEN), one.is_held_out(config.held_out)
         )
         for one in fact.all_questions
     ]
-    found += [StudyEntry("", one, writers.get(one, GIVEN)) for one in fact.all_statements]
+    entries += [StudyEntry("", one, writers.get(one, GIVEN)) for one in fact.all_statements]
     of_text = parts(fact) if config.parts else ()
-    return [*found, *(StudyEntry(one.prompt, one.answer, PARTS) for one in of_text)]
+    return [*entries, *(StudyEntry(one.prompt, one.answer, PARTS) for one in of_text)]
 
 
 def lines(facts: Iterable[Fact], config: StudyConfig) -> Iterator[str]:

@@ -142,12 +142,12 @@ def test_what_is_kept_is_trained_and_goes_with_the_text(trained: KnowledgeBase) 
     key, text = FREE[0]
     texts = [asked("Of what is it?", "glass"), asked("Who?", "nobody")]
     refused = trained.study(key, texts, of="Another text.")
-    assert refused.edit is None and why(refused.found) == ["it is about another text"] * 2
+    assert refused.edit is None and why(refused.texts) == ["it is about another text"] * 2
     report = trained.study(key, texts, of=text, force=True)
-    assert report.found.kept == (texts[0],) and report.edit is not None
+    assert report.texts.kept == (texts[0],) and report.edit is not None
     assert trained.store.require(key).fact.written == (texts[0],)
     assert report.to_json()["refused"][0]["why"] == "the text does not support it"
-    assert trained.study(key, texts[:1]).found == Sorted()
+    assert trained.study(key, texts[:1]).texts == Sorted()
     assert trained.add(key, text).outcome == "unchanged"
     trained.rollback(3)
     assert trained.store.require(key).fact.written == ()
