@@ -50,7 +50,7 @@ class TrainingConfig:
         400.0, help="Weight of the Fisher penalty (predicted harm, nats a token) in the loss."
     )
     input_damping: float = setting(
-        0.03, low=1e-6, help="Damping of the input moments, as a share of their mean eigenvalue."
+        0.003, low=1e-6, help="Damping of the input moments, as a share of their mean eigenvalue."
     )
     gradient_damping: float = setting(
         0.5, low=1e-6, help="Damping of the gradient moments, as a share of their mean eigenvalue."

@@ -5,6 +5,7 @@ Invariants:
 - What several attempts add is one delta, merged as one.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ MAX_NAMED = 8  # questions, in a warning
 LARGE_GROUP = 256
 """Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
 a model that keeps 97% of what it knows loses by chance in every fourth group."""
-REFERENCES_DRAWN = 6  # for an edit of a single fact, times those of a step
+REFERENCES_DRAWN = 6
+"""For an edit of a single fact, times those of a step; with the square root of the number of facts
+in turn."""
 MAX_STALLS = 2  # trainings of an edit whose loss stopped falling: a third would do so too
 
 
@@ -127,7 +130,8 @@ class Attempts:
         if self.plan.group and not self._in_turn:
             texts = engine.reference_texts
         else:
-            most = config.reference_texts * REFERENCES_DRAWN
+            grown = math.sqrt(max(1, len(self.plan.targets)))
+            most = math.ceil(config.reference_texts * REFERENCES_DRAWN * grown)
             texts = engine.reference(self.session.protection.invented_examples(most))
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)

@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvedit.adapter.fisher import BLOCK, FisherMoments
+from kvedit.adapter.fisher import BLOCK, UNCUT, FisherMoments
 from kvedit.errors import KveditError
 from kvedit.files import clean_temporary, disk_errors, remove, write_atomic
 from kvedit.mapped import mapping
 from kvedit.store.checks import caches, known_files
 from kvedit.store.store import Store
 
-_FORMAT = f"blocks of {BLOCK}, sealed"
+_FORMAT = f"blocks of {BLOCK} above {UNCUT}, sealed"
 _SEAL = "sha256"  # the last tensor: the digest of all bytes before it
 
 
