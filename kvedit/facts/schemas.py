@@ -1,8 +1,8 @@
 """Relations of a subject, one prompt each: CounterFact and zsRE.
 
 Invariants:
-- A relation (CounterFact, zsRE) is trained on its own prompt only; its key names subject and
-  prompt, so that two relations of one subject are two facts.
+- A relation (CounterFact, zsRE) is trained on its own prompt only (``training_prompts``); its key
+  names subject and prompt, so that two relations of one subject are two facts.
 """
 
 import hashlib

@@ -23,18 +23,21 @@ from kvedit.facts.fact import Fact
 from kvedit.trust import chat_template
 
 SHIPPED_PHRASINGS = Path(__file__).parents[1] / "data" / "phrasings"
-KEY_PLACEHOLDER = "{key}"
+KEY_PLACEHOLDER, PROMPT_PLACEHOLDER = "{key}", "{prompt}"
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 
 @dataclass(frozen=True, slots=True)
 class Phrasings:
-    """Phrasings of a question for a key, in the fact's language and in others (``cross``)."""
+    """Phrasings of a question for a key, in the fact's language and in others (``cross``); and
+    ``contexts``, texts before a relation's own prompt.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     cross_train: tuple[str, ...] = ()
     cross_held_out: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
 
 
 @cache
@@ -54,7 +57,8 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     if not isinstance(cross, dict):
         raise UsageError(f"{path}: cross must be a table", hint="Write [cross] on its own line.")
     names = ("train", "held_out")
-    phrasings = Phrasings(*(_phrasings(path, part, n) for part in (table, cross) for n in names))
+    lists = [_phrasings(path, part, name) for part in (table, cross) for name in names]
+    phrasings = Phrasings(*lists, _phrasings(path, table, "contexts", PROMPT_PLACEHOLDER))
     trained = {*phrasings.train, *phrasings.cross_train}
     if both := trained.intersection({*phrasings.held_out, *phrasings.cross_held_out}):
         raise UsageError(f"{path} trains and holds out {min(both)!r}", hint="Take one of them out.")
@@ -64,24 +68,28 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     return phrasings
 
 
-def _phrasings(path: Path, table: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _phrasings(
+    path: Path, table: Mapping[str, Any], name: str, placeholder: str = KEY_PLACEHOLDER
+) -> tuple[str, ...]:
     values = table.get(name, [])
     if not isinstance(values, list):
         raise UsageError(f"{path}: {name} must be a list", hint=f'Write {name} = ["..."].')
     for value in values:
-        if not isinstance(value, str) or KEY_PLACEHOLDER not in value:
-            what = f"{path}: {value!r} in {name} must be a text that contains {KEY_PLACEHOLDER}"
-            raise UsageError(what, hint="Write for instance What is {key}?")
+        if not isinstance(value, str) or placeholder not in value:
+            what = f"{path}: {value!r} in {name} must be a text that contains {placeholder}"
+            raise UsageError(what, hint=f"Write for instance What is {placeholder}?")
     return tuple(values)
 
 
 def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """The prompts a fact is trained on: the shipped phrasings of its names, then its own; of a
-    relation its own only.
+    relation its own, alone and after a text that has nothing to do with it, so that the answer does
+    not depend on what stands before (as ROME's prefixes do: Meng et al. 2022, arXiv:2202.05262).
     """
-    if fact.relation_of:
-        return fact.prompts
     phrasings = load_phrasings(fact.lang, override)
+    if fact.relation_of:
+        after = [c.replace(PROMPT_PLACEHOLDER, p) for p in fact.prompts for c in phrasings.contexts]
+        return tuple(dict.fromkeys([*fact.prompts, *after]))
     shipped = [_fill(one, fact.key) for one in (*phrasings.train, *phrasings.cross_train)]
     aliases = [_fill(one, alias) for alias in fact.aliases for one in phrasings.train[:3]]
     return tuple(dict.fromkeys([*shipped, *aliases, *fact.prompts]))
@@ -90,7 +98,8 @@ def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...
 def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """Prompts for the same fact that no edit ever trains on."""
     if fact.relation_of:
-        return tuple(prompt for prompt in fact.paraphrases if prompt not in fact.prompts)
+        trained = set(training_prompts(fact, override))
+        return tuple(prompt for prompt in fact.paraphrases if prompt not in trained)
     phrasings = load_phrasings(fact.lang, override)
     shipped = [_fill(one, fact.key) for one in (*phrasings.held_out, *phrasings.cross_held_out)]
     trained = set(training_prompts(fact, override))

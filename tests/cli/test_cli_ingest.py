@@ -275,13 +275,14 @@ def test_a_dry_run_with_json(base: type[LearningBase]) -> None:
 def test_what_a_file_was_taken_for_is_said(base: type[LearningBase]) -> None:
     Path("faq.csv").write_text("question,answer\nWhen does it open?,At six.\nWho?,Ada.\n,\n")
     result = run("ingest", "faq.csv", "--dry-run")
+    more = "(and 3 more phrasings)"
     assert result.stdout.startswith(
-        "read as CSV, questions and answers\n  asked   When does it open?\n  answer  At six.\n"
-        "  asked   Who?\n  answer  Ada.\n"
+        f"read as CSV, questions and answers\n  asked   When does it open? {more}\n"
+        f"  answer  At six.\n  asked   Who? {more}\n  answer  Ada.\n"
     )
     summary = json_lines(run("ingest", "faq.csv", "--dry-run", "--json").stdout)[-1]
     assert summary["forms"] == {"CSV, questions and answers": 2}
-    assert summary["first_rows"][0]["prompts"] == ["When does it open?"]
+    assert summary["first_rows"][0]["prompts"][:1] == ["When does it open?"]
     result = run("ingest", "faq.csv")
     assert "read as CSV, questions and answers" in result.stderr
     assert "read as" not in run("-q", "ingest", "faq.csv").output

@@ -49,13 +49,23 @@ def test_trained_and_held_out_prompts_never_overlap(
     assert all(fact.key in prompt for prompt in trained[:8])
 
 
-def test_a_relation_is_trained_and_probed_by_its_own_prompts_alone() -> None:
+def test_a_relation_is_trained_and_probed_by_its_own_prompts_and_after_other_texts() -> None:
     fact = Fact.create(
         "Ada: … was born in", "London", relation_of="Ada", aliases=["Countess"],
         prompts=["Ada was born in"], paraphrases=["Where was Ada born?", "Ada was born in"],
     )  # fmt: skip
-    assert training_prompts(fact) == ("Ada was born in",)
+    own, *after = training_prompts(fact)
+    assert own == "Ada was born in"
+    assert len(after) == len(load_phrasings("en").contexts) >= 3
+    assert all(prompt.endswith(own) and len(prompt) > len(own) for prompt in after)
     assert paraphrase_prompts(fact) == ("Where was Ada born?",)
+
+
+def test_a_store_may_train_relations_without_other_texts(tmp_path: Path) -> None:
+    text = 'train = ["{key}"]\nheld_out = ["And {key}?"]\n'
+    (tmp_path / "en.toml").write_text(text, encoding="utf-8")
+    fact = Fact.create("Ada: born", "London", relation_of="Ada", prompts=["Ada was born in"])
+    assert training_prompts(fact, tmp_path) == ("Ada was born in",)
 
 
 def test_an_alias_is_trained_too() -> None:
