@@ -12,7 +12,7 @@ Where a model is certain, its output distribution hardly moves until an answer i
 and Fisher information does not see it.  ``margins`` measures instead how far the logit margins of
 answers move, however large they are: recall depends on their sign.
 
-A side wider than ``UNCUT`` is cut into equal blocks, none wider than ``BLOCK``, and only the moments
+A side wider than ``UNCUT`` is cut into equal blocks of at most ``BLOCK``, and only the moments
 within each are kept (block-diagonal K-FAC): its moments are then smaller than the matrix.
 
 Invariants:

@@ -58,7 +58,8 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
         raise UsageError(f"{path}: cross must be a table", hint="Write [cross] on its own line.")
     names = ("train", "held_out")
     lists = [_phrasings(path, part, name) for part in (table, cross) for name in names]
-    phrasings = Phrasings(*lists, _phrasings(path, table, "contexts", PROMPT_PLACEHOLDER))
+    lists.append(_phrasings(path, table, "contexts", PROMPT_PLACEHOLDER))
+    phrasings = Phrasings(*lists)
     trained = {*phrasings.train, *phrasings.cross_train}
     if both := trained.intersection({*phrasings.held_out, *phrasings.cross_held_out}):
         raise UsageError(f"{path} trains and holds out {min(both)!r}", hint="Take one of them out.")

@@ -10,7 +10,7 @@ Invariants:
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -33,9 +33,6 @@ _SAMPLES = "protected_samples"
 MIN_FACTS, GROWTH = 16, 1.5
 """Moments are measured on the head once there are so many facts, and again when there are half as
 many more."""
-REFERENCE_TOKENS = 32
-"""Of an answer about an invented name: a model that says a taught text of another name begins early
-in its answer, and the rest of it took a sixth of each step."""
 MEASURED_TEXTS = 2000
 """So many protected texts suffice for moments that are measured often; all are used the first time.
 """
@@ -152,11 +149,10 @@ class Protection:
         return self._examples(self._texts("locality"))
 
     def invented_examples(self, most: int) -> list[Example]:
-        """The beginnings of so many answers about invented names, others for each revision."""
+        """So many answers about invented names, others for each revision."""
         texts = [text for text in self._texts("control") if text.origin == INVENTED]
         rng = random.Random(self._checkout.revision)
-        drawn = self._examples(rng.sample(texts, min(most, len(texts))))
-        return [replace(one, ids=one.ids[: one.start + REFERENCE_TOKENS]) for one in drawn]
+        return self._examples(rng.sample(texts, min(most, len(texts))))
 
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""
