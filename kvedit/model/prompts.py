@@ -29,8 +29,8 @@ _MARKER = "kvedit"  # stands for a message, to see what a chat template puts aro
 
 @dataclass(frozen=True, slots=True)
 class Phrasings:
-    """Phrasings of a question for a key, in the fact's language and in others (``cross``); and
-    ``contexts``, texts before a relation's own prompt.
+    """Questions for a key, in the fact's language and in others (``cross``); and ``contexts``, what
+    may stand before a relation's own prompt.
     """
 
     train: tuple[str, ...]
@@ -56,10 +56,9 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     cross = table.get("cross", {})
     if not isinstance(cross, dict):
         raise UsageError(f"{path}: cross must be a table", hint="Write [cross] on its own line.")
-    names = ("train", "held_out")
-    lists = [_phrasings(path, part, name) for part in (table, cross) for name in names]
-    lists.append(_phrasings(path, table, "contexts", PROMPT_PLACEHOLDER))
-    phrasings = Phrasings(*lists)
+    names = [(part, name) for part in (table, cross) for name in ("train", "held_out")]
+    lists = [_texts(path, part, name, KEY_PLACEHOLDER) for part, name in names]
+    phrasings = Phrasings(*[*lists, _texts(path, table, "contexts", PROMPT_PLACEHOLDER)])
     trained = {*phrasings.train, *phrasings.cross_train}
     if both := trained.intersection({*phrasings.held_out, *phrasings.cross_held_out}):
         raise UsageError(f"{path} trains and holds out {min(both)!r}", hint="Take one of them out.")
@@ -69,23 +68,20 @@ def load_phrasings(language: str, override: Path | None = None) -> Phrasings:
     return phrasings
 
 
-def _phrasings(
-    path: Path, table: Mapping[str, Any], name: str, placeholder: str = KEY_PLACEHOLDER
-) -> tuple[str, ...]:
+def _texts(path: Path, table: Mapping[str, Any], name: str, needed: str) -> tuple[str, ...]:
     values = table.get(name, [])
     if not isinstance(values, list):
         raise UsageError(f"{path}: {name} must be a list", hint=f'Write {name} = ["..."].')
     for value in values:
-        if not isinstance(value, str) or placeholder not in value:
-            what = f"{path}: {value!r} in {name} must be a text that contains {placeholder}"
-            raise UsageError(what, hint=f"Write for instance What is {placeholder}?")
+        if not isinstance(value, str) or needed not in value:
+            what = f"{path}: {value!r} in {name} must be a text that contains {needed}"
+            raise UsageError(what, hint=f"Write for instance What is {needed}?")
     return tuple(values)
 
 
 def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """The prompts a fact is trained on: the shipped phrasings of its names, then its own; of a
-    relation its own, alone and after a text that has nothing to do with it, so that the answer does
-    not depend on what stands before (as ROME's prefixes do: Meng et al. 2022, arXiv:2202.05262).
+    relation its own, alone and in contexts (ROME's prefixes, Meng et al. 2022, arXiv:2202.05262).
     """
     phrasings = load_phrasings(fact.lang, override)
     if fact.relation_of:
@@ -98,13 +94,11 @@ def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...
 
 def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...]:
     """Prompts for the same fact that no edit ever trains on."""
-    if fact.relation_of:
-        trained = set(training_prompts(fact, override))
-        return tuple(prompt for prompt in fact.paraphrases if prompt not in trained)
     phrasings = load_phrasings(fact.lang, override)
-    shipped = [_fill(one, fact.key) for one in (*phrasings.held_out, *phrasings.cross_held_out)]
+    ways = () if fact.relation_of else (*phrasings.held_out, *phrasings.cross_held_out)
+    prompts = dict.fromkeys([*(_fill(one, fact.key) for one in ways), *fact.paraphrases])
     trained = set(training_prompts(fact, override))
-    return tuple(p for p in dict.fromkeys([*shipped, *fact.paraphrases]) if p not in trained)
+    return tuple(prompt for prompt in prompts if prompt not in trained)
 
 
 def _fill(phrasing: str, key: str) -> str:
@@ -153,9 +147,8 @@ class Renderer:
         if "{prompt}" not in self._template:
             raise UsageError("[prompts] fallback_template lacks {prompt}", hint="Put it in.")
         self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None)) and not plain
-        self._starts_with_space = not (
-            self.chat or self._builds_prompts or self._template[-1].isspace()
-        )
+        spaced = self.chat or self._builds_prompts or self._template[-1].isspace()
+        self._starts_with_space = not spaced
         self._special_prefix = [] if self.chat else self._find_special_prefix()
         self.end: int = self._find_end() if end is None else end
         self.stops = frozenset({self.end, *stops})
@@ -171,10 +164,8 @@ class Renderer:
         end = self._end_of_turn() if self.chat else None
         end = self._tokenizer.eos_token_id if end is None else end
         if end is None:
-            raise ModelError(
-                "the tokenizer has no end-of-sequence token",
-                hint="Set eos_token in its tokenizer_config.json.",
-            )
+            hint = "Set eos_token in its tokenizer_config.json."
+            raise ModelError("the tokenizer has no end-of-sequence token", hint=hint)
         return int(end)
 
     def _end_of_turn(self) -> int | None:
@@ -256,7 +247,6 @@ class Renderer:
     def refuse_control_tokens(self, texts: Iterable[str]) -> None:
         """Refuse texts that the tokenizer would read as control tokens of the model, such as
         ``<|im_start|>``: the model would be trained on, or asked, something else than the text.
-
         Raises InvalidFactError.
         """
         for text in texts:
