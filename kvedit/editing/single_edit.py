@@ -60,13 +60,13 @@ class SingleEditor:
             new, filters = unknown_texts(row.fact, texts), Filters(self._session)
             if of is not None and of.strip() != row.fact.description:
                 return StudyReport(row.fact.key, refused_all(new, "it is about another text"))
-            texts_sorted = self._session.at(0, lambda: filters.sort(row.fact, new))
-            if not texts_sorted.kept:
-                return StudyReport(row.fact.key, texts_sorted)
+            sorted_texts = self._session.at(0, lambda: filters.sort(row.fact, new))
+            if not sorted_texts.kept:
+                return StudyReport(row.fact.key, sorted_texts)
             self._session.protection.prepare()
-            fact = replace(row.fact, written=(*row.fact.written, *texts_sorted.kept))
+            fact = replace(row.fact, written=(*row.fact.written, *sorted_texts.kept))
             report = Edit(self._session, self._planner.update(row, fact), force=force).run()
-            return StudyReport(row.fact.key, texts_sorted, report)
+            return StudyReport(row.fact.key, sorted_texts, report)
 
     def remove(self, key: str, *, force: bool = False) -> EditReport:
         """See ``KnowledgeBase.remove``."""

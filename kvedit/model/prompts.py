@@ -75,7 +75,7 @@ def _texts(path: Path, table: Mapping[str, Any], name: str, needed: str) -> tupl
     for value in values:
         if not isinstance(value, str) or needed not in value:
             what = f"{path}: {value!r} in {name} must be a text that contains {needed}"
-            raise UsageError(what, hint=f"Write for instance What is {needed}?")
+            raise UsageError(what, hint=f"Put {needed} in, as the shipped ones do.")
     return tuple(values)
 
 
@@ -147,8 +147,8 @@ class Renderer:
         if "{prompt}" not in self._template:
             raise UsageError("[prompts] fallback_template lacks {prompt}", hint="Put it in.")
         self._builds_prompts = callable(getattr(tokenizer, "build_prompt", None)) and not plain
-        spaced = self.chat or self._builds_prompts or self._template[-1].isspace()
-        self._starts_with_space = not spaced
+        separates = self.chat or self._builds_prompts or self._template[-1].isspace()
+        self._starts_with_space = not separates
         self._special_prefix = [] if self.chat else self._find_special_prefix()
         self.end: int = self._find_end() if end is None else end
         self.stops = frozenset({self.end, *stops})

@@ -56,8 +56,9 @@ def test_a_relation_is_trained_and_probed_by_its_own_prompts_and_after_other_tex
     )  # fmt: skip
     own, *after = training_prompts(fact)
     assert own == "Ada was born in"
-    assert len(after) == len(load_phrasings("en").contexts) >= 3
-    assert all(prompt.endswith(own) and len(prompt) > len(own) for prompt in after)
+    contexts = load_phrasings("en").contexts
+    assert len(contexts) == 3
+    assert after == [context.replace("{prompt}", own) for context in contexts]
     assert paraphrase_prompts(fact) == ("Where was Ada born?",)
 
 
@@ -95,6 +96,8 @@ def test_a_store_overrides_a_language_and_keeps_the_others(tmp_path: Path) -> No
         ('train = ["{key}?"]\nheld_out = ["{key}?"]', "trains and holds out"),
         ('train = "{key}"\nheld_out = ["{key}?"]', "train"),
         ('cross = 1\ntrain = ["{key}"]\nheld_out = ["{key}?"]', "cross"),
+        ('contexts = ["no place"]\ntrain = ["{key}"]\nheld_out = ["{key}?"]', "{prompt}"),
+        ('contexts = "{prompt}"\ntrain = ["{key}"]\nheld_out = ["{key}?"]', "contexts"),
     ],
 )
 def test_a_broken_override_is_refused(tmp_path: Path, text: str, problem: str) -> None:
