@@ -82,30 +82,25 @@ class Adapter:
         self,
         whitening: Mapping[str, WhiteningFactors],
         directions: Mapping[str, Directions],
-        penalty_gradient: Callable[[str], Tensor | None],
+        penalty_gradient: Callable[[str, Tensor, bool], Tensor | None],
         *,
         allocate: bool,
     ) -> None:
         """Start an edit: the frozen side spans the steepest directions of the new facts' loss, the
         other one is zero.
 
-        ``directions`` are those of that loss (see ``start``).  ``penalty_gradient`` computes for a
-        matrix half the gradient, (out, in), of the Fisher penalty at the accumulated delta, None
-        for zero: a later edit may undo what earlier ones moved.  ``allocate``: deal out
-        ``target_rank`` times the number of matrices over all of them; otherwise every matrix has
-        ``init_rank``.
+        ``directions`` are those of that loss (see ``start``).  ``penalty_gradient`` multiplies
+        rows with half a matrix's gradient of the Fisher penalty at the accumulated delta (see
+        ``fisher``), None for zero: a later edit may undo what earlier ones moved.  ``allocate``:
+        deal out ``target_rank`` times the number of matrices over all of them; otherwise every
+        matrix has ``init_rank``.
         """
-
-        def linear_term(name: str) -> Tensor | None:
-            gradient = penalty_gradient(name)
-            return None if gradient is None else whitening[name].whiten(gradient)
-
         smallest = self._smallest_value(directions) if allocate else 0.0
         for adapters, names in self._batches:
             adapters.start(
                 [whitening[name] for name in names],
                 [directions[name].above(smallest) for name in names],
-                [partial(linear_term, name) for name in names],
+                [partial(penalty_gradient, name) for name in names],
             )
             adapters.clear_gradients()
 

@@ -23,8 +23,9 @@ from kvedit.adapter.start import Directions
 
 NAME = "edit"
 _KINDS = ("lora_A", "lora_B", "lora_E")
-LinearTerm = Callable[[], Tensor | None]
-"""Computes the accumulated delta's whitened gradient term of a matrix, (out, in); None for zero."""
+LinearTerm = Callable[[Tensor, bool], Tensor | None]
+"""Rows, (r, out) if the flag says so, else (r, in), times the accumulated delta's gradient term of
+a matrix, (out, in), or its transpose: (r, in) or (r, out); None for zero."""
 
 
 @dataclass(slots=True)
@@ -112,11 +113,15 @@ class BatchedAdapters:
         are none; and the directions' squared lengths, (k, r, 1).
         """
         frozen, side = (self.b.mT, self.a) if self._trains_a else (self.a, self.b.mT)
+        blocks = zip(self._to_b, self._to_a, strict=True)
         along: Tensor | None = None
-        for at, read in enumerate(self._linear_terms):
-            if (term := read()) is not None:
+        for at, ((to_b, to_a), multiplied) in enumerate(
+            zip(blocks, self._linear_terms, strict=True)
+        ):
+            by, back = (to_b, to_a) if self._trains_a else (to_a, to_b)
+            if (term := multiplied(times(frozen[at], by), self._trains_a)) is not None:
                 along = torch.zeros_like(side) if along is None else along
-                along[at] = frozen[at] @ (term if self._trains_a else term.T)
+                along[at] = times(term, back.mT)
         return along, frozen.square().sum(-1, keepdim=True)
 
     def write_factors(self) -> None:

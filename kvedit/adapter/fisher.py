@@ -121,14 +121,18 @@ def _trace(moment: Tensor) -> float:
     return float(moment.diagonal(dim1=-2, dim2=-1).sum())
 
 
-def penalty_gradient(fisher: FisherMoments, name: str, delta: Tensor) -> Tensor:
-    """Half the gradient of ``trace(G D C D^T)`` at one matrix's accumulated delta D: ``G D C``,
-    (out, in), fp32, where D is.
+def penalty_gradient(
+    fisher: FisherMoments, name: str, delta: Tensor, rows: Tensor, *, of_outputs: bool
+) -> Tensor:
+    """``rows`` times half the gradient of ``trace(G D C D^T)`` at one matrix's accumulated delta D,
+    which is ``G D C``, (out, in), and is not formed: (r, in) for rows (r, out) ``of_outputs``, else
+    (r, out) for rows (r, in) times its transpose; fp32, where D is.
     """
-    inputs = fisher.sides[f"{fisher.inputs_of[name]}.inputs"].to(delta.device)
-    half = times(delta, inputs / fisher.tokens)
     gradients = fisher.sides[f"{name}.gradients"].to(delta.device)
-    return times(half.T, gradients / fisher.tokens).T
+    inputs = fisher.sides[f"{fisher.inputs_of[name]}.inputs"].to(delta.device)
+    sides = (gradients, inputs) if of_outputs else (inputs, gradients)
+    moved = times(rows, sides[0]) @ (delta if of_outputs else delta.T)
+    return times(moved, sides[1]).div_(fisher.tokens**2)
 
 
 @dataclass(frozen=True, slots=True)

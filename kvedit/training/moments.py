@@ -92,18 +92,19 @@ class KeptMoments:
             self._whitening = fisher.whitening(total, devices, *dampings)
         return self._whitening
 
-    def _penalty_gradient(self, share: float) -> Callable[[str], Tensor | None]:
-        """Computes for a matrix a share of the gradient of the penalty on protected text, at the
-        accumulated delta; None where there is none.
+    def _penalty_gradient(self, share: float) -> Callable[[str, Tensor, bool], Tensor | None]:
+        """Multiplies rows with a share of the gradient of the penalty on protected text at a
+        matrix's accumulated delta (see ``fisher.penalty_gradient``); None where there is no delta.
         """
         base, _ = self._required()
-        served, delta = self.master.served(), self.master.accumulated_delta()
+        delta = self.master.accumulated_delta()
 
-        def gradient(name: str) -> Tensor | None:
+        def gradient(name: str, rows: Tensor, of_outputs: bool) -> Tensor | None:
             moved = delta[name]
             if not bool(moved.any()):
                 return None
-            of_matrix = fisher.penalty_gradient(base, name, moved.to(served[name].device))
-            return of_matrix.mul_(share)
+            moved = moved.to(rows.device)
+            product = fisher.penalty_gradient(base, name, moved, rows, of_outputs=of_outputs)
+            return product.mul_(share)
 
         return gradient

@@ -56,9 +56,16 @@ class Setting:
     def reset(self, number: int, *, allocate: bool = True) -> None:
         self.adapter.turn(on=False)
         directions = steepest(self.model, self.whitening, self.fact(number), INIT)
-        penalty_gradient = self.penalty_gradient.get
-        self.adapter.reset(self.whitening, directions, penalty_gradient, allocate=allocate)
+        self.adapter.reset(
+            self.whitening, directions, self.times_penalty_gradient, allocate=allocate
+        )
         self.adapter.turn(on=True)
+
+    def times_penalty_gradient(
+        self, name: str, rows: torch.Tensor, of_outputs: bool
+    ) -> torch.Tensor | None:
+        gradient = self.penalty_gradient.get(name)
+        return None if gradient is None else rows @ (gradient if of_outputs else gradient.T)
 
     def learn(self, number: int, steps: int = 40) -> dict[str, Factors]:
         """Train on a fact; the adapter stays on."""
@@ -179,7 +186,8 @@ def test_the_penalty_counts_what_earlier_edits_moved(setting: Setting) -> None:
             float((setting.penalty_gradient[n] * (f.b @ f.a)).sum()) for n, f in delta.items()
         )
         for adapters, names in setting.adapter._batches:
-            adapters._linear_terms, adapters._penalty_terms = [lambda: None] * len(names), None
+            adapters._linear_terms = [lambda rows, of_outputs: None] * len(names)
+            adapters._penalty_terms = None
         assert penalty == pytest.approx(
             float(setting.adapter.penalty().detach()) + 2 * linear, rel=1e-3
         )

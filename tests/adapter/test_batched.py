@@ -51,8 +51,8 @@ class Setting:
         ranks = (RANK, RANK, RANK - 1)
         directions = [Directions(*leading(self.some(out, into), rank)) for rank in ranks]
         self.adapters = BatchedAdapters(self.modules, SCALE)
-        readers = [partial(self.linear_terms.__getitem__, at) for at in range(COUNT)]
-        self.adapters.start(self.whitening, directions, readers)
+        multiplied = [partial(self.times_linear_term, at) for at in range(COUNT)]
+        self.adapters.start(self.whitening, directions, multiplied)
         with torch.no_grad():
             values = self.some(*self.adapters.trained.shape)
             sizes = self.adapters.e.mT if tall else self.adapters.e
@@ -61,6 +61,10 @@ class Setting:
 
     def some(self, *shape: int) -> Tensor:
         return some(self.generator, *shape)
+
+    def times_linear_term(self, at: int, rows: Tensor, of_outputs: bool) -> Tensor | None:
+        term = self.linear_terms[at]
+        return None if term is None else rows @ (term if of_outputs else term.T)
 
     def factors(self, at: int) -> tuple[Tensor, Tensor]:
         """B diag(E) and A of one matrix, with a gradient to what is trained."""
@@ -134,15 +138,17 @@ def test_processes_sum_all_that_is_trained(tall: bool) -> None:
 
 @either
 @pytest.mark.parametrize("moved", [False, True])
-def test_the_penalty_is_the_sum_over_the_matrices(tall: bool, moved: bool) -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_penalty_is_the_sum_over_the_matrices(tall: bool, moved: bool, blocks: bool) -> None:
     """And so are its gradients."""
-    setting = Setting(tall=tall, moved=moved)
+    setting = Setting(tall=tall, moved=moved, blocks=blocks)
     adapters, expected = setting.adapters, torch.zeros(())
     for at, linear_term in enumerate(setting.linear_terms):
         change = (adapters.b[at] * adapters.e[at].detach().T) @ adapters.a[at]
         expected = expected + change.square().sum()
         if linear_term is not None:
-            expected = expected + 2 * (change * linear_term).sum()
+            b, a = setting.factors(at)
+            expected = expected + 2 * ((b @ a) * linear_term).sum()
     found = adapters.penalty()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     (own,), (other,) = (torch.autograd.grad(one, [adapters.trained]) for one in (found, expected))

@@ -142,9 +142,11 @@ def test_penalty_gradients_are_half_the_gradient_of_the_penalty(
     moved = torch.randn(len(g), len(c), generator=torch.Generator().manual_seed(0)).double()
     moved.requires_grad_()
     torch.trace(g @ moved @ c @ moved.T).backward()
-    slope = fisher.penalty_gradient(found, name, moved.detach().float())
     assert moved.grad is not None
-    assert torch.allclose(2 * slope.double(), moved.grad, rtol=1e-3, atol=1e-6)
+    for of_outputs, gradient in ((True, moved.grad), (False, moved.grad.T)):
+        rows, delta = torch.eye(len(gradient)), moved.detach().float()
+        half = fisher.penalty_gradient(found, name, delta, rows, of_outputs=of_outputs)
+        assert torch.allclose(2 * half.double(), gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_margins_see_what_a_certain_model_would_lose(
@@ -258,7 +260,11 @@ def test_blocks_are_the_matrix_with_them_on_its_diagonal(
     delta = torch.randn(outs * out, intos * into, generator=generator)
     dense_c, dense_g = (torch.block_diag(*blocks) / 9 for blocks in (c, g))
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
-    close(fisher.penalty_gradient(found, "m", delta), dense_g @ delta @ dense_c)
+    gradient = dense_g @ delta @ dense_c
+    for of_outputs, whole in ((True, gradient), (False, gradient.T)):
+        rows = torch.randn(3, len(whole), generator=generator)
+        product = fisher.penalty_gradient(found, "m", delta, rows, of_outputs=of_outputs)
+        close(product, rows @ whole)
     factors = fisher.whitening(found, {"m": torch.device("cpu")}, 0.5, 0.5)["m"]
     left, right = (torch.block_diag(*blocks) for blocks in (factors.left, factors.right))
     close(factors.whiten(delta), left.T @ delta @ right.T)
