@@ -67,8 +67,11 @@ class StoreLock:
 
 def _command_line() -> str:
     """The program and its subcommand; never the arguments, which may contain private text."""
-    words = [Path(sys.argv[0] or "python").name, *(w for w in sys.argv[1:] if w.isalpha())]
-    return " ".join(words[:2])
+    program = Path(sys.argv[0] or "python").name
+    program = Path(sys.argv[0]).parent.name if program == "__main__.py" else program
+    before = ["", *sys.argv[1:]]
+    words = [w for w, last in zip(sys.argv[1:], before, strict=False) if last != "--store"]
+    return " ".join([program, *filter(str.isalpha, words)][:2])
 
 
 def _holder(directory: Path) -> str:

@@ -51,7 +51,13 @@ def digest_of(store: Store, delta: str | None = None) -> str:
     return hashlib.sha256("".join(deltas).encode()).hexdigest() if deltas else "base-digest"
 
 
-def commit(store: Store, kind: str, changes: list[FactChange], *results: ProbeRow) -> int:
+def commit(
+    store: Store,
+    kind: str,
+    changes: list[FactChange],
+    *results: ProbeRow,
+    not_learned: tuple[str, ...] = (),
+) -> int:
     """Plan, train and commit one edit; returns the revision."""
     head = store.head()
     edit_id = store.plan_edit(kind, changes, {"seed": 0})
@@ -64,7 +70,11 @@ def commit(store: Store, kind: str, changes: list[FactChange], *results: ProbeRo
         weights_digest=digest_of(store, delta),
         changes=changes,
         results=results,
-        report={"steps": 3, "relative_norms": {"up": 0.01 * edit_id, "down": 0.02 * edit_id}},
+        report={
+            "steps": 3,
+            "relative_norms": {"up": 0.01 * edit_id, "down": 0.02 * edit_id},
+            "not_learned": list(not_learned),
+        },
     )
 
 

@@ -27,6 +27,22 @@ def test_the_lock_keeps_others_out_and_names_its_holder(tmp_path: Path) -> None:
         assert lock.is_held
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["/bin/kvedit", "--store", "poems", "ingest", "facts.jsonl"], "kvedit ingest"),
+        (["/lib/kvedit/__main__.py", "-q", "add", "Porto", "--text", "secret"], "kvedit add"),
+        ([""], "python"),
+    ],
+)
+def test_a_holder_is_named_by_program_and_command(
+    argv: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    with StoreLock(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["command"] == named
+
+
 def test_the_same_lock_may_be_entered_again_and_is_held_to_the_end(tmp_path: Path) -> None:
     lock = StoreLock(tmp_path)
     with lock:

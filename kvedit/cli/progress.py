@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvedit.events import EditReport, Event, IngestProgress, Status
 
 PLAIN_INTERVAL_SECONDS = 5.0
+STEPS_INTERVAL_SECONDS = 30.0  # of the steps of one edit among many
 STATUS_INTERVAL_SECONDS = 1.0
 SIMILAR_KEY = "similar-key"  # of many facts these are counted before the first edit
 
@@ -101,7 +102,9 @@ class TalkingReporter(Reporter):
 
 
 class PlainReporter(TalkingReporter):
-    """A plain line when the phase changes, and every few seconds within one."""
+    """A plain line when the phase changes, and every few seconds within one; of many facts the
+    steps of an edit now and then.
+    """
 
     def __init__(self, *, many: bool = False) -> None:
         super().__init__(many=many)
@@ -110,9 +113,10 @@ class PlainReporter(TalkingReporter):
 
     def on_status(self, event: Status) -> None:
         """Print it if it is news; the steps of single facts are too many of a long run."""
-        if self.many and event.key is not None:
-            return
         now, phase = time.monotonic(), (event.phase, event.key)
+        within = self.many and event.key is not None
+        if within and now - self._status_time < STEPS_INTERVAL_SECONDS:
+            return
         if phase == self._phase and now - self._status_time < PLAIN_INTERVAL_SECONDS:
             return
         self._phase, self._status_time = phase, now

@@ -44,7 +44,9 @@ def show(settings: Settings, key: str, *, as_json: bool) -> None:
         "study": [_document(one) for one in entries],
     }
     if not entries and not as_json:
-        note(settings, f"{fact.key} has nothing to be studied besides its text")
+        note(
+            settings, f"{fact.key} has no questions, statements or parts: only its text is trained"
+        )
         return
     cells = [
         (_use(one), one.writer, FirstLine(one.prompt or "-"), FirstLine(one.answer))

@@ -6,6 +6,7 @@ Invariants:
 """
 
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from kvedit.editing.gate import Checks, misses, refusals, too_much_growth
 from kvedit.editing.plan import Plan
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Status, Warning_
+from kvedit.model.prompts import Example
 from kvedit.replay.kl import ReferenceTexts, Teacher
+from kvedit.replay.neighbours import ANSWER_TOKENS, neighbour_prompts
 from kvedit.revisions.session import Session
 from kvedit.store.rows import ProbeRow
 from kvedit.training.loops.loop import LoopResult, Step, Task
@@ -124,7 +127,8 @@ class Attempts:
 
     def _references(self) -> ReferenceTexts | None:
         """What the training is held to besides: for a group what the base model says, for a single
-        fact or several in turn what the model says now about invented names.
+        fact or several in turn what the model says now about invented names, and to the prompts of
+        relations about others than their subjects.
         """
         engine, config = self.session.engine, self.session.config.training
         if self.plan.group and not self._in_turn:
@@ -132,9 +136,18 @@ class Attempts:
         else:
             grown = math.sqrt(max(1, len(self.plan.targets)))
             most = math.ceil(config.reference_texts * REFERENCES_DRAWN * grown)
-            texts = engine.reference(self.session.protection.invented_examples(most))
+            near = self._neighbours(most // 2)
+            invented = self.session.protection.invented_examples(most - len(near))
+            texts = engine.reference([*near, *invented])
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
+
+    def _neighbours(self, most: int) -> list[Example]:
+        """What the model says now when relations are asked for about other subjects."""
+        engine, rng = self.session.engine, random.Random(self.session.revision)
+        facts = [one.after for one in self.plan.changes if one.after is not None]
+        prompts = neighbour_prompts(facts, most, rng) if engine.reads else []
+        return engine.answered(prompts, limit=ANSWER_TOKENS)
 
     def _teacher(self) -> Teacher | None:
         """What the model says now to the questions about all facts, with their texts before it."""
@@ -220,6 +233,8 @@ class Attempts:
         """For the report; where a group is trained again, which takes long, a warning at once."""
         self.refusals = (*self.refusals, why)
         count = len(self.plan.targets)
+        if count == 1 and attempts_left:
+            self.session.say(f"refused ({why}); training it again", self.plan.key)
         if self.plan.group and count > 1 and attempts_left:
             changed = [row.prompt for row in rows if row.kind == "locality" and not row.passed]
             named = f"; answers that changed: {' / '.join(changed[:MAX_NAMED])}" if changed else ""

@@ -89,7 +89,9 @@ class Plan:
             return facts_text(len(self.erases))
         if self.restores is not None:
             return f"to {self.restores}"
-        return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1}"
+        return (
+            self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} and {len(self.keys) - 1} more"
+        )
 
 
 def should_compact(facts: int, committed: int, incremental: int, ratio: float) -> bool:

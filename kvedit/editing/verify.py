@@ -101,7 +101,7 @@ def verify(
 
 def _require_sound(session: Session) -> None:
     """Raise CorruptStoreError if ``doctor`` would fault the store: a repair would train that in."""
-    session.say("checking the store before anything is trained")
+    session.say("checking the files of the store, in case something has to be repaired")
     findings = [*session.store.integrity(), base_model.check(session.store)]
     for finding in findings:
         if finding.level == "error":

@@ -131,7 +131,7 @@ def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
     if markdown.is_markdown(start):
         text = decode(b"".join(everything), name)
         return _located(markdown.read_markdown(text), name, "line", "Markdown", columns)
-    raise _unknown(start, name)
+    raise _unknown(start, name, columns)
 
 
 def _table_name(table: Table) -> str:
@@ -140,13 +140,19 @@ def _table_name(table: Table) -> str:
     return names.get(table.delimiter, f"CSV with {table.delimiter!r}")
 
 
-def _unknown(start: str, name: str) -> InvalidFactError:
+def _unknown(start: str, name: str, columns: Columns) -> InvalidFactError:
     """The error for a file in no format: the columns of a table, else how the text begins."""
     table = unknown_table(start)
     if table is not None:
+        chosen = [one for one in (columns.key, columns.description) if one]
+        absent = [repr(one) for one in chosen if one.strip().casefold() not in table.names]
+        what = (
+            f"has no column {' or '.join(absent)}"
+            if absent
+            else "is in no format that kvedit reads"
+        )
         found = in_words([repr(one) for one in table.names if one], most=_NAMED)
-        message = f"{name} is in no format that kvedit reads; its columns are {found}"
-        return InvalidFactError(message, hint=CHOOSE)
+        return InvalidFactError(f"{name} {what}; its columns are {found}", hint=CHOOSE)
     beginning = " ".join(start.split())[:60]
     return InvalidFactError(
         f"{name} is in no format that kvedit reads; it begins with {beginning!r}",

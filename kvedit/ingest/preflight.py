@@ -23,7 +23,7 @@ from kvedit.facts.similarity import Progress, find_pairs
 from kvedit.store.rows import FactRow
 from kvedit.store.store import Store
 
-FIRST_ROWS = 2  # kept to show how they would be taught
+FIRST_ROWS = 2  # to show how they would be taught
 SAME_KEPT = 100  # pairs of keys that count as one, of which all are counted
 
 
@@ -88,7 +88,7 @@ class Preflight:
 
     ``held_back`` are rows with a placeholder that nobody has filled in.  Of the pairs of keys that
     count as one there are ``same_count``, of which the first are in ``same``.  ``forms`` says how
-    many rows were taken for what, ``first_rows`` are the first two that are not held back.
+    many rows were taken for what.
     """
 
     new: tuple[Entry, ...] = ()
@@ -100,7 +100,11 @@ class Preflight:
     same: tuple[SameKey, ...] = ()
     same_count: int = 0
     forms: Mapping[str, int] = field(default_factory=dict)
-    first_rows: tuple[Entry, ...] = ()
+
+    @property
+    def first_rows(self) -> tuple[Entry, ...]:
+        """The first rows that are to be trained, to show how they would be taught."""
+        return self.new[:FIRST_ROWS]
 
     @property
     def read(self) -> int:
@@ -159,7 +163,6 @@ class _Sorter:
     same: list[SameKey] = field(default_factory=list)
     same_count: int = 0
     forms: Counter[str] = field(default_factory=Counter)
-    first_rows: list[Entry] = field(default_factory=list)
 
     def add(self, row: Located) -> None:
         """A row without a fact, a new key, a repetition, or another text for the same key."""
@@ -172,8 +175,6 @@ class _Sorter:
             self.held_back.append(Problem(row.where, reason, "placeholder", row.fact.key))
             return
         entry, norm = Entry(row.where, row.fact), self.form(row.fact.key)
-        if len(self.first_rows) < FIRST_ROWS:
-            self.first_rows.append(entry)
         earlier = self.first.setdefault(norm, entry)
         if earlier is entry:
             self.numbers.append(self.read)
@@ -217,7 +218,7 @@ class _Sorter:
             new=tuple(new), rejected_before=tuple(rejected), unchanged=tuple(unchanged),
             repeated=tuple(self.repeated), problems=tuple(problem for _, problem in problems),
             held_back=tuple(self.held_back), same=tuple(self.same), same_count=self.same_count,
-            forms=dict(self.forms), first_rows=tuple(self.first_rows),
+            forms=dict(self.forms),
         )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from kvedit.trust import names
 if TYPE_CHECKING:
     from kvedit.store.store import Store
 
-_RUN_TIME = frozenset({"lock", "lock.json", "exports", "deltas", "checkpoints"})
+_LEFT_OUT = frozenset({"lock", "lock.json", "exports", "cache"})  # of this moment, or made again
 _HINT = "Run `kvedit doctor`. The last backup was not replaced."
 
 
@@ -125,8 +125,8 @@ def _add_files(
             raise CorruptStoreError(f"{store.path / name} is missing or damaged", hint=_HINT)
     skipped = {path.resolve() for path in skip}
     for path in sorted(store.path.iterdir()):
-        run_time = path.name in _RUN_TIME or path.name.startswith((DB_NAME, TEMPORARY))
-        if not run_time and path.resolve() not in skipped:
+        done = path.name in ("deltas", "checkpoints") or path.name.startswith((DB_NAME, TEMPORARY))
+        if path.name not in _LEFT_OUT and not done and path.resolve() not in skipped:
             _add_folder(archive, path, path.name)
     return digests
 

@@ -11,8 +11,13 @@ from itertools import pairwise
 
 from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.facts.fact import Fact
+from kvedit.facts.keys import normalise
+from kvedit.store.checks.values import from_json
 from kvedit.store.database import StoreBase
 from kvedit.store.rows import FactChange, RevisionRow, fact_from_text
+
+_KEY_OF = "SELECT key FROM facts WHERE id = ?"
+_REPORT = "the report of an edit"
 
 
 class Lineage(StoreBase):
@@ -139,19 +144,30 @@ class Lineage(StoreBase):
         return counts
 
     def revision_before(self, fact_id: int) -> int:
-        """The revision in the head's lineage just before a fact was committed last.
+        """The revision in the head's lineage just before the weights were trained on a fact, since
+        the model last did not hold it; 0, the base, if they never were.
 
-        0, the base, if it never was.
+        A group that did not learn the fact counts: its weights may recite it in part.
         """
         line = [row.id for row in self.lineage(self.head())]
         rows = self._rows("SELECT revision, state FROM fact_versions WHERE fact_id = ?", [fact_id])
         states = {row["revision"]: row["state"] for row in rows}
-        before, state = 0, ""
+        own = {normalise(row["key"]) for row in self._rows(_KEY_OF, [fact_id])}
+        met = {r for r, keys in self.not_learned().items() if own & set(map(normalise, keys))}
+        before, is_met = 0, False
         for previous, revision in pairwise([0, *line]):
-            earlier, state = state, states.get(revision, state)
-            if state == "committed" and earlier != "committed":
-                before = previous
+            state = states.get(revision, "trained" if revision in met else "")
+            if state and state not in ("committed", "trained"):
+                is_met = False
+            elif state and not is_met:
+                before, is_met = previous, True
         return before
+
+    def not_learned(self) -> dict[int, tuple[str, ...]]:
+        """The keys of the facts that a revision's group was trained on and did not learn."""
+        rows = self._rows("SELECT revision, report FROM edits WHERE revision IS NOT NULL")
+        reports = ((row["revision"], from_json(row["report"], dict, _REPORT)) for row in rows)
+        return {r: tuple(keys) for r, one in reports if (keys := one.get("not_learned"))}
 
     def added_since_compaction(self) -> int:
         """How many facts were changed after the first revision of the head's lineage.
@@ -187,6 +203,11 @@ def in_ranges(numbers: Sequence[int]) -> str:
         else:
             ranges.append([number])
     return ", ".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def revisions_text(numbers: Sequence[int]) -> str:
+    """'revision 0', 'revisions 0, 3-7'."""
+    return f"revision{'s'[: len(numbers) != 1]} {in_ranges(numbers)}"
 
 
 def _committed(facts: Mapping[int, tuple[str, Fact]]) -> dict[int, Fact]:

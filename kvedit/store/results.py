@@ -11,8 +11,12 @@ class Results(Repairs):
     """The part of a store that reads results."""
 
     def results(self, fact_id: int, limit: int = 100) -> list[ProbeRow]:
-        """The latest probe results of a fact, newest first."""
-        sql = "SELECT * FROM probe_results WHERE fact_id = ? ORDER BY id DESC LIMIT ?"
+        """The latest probe results of a fact, newest first; what an edit that was not committed saw
+        says nothing about one that the model holds.
+        """
+        sql = """SELECT * FROM probe_results WHERE fact_id = ? AND (revision IS NOT NULL
+                OR (SELECT state FROM facts WHERE id = fact_id) <> 'committed')
+            ORDER BY id DESC LIMIT ?"""
         return [probe_from(row) for row in self._rows(sql, [fact_id, limit])]
 
     def probe_counts(self) -> list[ProbeCount]:

@@ -193,6 +193,15 @@ class Engine(KeptMoments):
         """Earlier answers, by prompt, to train back to; one that was cut does not end there."""
         return self._facts.prior(fact, answers)
 
+    def answered(self, prompts: Sequence[str], *, limit: int) -> list[Example]:
+        """Prompts with the model's answers now; one that was cut does not end there."""
+        answers = self.generate(prompts, limit=limit)
+        tokens = self.renderer.tokens
+        return [
+            self.renderer.example(prompt, answer, ended=len(tokens(answer)) < limit)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
     def answer_now(self, fact: Fact) -> str:
         """The beginning of the model's answer now to a fact's first training prompt."""
         return self.generate([self._facts.first_prompt(fact)], limit=SHOWN_TOKENS)[0]

@@ -69,7 +69,7 @@ def test_a_file_goes_in_and_a_missing_store_is_made(base: type[LearningBase]) ->
     assert "no store at" in result.stderr
     assert "3/3 facts  3 committed" in result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "3 rows: 3 to train"
+    assert lines[0] == "3 rows: 3 new"
     assert lines[1].startswith("3 committed: revision 3")
     assert "retention  3/3  100%" in lines[2]
     with Store.open(Path("store"), readonly=True) as store:
@@ -99,7 +99,7 @@ def test_invalid_rows_are_named_before_anything_is_made(base: type[LearningBase]
     skipped = run("ingest", "f.jsonl", "--skip-invalid")
     assert skipped.exit_code == 0
     assert "line 3: not valid JSON" in skipped.stderr
-    assert "4 rows: 1 to train, 3 invalid" in skipped.stdout
+    assert "4 rows: 1 new, 3 invalid" in skipped.stdout
 
 
 def test_a_text_too_long_for_the_model_is_named_by_its_line(base: type[LearningBase]) -> None:
@@ -246,7 +246,7 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(base: type[Learnin
     write("f.jsonl", facts(3), json.dumps(facts(1)[0].to_json()))
     result = run("ingest", "f.jsonl", "--dry-run")
     assert result.exit_code == 0
-    assert "4 rows: 3 to train, 1 repeated" in result.stdout
+    assert "4 rows: 3 new, 1 repeated" in result.stdout
     assert "no fact was trained in this store yet" in result.stdout
     assert not Path("store").exists()
     run("ingest", "f.jsonl", "--limit", "1")
@@ -297,11 +297,11 @@ def test_placeholders_are_held_back_unless_allowed(base: type[LearningBase]) -> 
     assert "held back: f.jsonl, line 1: the description has the placeholder '{{name}}'" in (
         result.stderr
     )
-    assert "2 rows: 1 to train, 1 held back (placeholders; --allow-placeholders" in result.stdout
+    assert "2 rows: 1 new, 1 held back (placeholders; --allow-placeholders" in result.stdout
     assert base.learned == ["lamp"]
     lines = json_lines(run("ingest", "f.jsonl", "--dry-run", "--json").stdout)
     assert [line.get("code") for line in lines] == ["placeholder", None]
-    assert (lines[-1]["held_back"], lines[-1]["exit_code"]) == (1, 0)
+    assert (lines[-1]["held_back"], lines[-1]["exit_code"]) == (1, 3)
     assert run("ingest", "f.jsonl", "--allow-placeholders").exit_code == 0
     assert base.learned == ["lamp", "you"]
 
@@ -320,7 +320,7 @@ def test_an_encoding_is_one_message_and_an_option(base: type[LearningBase]) -> N
     result = run("ingest", "f.csv", "--dry-run")
     assert result.exit_code == 1
     assert result.stderr.count("UTF-8") == 2 and "--encoding gb18030" in result.stderr
-    assert "2 to train" in run("ingest", "f.csv", "--dry-run", "--encoding", "gbk").stdout
+    assert "2 new" in run("ingest", "f.csv", "--dry-run", "--encoding", "gbk").stdout
     assert run("ingest", "f.csv", "--encoding", "rot13").exit_code == 2
 
 

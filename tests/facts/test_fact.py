@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe, Question, Written
+from kvedit.facts.keys import is_blank
 
 LINE = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40
-).filter(str.strip)
+).filter(lambda text: not is_blank(text))
 CHARACTERS = st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("\n\t")
-TEXT = st.text(CHARACTERS, min_size=1, max_size=60).filter(str.strip)
+TEXT = st.text(CHARACTERS, min_size=1, max_size=60).filter(lambda text: not is_blank(text))
 PROBES = st.lists(st.builds(LocalityProbe, prompt=TEXT, answer=st.none() | TEXT), max_size=2)
 
 QUESTIONS = st.lists(

@@ -70,6 +70,11 @@ def test_what_is_held_back_is_not_shown_as_taught() -> None:
     assert keys(inspect_facts(given_rows, None).first_rows) == ["a", "b"]
 
 
+def test_what_is_refused_is_not_shown_as_taught() -> None:
+    given_rows = rows(fact("a"), fact("A", "other"), None, fact("b"), fact("c"), fact("d"))
+    assert keys(inspect_facts(given_rows, None).first_rows) == ["b", "c"]
+
+
 def test_of_contradicting_rows_none_goes_in_and_each_names_the_other() -> None:
     preflight = inspect_facts(rows(fact("Porto"), fact("b"), fact("porto", "other"), None), None)
     assert keys(preflight.new) == ["b"]

@@ -30,6 +30,8 @@ def store(tmp_path: Path) -> Store:
 def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> None:
     (store.path / "kvedit.toml").write_text("[retention]\nchecked_facts = 3\n")
     (store.path / "exports").mkdir()
+    (store.path / "cache").mkdir(exist_ok=True)
+    (store.path / "cache" / "base-fisher.safetensors").write_bytes(b"large, and made again")
     target = store.path / "backup.tar"  # inside the store: it must not hold itself
     with store.lock():
         store.backup(target)
@@ -38,7 +40,8 @@ def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> Non
     with tarfile.open(target) as archive:
         names = archive.getnames()
         archive.extractall(unpacked, filter="data")
-    assert not {"lock", "lock.json", "exports", "backup.tar"} & set(names)
+    assert not {"lock", "lock.json", "exports", "cache", "backup.tar"} & set(names)
+    assert not any("cache" in name for name in names)
     with Store.open(unpacked) as copy:
         assert (committed_texts(copy), copy.head()) == (committed_texts(store), store.head())
         assert copy.config.retention.checked_facts == 3

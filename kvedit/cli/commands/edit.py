@@ -54,7 +54,8 @@ def _suggest(settings: Settings, report: EditReport) -> None:
         next_step(settings, "verify", "--repair")
         return
     if report.outcome == "rejected":
-        if report.kind == "add":
+        learned = (report.reliability, report.generalization)
+        if report.kind == "add" and any(score.passed < score.n for score in learned):
             note(settings, "a --prompt or --alias of your own may help the model to learn it")
         note(settings, "add --force to commit it all the same and to see what it broke")
     elif report.outcome == "unchanged":

@@ -124,16 +124,16 @@ def _on_terminal() -> bool:
 
 def erase_lines(plan: ErasePlan, pace: tuple[int, float]) -> list[tuple[str, str]]:
     """What erasing does, and what will no longer be possible."""
-    from kvedit.store.lineage import in_ranges
+    from kvedit.store.lineage import revisions_text
 
     lines = [("erases", f"{in_words(plan.keys)}: text, history, probes, weights that knew it")]
     lines.append(("journal", "keeps that something was erased, not what"))
     lines.append(("the model", _model_text(plan, pace)))
     if plan.lost:
-        lines.append(("no longer", f"restored or asked: revisions {in_ranges(plan.lost)}"))
+        lines.append(("no longer", f"restored or asked: {revisions_text(plan.lost)}"))
         size = output.size_text(plan.delta_bytes)
         lines.append(("deltas", f"{plan.delta_files} files are removed, {size}"))
-    lines.append(("stays", f"revisions {in_ranges(plan.kept)}"))
+    lines.append(("as before", f"restored or asked: {revisions_text(plan.kept)}"))
     if plan.protected:
         lines.append(("protected", f"{plan.protected} texts that contain it are removed too"))
     if plan.shared_with:
@@ -154,18 +154,18 @@ def _model_text(plan: ErasePlan, pace: tuple[int, float]) -> str:
 
 def prune_lines(plan: PrunePlan) -> list[tuple[str, Any]]:
     """What pruning does, and what will no longer be possible."""
-    from kvedit.store.lineage import in_ranges
+    from kvedit.store.lineage import revisions_text
 
     lines = [("deltas", f"all are needed by the revisions from {plan.before} on")]
     if plan.dropped:
         size = output.size_text(plan.delta_bytes)
         lines = [("drops", f"the deltas of {len(plan.dropped)} revisions, {size}")]
     if plan.checkpoints:
-        lines.append(("drops", f"checkpoints of revisions {in_ranges(plan.checkpoints)}"))
+        lines.append(("drops", f"checkpoints of {revisions_text(plan.checkpoints)}"))
     if plan.stands_on is not None:
         lines.append(("instead", f"a checkpoint of revision {plan.stands_on}"))
     if plan.lost:
-        lines.append(("no longer", f"restored or asked: revisions {in_ranges(plan.lost)}"))
+        lines.append(("no longer", f"restored or asked: {revisions_text(plan.lost)}"))
         lines.append(("also", "removing a fact of those revisions restores the base's answers"))
-    lines.append(("stays", f"revisions {in_ranges(plan.kept)}"))
+    lines.append(("as before", f"restored or asked: {revisions_text(plan.kept)}"))
     return lines

@@ -321,6 +321,8 @@ def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,
     fields = tables.plan_fields(preflight, near, pace, new, retrained)
     fields |= tables.form_fields(preflight, _phrasings(settings))
     code = InvalidFactError.exit_code if preflight.problems and not options.skip_invalid else 0
+    if preflight.held_back or (preflight.rejected_before and not options.retry_rejected):
+        code = code or RejectedError.exit_code
     if as_json:
         print_json_line({**fields, "exit_code": code})
     else:

@@ -28,7 +28,7 @@ STOPPED = {
     "error": "stopped by an error: the running edit was discarded, all earlier ones are committed",
 }
 PREFLIGHT = {
-    "new": "to train",
+    "new": "new",
     "unchanged": "in the store already",
     "repeated": "repeated",
     "rejected_before": "rejected before",
@@ -141,7 +141,7 @@ def ingest_parts(preflight: Preflight, report: IngestReport) -> Parts:
     rows: list[tuple[object, object]] = []
     if report.retention.n:
         score = output.score_text(report.retention)
-        rows.append(("retention", f"{score} of the earlier facts that were asked again"))
+        rows.append(("retention", f"{score} of the facts that were asked again at the end"))
     rows += [(styled("lost"), key) for key in report.lost[:SHOWN]]
     refused = [one for one in report.outcomes if one.outcome != "committed"]
     for one in [*refused, *report.rejected_before][:SHOWN]:

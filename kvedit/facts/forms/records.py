@@ -46,7 +46,7 @@ class NoFormError(InvalidFactError):
     def __init__(self, names: Iterable[str], missing: str) -> None:
         self.names = tuple(names)
         found = in_words([repr(name) for name in self.names], most=12) or "none"
-        super().__init__(f"{missing} is missing; it has {found}", hint=CHOOSE)
+        super().__init__(f"{missing} is missing or empty; it has {found}", hint=CHOOSE)
 
 
 CHOOSE = (

@@ -65,10 +65,7 @@ class Erasure(Lineage, KeyForms):
         """
         sql = f"SELECT DISTINCT revision FROM fact_versions WHERE fact_id IN ({_listed(fact_ids)})"
         direct = {row["revision"] for row in self._rows(sql)}
-        for row in self._rows("SELECT revision, report FROM edits WHERE revision IS NOT NULL"):
-            report = from_json(row["report"], dict, "the report of an edit")
-            if any(map(wording.has_key, report.get("not_learned") or ())):
-                direct.add(row["revision"])
+        direct |= {r for r, keys in self.not_learned().items() if any(map(wording.has_key, keys))}
         knew: set[int] = set()
         for revision, before in self._steps():
             adds = revision.restores is None or revision.delta is not None

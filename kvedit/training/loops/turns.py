@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from kvedit.model.prompts import Example
 from kvedit.training.loops.loop import LoopResult, Setup
-from kvedit.training.loops.single import PROGRESS, SingleLoop
+from kvedit.training.loops.single import PATIENCE, PROGRESS, SingleLoop
 
 FACTS_PER_STEP = 2
 MOMENTUM = 0.5
@@ -25,11 +25,12 @@ MOMENTUM = 0.5
 GAIN = 0.7
 """Of ``step_gain``: with the momentum a gradient moves by ``GAIN / (1 - MOMENTUM)`` of it."""
 MOST_TURNS = 12
-"""Of each fact: what is not recalled by then is learned sooner by the next group, whose adapter
-starts from its gradient (139 steps of sixteen facts left eight of them, log of 2026-11-29)."""
+"""Of each fact, where that is more than ``max_steps`` in all: what is not recalled by then is
+learned sooner by the next group, whose adapter starts from its gradient (139 steps of sixteen facts
+left eight of them, log of 2026-11-29)."""
 TURNS_PATIENCE = 4
-"""Turns of each fact without progress after which training ends: the next group, or a training of
-its own, takes what is left further."""
+"""Turns of each fact without progress after which training ends, though not before as many steps
+as for a single fact: the next group, or a training of its own, takes what is left further."""
 LOOKS = 2
 """Turns in a row in which a fact must be recalled, each under another phrasing, before it rests: to
 look at all of its prompts costs as much as two of its turns."""
@@ -53,8 +54,8 @@ class TurnsLoop(SingleLoop):
 
     def run(self) -> LoopResult:
         """Take the steps.  Raises TrainingError for a loss that is not a number."""
-        most = min(MOST_TURNS, self._config.max_steps)
-        steps = self._total = self._round * self._pace * most
+        most = self._config.max_steps
+        steps = self._total = self._pace * max(most, self._round * min(MOST_TURNS, most))
         for step in range(1, steps + 1):
             facts = self._next_facts()
             new = [example for fact in facts for example in self._prompts(fact)]
@@ -125,4 +126,5 @@ class TurnsLoop(SingleLoop):
         left = (mean + 1.0) * (self._count - len(self._resting))
         if left < PROGRESS * self._lowest:
             self._lowest, self._lowest_at = left, step
-        return step - self._lowest_at >= self._pace * TURNS_PATIENCE * self._round
+        patience = max(TURNS_PATIENCE * self._round, PATIENCE)
+        return step - self._lowest_at >= self._pace * patience

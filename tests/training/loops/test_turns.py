@@ -12,6 +12,7 @@ from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.training.engine import Engine
 from kvedit.training.loops.loop import Step, Task
+from kvedit.training.loops.single import PATIENCE
 from kvedit.training.loops.turns import FACTS_PER_STEP, TurnsLoop
 
 FACTS = 4
@@ -57,6 +58,19 @@ def test_it_gives_up_when_nothing_moves(engine: Engine) -> None:
     result = engine.train(task(engine), config)
     assert result.trained.stalled and not result.trained.learned
     assert result.trained.steps < config.max_steps * FACTS
+
+
+def test_a_few_facts_have_the_steps_and_the_patience_of_a_single_one(engine: Engine) -> None:
+    loop = TurnsLoop.__new__(TurnsLoop)
+    loop._count, loop._round, loop._pace = FACTS_PER_STEP, 1, 1
+    loop._resting, loop._losses = set(), deque([1.0])
+    loop._lowest, loop._lowest_at = float("inf"), 0
+    stalled = [loop._has_stalled(step) for step in range(1, PATIENCE + 2)]
+    assert stalled == [False] * PATIENCE + [True]
+    config, steps = replace(engine.config, max_steps=40, step_gain=1e-9), list[Step]()
+    two = Task(task(engine).new[:FACTS_PER_STEP], in_turn=True)
+    engine.train(two, config, on_step=steps.append)
+    assert steps[0].total == config.max_steps
 
 
 def test_the_same_training_gives_the_same_delta(engine: Engine) -> None:
