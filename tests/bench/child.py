@@ -1,15 +1,17 @@
 """A part of a benchmark in a process of its own, so that its peak memory is its own.
 
 Invariants:
-- The process does not outlive the call; Ctrl-C ends it, and a store that it was editing recovers
-  when it is opened again.
+- The process does not outlive the call, nor its parent, however that ends; Ctrl-C ends it, and a
+  store that it was editing recovers when it is opened again.
 - Its events arrive as they are sent, reports of single edits left out.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +67,7 @@ def _next(receiver: Any) -> Any:
 def _run(work: Callable[..., None], arguments: tuple[Any, ...], sender: Any) -> None:
     """In the new process: its parent decides about Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def emit(event: Event) -> None:
         if not isinstance(event, EditReport):
@@ -75,3 +78,10 @@ def _run(work: Callable[..., None], arguments: tuple[Any, ...], sender: Any) -> 
     except KveditError as error:
         sender.send(f"{error.message} {error.hint}".strip())
         raise SystemExit(1) from error
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, which may be a kill, and go too: nobody reads the result."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,3 +40,38 @@ def test_events_come_from_another_process() -> None:
 def test_a_process_that_fails_says_why(fails: str, reason: str) -> None:
     with pytest.raises(KveditError, match=f"part was not measured: .*{reason}"):
         child.run("part", work, (fails,), lambda event: None)
+
+
+def wait(emit: Callable[[Any], None]) -> None:
+    """Says which process it is, and goes on for long."""
+    emit(Status(phase="waiting", step=os.getpid()))
+    time.sleep(300)
+
+
+def is_running(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_process_ends_with_its_parent() -> None:
+    code = """
+from tests.bench import child
+from tests.bench.test_child import wait
+child.run("part", wait, (), lambda event: print(event.step, flush=True))
+"""
+    command = [
+        sys.executable,
+        "-c",
+        f"if __name__ == '__main__':{code.replace(chr(10), chr(10) + ' ')}",
+    ]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert is_running(pid)
+    parent.kill()
+    parent.communicate()
+    end = time.monotonic() + 30
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_running(pid)
