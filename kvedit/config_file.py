@@ -110,6 +110,12 @@ def bounds(item: Field[Any]) -> str:
     return f"at least {low}" if high == _INFINITY else f"between {low} and {high}"
 
 
+_KINDS: dict[type, str] = {
+    float: "a number", int: "a whole number", bool: "true or false", str: "a text in quotes",
+    dict: "a table",
+}  # fmt: skip
+
+
 def _value(where: str, value: Any, item: Field[Any]) -> object:
     """Check one value against the type of its default and its range."""
     expected = type_of(item)
@@ -122,7 +128,7 @@ def _value(where: str, value: Any, item: Field[Any]) -> object:
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
-        what = f"{where} must be of type {expected.__name__}, got {value!r:.40}"
+        what = f"{where} must be {_KINDS[expected]}, got {value!r:.40}"
         raise UsageError(what, hint=hint)
     if numeric and not item.metadata["low"] <= value <= item.metadata["high"]:  # NaN too
         raise UsageError(f"{where} must be {bounds(item)}, got {value}", hint=hint)

@@ -278,7 +278,7 @@ def _headline(report: EditReport) -> Text:
     elif report.outcome != "committed":
         end = "the model is exactly as it was before"
     elif report.kind == "rollback":
-        subject, end = " rollback", f"the new revision {report.revision} restores an earlier one"
+        end = f"the new revision {report.revision} has the weights of that one"
     else:
         end = f"revision {report.revision}"
     if report.outcome == "committed" and report.retrained:

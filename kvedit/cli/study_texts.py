@@ -22,6 +22,7 @@ from kvedit.cli.output import (
     table,
 )
 from kvedit.cli.progress import make_reporter
+from kvedit.errors import UnknownKeyError
 from kvedit.facts.keys import facts_text
 
 if TYPE_CHECKING:
@@ -83,7 +84,11 @@ def take_back(
     settings: Settings, records: Sequence[StudyRecord], *, force: bool, as_json: bool
 ) -> int:
     """Train what may be kept of what came back, a fact at a time; returns the exit code."""
-    common.require_keys(settings, [record.key for record in records])
+    try:
+        common.require_keys(settings, [record.key for record in records])
+    except UnknownKeyError as error:
+        hint = f"Take its line out of the file, or correct the key. {error.hint}".rstrip()
+        raise UnknownKeyError(error.message, hint=hint) from error
     common.require_writable(settings)
     reporter = make_reporter(quiet=settings.quiet, as_json=as_json)
     reports = []

@@ -312,5 +312,6 @@ class KnowledgeBase(Questions):
         current = base_model.prompts_of(self.store.config)
         if self.store.meta("prompts") in (None, current) or not self.store.facts("committed"):
             return
-        text = "[prompts] in kvedit.toml has changed since the facts were added; run kvedit verify"
+        text = "[prompts] in kvedit.toml has changed since the facts were added: asked in"
+        text += " another way, they may not be recalled"
         self._session.emit(Warning_(text=text, code="prompts-changed"))

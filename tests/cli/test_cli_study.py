@@ -41,7 +41,7 @@ def test_it_shows_what_is_trained_and_who_wrote_it(fake: type[FakeBase], store: 
     assert document["study"][0] == {
         "prompt": "Which river?", "answer": "the Douro", "writer": "given", "held_out": True,
     }  # fmt: skip
-    assert "nothing to be studied" in run("study", "Faro").stderr
+    assert "only its text is trained" in run("study", "Faro").stderr
     assert run("study", "Lagos").exit_code == 1
 
 

@@ -21,7 +21,7 @@ from kvedit.files import require_writable
 if TYPE_CHECKING:
     from kvedit.store.rows import Finding
 
-DOCTOR_HINT = "restore the store from a backup; without one, see docs/store-format.md"
+DOCTOR_HINT = "do what the findings say; where they say nothing, restore the store from a backup"
 
 
 @click.command()

@@ -143,6 +143,8 @@ def _subject(edit: EditRow) -> str:
     """What an edit was about, why it was refused, and whether its revision is still there."""
     key = str(edit.report.get("key") or "")  # of an erase: how many facts
     named = key if edit.kind == "erase" else in_words(edit.keys) or key
+    if edit.kind == "rollback":
+        named = f"{key}: {in_words(edit.keys)}" if edit.keys else key
     reasons = f": {'; '.join(edit.reasons)}" if edit.reasons else ""
     gone = f" (can no longer be restored: {edit.gone})" if edit.gone else ""
     return f"{named}{reasons}{gone}"
