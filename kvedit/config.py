@@ -260,7 +260,10 @@ class PromptsConfig:
 class RecallConfig:
     """What `ask --recall` and `chat --recall` put before a question that names facts."""
 
-    source: str = setting("store", help="`store` for its texts, or `model` for its recitations.")
+    source: str = setting(
+        "store", help="`store` for its texts, or `model` for its recitations.",
+        choices="store model",
+    )  # fmt: skip
     max_facts: int = setting(3, low=1, help="Most facts that are recalled for a question.")
 
 

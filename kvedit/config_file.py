@@ -20,9 +20,14 @@ LARGEST = 2**63 - 1  # of any number in the settings
 OLD_SETTINGS = Path(__file__).parent / "data" / "old_settings.toml"
 
 
-def setting(default: Any, low: float = 0, high: float = _INFINITY, *, help: str) -> Any:
-    """A field with a default, the range of its values (both ends included) and its meaning."""
-    return field(default=default, metadata={"low": low, "high": high, "help": help})
+def setting(
+    default: Any, low: float = 0, high: float = _INFINITY, *, help: str, choices: str = ""
+) -> Any:
+    """A field with a default, the range of its values (both ends included) and its meaning; of a
+    text the words that it may be, with spaces between them, any if there are none.
+    """
+    limits = {"low": low, "high": high, "choices": tuple(choices.split())}
+    return field(default=default, metadata={**limits, "help": help})
 
 
 def read(path: Path, kind: type) -> dict[str, Any]:
@@ -132,6 +137,8 @@ def _value(where: str, value: Any, item: Field[Any]) -> object:
         raise UsageError(what, hint=hint)
     if numeric and not item.metadata["low"] <= value <= item.metadata["high"]:  # NaN too
         raise UsageError(f"{where} must be {bounds(item)}, got {value}", hint=hint)
+    if (choices := item.metadata["choices"]) and value not in choices:
+        raise UsageError(f"{where} must be {' or '.join(choices)}, got {value!r:.40}", hint=hint)
     if isinstance(value, dict):
         _refuse_unwritable(where, value)
     return value

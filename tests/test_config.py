@@ -69,6 +69,11 @@ def test_json_holds_every_section() -> None:
         ("[model]\nshard = true\n", r"\[model\] shard was removed", "Delete the line"),
         ("gate = 3\n", "gate must be a table", r"Write [gate]"),
         ("[gate]\nmin_recall = '1'\n", r"\[gate\] min_recall must be a number, got '1'", ""),
+        (
+            "[recall]\nsource = 'stor'\n",
+            r"\[recall\] source must be store or model, got 'stor'",
+            "",
+        ),
         ("[gate]\nmin_recall = true\n", "must be a number, got True", ""),
         ("[retention]\nchecked_facts = 1.5\n", "must be a whole number, got 1.5", ""),
         ("[gate]\nmin_recall = 1.5\n", "between 0 and 1.0, got 1.5", ""),

@@ -92,12 +92,15 @@ def explain(
 ) -> Explanation:  # fmt: skip
     """Explain the answer to a question at a revision, by default the one in memory.
 
-    About log2 of the number of revisions are rebuilt and asked.  Raises UsageError for a revision
-    that does not exist, CorruptStoreError for one that cannot be rebuilt.
+    About log2 of the number of revisions are rebuilt and asked; those that were erased or pruned
+    are passed over.  Raises UsageError for a revision that does not exist or is not there any more,
+    CorruptStoreError for one that cannot be rebuilt.
     """
     start = session.revision
     revision = start if at is None else at
-    line = [0, *(row.id for row in session.store.lineage(revision))]
+    session.store.require_kept(revision)
+    gaps = session.store.gaps()
+    line = [0, *(row.id for row in session.store.lineage(revision) if row.id not in gaps)]
     answers: dict[int, str] = {}
 
     def answer(number: int) -> str:

@@ -99,9 +99,12 @@ def take_back(
             reports.append(report)
             _tell(report, as_json=as_json)
     failed = sum(one.edit is not None and one.edit.outcome != "committed" for one in reports)
+    trained = [one for one in reports if one.edit is None or one.edit.outcome == "committed"]
+    kept = sum(len(one.texts.kept) for one in trained)
     counts = {
         "facts": len(reports),
-        "kept": sum(len(one.texts.kept) for one in reports),
+        "kept": kept,
+        "not_learned": sum(len(one.texts.kept) for one in reports) - kept,
         "refused": sum(len(one.texts.refused) for one in reports),
         "rejected": failed,
     }
@@ -123,7 +126,9 @@ def _tell(report: StudyReport, *, as_json: bool) -> None:
 
 def _summary(reports: Sequence[StudyReport], counts: dict[str, int]) -> list[Any]:
     """How many were kept, and why others were not."""
-    line = f"{counts['kept']} kept, {counts['refused']} refused, of {facts_text(counts['facts'])}"
+    lost = f", {counts['not_learned']} not learned" if counts["not_learned"] else ""
+    line = f"{counts['kept']} kept{lost}, {counts['refused']} refused"
+    line += f", of {facts_text(counts['facts'])}"
     refused = [(report.key, one) for report in reports for one in report.texts.refused]
     if not refused:
         return [line]

@@ -26,7 +26,9 @@ from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.replay.neighbours import ANSWER_TOKENS, neighbour_prompts
 from kvedit.revisions.session import Session
 from kvedit.store.rows import ProbeRow
+from kvedit.training.engine import TrainingResult
 from kvedit.training.loops.loop import LoopResult, Step, Task
+from kvedit.training.loops.turns import FACTS_TOGETHER
 from kvedit.training.resume import TrainingCheckpoints
 
 Delta = dict[str, Factors]
@@ -38,7 +40,7 @@ a model that keeps 97% of what it knows loses by chance in every fourth group.""
 REFERENCES_DRAWN = 6
 """For an edit of a single fact, times those of a step; with the square root of the number of facts
 in turn."""
-MAX_STALLS = 2  # trainings of an edit whose loss stopped falling: a third would do so too
+MAX_STALLS = 2  # attempts in which the loss stopped falling: a third would do so too
 
 
 class Timings(dict[str, float]):
@@ -57,7 +59,7 @@ class Timings(dict[str, float]):
 @dataclass(slots=True)
 class Attempts:
     """The attempts of one edit: ``refusals`` are the gate's reasons for each refused one, ``steps``
-    all training steps, ``stalls`` the trainings whose loss stopped falling before the fact was
+    all training steps, ``stalls`` the attempts in which the loss stopped falling before all was
     recalled, ``resumed_seconds`` the seconds spent by processes that ended in the training; the
     ``teacher`` is the model before all of them.
     """
@@ -92,11 +94,15 @@ class Attempts:
             if harmed:
                 delta = {}
                 master.restore(snapshot)
-            trained = self._train(list(lost.values()), references, config, group)
-            delta = deltas.joined(delta, trained)
-            with self.timings.measure("merge"):
-                master.restore(snapshot)
-                master.add(delta)
+            stalled = False
+            for task in self._tasks(list(lost.values()), references):
+                result = self._train(task, config, group)
+                stalled |= result.trained.stalled
+                delta = deltas.joined(delta, result.delta)
+                with self.timings.measure("merge"):
+                    master.restore(snapshot)
+                    master.add(delta)
+            self.stalls += stalled
             with self.timings.measure("probe"):
                 evaluation = self.evaluator.evaluate()
             reasons = self._refusals(evaluation)
@@ -159,36 +165,42 @@ class Attempts:
         with self.timings.measure("teacher"):
             return self.session.engine.teacher([p for fact in facts for p in study.told(fact)])
 
-    def _train(
-        self,
-        lost: Sequence[RetentionCandidate],
-        references: ReferenceTexts | None,
-        config: TrainingConfig,
-        group: GroupConfig | None,
-    ) -> Delta:
-        """Train the plan's facts and those that were ``lost``, rehearsing the other candidates."""
+    def _tasks(
+        self, lost: Sequence[RetentionCandidate], references: ReferenceTexts | None
+    ) -> Iterator[Task]:
+        """The plan's facts and those that were ``lost``, beside the other candidates.  Facts that
+        are trained in turn are a few at a time, each time beside those before them.
+        """
         lost_ids = {candidate.row.id for candidate in lost}
-        rehearsed = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
-        task = Task(
-            [*(target.recall for target in self.plan.targets), *(c.all for c in lost)],
-            [c.all for c in rehearsed],
-            references,
-            0 if self.plan.compaction else len(self.evaluator.committed),
-            [*(t.study for t in self.plan.targets), *(c.study for c in (*lost, *rehearsed))],
-            self.session.config.study,
-            self._in_turn,
-            self.teacher,
-        )
+        others = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
+        size = FACTS_TOGETHER if self._in_turn else len(lost)
+        for start in range(0, max(1, len(lost)), max(1, size)):
+            targets = () if start else self.plan.targets
+            again, beside = lost[start : start + size], [*others, *lost[:start]]
+            yield Task(
+                [*(target.recall for target in targets), *(c.all for c in again)],
+                [c.all for c in beside],
+                references,
+                0 if self.plan.compaction else len(self.evaluator.committed),
+                [*(t.study for t in targets), *(c.study for c in (*again, *beside))],
+                self.session.config.study,
+                self._in_turn,
+                self.teacher,
+            )
+
+    def _train(
+        self, task: Task, config: TrainingConfig, group: GroupConfig | None
+    ) -> TrainingResult:
+        """Train a task on the weights as they are."""
         train = self.session.engine.train
         with self.timings.measure("train"):
             result = train(task, config, self._emit_step, group, self.checkpoints)
         self.steps += result.trained.steps
         if result.trained.stalled:
-            self.stalls += 1
             self._warn_of_stall(result.trained)
         self.resumed_seconds += result.resumed_seconds
         self.timings["train"] += result.resumed_seconds
-        return result.delta
+        return result
 
     def _refusals(self, evaluation: Evaluation) -> tuple[str, ...]:
         """Why the edit must not be committed; a group that learned some of its facts may."""
@@ -204,6 +216,8 @@ class Attempts:
     def _is_large(self) -> bool:
         """Whether chance alone costs a group more of the few locality probes than one edit may."""
         facts = len(self.plan.targets)
+        if self.plan.compaction:
+            facts += len(self.evaluator.candidates)
         return facts >= LARGE_GROUP or (self._in_turn and facts > 1)
 
     def _harmed(self, checks: Checks) -> bool:

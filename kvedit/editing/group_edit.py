@@ -21,10 +21,9 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.similarity import find_pairs
 from kvedit.revisions.session import Session
 from kvedit.store.rows import FactRow
+from kvedit.training.loops.turns import FACTS_TOGETHER
 
 REPAIR_GROUP = 64  # facts
-GROUP_IN_TURN = 16
-"""Facts, where they are trained in turn: more cost no less each, and more is lost if one fails."""
 SPLIT_PAIRS_NAMED = 20  # warnings of similar keys that did not end alike, at most
 
 
@@ -59,7 +58,7 @@ class GroupEditor:
         """Train some facts; see ``KnowledgeBase.add_group``."""
         if len(facts) == 1:
             return (self._single.add(facts[0], force=options.force),)
-        parts = self._size.parts(facts, GROUP_IN_TURN if self._engine.reads else None)
+        parts = self._size.parts(facts, FACTS_TOGETHER if self._engine.reads else None)
         if len(parts) > 1:
             return self._add_parts(parts, options)
         report = self._size.attempt(facts, lambda: self._add_together(facts, options))
@@ -77,7 +76,7 @@ class GroupEditor:
 
     def repair(self, rows: Sequence[FactRow]) -> list[EditReport]:
         """Train facts once more that were lost, in groups as large as memory allows."""
-        parts = self._size.parts(rows, REPAIR_GROUP)
+        parts = self._size.parts(rows, FACTS_TOGETHER if self._engine.reads else REPAIR_GROUP)
         if len(parts) > 1:
             return [report for part in parts for report in self.repair(part)]
         facts = [row.fact for row in rows]

@@ -58,6 +58,9 @@ def test_weights_in_shards(trained: KnowledgeBase, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors.index.json" in names
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    (tmp_path / "new").touch()  # every file may be read by whom a new one may
+    modes = {path.stat().st_mode for path in [tmp_path / "new", *(tmp_path / "out").iterdir()]}
+    assert len(modes) == 1
     assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= names
     with pytest.raises(UsageError, match="not a file size"):
         trained.export(tmp_path / "other", max_shard_size="many")

@@ -145,9 +145,9 @@ def _subject(edit: EditRow) -> str:
     named = key if edit.kind == "erase" else in_words(edit.keys) or key
     if edit.kind == "rollback":
         named = f"{key}: {in_words(edit.keys)}" if edit.keys else key
-    reasons = f": {'; '.join(edit.reasons)}" if edit.reasons else ""
-    gone = f" (can no longer be restored: {edit.gone})" if edit.gone else ""
-    return f"{named}{reasons}{gone}"
+    gone = f"(can no longer be restored: {edit.gone})" if edit.gone else ""
+    texts = filter(None, (named, "; ".join(edit.reasons)))
+    return " ".join(filter(None, (": ".join(texts), gone)))
 
 
 def status_table(fields: Mapping[str, Any]) -> RenderableType:

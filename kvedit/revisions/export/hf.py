@@ -103,12 +103,23 @@ def building(directory: Path) -> Iterator[Path]:
         try:
             folder.mkdir()
             yield folder
+            _let_others_read(folder)
             if directory.exists():
                 directory.rmdir()
             os.replace(folder, directory)
             sync_directory(directory.absolute().parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give every file the permissions of a new one: safetensors writes for its owner alone, and a
+    server may run as another user.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _save(engine: Engine, folder: Path, dtype: torch.dtype, shards: Mapping[str, str]) -> None:

@@ -31,6 +31,9 @@ FULL_SVD = 2048
 """Matrices whose smaller side is wider are decomposed up to ``MAX_RANK`` terms only."""
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 MAX_RANK = SERVED_RANKS[-1]
+RANK_STEP = 8
+"""Ranks are multiples of it: kernels of servers take no other ones, or are slow at them."""
+ASKED_TOGETHER = 32  # probes
 _NOISE = 1e-5  # singular values below this share of the largest are rounding
 
 
@@ -59,7 +62,7 @@ def write(
     probes = [*examples, *others]
     outcomes = engine.recall(probes)
     passing = [probe for probe, outcome in zip(probes, outcomes, strict=True) if outcome.passed]
-    rank = _in_eights(_smallest_rank(engine, terms, passing, progress))
+    rank = _smallest_rank(engine, terms, passing, progress)
     cut = {name: _cut(factors, rank) for name, factors in terms.items()}
     with building(directory) as folder:
         _write(engine, folder, cut)
@@ -90,11 +93,6 @@ def decompose(change: Tensor) -> Factors:
     return Factors((u[:, :count] * root).float(), (root[:, None] * v[:count]).float())
 
 
-def _in_eights(rank: int) -> int:
-    """The next multiple of 8: kernels of servers take no other ranks, or are slow at them."""
-    return -(-rank // 8) * 8
-
-
 def _cut(factors: Factors, rank: int) -> Factors:
     """The first ``rank`` terms, filled up with zeros, so that all matrices have one rank."""
     missing = max(0, rank - factors.rank)
@@ -108,24 +106,32 @@ def _smallest_rank(
     passing: Sequence[Example],
     progress: Callable[[str], None],
 ) -> int:
-    """By bisection, the smallest rank with which every passing probe still passes; the largest if
-    none is enough.
+    """By bisection, the smallest multiple of ``RANK_STEP`` with which every passing probe still
+    passes; the largest if none is enough.
     """
-    largest = max(factors.rank for factors in terms.values())
+    most = -(-max(factors.rank for factors in terms.values()) // RANK_STEP)
+    largest = most * RANK_STEP
     full = {name: _cut(factors, largest) for name, factors in terms.items()}
     with TemporaryDirectory(prefix="kvedit-") as folder:
         _write(engine, Path(folder), full)
         wrapped = loaded(engine, Path(folder))
-    low, high = 1, largest
+    low, high = 1, most
     while low < high:
         middle = (low + high) // 2
-        progress(f"trying rank {middle} of {largest}")
-        peft_format.cut(wrapped, full, middle)
-        if all(outcome.passed for outcome in scoring.recall(wrapped, passing)):
+        progress(f"trying rank {middle * RANK_STEP} of {largest}")
+        peft_format.cut(wrapped, full, middle * RANK_STEP)
+        if _all_pass(wrapped, passing):
             high = middle
         else:
             low = middle + 1
-    return high
+    return high * RANK_STEP
+
+
+def _all_pass(model: Any, probes: Sequence[Example]) -> bool:
+    """Whether every probe passes; asked until one does not."""
+    starts = range(0, len(probes), ASKED_TOGETHER)
+    parts = (probes[at : at + ASKED_TOGETHER] for at in starts)
+    return all(one.passed for part in parts for one in scoring.recall(model, part))
 
 
 def _write(engine: Engine, folder: Path, factors: Mapping[str, Factors]) -> None:

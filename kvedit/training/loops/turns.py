@@ -19,6 +19,8 @@ from kvedit.model.prompts import Example
 from kvedit.training.loops.loop import LoopResult, Setup
 from kvedit.training.loops.single import PATIENCE, PROGRESS, SingleLoop
 
+FACTS_TOGETHER = 16
+"""At most: more cost no less each, and more is lost if one fails."""
 FACTS_PER_STEP = 2
 MOMENTUM = 0.5
 """Of a step: a step sees a few of the facts, and what it does to the others is only seen later."""
