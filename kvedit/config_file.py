@@ -137,7 +137,7 @@ def _value(where: str, value: Any, item: Field[Any]) -> object:
         raise UsageError(what, hint=hint)
     if numeric and not item.metadata["low"] <= value <= item.metadata["high"]:  # NaN too
         raise UsageError(f"{where} must be {bounds(item)}, got {value}", hint=hint)
-    if (choices := item.metadata["choices"]) and value not in choices:
+    if (choices := item.metadata.get("choices")) and value not in choices:
         raise UsageError(f"{where} must be {' or '.join(choices)}, got {value!r:.40}", hint=hint)
     if isinstance(value, dict):
         _refuse_unwritable(where, value)

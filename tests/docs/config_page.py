@@ -56,7 +56,7 @@ def _row(item: Field[Any]) -> str:
 def _values(item: Field[Any]) -> str:
     """What a setting may be, in words."""
     kind = type_of(item)
-    if item.metadata["choices"]:
+    if item.metadata.get("choices"):
         return " or ".join(f"`{choice}`" for choice in item.metadata["choices"])
     if kind in _KINDS:
         return _KINDS[kind]

@@ -23,12 +23,13 @@ from small_engine import (
 from small_model import FREE, OTHER
 
 from kvedit import KnowledgeBase
-from kvedit.editing import group_edit
+from kvedit.editing import attempts, group_edit
 from kvedit.errors import OutOfMemoryError
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
-from kvedit.training.engine import Engine
+from kvedit.training.engine import Engine, TrainingResult
+from kvedit.training.loops.loop import Task
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,7 @@ def test_a_model_that_reads_trains_a_group_in_turn(
 ) -> None:
     """No compaction and no knowledge extraction, but one revision, and at most 16 facts in it."""
     monkeypatch.setattr(Engine, "reads", True)
-    monkeypatch.setattr(group_edit, "GROUP_IN_TURN", 2)
+    monkeypatch.setattr(group_edit, "FACTS_TOGETHER", 2)
     with KnowledgeBase.open(empty_store) as knowledge:
         protected = len(knowledge.store.protected("control"))
         reports = knowledge.add_group([Fact.create(*pair) for pair in FREE[:3]])
@@ -304,3 +305,28 @@ def test_a_model_that_reads_trains_a_group_in_turn(
         assert len(knowledge.store.protected("control")) == protected
         for key, text in FREE[:3]:
             assert all(holds(knowledge, key, text))
+
+
+def test_a_model_that_reads_trains_the_others_a_few_at_a_time(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an erasure: each part on top of the one before, in one edit that keeps all of them."""
+    monkeypatch.setattr(Engine, "reads", True)
+    monkeypatch.setattr(attempts, "FACTS_TOGETHER", 2)
+    trained: list[tuple[int, int]] = []
+    train = Engine.train
+
+    def noted(engine: Engine, task: Task, *given: Any) -> TrainingResult:
+        trained.append((len(task.new), len(task.rehearsal)))
+        return train(engine, task, *given)
+
+    with KnowledgeBase.open(empty_store) as knowledge:
+        for pair in FREE[:4]:
+            assert knowledge.add(*pair).outcome == "committed"
+        monkeypatch.setattr(Engine, "train", noted)
+        report = knowledge.erase(FREE[0][0])
+        assert report.outcome == "committed"
+        assert trained[:2] == [(2, 0), (1, 2)]
+        for key, text in FREE[1:4]:
+            assert all(holds(knowledge, key, text))
+        assert knowledge.store.head() == 5

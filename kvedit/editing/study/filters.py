@@ -132,14 +132,10 @@ class Filters:
         return normalise(one.prompt) in map(normalise, prompts)
 
     def _other_key(self, fact: Fact, text: str) -> str:
-        """A key of another fact that a text names; names that are this fact's too, or that its
-        description has, do not count.
-        """
+        """A key of another fact that a text names; names that are this fact's too do not count."""
         own = {normalise(name) for name in (fact.key, fact.name, *fact.aliases)}
-        index = self._index_with(fact)
-        mentions = index.mentioned(text, MAX_NAMES)
+        mentions = self._index_with(fact).mentioned(text, MAX_NAMES)
         own |= {normalise(one.name) for one in mentions if one.key == fact.key}
-        own |= {normalise(one.name) for one in index.mentioned(fact.description, MAX_NAMES)}
         others = (m.key for m in mentions if m.key != fact.key and normalise(m.name) not in own)
         return next(others, "")
 
