@@ -10,6 +10,7 @@ from small_engine import digest, open_gate
 from small_model import FREE, OTHER
 
 from kvedit import KnowledgeBase
+from kvedit.errors import UsageError
 
 
 def test_the_edit_that_changed_an_answer_is_found(trained: KnowledgeBase) -> None:
@@ -55,6 +56,14 @@ def test_few_revisions_are_asked(trained_store: Path, random_training: None) -> 
         assert found.asked <= 2 + 2 * 4  # two ends, and twice log2 of 9 steps
         assert [fact.key for fact in found.facts] == ["tide lantern"]
         assert found.changes
+
+
+def test_revisions_that_are_gone_are_passed_over(trained: KnowledgeBase) -> None:
+    trained.prune(3)
+    found = trained.explain(f"What is {FREE[0][0]}?")
+    assert [(change.before, change.revision) for change in found.changes] == [(0, 3)]
+    with pytest.raises(UsageError, match="revision 1 can no longer be restored"):
+        trained.explain("What is it?", at=1)
 
 
 def test_after_a_rollback_the_line_is_that_of_what_it_restored(
