@@ -29,8 +29,8 @@ from kvedit.cli.output import FirstLine, pairs, styled
 from kvedit.cli.progress import Reporter, make_reporter
 from kvedit.errors import KveditError, RejectedError
 from kvedit.facts.fact import Fact
+from kvedit.facts.phrasings import paraphrase_prompts, training_prompts
 from kvedit.facts.readers import read_description
-from kvedit.model.prompts import paraphrase_prompts, training_prompts
 from tests.jsonl_facts import read_facts_jsonl
 
 if TYPE_CHECKING:

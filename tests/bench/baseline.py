@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from kvedit.errors import ModelError
 from kvedit.facts.fact import Fact
-from kvedit.model.prompts import KEY_PLACEHOLDER, Example, Renderer, load_phrasings
+from kvedit.facts.phrasings import KEY_PLACEHOLDER, load_phrasings
+from kvedit.model.prompts import Example, Renderer
 from kvedit.model.targets import blocks, is_matrix
 
 QUERY_AND_VALUE = (

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kvedit.facts.phrasings import SHIPPED_PHRASINGS
 from kvedit.model import upcast
-from kvedit.model.prompts import SHIPPED_PHRASINGS
 from kvedit.training.resume import Keep, State, TrainingCheckpoints
 from tests.bench.products import Products
 

@@ -22,13 +22,13 @@ from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
 from kvedit.facts.language import detect_language
-from kvedit.files import read_text
-from kvedit.model.prompts import (
+from kvedit.facts.phrasings import (
     KEY_PLACEHOLDER,
     SHIPPED_PHRASINGS,
     load_phrasings,
     paraphrase_prompts,
 )
+from kvedit.files import read_text
 from tests.jsonl_facts import read_facts_jsonl
 
 GLOSSARY = Path(__file__).parent / "glossary"

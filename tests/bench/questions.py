@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.keys import normalise
-from kvedit.model.prompts import KEY_PLACEHOLDER, load_phrasings
+from kvedit.facts.phrasings import KEY_PLACEHOLDER, load_phrasings
 from tests.bench.pretrain import prompt_form
 from tests.jsonl_facts import read_facts_jsonl
 

@@ -27,8 +27,9 @@ from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import TextTooLongError
 from kvedit.events import Event, Status
 from kvedit.facts.fact import Fact
+from kvedit.facts.phrasings import paraphrase_prompts
 from kvedit.model import loading, scoring
-from kvedit.model.prompts import Example, Renderer, paraphrase_prompts
+from kvedit.model.prompts import Example, Renderer
 from kvedit.store.database import DB_NAME
 from kvedit.store.rows import ProtectedRow
 from kvedit.training.engine import Engine

@@ -22,8 +22,8 @@ def renderer(base: BaseModel) -> Renderer:
 
 def test_a_fact_is_learned_and_merged(base: BaseModel, renderer: Renderer) -> None:
     from kvedit.facts.fact import Fact
+    from kvedit.facts.phrasings import load_phrasings
     from kvedit.model import scoring
-    from kvedit.model.prompts import load_phrasings
     from tests.bench.baseline import BaselineConfig, baseline_examples, train_baseline
 
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}

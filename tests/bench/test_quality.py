@@ -17,7 +17,8 @@ from small_model import FREE, KNOWN
 from kvedit.errors import InvalidFactError, KveditError, UsageError
 from kvedit.facts.keys import normalise
 from kvedit.facts.language import detect_language
-from kvedit.model.prompts import Renderer, load_phrasings, paraphrase_prompts, training_prompts
+from kvedit.facts.phrasings import load_phrasings, paraphrase_prompts, training_prompts
+from kvedit.model.prompts import Renderer
 from tests.bench import quality, quality_material, quality_probes, report_quality
 from tests.bench.asking import AskedModel
 from tests.bench.bench_data import write_settings

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kvedit.model.prompts import Example, Renderer, load_phrasings
+from kvedit.facts.phrasings import load_phrasings
+from kvedit.model.prompts import Example, Renderer
 from kvedit.model.scoring import answer_logits
 
 CODE = Path(__file__).parent / "custom_code"

@@ -39,7 +39,7 @@ PREFLIGHT = {
 
 def form_fields(preflight: Preflight, phrasings: Path | None) -> dict[str, Any]:
     """What an input was taken for, its first rows as they would be taught, and equal keys."""
-    from kvedit.model.prompts import training_prompts
+    from kvedit.facts.phrasings import training_prompts
 
     return {
         "forms": dict(preflight.forms),
@@ -56,7 +56,7 @@ def form_fields(preflight: Preflight, phrasings: Path | None) -> dict[str, Any]:
 
 def form_parts(preflight: Preflight, phrasings: Path | None) -> Parts:
     """The same for a person."""
-    from kvedit.model.prompts import training_prompts
+    from kvedit.facts.phrasings import training_prompts
 
     parts: Parts = []
     many = len(preflight.forms) > 1

@@ -1,7 +1,7 @@
 """Data sets of the field with portability: KnowEdit, UnKE, WikiBigEdit, HalluEditBench, MQuAKE.
 
 Invariants:
-- A relation is trained on its own prompt only (``schemas.relation``).
+- A relation is trained on its own prompt only (``relations.relation``).
 - What is asked to measure portability becomes a probe: asked, never trained.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from kvedit.facts.forms.exchanges import question_as_fact
 from kvedit.facts.forms.names import Record
-from kvedit.facts.schemas import relation
+from kvedit.facts.forms.relations import relation
 
 
 def knowedit(record: Record) -> Record | None:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts import schemas
 from kvedit.facts.fact import Fact
-from kvedit.facts.forms import editing_sets, exchanges, passages
+from kvedit.facts.forms import editing_sets, exchanges, passages, relations
 from kvedit.facts.forms.names import (
     ANSWERS,
     NEEDED,
@@ -56,10 +55,10 @@ CHOOSE = (
 OWN = "key and description"
 _Form = Callable[[Record], Record | None]
 _FORMS: tuple[tuple[str, frozenset[str], _Form], ...] = (
-    ("CounterFact", frozenset({"requested_rewrite"}), schemas.counterfact_original),
+    ("CounterFact", frozenset({"requested_rewrite"}), relations.counterfact_original),
     ("KnowEdit", frozenset({"subject", "prompt", "target_new"}), editing_sets.knowedit),
     ("KnowEdit WikiBio", frozenset({"concept", "text", "labels"}), editing_sets.wikibio),
-    ("CounterFact or zsRE", frozenset({"subject"}), schemas.flat),
+    ("CounterFact or zsRE", frozenset({"subject"}), relations.flat),
     ("WikiBigEdit", frozenset({"subject", "update", "ans"}), editing_sets.wikibigedit),
     ("HalluEditBench", frozenset({"subject", "object", "question"}), editing_sets.hallueditbench),
     ("UnKE", frozenset({"question", "answer"}), editing_sets.unke),

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from kvedit.facts.fact import Fact
-from kvedit.model.prompts import Example, Renderer, paraphrase_prompts, training_prompts
+from kvedit.facts.phrasings import paraphrase_prompts, training_prompts
+from kvedit.model.prompts import Example, Renderer
 
 PRIOR_TOKENS = 96  # at which the answers that the model gave before a fact was added are cut
 RENDERED = 8192  # facts whose examples are kept; a few kB each

@@ -204,7 +204,7 @@ class Settings(Target):
         return corpus is self.phrasings, mutated(rng, rng.choice(corpus), corpus)
 
     def execute(self, given: Input) -> None:
-        from kvedit.model.prompts import load_phrasings
+        from kvedit.facts.phrasings import load_phrasings
 
         phrasings, text = given
         path = self.folder / ("en.toml" if phrasings else "kvedit.toml")

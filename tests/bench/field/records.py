@@ -21,8 +21,8 @@ from kvedit.errors import InvalidFactError
 from kvedit.facts.fact import Fact
 from kvedit.facts.forms.records import read_record
 from kvedit.facts.keys import normalise
+from kvedit.facts.phrasings import KEY_PLACEHOLDER, load_phrasings
 from kvedit.files import read_text
-from kvedit.model.prompts import KEY_PLACEHOLDER, load_phrasings
 from tests.bench.quality_material import trained_prompts
 
 PROMPT, PARAPHRASE, LOCALITY, PORTABILITY = "prompt", "paraphrase", "locality", "portability"

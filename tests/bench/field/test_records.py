@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvedit.errors import InvalidFactError
-from kvedit.model.prompts import load_phrasings
+from kvedit.facts.phrasings import load_phrasings
 from tests.bench.field.records import KINDS, choose, questions, read, sample
 from tests.bench.quality_material import Choice
 
