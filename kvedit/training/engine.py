@@ -225,7 +225,7 @@ class Engine(KeptMoments):
         with self.worker.in_step():
             rng = random.Random(config.seed)
             adapter = self._started_adapter(task, rng, group)
-            setup = Setup(self.worker, adapter, task, config, rng, on_step)
+            setup = Setup(self.worker, adapter, task, config, rng, on_step, self.reads)
             adapter.turn(on=True)
             on = config.gradient_checkpointing
             try:

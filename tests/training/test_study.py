@@ -80,8 +80,8 @@ def task(engine: Engine, study: list[Example], **settings: int) -> Task:
 def test_questions_are_trained_beside_the_text(engine: Engine) -> None:
     questions = engine.renderer.examples(QUESTIONS)
     assert not any(outcome.passed for outcome in engine.recall(questions))
-    config = replace(engine.config, penalty_weight=6.0, step_gain=0.4)
-    result = engine.train(task(engine, questions, extra_steps=60), config)
+    config = replace(engine.config, penalty_weight=0.6, step_gain=0.2)
+    result = engine.train(task(engine, questions, extra_steps=150), config)
     assert result.trained.learned
     engine.master.add(result.delta)
     assert all(outcome.passed for outcome in engine.recall(questions))

@@ -99,7 +99,9 @@ OnStep = Callable[[Step], None]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a loop works with; the adapter must be reset and turned on."""
+    """What a loop works with; the adapter must be reset and turned on.  ``reads``: the model reads
+    prose.
+    """
 
     worker: Worker
     adapter: Adapter
@@ -107,6 +109,7 @@ class Setup:
     config: TrainingConfig
     rng: random.Random
     on_step: OnStep
+    reads: bool = False
 
 
 class Loop:
@@ -121,6 +124,7 @@ class Loop:
     def __init__(self, setup: Setup) -> None:
         self._worker, self._adapter, self._task = setup.worker, setup.adapter, setup.task
         self._config, self._rng, self._on_step = setup.config, setup.rng, setup.on_step
+        self._reads = setup.reads
         task = self._task
         self._study = Study(task.new, task.rehearsal, task.study, self._rng)
         self._optimizer = self._make_optimizer()

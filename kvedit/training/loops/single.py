@@ -77,7 +77,10 @@ class SingleLoop(Loop):
         return LoopResult(steps, learned, self._loss, self._penalty, stalled)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        adaptive = self._task.tells_prompts_apart or bool(self._study)
+        # A model that cannot read does not learn questions beside a text by plain steps; one that
+        # does learns them sooner by these, with less harm (log of 2026-11-29 and 2026-11-30).
+        studies = bool(self._study) and not self._reads
+        adaptive = self._task.tells_prompts_apart or studies
         trained = self._adapter.trained()
         return PolyakGradient(
             trained, lr=self._config.step_gain, adaptive=adaptive, momentum=self._momentum

@@ -18,6 +18,7 @@ from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import Engine
 from kvedit.training.loops.loop import Step, Task
+from kvedit.training.loops.single import SingleLoop
 from kvedit.training.worker import Worker
 
 
@@ -171,3 +172,26 @@ def test_reference_texts_are_held_to_what_the_model_said(engine: Engine) -> None
         engine.master.reset()
     free, held = moved
     assert 0 < held < 0.8 * free
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_only_a_model_that_cannot_read_takes_adaptive_steps_for_questions(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    made: list[bool] = []
+    own = SingleLoop._make_optimizer
+
+    def noted(loop: SingleLoop) -> torch.optim.Optimizer:
+        optimizer = own(loop)
+        made.append(optimizer._adaptive)  # type: ignore[attr-defined]
+        return optimizer
+
+    monkeypatch.setattr(SingleLoop, "_make_optimizer", noted)
+    monkeypatch.setitem(engine.__dict__, "reads", reads)
+    text, asked = engine.examples(fact(0)), engine.renderer.examples([("Of what?", "Of glass.")])
+    config = replace(engine.config, max_steps=4)
+    engine.train(Task([text], study=[asked]), config)
+    engine.train(Task([text]), config)
+    told_apart = engine.renderer.examples([("Of what?", "Glass."), ("Of what else?", "Tin.")])
+    engine.train(Task([told_apart]), config)
+    assert made == [not reads, False, True]
