@@ -73,11 +73,14 @@ def write(settings: Settings, file: Path, *, as_json: bool) -> None:
 
     require_writable(file)
     with common.read_only(settings) as store:
-        facts = [row.fact for row in store.facts("committed") if not row.fact.relation_of]
+        every = [row.fact for row in store.facts("committed")]
+        facts = [fact for fact in every if not fact.relation_of]
         texts = [f"{line}\n" for line in lines(facts, store.config.study)]
     write_atomic(file, "".join(texts).encode())
-    document = {"path": str(file), "facts": len(facts)}
-    print_result(as_json, document, f"wrote {file}: {facts_text(len(facts))}")
+    document = {"path": str(file), "facts": len(facts), "relations": len(every) - len(facts)}
+    left_out = f", without {document['relations']} that are relations, which have no text"
+    text = f"wrote {file}: {facts_text(len(facts))}{left_out if document['relations'] else ''}"
+    print_result(as_json, document, text)
 
 
 def take_back(

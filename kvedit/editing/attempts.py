@@ -231,8 +231,9 @@ class Attempts:
         return checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
 
     def _emit_step(self, step: Step) -> None:
+        key = None if self.plan.erases else self.plan.key  # it is others that are trained then
         self.session.emit(Status(
-            phase=step.phase, key=self.plan.key, step=step.step, total=step.total, loss=step.loss,
+            phase=step.phase, key=key, step=step.step, total=step.total, loss=step.loss,
             recall=(step.recalled, step.n),
         ))  # fmt: skip
 

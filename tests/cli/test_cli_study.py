@@ -48,7 +48,7 @@ def test_it_shows_what_is_trained_and_who_wrote_it(fake: type[FakeBase], store: 
 def test_facts_are_written_for_a_writer(fake: type[FakeBase], store: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     result = run("study", "--export", str(file), "--json")
-    assert json.loads(result.stdout) == {"path": str(file), "facts": 1}
+    assert json.loads(result.stdout) == {"path": str(file), "facts": 1, "relations": 0}
     (line,) = file.read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["questions"] == [{"prompt": "What kind of town?", "answer": "harbour"}]
     assert "Which river" not in line
@@ -71,11 +71,13 @@ def test_what_comes_back_is_counted_with_reasons(
     of_fact, summary = (json.loads(line) for line in printed.splitlines()[-2:])
     assert of_fact["message_type"] == "study" and of_fact["refused"][0]["why"] == "it is late"
     assert summary == {
-        "message_type": "summary", "kind": "study", "facts": 1, "kept": 1, "refused": 1,
-        "rejected": 0, "exit_code": 0,
+        "message_type": "summary", "kind": "study", "facts": 1, "kept": 1, "not_learned": 0,
+        "refused": 1, "rejected": 0, "exit_code": 0,
     }  # fmt: skip
     fake.report = REJECTED
-    assert run("study", "--import", str(file)).exit_code == 3
+    rejected = run("study", "--import", str(file))
+    assert rejected.exit_code == 3
+    assert "0 kept, 1 not learned, 1 refused, of 1 fact" in rejected.stdout
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def test_an_unknown_key_and_a_broken_line_end_it_before_a_model_is_loaded(
 ) -> None:
     unknown = run("study", "--import", "-", stdin='{"key": "Lagos", "description": "d"}')
     assert unknown.exit_code == 1 and "no fact 'Lagos'" in unknown.stderr
+    assert "Take its line out of the file" in unknown.stderr
     broken = run("study", "--import", "-", stdin="{")
     assert broken.exit_code == 1 and "standard input, line 1 is not JSON" in broken.stderr
     assert FakeBase.last is None

@@ -57,7 +57,9 @@ def _suggest(settings: Settings, report: EditReport) -> None:
         learned = (report.reliability, report.generalization)
         if report.kind == "add" and any(score.passed < score.n for score in learned):
             note(settings, "a --prompt or --alias of your own may help the model to learn it")
-        note(settings, "add --force to commit it all the same and to see what it broke")
+        lost = report.retention.passed < report.retention.n
+        after = "; `kvedit verify --repair` then trains what was lost" if lost else ""
+        note(settings, f"add --force to commit it all the same and to see what it broke{after}")
     elif report.outcome == "unchanged":
         next_step(settings, "show", key)
     elif report.kind in ("add", "update"):
