@@ -5,7 +5,6 @@ Invariants:
 - What several attempts add is one delta, merged as one.
 """
 
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from kvedit.revisions.session import Session
 from kvedit.store.rows import ProbeRow
 from kvedit.training.engine import TrainingResult
 from kvedit.training.loops.loop import LoopResult, Step, Task
-from kvedit.training.loops.turns import FACTS_TOGETHER
+from kvedit.training.loops.turns import FACTS_TOGETHER, for_facts
 from kvedit.training.resume import TrainingCheckpoints
 
 Delta = dict[str, Factors]
@@ -140,8 +139,8 @@ class Attempts:
         if self.plan.group and not self._in_turn:
             texts = engine.reference_texts
         else:
-            grown = math.sqrt(max(1, len(self.plan.targets)))
-            most = math.ceil(config.reference_texts * REFERENCES_DRAWN * grown)
+            facts = max(1, min(self._facts, FACTS_TOGETHER))
+            most = for_facts(config.reference_texts * REFERENCES_DRAWN, facts)
             near = self._neighbours(most // 2)
             invented = self.session.protection.invented_examples(most - len(near))
             texts = engine.reference([*near, *invented])
@@ -215,10 +214,13 @@ class Attempts:
     @property
     def _is_large(self) -> bool:
         """Whether chance alone costs a group more of the few locality probes than one edit may."""
-        facts = len(self.plan.targets)
-        if self.plan.compaction:
-            facts += len(self.evaluator.candidates)
-        return facts >= LARGE_GROUP or (self._in_turn and facts > 1)
+        return self._facts >= LARGE_GROUP or (self._in_turn and self._facts > 1)
+
+    @property
+    def _facts(self) -> int:
+        """How many the first attempt trains."""
+        again = len(self.evaluator.candidates) if self.plan.compaction else 0
+        return len(self.plan.targets) + again
 
     def _harmed(self, checks: Checks) -> bool:
         """Whether locality probes were lost; a group, which always costs a little, may lose some

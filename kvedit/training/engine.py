@@ -9,7 +9,6 @@ Invariants:
 """
 
 import hashlib
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +40,7 @@ from kvedit.training.examples.start import accumulated_share, start_examples
 from kvedit.training.loops.group import GroupLoop, group_load
 from kvedit.training.loops.loop import LoopResult, OnStep, Setup, Task
 from kvedit.training.loops.single import SingleLoop
-from kvedit.training.loops.turns import TurnsLoop
+from kvedit.training.loops.turns import TurnsLoop, for_facts
 from kvedit.training.moments import KeptMoments
 from kvedit.training.resume import State, TrainingCheckpoints
 from kvedit.training.worker import Worker
@@ -115,9 +114,8 @@ class Engine(KeptMoments):
         Without a group's settings ``facts`` are those trained in turn, one for a single fact; ranks
         grow with the square root of their number, as a group's do.
         """
-        grown = math.sqrt(facts)
-        init = math.ceil(self.config.init_rank * grown)
-        target = math.ceil(self.config.target_rank * grown)
+        init, target = self.config.init_rank, self.config.target_rank
+        init, target = for_facts(init, facts), for_facts(target, facts)
         if group is not None:
             side = min(map(min, self.master.shapes.values()))
             init = min(side, group_rank(group.rank, facts))

@@ -38,6 +38,13 @@ LOOKS = 2
 look at all of its prompts costs as much as two of its turns."""
 
 
+def for_facts(number: float, facts: int) -> int:
+    """A number that is right for a single fact, for so many in turn: ranks and reference texts grow
+    with the square root of theirs.
+    """
+    return math.ceil(number * math.sqrt(facts))
+
+
 class TurnsLoop(SingleLoop):
     """Until all facts are recalled, or the loss of those that are not stops falling."""
 
