@@ -166,16 +166,18 @@ class Coverage:
     def _ask(self, done: Progress, end: float) -> None:
         """A slice of questions and answers."""
         present = ProtectedSet(tuple(self.texts("control")), tuple(self.texts("locality")))
-        numbers = f"{done.asked:,} of {self._config.samples:,} questions"
-
-        def is_over() -> bool:
-            self._say("asking the model what it knows", numbers)
-            return time.monotonic() > end
 
         def ask() -> tuple[int, ProtectedSet]:
             limits = self._sampler.limits(end - time.monotonic(), done.asked, done.slices)
-            if not done.slices:
+            numbers = f"{done.asked:,} of {self._config.samples:,} questions"
+            if not done.slices:  # they are asked all at once
                 self._announce(limits)
+                numbers = f"the first {limits.rows + limits.given:,} questions"
+
+            def is_over() -> bool:
+                self._say("asking the model what it knows", numbers)
+                return time.monotonic() > end
+
             return limits.rows, self._sampler.sample(present, done.slices, limits, is_over)
 
         rows, new = self._engine.worker.on_main(ask)
