@@ -39,7 +39,17 @@ a model that keeps 97% of what it knows loses by chance in every fourth group.""
 REFERENCES_DRAWN = 6
 """For an edit of a single fact, times those of a step; with the square root of the number of facts
 in turn."""
+REFINED_TOGETHER, REFINE_ROUNDS = 5, 2
+"""Facts of a group in turn, of those that its first training left, and how often."""
 MAX_STALLS = 2  # attempts in which the loss stopped falling: a third would do so too
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """A fact as it is trained: its prompts, and what is studied of it."""
+
+    examples: Sequence[Example]
+    study: Sequence[Example]
 
 
 class Timings(dict[str, float]):
@@ -168,24 +178,55 @@ class Attempts:
         self, lost: Sequence[RetentionCandidate], references: ReferenceTexts | None
     ) -> Iterator[Task]:
         """The plan's facts and those that were ``lost``, beside the other candidates.  Facts that
-        are trained in turn are a few at a time, each time beside those before them.
+        are trained in turn are a few at a time, each time beside those before them.  What a task
+        leaves is merged before the next one is made.
         """
         lost_ids = {candidate.row.id for candidate in lost}
-        others = [c for c in self.evaluator.candidates if c.row.id not in lost_ids]
-        size = FACTS_TOGETHER if self._in_turn else len(lost)
-        for start in range(0, max(1, len(lost)), max(1, size)):
-            targets = () if start else self.plan.targets
-            again, beside = lost[start : start + size], [*others, *lost[:start]]
-            yield Task(
-                [*(target.recall for target in targets), *(c.all for c in again)],
-                [c.all for c in beside],
-                references,
-                0 if self.plan.compaction else len(self.evaluator.committed),
-                [*(t.study for t in targets), *(c.study for c in (*again, *beside))],
-                self.session.config.study,
-                self._in_turn,
-                self.teacher,
-            )
+        others = [_Trained(c.all, c.study) for c in self.evaluator.candidates
+                  if c.row.id not in lost_ids]  # fmt: skip
+        targets = [_Trained(target.recall, target.study) for target in self.plan.targets]
+        again = [_Trained(candidate.all, candidate.study) for candidate in lost]
+        if not self._in_turn:
+            yield self._task([*targets, *again], others, references)
+            return
+        for start in range(0, max(1, len(again)), FACTS_TOGETHER):
+            part = [*([] if start else targets), *again[start : start + FACTS_TOGETHER]]
+            beside = [*others, *again[:start]]
+            yield self._task(part, beside, references)
+            yield from self._refining(part, beside, references)
+
+    def _refining(
+        self, facts: Sequence[_Trained], others: Sequence[_Trained],
+        references: ReferenceTexts | None,
+    ) -> Iterator[Task]:  # fmt: skip
+        """Those of some facts that are not recalled yet, fewer at a time, beside all the others:
+        an adapter that starts at their own gradient takes them the rest of the way in a few steps.
+        """
+        for _ in range(REFINE_ROUNDS):
+            outcomes = [self.session.engine.recall(fact.examples) for fact in facts]
+            missing = [
+                number for number, of_fact in enumerate(outcomes)
+                if not all(outcome.passed for outcome in of_fact)
+            ]  # fmt: skip
+            for start in range(0, len(missing), REFINED_TOGETHER):
+                part = missing[start : start + REFINED_TOGETHER]
+                beside = [fact for number, fact in enumerate(facts) if number not in part]
+                yield self._task([facts[number] for number in part], [*beside, *others], references)
+
+    def _task(
+        self, new: Sequence[_Trained], rehearsed: Sequence[_Trained],
+        references: ReferenceTexts | None,
+    ) -> Task:  # fmt: skip
+        return Task(
+            [fact.examples for fact in new],
+            [fact.examples for fact in rehearsed],
+            references,
+            0 if self.plan.compaction else len(self.evaluator.committed),
+            [fact.study for fact in (*new, *rehearsed)],
+            self.session.config.study,
+            self._in_turn,
+            self.teacher,
+        )
 
     def _train(
         self, task: Task, config: TrainingConfig, group: GroupConfig | None

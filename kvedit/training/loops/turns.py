@@ -26,7 +26,7 @@ MOMENTUM = 0.5
 """Of a step: a step sees a few of the facts, and what it does to the others is only seen later."""
 GAIN = 0.7
 """Of ``step_gain``: with the momentum a gradient moves by ``GAIN / (1 - MOMENTUM)`` of it."""
-MOST_TURNS = 12
+MOST_TURNS = 6
 """Of each fact, where that is more than ``max_steps`` in all: what is not recalled by then is
 learned sooner by the next group, whose adapter starts from its gradient (139 steps of sixteen facts
 left eight of them, log of 2026-11-29)."""
