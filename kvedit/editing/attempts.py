@@ -39,8 +39,9 @@ a model that keeps 97% of what it knows loses by chance in every fourth group.""
 REFERENCES_DRAWN = 6
 """For an edit of a single fact, times those of a step; with the square root of the number of facts
 in turn."""
-REFINED_TOGETHER, REFINE_ROUNDS = 5, 2
-"""Facts of a group in turn, of those that its first training left, and how often."""
+REFINED_TOGETHER, REFINED_BY = 5, (2, None)
+"""Facts of a group in turn that are trained together, of those that its first training left; and by
+how many of its prompts a fact is judged in each round, by all in the last."""
 MAX_STALLS = 2  # attempts in which the loss stopped falling: a third would do so too
 
 
@@ -202,16 +203,18 @@ class Attempts:
         """Those of some facts that are not recalled yet, fewer at a time, beside all the others:
         an adapter that starts at their own gradient takes them the rest of the way in a few steps.
         """
-        for _ in range(REFINE_ROUNDS):
-            outcomes = [self.session.engine.recall(fact.examples) for fact in facts]
+        for asked in REFINED_BY:
             missing = [
-                number for number, of_fact in enumerate(outcomes)
-                if not all(outcome.passed for outcome in of_fact)
-            ]  # fmt: skip
+                n for n, fact in enumerate(facts) if not self._recalls(fact.examples[:asked])
+            ]
             for start in range(0, len(missing), REFINED_TOGETHER):
                 part = missing[start : start + REFINED_TOGETHER]
                 beside = [fact for number, fact in enumerate(facts) if number not in part]
                 yield self._task([facts[number] for number in part], [*beside, *others], references)
+
+    def _recalls(self, examples: Sequence[Example]) -> bool:
+        """Whether the weights as they are recall all of them."""
+        return all(outcome.passed for outcome in self.session.engine.recall(examples))
 
     def _task(
         self, new: Sequence[_Trained], rehearsed: Sequence[_Trained],
