@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -330,3 +330,31 @@ def test_a_model_that_reads_trains_the_others_a_few_at_a_time(
         for key, text in FREE[1:4]:
             assert all(holds(knowledge, key, text))
         assert knowledge.store.head() == 5
+
+
+def test_what_a_group_in_turn_leaves_is_trained_again_in_the_same_edit(
+    empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few of its facts at a time, beside all its others, until they are recalled."""
+    monkeypatch.setattr(Engine, "reads", True)
+    monkeypatch.setattr(attempts, "REFINED_TOGETHER", 2)
+    trained: list[tuple[int, int]] = []
+    asked: list[int] = []
+    train, recalls = Engine.train, attempts.Attempts._recalls
+
+    def noted(engine: Engine, task: Task, *given: Any) -> TrainingResult:
+        trained.append((len(task.new), len(task.rehearsal)))
+        return train(engine, task, *given)
+
+    def forgetful(one: attempts.Attempts, examples: Sequence[Example]) -> bool:
+        asked.append(len(examples))
+        return len(asked) > 3 and recalls(one, examples)  # in the first round none seems recalled
+
+    monkeypatch.setattr(Engine, "train", noted)
+    monkeypatch.setattr(attempts.Attempts, "_recalls", forgetful)
+    with KnowledgeBase.open(empty_store) as knowledge:
+        (report,) = knowledge.add_group([Fact.create(*pair) for pair in FREE[:3]])
+        assert (report.outcome, len(report.keys)) == ("committed", 3)
+        assert trained == [(3, 0), (2, 1), (1, 2)]
+        assert asked[:3] == [2] * 3 and len(asked) == 6 and min(asked[3:]) > 2
+        assert all(holds(knowledge, key, text) for key, text in FREE[:3])
