@@ -28,8 +28,7 @@ GAIN = 0.7
 """Of ``step_gain``: with the momentum a gradient moves by ``GAIN / (1 - MOMENTUM)`` of it."""
 MOST_TURNS = 6
 """Of each fact, where that is more than ``max_steps`` in all: what is not recalled by then is
-learned sooner by the next group, whose adapter starts from its gradient (139 steps of sixteen facts
-left eight of them, log of 2026-11-29)."""
+learned sooner by an adapter that starts at its own gradient (log of 2026-11-30)."""
 TURNS_PATIENCE = 4
 """Turns of each fact without progress after which training ends, though not before as many steps
 as for a single fact: the next group, or a training of its own, takes what is left further."""
