@@ -285,7 +285,7 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
     except FileNotFoundError as error:
         raise UsageError(
             f"there is no file {name}",
-            hint="Give the path of a text file, `-` for standard input, or --text.",
+            hint="Check the path, or give `-` for standard input.",
         ) from error
     except OSError as error:
         what = f"cannot read {name}: {error.strerror}"

@@ -18,7 +18,7 @@ from kvedit.editing.study import answers
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.errors import CorruptStoreError, DiskFullError, NotWritableError
 from kvedit.events import EditReport, RetentionCheck, Score, Warning_
-from kvedit.facts.keys import naming
+from kvedit.facts.keys import facts_text, naming
 from kvedit.metrics import ngram_entropy
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
@@ -115,11 +115,11 @@ def check_facts(session: Session, rows: Sequence[FactRow]) -> VerifyReport:
     """Probe facts under all training prompts, and generate one answer each besides."""
     engine, revision = session.engine, session.revision
     examples = [engine.examples(row.fact) for row in rows]
-    session.say(f"checking {len(rows)} facts")
+    session.say(f"checking {facts_text(len(rows))}")
     outcomes = iter(engine.judge([example for of_fact in examples for example in of_fact]))
     rng = random.Random(revision)
     asked = [rng.choice(of_fact) for of_fact in examples]
-    session.say(f"generating {len(rows)} answers")
+    session.say("generating an answer of each")
     generated = engine.generated_recall(asked)
     answered = _held_out_answers(session, rows)
     checks, results, recalled = [], list(answered), []

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 from kvedit.adapter.fisher import FisherMoments
-from kvedit.facts.keys import normalise
+from kvedit.facts.keys import facts_text, normalise
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
@@ -259,7 +259,7 @@ class Protection:
         """Add the committed facts to the moments of the base model's texts."""
         examples = self._fact_examples()
         if examples:
-            self._checkout.say(f"measuring {len(examples)} facts")
+            self._checkout.say(f"measuring {facts_text(len(examples))}")
             self._engine.remember(examples, self._config.group.fact_weight)
         self._measured_at = self._checkout.revision
 
