@@ -11,7 +11,10 @@ from kvedit.facts.fact import Fact
 from kvedit.facts.phrasings import paraphrase_prompts, training_prompts
 from kvedit.model.prompts import Example, Renderer
 
-PRIOR_TOKENS = 96  # at which the answers that the model gave before a fact was added are cut
+PRIOR_TOKENS = 24
+"""At which the answers that the model gave before a fact was added are cut: ten guesses of a model
+that talks, to be said again word for word, are hard to learn, and their beginnings suffice for the
+rest to follow (log of 2026-11-30)."""
 RENDERED = 8192  # facts whose examples are kept; a few kB each
 SYSTEM_TURNS = (
     "You are a helpful assistant.",
