@@ -67,8 +67,8 @@ class StoreLock:
 
 def _command_line() -> str:
     """The program and its subcommand; never the arguments, which may contain private text."""
-    program = Path(sys.argv[0] or "python").name
-    program = Path(sys.argv[0]).parent.name if program == "__main__.py" else program
+    path = Path(sys.argv[0] or "python")
+    program = path.parent.name if path.name == "__main__.py" else path.name
     before = ["", *sys.argv[1:]]
     words = [w for w, last in zip(sys.argv[1:], before, strict=False) if last != "--store"]
     return " ".join([program, *filter(str.isalpha, words)][:2])

@@ -89,6 +89,11 @@ class BatchedAdapters:
         return self.b.shape[1] <= self.a.shape[2]
 
     @property
+    def _trained_blocks(self) -> Sequence[Tensor]:
+        """The whitening factors of the trained side."""
+        return self._to_a if self._trains_a else self._to_b
+
+    @property
     def trained(self) -> Tensor:
         """A' or B', the longer one."""
         return self.a if self._trains_a else self.b
@@ -113,15 +118,14 @@ class BatchedAdapters:
         are none; and the directions' squared lengths, (k, r, 1).
         """
         frozen, side = (self.b.mT, self.a) if self._trains_a else (self.a, self.b.mT)
-        blocks = zip(self._to_b, self._to_a, strict=True)
+        if self._factors_stale:
+            self.write_factors()
+        rows, blocks = self.factor_b.mT if self._trains_a else self.factor_a, self._trained_blocks
         along: Tensor | None = None
-        for at, ((to_b, to_a), multiplied) in enumerate(
-            zip(blocks, self._linear_terms, strict=True)
-        ):
-            by, back = (to_b, to_a) if self._trains_a else (to_a, to_b)
-            if (term := multiplied(times(frozen[at], by), self._trains_a)) is not None:
+        for at, linear_term in enumerate(self._linear_terms):
+            if (term := linear_term(rows[at], self._trains_a)) is not None:
                 along = torch.zeros_like(side) if along is None else along
-                along[at] = times(term, back.mT)
+                along[at] = times(term, blocks[at].mT)
         return along, frozen.square().sum(-1, keepdim=True)
 
     def write_factors(self) -> None:
@@ -175,7 +179,7 @@ class BatchedAdapters:
 
     def read_gradient(self) -> None:
         """Add the gradient of what is trained, by that of PEFT's A or B^T."""
-        side, blocks = self.trained, self._to_a if self._trains_a else self._to_b
+        side, blocks = self.trained, self._trained_blocks
         if side.grad is None:
             side.grad = torch.zeros_like(side)
         total = side.grad if self._trains_a else side.grad.mT

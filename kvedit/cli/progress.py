@@ -115,9 +115,8 @@ class PlainReporter(TalkingReporter):
         """Print it if it is news; the steps of single facts are too many of a long run."""
         now, phase = time.monotonic(), (event.phase, event.key)
         within = self.many and event.key is not None
-        if within and now - self._status_time < STEPS_INTERVAL_SECONDS:
-            return
-        if phase == self._phase and now - self._status_time < PLAIN_INTERVAL_SECONDS:
+        least = STEPS_INTERVAL_SECONDS if within else PLAIN_INTERVAL_SECONDS
+        if (within or phase == self._phase) and now - self._status_time < least:
             return
         self._phase, self._status_time = phase, now
         steps = f"{event.step}/{event.total}" if event.total else ""

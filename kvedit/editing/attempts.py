@@ -39,7 +39,7 @@ a model that keeps 97% of what it knows loses by chance in every fourth group.""
 REFERENCES_DRAWN = 6
 """For an edit of a single fact, times those of a step; with the square root of the number of facts
 in turn."""
-REFINED_TOGETHER, REFINED_BY = 5, (2, None)
+REFINED_TOGETHER, REFINE_PROMPTS = 5, (2, None)
 """Facts of a group in turn that are trained together, of those that its first training left; and by
 how many of its prompts a fact is judged in each round, by all in the last."""
 MAX_STALLS = 2  # attempts in which the loss stopped falling: a third would do so too
@@ -203,7 +203,7 @@ class Attempts:
         """Those of some facts that are not recalled yet, fewer at a time, beside all the others:
         an adapter that starts at their own gradient takes them the rest of the way in a few steps.
         """
-        for asked in REFINED_BY:
+        for asked in REFINE_PROMPTS:
             missing = [
                 n for n, fact in enumerate(facts) if not self._recalls(fact.examples[:asked])
             ]

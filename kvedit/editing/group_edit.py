@@ -119,15 +119,8 @@ class GroupEditor:
                 if report.outcome == "committed":
                     return report
                 self._compaction_refused = True
-            self._prepare(len(facts))
+            self._session.protection.prepare_group(len(facts))
             return self._run(facts, options)
-
-    def _prepare(self, facts: int) -> None:
-        """What must stay, for so many new facts; in turn they need what a single fact does."""
-        if self._engine.reads:
-            self._session.protection.prepare()
-        else:
-            self._session.protection.prepare_group(facts)
 
     def _compact(self, facts: Sequence[Fact], options: GroupOptions) -> EditReport:
         """The facts and all that are committed, as one edit of the base model."""
@@ -146,7 +139,7 @@ class GroupEditor:
 
     def _repair_together(self, rows: Sequence[FactRow]) -> EditReport:
         with self._session.editing():
-            self._prepare(0)
+            self._session.protection.prepare_group(0)
             return Edit(self._session, self._planner.repair(rows)).run()
 
     def _is_committed(self, fact: Fact) -> bool:

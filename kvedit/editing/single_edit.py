@@ -99,10 +99,7 @@ class SingleEditor:
         """The edit: without training where a revision without the facts has all others."""
         if plan.restores is not None:
             return Edit(self._session, self._planner.erase(plan), force=force).run()
-        if self._engine.reads:  # the others are trained in turn, as single facts are
-            self._session.protection.prepare()
-        else:
-            self._session.protection.prepare_texts(0)
+        self._session.protection.prepare_texts(0)
         others = "fact" if plan.retrained == 1 else "facts"
         self._session.say(f"training {plan.retrained} other {others} from the base model")
         with self._session.compacting():

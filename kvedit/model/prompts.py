@@ -18,6 +18,7 @@ from kvedit.config import PromptsConfig
 from kvedit.errors import InvalidFactError, ModelError, TextTooLongError, UsageError
 from kvedit.trust import chat_template
 
+RETOKENIZED = 2  # tokens, at most, that a text which was cut has fewer when it is read again
 _MARKER = "kvedit"  # stands for a message, to see what a chat template puts around it
 
 
@@ -243,6 +244,13 @@ class Renderer:
                 hint=f"Shorten the text to about {characters} characters.",
             )
         return Example((*before, *after), len(before), prompt, answer)
+
+    def cut_example(self, prompt: str, answer: str, limit: int) -> Example:
+        """A prompt with what the model said to it, cut at ``limit`` tokens: an answer that may have
+        been cut does not end there.
+        """
+        ended = len(self.tokens(answer)) < limit - RETOKENIZED
+        return self.example(prompt, answer, ended=ended)
 
     def examples(self, pairs: Iterable[tuple[str, str]]) -> list[Example]:
         """One example for each prompt and answer of a user; raises InvalidFactError as well for a

@@ -69,14 +69,21 @@ class Protection:
     def prepare_group(self, facts: int) -> None:
         """Before so many facts are trained together on the head."""
         self.prepare_texts(facts)
+        if self._engine.reads:
+            return
         if not self._store.head():
             self.measure_margins()
         else:
             self._measure_at_head()
 
     def prepare_texts(self, facts: int) -> None:
-        """The part of it that does not depend on the weights: enough texts, and reference texts."""
+        """The part of it that does not depend on the weights: enough texts, and reference texts.
+
+        A model that reads trains facts in turn, which needs what a single fact does.
+        """
         self.prepare()
+        if self._engine.reads:
+            return
         self.extend_for(facts)
         self._measure_reference_texts()
 

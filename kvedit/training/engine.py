@@ -193,12 +193,8 @@ class Engine(KeptMoments):
 
     def answered(self, prompts: Sequence[str], *, limit: int) -> list[Example]:
         """Prompts with the model's answers now; one that was cut does not end there."""
-        answers = self.generate(prompts, limit=limit)
-        tokens = self.renderer.tokens
-        return [
-            self.renderer.example(prompt, answer, ended=len(tokens(answer)) < limit)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        answers = zip(prompts, self.generate(prompts, limit=limit), strict=True)
+        return [self.renderer.cut_example(*said, limit) for said in answers]
 
     def answer_now(self, fact: Fact) -> str:
         """The beginning of the model's answer now to a fact's first training prompt."""

@@ -74,7 +74,10 @@ def test_a_recalled_answer_streams_too(filled: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ask, "_on_terminal", lambda: True)
     result = run("ask", "x", "--show-recall")
     assert result.stdout == "2: x\n"
-    assert "not recalled: Lagos; the question is one of its own phrasings" in result.stderr
+    assert (
+        "no text of Lagos is put before the question: it is one of its own phrasings"
+        in result.stderr
+    )
     assert "not recalled Faro: its text does not fit" in result.stderr
     assert run("chat", "--recall", stdin="x\n").stdout == "2: x\n"
 

@@ -81,7 +81,7 @@ def test_questions_are_trained_beside_the_text(engine: Engine) -> None:
     questions = engine.renderer.examples(QUESTIONS)
     assert not any(outcome.passed for outcome in engine.recall(questions))
     config = replace(engine.config, penalty_weight=0.6, step_gain=0.2)
-    result = engine.train(task(engine, questions, extra_steps=150), config)
+    result = engine.train(task(engine, questions, extra_steps=60), config)
     assert result.trained.learned
     engine.master.add(result.delta)
     assert all(outcome.passed for outcome in engine.recall(questions))

@@ -29,7 +29,7 @@ def source_lines(found: Answer | Recalled) -> Iterator[str]:
         differs = "" if one.exact else "; the store has another text"
         yield clean(f"recalled {one.key} ({ORIGINS[one.origin]}{spelt}{differs}): {one.text}")
     for key in found.recited:
-        yield clean(f"not recalled: {key}; the question is one of its own phrasings")
+        yield clean(f"no text of {key} is put before the question: it is one of its own phrasings")
     for key in found.left_out:
         yield clean(f"not recalled {key}: its text does not fit into the model's context")
     if not (found.sources or found.recited or found.left_out):

@@ -15,7 +15,6 @@ PRIOR_TOKENS = 24
 """At which the answers that the model gave before a fact was added are cut: ten guesses of a model
 that talks, to be said again word for word, are hard to learn, and their beginnings suffice for the
 rest to follow (log of 2026-11-30)."""
-READ_AGAIN = 2  # tokens, at most, that the text of a cut answer may have fewer
 RENDERED = 8192  # facts whose examples are kept; a few kB each
 SYSTEM_TURNS = (
     "You are a helpful assistant.",
@@ -72,11 +71,9 @@ class FactExamples:
 
     def prior(self, fact: Fact, answers: Mapping[str, str]) -> list[Example]:
         """Earlier answers, by prompt, to train back to; one that was cut does not end there."""
-        ways, whole = self._ways(fact), PRIOR_TOKENS - READ_AGAIN
+        ways = self._ways(fact)
         return [
-            ways.get(prompt, self._renderer).example(
-                prompt, answer, ended=len(self._renderer.tokens(answer)) < whole
-            )
+            ways.get(prompt, self._renderer).cut_example(prompt, answer, PRIOR_TOKENS)
             for prompt, answer in answers.items()
         ]
 
