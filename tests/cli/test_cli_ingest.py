@@ -254,11 +254,13 @@ def test_a_dry_run_says_what_would_happen_and_changes_nothing(base: type[Learnin
     result = run("ingest", "f.jsonl", "--dry-run")
     assert result.exit_code == 1
     assert "line 4" in result.stderr
+    assert "would stop before the first edit, for the invalid rows" in result.stdout
     assert (
         "would train 2 new facts and retrain 1 earlier one: about 6.0 s, at 2.0 s" in result.stdout
     )
     alone = run("ingest", "f.jsonl", "--dry-run", "--skip-invalid", "--group", "1")
     assert "would train 2 new facts: about 4.0 s, at 2.0 s a fact" in alone.stdout
+    assert "would stop" not in alone.stdout
     assert base.learned == [facts(1)[0].key]
 
 
@@ -267,7 +269,7 @@ def test_a_dry_run_with_json(base: type[LearningBase]) -> None:
     result = run("ingest", "f.jsonl", "--dry-run", "--json")
     warning, summary = json_lines(result.stdout)
     assert (warning["message_type"], warning["code"]) == ("warning", "invalid")
-    assert summary["dry_run"] and summary["would_train"] == 2
+    assert summary["dry_run"] and summary["would_stop"] and summary["would_train"] == 2
     assert summary["similar"][0] == {"key": "tide lantern", "other": "tide lanterns", "score": 96.0}
     assert (summary["seconds_per_fact"], summary["exit_code"]) == (None, 1)
 

@@ -194,4 +194,6 @@ def plan_parts(preflight: Preflight, near: NearKeys, fields: dict[str, Any]) -> 
     new = fields["would_train"]
     facts = "1 new fact" if new == 1 else f"{new} new facts"
     plan = f"would train {facts}{earlier}: {time}"
+    if fields["would_stop"]:
+        plan = f"would stop before the first edit, for the invalid rows; without them it {plan}"
     return [preflight_line(preflight), *similar, plan, "nothing was changed"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvedit.errors import InvalidFactError
+from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.forms import editing_sets, exchanges, passages, relations
 from kvedit.facts.forms.names import (
@@ -25,12 +25,27 @@ from kvedit.facts.forms.names import (
 from kvedit.facts.keys import in_words
 
 
+def column(name: str) -> str:
+    """The name of a column in the form in which two are compared."""
+    return name.strip().casefold()
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The names under which a file has keys and descriptions, where the user gives them."""
+    """The names under which a file has keys and descriptions, where the user gives them.
+
+    Raises UsageError if one name is to be both.
+    """
 
     key: str | None = None
     description: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.key and self.description and column(self.key) == column(self.description):
+            raise UsageError(
+                f"the column {self.key!r} cannot be both the key and the description",
+                hint="Give --key-column and --description-column different names.",
+            )
 
     def __bool__(self) -> bool:
         return bool(self.key or self.description)
@@ -147,10 +162,10 @@ def _by_columns(record: Record, columns: Columns) -> Record:
     for part, wanted in (("key", columns.key), ("description", columns.description)):
         if wanted is None:
             continue
-        name = next((n for n in record if n.casefold() == wanted.strip().casefold()), None)
+        name = next((n for n in record if column(n) == column(wanted)), None)
         if name is None:
             raise NoFormError(map(str, record), repr(wanted))
-        value = parts.pop(name) if name != columns.description or part != "key" else record[name]
+        value = parts.pop(name)
         parts[part] = str(value) if isinstance(value, int | float) else value
     parts = standard_names(parts)
     if not set(NEEDED) <= set(parts):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvedit.errors import InvalidFactError
+from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import Fact
 from kvedit.facts.formats import Located, Reading, read_facts
 from kvedit.facts.forms.records import Columns
@@ -153,6 +153,11 @@ def test_where_nothing_fits_the_names_are_told(tmp_path: Path, data: str, found:
     error = refusal(tmp_path, data)
     assert "is in no format" in error.message and found in error.message
     assert "--key-column NAME --description-column NAME" in error.hint
+
+
+def test_a_column_cannot_be_both_parts() -> None:
+    with pytest.raises(UsageError, match="both the key and the description"):
+        Columns("Text", " text")
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
