@@ -40,8 +40,8 @@ class TrainingConfig:
     phrasings_per_step: int = setting(2, low=1, help="Phrasings of each new fact in a step.")
     rehearsal_facts: int = setting(2, help="Earlier facts in a step, each under one phrasing.")
     reference_texts: int = setting(
-        2, help="Answers about invented names in a step, compared with what the model said before"
-        " the edit.",
+        2, help="Texts in a step that are compared with what the model said before the edit:"
+        " answers about invented names, sentences with numbers, relations of other subjects.",
     )  # fmt: skip
     kl_weight: float = setting(
         5.0, help="Weight of the KL divergence from that (nats a token) in the loss."

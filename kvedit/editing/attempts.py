@@ -21,6 +21,7 @@ from kvedit.editing.plan import Plan
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
+from kvedit.replay.general_texts import with_numbers
 from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.replay.neighbours import ANSWER_TOKENS, neighbour_prompts
 from kvedit.revisions.session import Session
@@ -143,8 +144,8 @@ class Attempts:
 
     def _references(self) -> ReferenceTexts | None:
         """What the training is held to besides: for a group what the base model says, for a single
-        fact or several in turn what the model says now about invented names, and to the prompts of
-        relations about others than their subjects.
+        fact or several in turn what the model says now about invented names, in sentences with
+        numbers, and to the prompts of relations about others than their subjects.
         """
         engine, config = self.session.engine, self.session.config.training
         if self.plan.group and not self._in_turn:
@@ -152,18 +153,28 @@ class Attempts:
         else:
             facts = max(1, min(self._facts, FACTS_TOGETHER))
             most = for_facts(config.reference_texts * REFERENCES_DRAWN, facts)
-            near = self._neighbours(most // 2)
-            invented = self.session.protection.invented_examples(most - len(near))
-            texts = engine.reference([*near, *invented])
+            chosen = self._neighbours(most // 2)
+            chosen += self._with_numbers((most - len(chosen)) // 2)
+            chosen += self.session.protection.invented_examples(most - len(chosen))
+            texts = engine.reference(chosen)
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
 
     def _neighbours(self, most: int) -> list[Example]:
         """What the model says now when relations are asked for about other subjects."""
-        engine, rng = self.session.engine, random.Random(self.session.revision)
+        engine = self.session.engine
         facts = [one.after for one in self.plan.changes if one.after is not None]
-        prompts = neighbour_prompts(facts, most, rng) if engine.reads else []
+        prompts = neighbour_prompts(facts, most, self._rng()) if engine.reads else []
         return engine.answered(prompts, limit=ANSWER_TOKENS)
+
+    def _with_numbers(self, most: int) -> list[Example]:
+        """Sentences with numbers, for a model that reads."""
+        engine = self.session.engine
+        return with_numbers(engine.renderer, most, self._rng()) if engine.reads else []
+
+    def _rng(self) -> random.Random:
+        """What is drawn for the references of an edit is the same again, and other for the next."""
+        return random.Random(self.session.revision)
 
     def _teacher(self) -> Teacher | None:
         """What the model says now to the questions about all facts, with their texts before it."""

@@ -106,6 +106,10 @@ class Preflight:
         """The first rows that are to be trained, to show how they would be taught."""
         return self.new[:FIRST_ROWS]
 
+    def stops(self, skip_invalid: bool) -> bool:
+        """Whether invalid rows end a run before its first edit."""
+        return bool(self.problems) and not skip_invalid
+
     @property
     def read(self) -> int:
         """How many rows the input has."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Renderer
 from kvedit.replay import general_texts
-from kvedit.replay.general_texts import SHIPPED_TEXTS, WATCHED, WATCHED_TOKENS, interleaved
+from kvedit.replay.general_texts import (
+    SENTENCES_WITH_NUMBERS,
+    SHIPPED_TEXTS,
+    WATCHED,
+    WATCHED_TOKENS,
+    interleaved,
+)
 from kvedit.replay.protected_texts import PROSE, Protected
 
 
@@ -39,6 +47,18 @@ def test_texts_of_a_language_without_words_in_the_tokenizer_are_left_out(
     monkeypatch.setattr(general_texts, "MAX_LOSS", 100.0)
     texts = general_texts.protected(base, renderer)
     assert all(len(renderer.tokens(text.answer)) < len(text.answer) for text in texts)
+
+
+def test_sentences_with_numbers_are_asked_word_for_word(renderer: Renderer) -> None:
+    lines = SENTENCES_WITH_NUMBERS.read_text(encoding="utf-8").splitlines()
+    assert len(set(lines)) == len(lines)
+    assert all(any(letter.isdigit() for letter in line) for line in lines)
+    examples = general_texts.with_numbers(renderer, 5, random.Random(1))
+    assert len(examples) == 5
+    for one in examples:
+        assert renderer.text(list(one.ids[1:])) in lines and one.start == 1
+    assert general_texts.with_numbers(renderer, 5, random.Random(2)) != examples
+    assert len(general_texts.with_numbers(renderer, 10_000, random.Random(1))) <= len(lines)
 
 
 def test_both_kinds_come_in_turn() -> None:

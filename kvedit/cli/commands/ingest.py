@@ -117,14 +117,9 @@ def _options(preflight: Preflight, dry_run: bool, **given: Any) -> IngestOptions
     return IngestOptions(places=places, **given)
 
 
-def _stops(preflight: Preflight, options: IngestOptions) -> bool:
-    """Whether invalid rows stop the run before the first edit."""
-    return bool(preflight.problems) and not options.skip_invalid
-
-
 def _refuse_problems(preflight: Preflight, options: IngestOptions) -> None:
     """Stop before the first edit where rows are invalid, unless these are left out."""
-    if _stops(preflight, options):
+    if preflight.stops(options.skip_invalid):
         raise InvalidFactError(
             f"{len(preflight.problems)} of {preflight.read} rows are invalid; nothing was changed",
             hint="Correct them, or add --skip-invalid to leave them out.",
@@ -325,7 +320,7 @@ def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,
         retrained = 0 if store is None else _retrained(store, new, options.group)
     fields = tables.plan_fields(preflight, near, pace, new, retrained)
     fields |= tables.form_fields(preflight, _phrasings(settings))
-    fields["would_stop"] = _stops(preflight, options)
+    fields["would_stop"] = preflight.stops(options.skip_invalid)
     code = InvalidFactError.exit_code if fields["would_stop"] else 0
     if preflight.held_back or (preflight.rejected_before and not options.retry_rejected):
         code = code or RejectedError.exit_code

@@ -45,7 +45,7 @@ share, so that the last hard one of a batch does not take the whole gradient."""
 class Task:
     """What to train: the new facts and the rehearsed ones, each as one example a training prompt,
     and the reference texts: for a group what the base model says, for a single fact or facts in
-    turn what the model says before the edit about invented names.
+    turn what the model says before the edit to texts that are easily harmed.
 
     With ``in_turn`` each step takes a few of the new facts, else all of them (see ``turns``).
     ``earlier`` is the number of facts that the weights hold already, rehearsed or not.  ``study``
