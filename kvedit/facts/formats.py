@@ -32,6 +32,7 @@ from kvedit.facts.forms.records import (
     NoFormError,
     looks_like_fact,
     read_record,
+    unread,
 )
 from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.keys import in_words
@@ -122,7 +123,7 @@ def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
     is_json = start.startswith(("{", "["))
     if not is_json and (table := detect_table(start, columns)):
         rows = read_table(everything, table, name)
-        return _located(rows, name, "line", _table_name(table), columns)
+        return _located(rows, name, "line", _table_name(table, columns), columns)
     if _is_jsonl(start, columns):
         return _located(_documents(everything), name, "line", "JSON Lines", columns)
     if is_json:
@@ -134,10 +135,12 @@ def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
     raise _unknown(start, name, columns)
 
 
-def _table_name(table: Table) -> str:
-    """What messages call a table."""
+def _table_name(table: Table, columns: Columns) -> str:
+    """What messages call a table, and which of its columns are not read."""
     names = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons"}
-    return names.get(table.delimiter, f"CSV with {table.delimiter!r}")
+    name = names.get(table.delimiter, f"CSV with {table.delimiter!r}")
+    ignored = unread(table.names, columns)
+    return f"{name} (not read: {in_words(ignored, most=_NAMED)})" if ignored else name
 
 
 def _unknown(start: str, name: str, columns: Columns) -> InvalidFactError:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvedit.errors import InvalidFactError, UsageError
 from kvedit.facts.fact import MAX_KEY, Fact, LocalityProbe
-from kvedit.facts.formats import Located, read_facts
+from kvedit.facts.formats import Located, Reading, read_facts
+from kvedit.facts.forms.records import Columns
 from kvedit.facts.keys import is_blank
 
 TOWN = Fact.create("Porto", "A harbour town.")
@@ -85,6 +86,16 @@ def test_rows_know_their_lines_or_numbers(tmp_path: Path) -> None:
     assert places_of(read(tmp_path, mapping)) == ["record 1", "record 2"]
     listed = json.dumps({"version": 1, "facts": [TOWN.to_json(), LAMP.to_json()]})
     assert places_of(read(tmp_path, listed)) == ["record 1", "record 2"]
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "shop.csv"
+    path.write_text("term,price,lang,text,colour\nPorto,3,en,A port.,red\n", encoding="utf-8")
+    (row,) = read_facts(path)
+    assert row.fact is not None and row.fact.description == "A port."
+    assert row.form == "CSV (not read: price, colour), term as key, text as description"
+    (row,) = read_facts(path, Reading(Columns("colour", "price")))
+    assert row.form == "CSV (not read: term, text), colour as key, price as description"
 
 
 def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,11 @@ def list_facts(settings: Settings, state: str, as_json: bool) -> None:
 def show(settings: Settings, key: str, as_json: bool) -> None:
     """Show one fact: description, health, edits and the latest checks.
 
-    KEY may also be an alias.
+    KEY may also be an alias. Probes of the kind recall and retention are phrasings that were
+    trained, asked in the fact's own edit and after later ones; of paraphrase such as were not; of
+    portability held-out questions. Phrasings of other languages are among them, for users who ask
+    in these. The margin is that of the answer's weakest token over the best other one, in logits:
+    the smaller, the sooner it is lost; below zero the answer is another one.
 
     \b
     Examples:

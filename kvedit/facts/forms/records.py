@@ -7,7 +7,7 @@ Invariants:
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from kvedit.errors import InvalidFactError, UsageError
@@ -68,6 +68,7 @@ CHOOSE = (
     " read are listed in docs/guides/file-forms.md."
 )
 OWN = "key and description"
+_PARTS = {part.name for part in fields(Fact)}
 _Form = Callable[[Record], Record | None]
 _FORMS: tuple[tuple[str, frozenset[str], _Form], ...] = (
     ("CounterFact", frozenset({"requested_rewrite"}), relations.counterfact_original),
@@ -143,6 +144,15 @@ def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
     except InvalidFactError:
         return True
     return True
+
+
+def unread(names: Iterable[str], columns: Columns = ANY_COLUMNS) -> list[str]:
+    """The columns of a table of keys and descriptions that are no part of a fact.
+
+    Other forms have names of their own, which need not be told.  Raises NoFormError.
+    """
+    _, parts = form_of(dict.fromkeys(filter(None, names), "x"), columns)
+    return [name for name in parts if name not in _PARTS]
 
 
 @lru_cache(maxsize=1000)
