@@ -12,7 +12,6 @@ Invariants:
 import json
 import time
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 
@@ -65,7 +64,8 @@ class Coverage:
         self._renderer = checkout.engine.renderer
         self._config = checkout.store.config.protect
         self._sampler = Sampler(self._engine.base, self._renderer, self._config)
-        self._measured = 0  # texts, whose moments the engine has
+        self._measured = 0  # texts, whose moments the engine has, or those of the last ones here:
+        self._more: FisherMoments | None = None
         self._token_seconds: float | None = None  # of measuring
         self._end = self._saved_at = self._said_at = 0.0
 
@@ -245,27 +245,35 @@ class Coverage:
         return 1 << max(1, self._engine.worker.on_main(count)).bit_length() - 1
 
     def _extend(self, examples: Sequence[Example]) -> None:
-        """Add the moments of more texts to the base's and to all; they are sums over tokens."""
+        """Measure more texts; where facts are committed, by themselves, until they are added."""
         before = self._engine.fisher if self._measured else None
         if before is None or before[0] is before[1]:
             self._engine.protect(examples, before[0] if before else None)
+        else:
+            self._more = self._engine.measure(examples, onto=self._more)
+
+    def _add_more(self) -> None:
+        """Add what was measured by itself to the base's moments and to all, which are sums over
+        tokens, in the memory that there is.
+        """
+        if self._more is None or self._engine.fisher is None:
             return
-        base, total = before
-        more = self._engine.protect(examples)
-        self._engine.fisher = before  # until the sums are formed
-        grown_total = _sum(total, deepcopy(more))
+        (base, total), more = self._engine.fisher, self._more
+        self._engine.fisher = self._more = None  # broken off, they are read or measured again
+        grown_total = _sum(more, total)
         self._engine.fisher = _sum(base, more), grown_total
 
     def _save(self) -> None:
         """Keep the base's moments, and of how many texts they are."""
+        self._add_more()
         if self._engine.fisher is None or self._measured == self.progress.measured:
             return
         base, total = self._engine.fisher
         with self._checkout.best_effort():
             fisher_cache.write(self._store, 0, "base", base, str(self._measured))
         self._keep(replace(self.progress, measured=self._measured))
-        if total is base and (kept := self.load()) is not None:
-            self._engine.fisher = kept, kept  # on the disk: memory holds one slice's at a time
+        if (kept := self.load()) is not None:  # on the disk: memory holds one slice's at a time
+            self._engine.fisher = kept, kept if total is base else total
         self._saved_at = time.monotonic()
 
     @property
@@ -281,7 +289,7 @@ class Coverage:
         """The engine's moments of the base are these, from ``load``; None: measure all again."""
         if base is None:
             self._keep(replace(self.progress, measured=0))
-        self._measured = self.progress.measured
+        self._measured, self._more = self.progress.measured, None
 
     def _announce(self, limits: Limits) -> None:
         """Say what will be done, and how long it takes."""
@@ -330,5 +338,5 @@ def _progress_from(text: str) -> Progress:
 
 
 def _sum(one: FisherMoments, more: FisherMoments) -> FisherMoments:
-    """The moments of both texts, in the memory of ``more``."""
+    """The moments of both texts, in the memory of ``more``, whose values are lost."""
     return replace(one.plus(more, 1.0), tokens=one.tokens + more.tokens)

@@ -54,7 +54,7 @@ class Protection:
         """Before any edit that trains: protected texts, and the Fisher moments of these weights."""
         if self._store.meta(PROTECTED) != COMPLETE:
             self.create()
-        if self._measured_at != self._checkout.revision:
+        if self._measured_at != self._checkout.revision or self._engine.fisher is None:
             self._load_moments()
 
     def start_again(self) -> None:

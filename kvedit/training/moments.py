@@ -45,7 +45,8 @@ class KeptMoments:
             raise RuntimeError("protect comes before training and every other measurement")
         return self._fisher
 
-    def _measure(self, examples: Sequence[Example], **how: Any) -> FisherMoments:
+    def measure(self, examples: Sequence[Example], **how: Any) -> FisherMoments:
+        """Moments of some texts, which nothing is held to yet; see ``fisher.measure``."""
         with self.worker.in_step():
             measured = fisher.measure(self.worker.model, self.names, examples, **how).on_cpu()
         give_back()
@@ -55,7 +56,7 @@ class KeptMoments:
         self, examples: Sequence[Example], onto: FisherMoments | None = None
     ) -> FisherMoments:
         """Measure text that must stay, added to what was measured before (see ``measure``)."""
-        measured = self._measure(examples, onto=onto)
+        measured = self.measure(examples, onto=onto)
         self.fisher = measured, measured
         return measured
 
@@ -64,7 +65,7 @@ class KeptMoments:
         base, total = self._required()
         weight = self.config.fact_weight if weight is None else weight
         self._whitening = None  # its memory is needed
-        self.fisher = base, total.plus(self._measure(examples), weight)
+        self.fisher = base, total.plus(self.measure(examples), weight)
 
     def measure_at_head(
         self, protected: Sequence[Example], facts: Sequence[Example], weight: float
@@ -73,13 +74,13 @@ class KeptMoments:
         the base's text is still counted as it was measured on the base.
         """
         base, _ = self._required()
-        at_head = self._measure(protected)
-        self.fisher = base, at_head.plus(self._measure(facts), weight)
+        at_head = self.measure(protected)
+        self.fisher = base, at_head.plus(self.measure(facts), weight)
 
     def measure_margins(self, known: Sequence[Example]) -> None:
         """Let the logit margins of these texts' answers be what must stay, until set again."""
         base, _ = self._required()
-        measured = self._measure(known, of=fisher.margins)
+        measured = self.measure(known, of=fisher.margins)
         self.fisher = base, measured.scaled_like(base)
 
     @property
