@@ -111,7 +111,7 @@ class Protection:
 
     def extend(self, edit_seconds: float) -> None:
         """After an edit: go on with what there was no time for, for a share of the edit's time."""
-        if self._measured_at is None or self._coverage.is_complete:
+        if None in (self._measured_at, self._engine.fisher) or self._coverage.is_complete:
             return
         seconds = edit_seconds * self._config.protect.edit_ratio
         self._checkout.at(0, lambda: self._coverage.spend(seconds))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_engine import configure, open_gate, random_train, warnings_in
 from small_model import FREE
+from torch import Tensor
 
 from kvedit import KnowledgeBase
 from kvedit.errors import UsageError
@@ -144,6 +145,39 @@ def test_little_time_gives_something_and_edits_the_rest(
     with KnowledgeBase.open(path) as again:
         again.protect_for(0)
         assert [texts(again), tokens(again)] == parts
+
+
+def of_facts(knowledge: KnowledgeBase) -> tuple[int, int, dict[str, Tensor]]:
+    """Tokens of the base's moments and of all, and what committed facts add to the base's."""
+    assert knowledge.engine.fisher is not None
+    base, total = knowledge.engine.fisher
+    return base.tokens, total.tokens, {k: v - base.sides[k] for k, v in total.sides.items()}
+
+
+@pytest.mark.usefixtures("small_slices")
+def test_later_texts_are_added_to_the_base_and_to_all(
+    small: dict[str, Path], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_gate(path)
+    monkeypatch.setattr(Engine, "train", random_train())
+    with KnowledgeBase.create(path, small["fp32"], time=0.0) as knowledge:
+        knowledge.add(*FREE[0])
+        protection = knowledge._session.protection
+        base, total, facts = of_facts(knowledge)
+        protection._coverage._token_seconds = None  # a few texts first, then the rest
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            handler = killed_at(2, "measuring what must stay")
+            patched.setattr(knowledge._session, "emit", handler)
+            protection.extend(1e6)
+        protection.extend(1e6)
+        grown_base, grown_total, facts_after = of_facts(knowledge)
+        coverage = protection._coverage
+        examples = protection._examples(coverage.measured_texts())
+        assert coverage.is_complete and grown_base == sum(len(one.ids) for one in examples)
+        assert grown_total - total == grown_base - base > 0
+        for name, side in facts.items():
+            scale = max(float(side.abs().max()), 1e-6)
+            assert float((facts_after[name] - side).abs().max()) <= 1e-2 * scale, name
 
 
 def test_moments_of_slices_are_those_of_all(small: dict[str, Path], path: Path) -> None:
