@@ -21,7 +21,7 @@ from kvedit.editing.plan import Plan
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
-from kvedit.replay.general_texts import with_numbers
+from kvedit.replay.general_texts import sentences_with_numbers
 from kvedit.replay.kl import ReferenceTexts, Teacher
 from kvedit.replay.neighbours import ANSWER_TOKENS, neighbour_prompts
 from kvedit.revisions.session import Session
@@ -153,8 +153,11 @@ class Attempts:
         else:
             facts = max(1, min(self._facts, FACTS_TOGETHER))
             most = for_facts(config.reference_texts * REFERENCES_DRAWN, facts)
-            chosen = self._neighbours(most // 2)
-            chosen += self._with_numbers((most - len(chosen)) // 2)
+            chosen: list[Example] = []
+            if engine.reads:
+                chosen += self._neighbours(most // 2)
+                sentences = (most - len(chosen)) // 2
+                chosen += sentences_with_numbers(engine.renderer, sentences, self._rng())
             chosen += self.session.protection.invented_examples(most - len(chosen))
             texts = engine.reference(chosen)
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
@@ -162,15 +165,9 @@ class Attempts:
 
     def _neighbours(self, most: int) -> list[Example]:
         """What the model says now when relations are asked for about other subjects."""
-        engine = self.session.engine
         facts = [one.after for one in self.plan.changes if one.after is not None]
-        prompts = neighbour_prompts(facts, most, self._rng()) if engine.reads else []
-        return engine.answered(prompts, limit=ANSWER_TOKENS)
-
-    def _with_numbers(self, most: int) -> list[Example]:
-        """Sentences with numbers, for a model that reads."""
-        engine = self.session.engine
-        return with_numbers(engine.renderer, most, self._rng()) if engine.reads else []
+        prompts = neighbour_prompts(facts, most, self._rng())
+        return self.session.engine.answered(prompts, limit=ANSWER_TOKENS)
 
     def _rng(self) -> random.Random:
         """What is drawn for the references of an edit is the same again, and other for the next."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.forms.names import SYNONYMS
+from kvedit.facts.forms.names import SYNONYMS, column_name
 from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
 from kvedit.files import decode
 
@@ -140,7 +140,7 @@ class _Text:
 
 
 def _names(cells: Iterable[str]) -> list[str]:
-    return [cell.strip().casefold() for cell in cells]
+    return [column_name(cell) for cell in cells]
 
 
 def _header(cells: Iterable[str], where: str) -> list[str]:

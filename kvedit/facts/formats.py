@@ -24,6 +24,7 @@ from kvedit.facts.csv_reader import Table, detect_table, read_table, unknown_tab
 from kvedit.facts.fact import Fact
 from kvedit.facts.forms import markdown
 from kvedit.facts.forms.encodings import utf8_lines
+from kvedit.facts.forms.names import column_name
 from kvedit.facts.forms.passages import join_rows, passages_of
 from kvedit.facts.forms.records import (
     ANY_COLUMNS,
@@ -148,7 +149,7 @@ def _unknown(start: str, name: str, columns: Columns) -> InvalidFactError:
     table = unknown_table(start)
     if table is not None:
         chosen = [one for one in (columns.key, columns.description) if one]
-        absent = [repr(one) for one in chosen if one.strip().casefold() not in table.names]
+        absent = [repr(one) for one in chosen if column_name(one) not in table.names]
         what = (
             f"has no column {' or '.join(absent)}"
             if absent

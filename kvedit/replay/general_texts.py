@@ -51,7 +51,7 @@ def watched(renderer: Renderer) -> list[Example]:
     return [Example((before, *ids), 1) for ids in rows]
 
 
-def with_numbers(renderer: Renderer, most: int, rng: random.Random) -> list[Example]:
+def sentences_with_numbers(renderer: Renderer, most: int, rng: random.Random) -> list[Example]:
     """So many sentences with numbers, for the divergence in a step."""
     lines = _read(renderer, SENTENCES_WITH_NUMBERS)
     chosen = rng.sample(lines, min(most, len(lines)))

@@ -111,7 +111,8 @@ class Protection:
 
     def extend(self, edit_seconds: float) -> None:
         """After an edit: go on with what there was no time for, for a share of the edit's time."""
-        if None in (self._measured_at, self._engine.fisher) or self._coverage.is_complete:
+        is_measured = self._measured_at is not None and self._engine.fisher is not None
+        if not is_measured or self._coverage.is_complete:
             return
         seconds = edit_seconds * self._config.protect.edit_ratio
         self._checkout.at(0, lambda: self._coverage.spend(seconds))

@@ -96,6 +96,9 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     assert row.form == "CSV (not read: price, colour), term as key, text as description"
     (row,) = read_facts(path, Reading(Columns("colour", "price")))
     assert row.form == "CSV (not read: term, text), colour as key, price as description"
+    path.write_text("instruction,output,history\nWho?,Ada.,\n", encoding="utf-8")
+    (row,) = read_facts(path)
+    assert row.form == "CSV, Alpaca (instruction, input, output)"
 
 
 def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:

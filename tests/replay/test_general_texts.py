@@ -53,12 +53,14 @@ def test_sentences_with_numbers_are_asked_word_for_word(renderer: Renderer) -> N
     lines = SENTENCES_WITH_NUMBERS.read_text(encoding="utf-8").splitlines()
     assert len(set(lines)) == len(lines)
     assert all(any(letter.isdigit() for letter in line) for line in lines)
-    examples = general_texts.with_numbers(renderer, 5, random.Random(1))
+    examples = general_texts.sentences_with_numbers(renderer, 5, random.Random(1))
     assert len(examples) == 5
     for one in examples:
         assert renderer.text(list(one.ids[1:])) in lines and one.start == 1
-    assert general_texts.with_numbers(renderer, 5, random.Random(2)) != examples
-    assert len(general_texts.with_numbers(renderer, 10_000, random.Random(1))) <= len(lines)
+    assert general_texts.sentences_with_numbers(renderer, 5, random.Random(2)) != examples
+    assert len(general_texts.sentences_with_numbers(renderer, 10_000, random.Random(1))) <= len(
+        lines
+    )
 
 
 def test_both_kinds_come_in_turn() -> None:

@@ -55,6 +55,13 @@ def tokens(knowledge: KnowledgeBase) -> int:
     return fisher[0].tokens
 
 
+def first_slice_only(source: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> KnowledgeBase:
+    """A store that had no time for more; its edits change the weights at random and pass."""
+    open_gate(path)
+    monkeypatch.setattr(Engine, "train", random_train())
+    return KnowledgeBase.create(path, source, time=0.0)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -124,9 +131,7 @@ def test_an_edit_goes_on_with_an_interrupted_init(small: dict[str, Path], path: 
 def test_little_time_gives_something_and_edits_the_rest(
     small: dict[str, Path], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_gate(path)
-    monkeypatch.setattr(Engine, "train", random_train())
-    with KnowledgeBase.create(path, small["bf16"], time=0.0) as knowledge:
+    with first_slice_only(small["bf16"], path, monkeypatch) as knowledge:
         first = progress(knowledge)
         assert first.asked == 24 and first.measured and not first.written
         before = tokens(knowledge), texts(knowledge)
@@ -158,9 +163,7 @@ def of_facts(knowledge: KnowledgeBase) -> tuple[int, int, dict[str, Tensor]]:
 def test_later_texts_are_added_to_the_base_and_to_all(
     small: dict[str, Path], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_gate(path)
-    monkeypatch.setattr(Engine, "train", random_train())
-    with KnowledgeBase.create(path, small["fp32"], time=0.0) as knowledge:
+    with first_slice_only(small["fp32"], path, monkeypatch) as knowledge:
         knowledge.add(*FREE[0])
         protection = knowledge._session.protection
         base, total, facts = of_facts(knowledge)

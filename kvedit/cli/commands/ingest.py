@@ -329,7 +329,7 @@ def _show_plan(settings: Settings, preflight: Preflight, options: IngestOptions,
     else:
         print_parts(*tables.form_parts(preflight, _phrasings(settings)))
         print_parts(*tables.plan_parts(preflight, near, fields))
-        if code:
+        if fields["would_stop"]:
             note(settings, "correct the invalid rows, or add --skip-invalid to leave them out")
     click.get_current_context().exit(code)
 

@@ -64,11 +64,15 @@ def list_facts(settings: Settings, state: str, as_json: bool) -> None:
 def show(settings: Settings, key: str, as_json: bool) -> None:
     """Show one fact: description, health, edits and the latest checks.
 
-    KEY may also be an alias. Probes of the kind recall and retention are phrasings that were
-    trained, asked in the fact's own edit and after later ones; of paraphrase such as were not; of
-    portability held-out questions. Phrasings of other languages are among them, for users who ask
-    in these. The margin is that of the answer's weakest token over the best other one, in logits:
-    the smaller, the sooner it is lost; below zero the answer is another one.
+    KEY may also be an alias. Each check has a margin, in logits: how far the answer's weakest token
+    is ahead of the best other one. A small margin is easily lost; below zero the model answers
+    something else. A fact is asked in other languages than its own, too. The kinds of checks:
+
+    \b
+      recall       a phrasing that was trained, asked in the fact's own edit
+      retention    the same, asked after a later edit
+      paraphrase   a phrasing that was never trained
+      portability  a question about the fact that was never trained
 
     \b
     Examples:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvedit.facts.forms.names import Record
+from kvedit.facts.forms.names import Record, column_name
 
 _ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*")
 _UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})[ \t]*")
@@ -72,7 +72,7 @@ def read_markdown(text: str) -> Iterator[tuple[int, Record]]:
 
 
 def _table(lines: list[tuple[int, str]]) -> Iterator[tuple[int, Record]]:
-    names = [name.casefold() for name in _cells(lines[0][1])]
+    names = [column_name(name) for name in _cells(lines[0][1])]
     for number, line in lines[2:]:
         if _ROW.fullmatch(line):
             cells = dict(zip(names, _cells(line), strict=False))
@@ -83,7 +83,7 @@ def table_names(text: str) -> list[str]:
     """The columns of a Markdown table at the beginning of a text; none if there is no table."""
     lines = [line for _, line in _without_front_matter(text.splitlines()) if line.strip()]
     if len(lines) > 1 and _ROW.fullmatch(lines[0]) and _RULE.fullmatch(lines[1]):
-        return [name.casefold() for name in _cells(lines[0])]
+        return [column_name(name) for name in _cells(lines[0])]
     return []
 
 

@@ -39,6 +39,11 @@ ANSWERS = (
 NEEDED = ("key", "description")
 
 
+def column_name(name: str) -> str:
+    """A name in the form in which columns are compared."""
+    return name.strip().casefold()
+
+
 def standard_names(record: Record) -> dict[str, object]:
     """The record with synonyms replaced by kvedit's names."""
     renamed = dict(record)

@@ -19,15 +19,11 @@ from kvedit.facts.forms.names import (
     QUESTIONS,
     SYNONYMS,
     Record,
+    column_name,
     first_of,
     standard_names,
 )
 from kvedit.facts.keys import in_words
-
-
-def column(name: str) -> str:
-    """The name of a column in the form in which two are compared."""
-    return name.strip().casefold()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,8 @@ class Columns:
     description: str | None = None
 
     def __post_init__(self) -> None:
-        if self.key and self.description and column(self.key) == column(self.description):
+        chosen = [column_name(name) for name in (self.key, self.description) if name]
+        if len(chosen) > len(set(chosen)):
             raise UsageError(
                 f"the column {self.key!r} cannot be both the key and the description",
                 hint="Give --key-column and --description-column different names.",
@@ -149,9 +146,12 @@ def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
 def unread(names: Iterable[str], columns: Columns = ANY_COLUMNS) -> list[str]:
     """The columns of a table of keys and descriptions that are no part of a fact.
 
-    Other forms have names of their own, which need not be told.  Raises NoFormError.
+    Other forms have names of their own, which need not be told.
     """
-    _, parts = form_of(dict.fromkeys(filter(None, names), "x"), columns)
+    try:
+        _, parts = form_of(dict.fromkeys(filter(None, names), "x"), columns)
+    except InvalidFactError:  # a form that looks at values
+        return []
     return [name for name in parts if name not in _PARTS]
 
 
@@ -172,7 +172,7 @@ def _by_columns(record: Record, columns: Columns) -> Record:
     for part, wanted in (("key", columns.key), ("description", columns.description)):
         if wanted is None:
             continue
-        name = next((n for n in record if column(n) == column(wanted)), None)
+        name = next((n for n in record if column_name(n) == column_name(wanted)), None)
         if name is None:
             raise NoFormError(map(str, record), repr(wanted))
         value = parts.pop(name)
