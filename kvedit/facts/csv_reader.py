@@ -2,8 +2,6 @@
 
 Invariants:
 - A row is known by the line on which it begins; a quoted cell may contain line breaks.
-- A row with more cells than columns is refused: it is the sign of a comma that is not quoted, and
-  half a description would be added.
 - A line ``sep=;`` before the names of the columns, as Excel reads it, says the delimiter.
 """
 
@@ -13,16 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.forms.names import SYNONYMS, column_name
-from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
-from kvedit.files import decode
+from kvedit.facts.forms.encodings import line_text
+from kvedit.facts.forms.names import column_name, table_record
+from kvedit.facts.forms.records import ANY_COLUMNS, Columns, names_fit
 
 DELIMITERS = ("\t", ",", ";")
-SEPARATOR = "|"
-"""Separates the values of a cell with several."""
-
-LISTS = ("aliases", "prompts", "paraphrases", "locality", "statements")
-_LIST_SYNONYMS = SYNONYMS["aliases"]
 _Row = list[str] | InvalidFactError
 _QUOTES = "quote a cell that contains a separator, a quote or a line break; double the quotes in it"
 
@@ -43,7 +36,7 @@ class Table:
 
 def detect_table(text: str, columns: Columns = ANY_COLUMNS) -> Table | None:
     """The table of facts that a text begins, by the names of its columns; else None."""
-    return next((t for t in _tables(text) if _fits(t.names, columns)), None)
+    return next((t for t in _tables(text) if names_fit(t.names, columns)), None)
 
 
 def unknown_table(text: str) -> Table | None:
@@ -51,7 +44,7 @@ def unknown_table(text: str) -> Table | None:
     for table in _tables(text):
         _, second = _first_lines(text, table.skip)
         cells = next(csv.reader([second], delimiter=table.delimiter), [])
-        if len(table.names) > 1 and len(table.names) == len(cells):
+        if len(table.names) > 1 and len(table.names) == len(cells) and any(table.names):
             return table
     return None
 
@@ -72,10 +65,6 @@ def _first_lines(text: str, skip: int = 0) -> tuple[str, str]:
     lines = [line for line in text.splitlines() if line.strip()][skip : skip + 2]
     first, second = [*lines, "", ""][:2]
     return first, second
-
-
-def _fits(names: tuple[str, ...], columns: Columns) -> bool:
-    return looks_like_fact({name: "x" for name in names if name}, columns)
 
 
 def read_table(lines: Iterable[bytes], table: Table, name: str) -> Iterator[tuple[int, object]]:
@@ -132,7 +121,7 @@ class _Text:
     def __iter__(self) -> Iterator[str]:
         for data in self._lines:
             try:
-                text = decode(data, "the line")
+                text = line_text(data)
             except InvalidFactError as error:
                 self.problem = error
                 text = data.replace(b"\0", b"").decode("utf-8", "replace")
@@ -151,16 +140,7 @@ def _header(cells: Iterable[str], where: str) -> list[str]:
 
 
 def _record(names: list[str], cells: list[str]) -> object:
-    """A row by the names of its columns; empty cells are left out."""
-    if any(cell.strip() for cell in cells[len(names) :]):
-        return InvalidFactError(
-            f"{len(cells)} cells, but the first line names {len(names)} columns; {_QUOTES}"
-        )
-    record: dict[str, object] = {
-        name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()
-    }
-    for name in (*LISTS, *_LIST_SYNONYMS):
-        if name in record:
-            values = str(record[name]).split(SEPARATOR)
-            record[name] = [value.strip() for value in values if value.strip()]
-    return record
+    try:
+        return table_record(names, cells, _QUOTES)
+    except InvalidFactError as error:
+        return error

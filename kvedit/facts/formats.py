@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from kvedit.errors import InvalidFactError, KveditError, UsageError
 from kvedit.facts.csv_reader import Table, detect_table, read_table, unknown_table
 from kvedit.facts.fact import Fact
 from kvedit.facts.forms import markdown
-from kvedit.facts.forms.encodings import utf8_lines
+from kvedit.facts.forms.encodings import line_text, utf8_lines
 from kvedit.facts.forms.names import column_name
 from kvedit.facts.forms.passages import join_rows, passages_of
 from kvedit.facts.forms.records import (
@@ -32,8 +32,8 @@ from kvedit.facts.forms.records import (
     Columns,
     NoFormError,
     looks_like_fact,
+    names_fit,
     read_record,
-    unread,
 )
 from kvedit.facts.json_reader import parse, read_json, repeated_name
 from kvedit.facts.keys import in_words
@@ -55,14 +55,15 @@ _UNFIT = 1000  # records in no form at the beginning of a file, after which it i
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A row of the input: its place (file and line or record), its fact or its problem, and the
-    form that it was taken for.
+    """A row of the input: its place (file and line or record), its fact or its problem, the form
+    that it was taken for, and its names that are ``unread`` in this form.
     """
 
     where: str
     fact: Fact | None
     problem: str | None = None
     form: str = ""
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
     is_json = start.startswith(("{", "["))
     if not is_json and (table := detect_table(start, columns)):
         rows = read_table(everything, table, name)
-        return _located(rows, name, "line", _table_name(table, columns), columns)
+        return _located(rows, name, "line", _table_name(table), columns)
     if _is_jsonl(start, columns):
         return _located(_documents(everything), name, "line", "JSON Lines", columns)
     if is_json:
@@ -132,16 +133,15 @@ def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
         return _located(records, name, "record", "JSON", columns)
     if markdown.is_markdown(start):
         text = decode(b"".join(everything), name)
-        return _located(markdown.read_markdown(text), name, "line", "Markdown", columns)
+        records = markdown.read_markdown(text, partial(names_fit, columns=columns))
+        return _located(records, name, "line", "Markdown", columns)
     raise _unknown(start, name, columns)
 
 
-def _table_name(table: Table, columns: Columns) -> str:
-    """What messages call a table, and which of its columns are not read."""
+def _table_name(table: Table) -> str:
+    """What messages call a table."""
     names = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons"}
-    name = names.get(table.delimiter, f"CSV with {table.delimiter!r}")
-    ignored = unread(table.names, columns)
-    return f"{name} (not read: {in_words(ignored, most=_NAMED)})" if ignored else name
+    return names.get(table.delimiter, f"CSV with {table.delimiter!r}")
 
 
 def _unknown(start: str, name: str, columns: Columns) -> InvalidFactError:
@@ -208,7 +208,7 @@ def _documents(lines: Iterable[bytes]) -> Iterator[tuple[int, object]]:
     for number, data in enumerate(lines, start=1):
         if data.strip(b" \t\r\n\xef\xbb\xbf"):
             try:
-                yield number, parse_line(decode(data, "the line").rstrip())
+                yield number, parse_line(line_text(data).rstrip())
             except InvalidFactError as error:
                 yield number, error
 
@@ -263,7 +263,8 @@ def _row(where: str, record: object, container: str, columns: Columns) -> tuple[
         form, fact = read_record(record, columns)
     except InvalidFactError as error:
         return _bad(where, error), isinstance(error, NoFormError)
-    return Located(where, fact, form=_label(container, form)), False
+    label = _label(container, form.name)
+    return Located(where, fact, form=label, unread=form.unread), False
 
 
 @lru_cache(maxsize=100)

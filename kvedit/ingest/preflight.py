@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from kvedit.store.store import Store
 
 FIRST_ROWS = 2  # to show how they would be taught
 SAME_KEPT = 100  # pairs of keys that count as one, of which all are counted
+UNREAD_KEPT = 100  # names, about: a file may have others in each row
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class Preflight:
 
     ``held_back`` are rows with a placeholder that nobody has filled in.  Of the pairs of keys that
     count as one there are ``same_count``, of which the first are in ``same``.  ``forms`` says how
-    many rows were taken for what.
+    many rows were taken for what, ``unread`` which of their names were read in none of them.
     """
 
     new: tuple[Entry, ...] = ()
@@ -100,6 +102,7 @@ class Preflight:
     same: tuple[SameKey, ...] = ()
     same_count: int = 0
     forms: Mapping[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     @property
     def first_rows(self) -> tuple[Entry, ...]:
@@ -167,6 +170,7 @@ class _Sorter:
     same: list[SameKey] = field(default_factory=list)
     same_count: int = 0
     forms: Counter[str] = field(default_factory=Counter)
+    unread: dict[str, None] = field(default_factory=dict)
 
     def add(self, row: Located) -> None:
         """A row without a fact, a new key, a repetition, or another text for the same key."""
@@ -175,6 +179,8 @@ class _Sorter:
             self._refuse(Problem(row.where, row.problem or "not a fact", "invalid"))
             return
         self.forms[row.form] += 1
+        if len(self.unread) < UNREAD_KEPT:
+            self.unread.update(dict.fromkeys(row.unread))
         if reason := self.placeholder(row.fact):
             self.held_back.append(Problem(row.where, reason, "placeholder", row.fact.key))
             return
@@ -222,7 +228,7 @@ class _Sorter:
             new=tuple(new), rejected_before=tuple(rejected), unchanged=tuple(unchanged),
             repeated=tuple(self.repeated), problems=tuple(problem for _, problem in problems),
             held_back=tuple(self.held_back), same=tuple(self.same), same_count=self.same_count,
-            forms=dict(self.forms),
+            forms=dict(self.forms), unread=tuple(self.unread),
         )  # fmt: skip
 
 
@@ -280,7 +286,8 @@ def _clash(norm: str, entry: Entry, row: FactRow | None, names: _Names) -> Probl
     if row is not None and row.state == "committed":
         if row.fact.description == entry.fact.description:
             return None
-        reason = f"{key} is in the store with another text; to change it: kvedit update {key} FILE"
+        change = f"kvedit update {shlex.quote(key)} FILE"
+        reason = f"{key} is in the store with another text; to change it: {change}"
         return Problem(entry.where, reason, "committed", key)
     taken = names.taken(norm, entry)
     return None if taken is None else Problem(entry.where, taken, "name", key)

@@ -45,7 +45,9 @@ def said_of(name: str, options: tuple[str, ...], data: str, folder: Path) -> str
     (folder / name).write_text(data, encoding="utf-8")
     words = ("--store", str(folder / "store"), "ingest", str(folder / name), "--dry-run", *options)
     result = CliRunner().invoke(cli, words, env={"COLUMNS": "100"})
-    first = re.match(r"(?:read as .*\n|  (?:asked|answer|probe) .*\n)*", result.output)
+    first = re.match(
+        r"(?:(?:read as|not read:) .*\n|  (?:asked|answer|probe) .*\n)*", result.output
+    )
     return first[0] if first and first[0] else result.output
 
 

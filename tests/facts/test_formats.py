@@ -93,12 +93,29 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
     path.write_text("term,price,lang,text,colour\nPorto,3,en,A port.,red\n", encoding="utf-8")
     (row,) = read_facts(path)
     assert row.fact is not None and row.fact.description == "A port."
-    assert row.form == "CSV (not read: price, colour), term as key, text as description"
+    assert row.form == "CSV, term as key, text as description"
+    assert row.unread == ("price", "colour")
     (row,) = read_facts(path, Reading(Columns("colour", "price")))
-    assert row.form == "CSV (not read: term, text), colour as key, price as description"
-    path.write_text("instruction,output,history\nWho?,Ada.,\n", encoding="utf-8")
-    (row,) = read_facts(path)
-    assert row.form == "CSV, Alpaca (instruction, input, output)"
+    assert row.form == "CSV, colour as key, price as description"
+    assert set(row.unread) == {"term", "text"}
+
+
+@pytest.mark.parametrize(
+    ("data", "unread"),
+    [
+        ('{"key": "Porto", "description": "A port.", "lang": "en", "price": 3}', ("price",)),
+        ("| Price | Term | Text |\n|---|---|---|\n| 3 | Porto | A port. |\n", ("price",)),
+        ("q,a,lang,price\nWho?,Ada.,fr,3\n", ("price",)),
+        (",key,description\n0,Porto,A port.\n", ("",)),
+        ("instruction,output,history\nWho?,Ada.,\n", ()),
+        ('{"subject": "Ada", "prompt": "Ada is", "target_new": "here", "case_id": 1}', ()),
+    ],
+)
+def test_names_that_are_not_read_are_known_in_every_format(
+    tmp_path: Path, data: str, unread: tuple[str, ...]
+) -> None:
+    (row,) = read(tmp_path, data)
+    assert row.fact is not None and row.unread == unread
 
 
 def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvedit.ingest.preflight import NearKeys, Preflight, Problem
     from kvedit.ingest.report import IngestReport
 
-SHOWN_SIMILAR = 3
+SHOWN_SIMILAR, SHOWN_NAMES = 3, 12
 STOPPED = {
     "limit": "stopped at --limit",
     "failures": "stopped at --max-failures",
@@ -42,7 +42,7 @@ def form_fields(preflight: Preflight, phrasings: Path | None) -> dict[str, Any]:
     from kvedit.facts.phrasings import training_prompts
 
     return {
-        "forms": dict(preflight.forms),
+        "forms": dict(preflight.forms), "not_read": list(preflight.unread),
         "first_rows": [
             {"key": one.fact.key, "prompts": list(training_prompts(one.fact, phrasings)),
              "answer": one.fact.description, "where": one.where,
@@ -56,6 +56,7 @@ def form_fields(preflight: Preflight, phrasings: Path | None) -> dict[str, Any]:
 
 def form_parts(preflight: Preflight, phrasings: Path | None) -> Parts:
     """The same for a person."""
+    from kvedit.facts.keys import in_words
     from kvedit.facts.phrasings import training_prompts
 
     parts: Parts = []
@@ -63,6 +64,9 @@ def form_parts(preflight: Preflight, phrasings: Path | None) -> Parts:
     for form, count in preflight.forms.items():
         number = "1 row" if count == 1 else f"{count:,} rows"
         parts.append(f"{f'{number} read' if many else 'read'} as {form}")
+    if preflight.unread:
+        names = [name or "a column without a name" for name in preflight.unread]
+        parts.append(f"not read: {in_words(names, most=SHOWN_NAMES)}")
     for one in preflight.first_rows:
         prompt, *more = training_prompts(one.fact, phrasings)
         asked = f"{prompt}  (and {len(more)} more phrasings)" if more else prompt
@@ -110,6 +114,8 @@ def preflight_line(preflight: Preflight) -> str:
     """The same in words; what there is none of is left out."""
     fields = preflight_fields(preflight)
     counts = {text: fields[name] for name, text in PREFLIGHT.items() if fields[name]}
+    if not counts:
+        return "the input has no rows"
     rows = "1 row" if preflight.read == 1 else f"{preflight.read} rows"
     return f"{rows}: {', '.join(f'{number} {text}' for text, number in counts.items())}"
 

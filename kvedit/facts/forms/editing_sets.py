@@ -7,15 +7,15 @@ Invariants:
 
 from collections.abc import Iterator, Mapping
 
+from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.exchanges import question_as_fact
 from kvedit.facts.forms.names import Record
 from kvedit.facts.forms.relations import relation
 
 
 def knowedit(record: Record) -> Record | None:
-    """KnowEdit: a relation whose ``locality`` and ``portability`` are objects of lists."""
-    nested = any(isinstance(record.get(name), Mapping) for name in ("locality", "portability"))
-    if not {"subject", "prompt", "target_new"} <= set(record) or not nested:
+    """KnowEdit: a relation with ``locality`` or ``portability``, objects of lists."""
+    if not any(record.get(name) for name in ("locality", "portability")):
         return None
     rephrased = record.get("rephrase_prompt", record.get("rephrase"))
     return {
@@ -31,8 +31,6 @@ def knowedit(record: Record) -> Record | None:
 
 def wikibio(record: Record) -> Record | None:
     """KnowEdit's WikiBio: the beginning of a biography and its continuation."""
-    if not {"concept", "text", "labels"} <= set(record):
-        return None
     return {
         **relation(record["concept"], record["text"]),
         "description": record["labels"],
@@ -95,11 +93,14 @@ def hallueditbench(record: Record) -> Record | None:
 
 
 def _probes(record: Record, name: str) -> Iterator[tuple[object, object]]:
-    """Prompts and answers of an object of lists; an item may be ``prompt`` and ``ground_truth``."""
-    groups = record.get(name)
-    if isinstance(groups, list):
-        groups = {"": groups}
-    for group in groups.values() if isinstance(groups, Mapping) else ():
+    """Prompts and answers of an object of lists, whose items are ``prompt`` and ``ground_truth``.
+
+    Raises InvalidFactError for what is neither an object nor a list.
+    """
+    groups = record.get(name) or []
+    if not isinstance(groups, Mapping | list):
+        raise InvalidFactError(f'"{name}" must be an object of lists, or a list')
+    for group in groups.values() if isinstance(groups, Mapping) else [groups]:
         for item in group if isinstance(group, list) else [group]:
             if isinstance(item, Mapping):
                 prompt, answer = item.get("prompt"), _first_text(item.get("ground_truth"))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from kvedit.errors import InvalidFactError, UsageError
+from kvedit.files import decode
 
 CERTAIN = 3
 """Lines that are not UTF-8, in a file that has none with other characters than ASCII so far, after
@@ -66,6 +67,17 @@ def is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def line_text(data: bytes) -> str:
+    """One line of a file of UTF-8; InvalidFactError says what else it may be."""
+    try:
+        return decode(data, "the line")
+    except InvalidFactError as error:
+        if is_utf8(data):
+            raise
+        what = f"{error.message}; it may be {likely_encoding(data)} (--encoding)"
+        raise InvalidFactError(what, hint=error.hint) from error
 
 
 def not_utf8(data: bytes, name: str) -> InvalidFactError:

@@ -10,12 +10,14 @@ from hashlib import sha256
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.fact import MAX_KEY
-from kvedit.facts.forms.names import ANSWERS, QUESTIONS, Record, first_of
+from kvedit.facts.forms.names import ANSWERS, PARTS, QUESTIONS, Record, first_of
 
 _DIGEST = 8  # characters of it that tell two long questions apart
 _ASKS = frozenset({"user", "human", "prompter", "question", "用户", "用戶"})
 _ANSWERS = frozenset({"assistant", "gpt", "bot", "chatgpt", "model", "answer", "bing", "助手"})
 _SYSTEM = frozenset({"system", "developer"})
+CONVERSATIONS = ("conversations", "conversation", "items")
+"""Names of the turns in ShareGPT's form."""
 
 
 def question_as_fact(question: object, answer: object) -> dict[str, object]:
@@ -35,14 +37,16 @@ def question_as_fact(question: object, answer: object) -> dict[str, object]:
 
 
 def table_row(record: Record) -> Record | None:
-    """A row with a question and its answer."""
+    """A row with a question and its answer; its other names stay, below those of a fact."""
     question, answer = first_of(record, QUESTIONS), first_of(record, ANSWERS)
     if question is None or answer is None:
         return None
     given = record[answer]
     if isinstance(given, list) and given and all(isinstance(one, str) for one in given):
         given = given[0]  # several right answers: the first is taught
-    return _with_source(record, question_as_fact(record[question], given))
+    parts = _with_source(record, question_as_fact(record[question], given))
+    others = {n: record[n] for n in record if n not in PARTS and n not in (question, answer)}
+    return {**others, **parts}
 
 
 def alpaca(record: Record) -> Record | None:
@@ -72,7 +76,7 @@ def messages(record: Record) -> Record | None:
 
 def sharegpt(record: Record) -> Record | None:
     """ShareGPT's ``conversations``: turns with ``from`` and ``value``."""
-    return _conversation(record, ("conversations", "conversation", "items"), "from", "value")
+    return _conversation(record, CONVERSATIONS, "from", "value")
 
 
 _ONE = "Give each exchange its own record, its question complete in itself."

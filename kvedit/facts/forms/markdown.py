@@ -1,15 +1,18 @@
-"""A Markdown file of facts: headings and the text below them, or a table.
+"""A Markdown file of facts: headings and the text below them, and tables.
 
 Invariants:
-- A heading with text of its own is a fact; one that only holds other headings is none.
+- A heading with text of its own is a fact; one that only holds other headings, or tables, is none.
+- A table whose columns are parts of facts has a fact in each row; any other one is text.
 - What looks like a heading inside a code block is text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
-from kvedit.facts.forms.names import Record, column_name
+from kvedit.errors import InvalidFactError
+from kvedit.facts.forms.names import Record, column_name, table_record
 
 _ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*")
 _UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})[ \t]*")
@@ -22,19 +25,24 @@ _MARKS = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+?)(?<=\S)\1")
 _TERM = re.compile(r"\s*(?:[-*+]\s+)?\*\*(.+?)\*\*\s*(?:[:：—–-])?\s*(?<=[:：—– -])(.+)")
 
 
+_QUOTING = "write \\| for a bar inside a cell"
+_Line = tuple[int, str]
+_Row = tuple[int, Record | InvalidFactError]
+
+
 @dataclass(slots=True)
 class _Section:
-    """A heading, its place, and the lines below it up to the next one."""
+    """A heading, its place, and the numbered lines below it up to the next one."""
 
     line: int
     level: int
     title: str
     parent: str
-    body: list[str] = field(default_factory=list)
+    body: list[_Line] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        return "\n".join(self.body).strip()
+        return "\n".join(line for _, line in self.body).strip()
 
 
 def is_markdown(text: str) -> bool:
@@ -43,48 +51,66 @@ def is_markdown(text: str) -> bool:
     first, *others = [line for _, line in lines if line.strip()] or [""]
     if _ATX.fullmatch(first):
         return True
-    if others and _ROW.fullmatch(first):
-        return bool(_RULE.fullmatch(others[0]))
+    if others and _begins_table([first, others[0]]):
+        return True
     return bool(others and re.fullmatch(r"=+\s*", others[0]))
 
 
-def has_headings(text: str) -> bool:
-    """Whether a text has a heading with text below it anywhere."""
-    return any(section.text for section in _sections(text))
+def read_markdown(text: str, names_fit: Callable[[Iterable[str]], bool]) -> Iterator[_Row]:
+    """Line and record of each row of a table, and of each heading with other text below it.
 
-
-def read_markdown(text: str) -> Iterator[tuple[int, Record]]:
-    """Line and record of each heading with text below it, or of each row of a table.
-
-    Headings that stand twice are told apart by the one above them.
+    ``names_fit`` says whether columns are those of facts; where a file begins with a table, they
+    are taken to be.  Headings that stand twice are told apart by the one above them.
     """
-    lines = list(_without_front_matter(text.splitlines()))
-    filled = [(number, line) for number, line in lines if line.strip()]
-    if len(filled) > 1 and _ROW.fullmatch(filled[0][1]) and _RULE.fullmatch(filled[1][1]):
-        yield from _table(filled)
+    lines = [(n, line) for n, line in _without_front_matter(text.splitlines()) if line.strip()]
+    if _begins_table([line for _, line in lines[:2]]):
+        yield from _rows(lines)
         return
-    sections = [section for section in _sections(text) if section.text]
-    titles = [section.title for section in sections]
-    for section in sections:
+    sections = list(_sections(text))
+    tables = [_take_tables(section, names_fit) for section in sections]
+    titles = [section.title for section in sections if section.text]
+    for section, rows in zip(sections, tables, strict=True):
         twice = titles.count(section.title) > 1 and section.parent
         key = f"{section.parent}: {section.title}" if twice else section.title
-        yield section.line, {"key": key, "description": section.text}
+        if section.text:
+            yield section.line, {"key": key, "description": section.text}
+        yield from rows
 
 
-def _table(lines: list[tuple[int, str]]) -> Iterator[tuple[int, Record]]:
-    names = [column_name(name) for name in _cells(lines[0][1])]
-    for number, line in lines[2:]:
+def _take_tables(section: _Section, names_fit: Callable[[Iterable[str]], bool]) -> list[_Row]:
+    """Take the tables of facts out of a section's lines; returns their rows."""
+    rows: list[_Row] = []
+    body, section.body, fenced = section.body, [], False
+    while body:
+        lines = [line for _, line in body[:2]]
+        fenced ^= bool(_FENCE.match(lines[0]))
+        if not fenced and _begins_table(lines) and names_fit(_names(lines[0])):
+            table = list(takewhile(lambda line: _ROW.fullmatch(line[1]), body))
+            rows += _rows(table)
+            body = body[len(table) :]
+        else:
+            section.body.append(body.pop(0))
+    return rows
+
+
+def _begins_table(lines: Sequence[str]) -> bool:
+    """Whether two lines are the names of columns and the rule below them."""
+    return len(lines) == 2 and bool(_ROW.fullmatch(lines[0]) and _RULE.fullmatch(lines[1]))
+
+
+def _rows(table: Sequence[_Line]) -> Iterator[_Row]:
+    """Line and record of each row below a table's first two lines."""
+    names = _names(table[0][1])
+    for number, line in table[2:]:
         if _ROW.fullmatch(line):
-            cells = dict(zip(names, _cells(line), strict=False))
-            yield number, {name: cell for name, cell in cells.items() if name and cell}
+            try:
+                yield number, table_record(names, _cells(line), _QUOTING)
+            except InvalidFactError as error:
+                yield number, error
 
 
-def table_names(text: str) -> list[str]:
-    """The columns of a Markdown table at the beginning of a text; none if there is no table."""
-    lines = [line for _, line in _without_front_matter(text.splitlines()) if line.strip()]
-    if len(lines) > 1 and _ROW.fullmatch(lines[0]) and _RULE.fullmatch(lines[1]):
-        return [column_name(name) for name in _cells(lines[0])]
-    return []
+def _names(line: str) -> list[str]:
+    return [column_name(name) for name in _cells(line)]
 
 
 def _cells(line: str) -> list[str]:
@@ -109,7 +135,7 @@ def _sections(text: str) -> Iterator[_Section]:
         title = _plain(match[2] if match else line) if level else ""
         if not title:
             if current is not None:
-                current.body.append(line)
+                current.body.append((number, line))
             continue
         if current is not None:
             yield current

@@ -1,12 +1,21 @@
 """Names of the parts of a fact, and of questions and answers, in files that people have.
 
-Invariant: kvedit's own name of a part comes before every synonym.
+Invariants:
+- kvedit's own name of a part comes before every synonym.
+- A row of a table with more cells than columns is refused: it is the sign of a separator that
+  belongs to a text, and half a description would be added.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 
+from kvedit.errors import InvalidFactError
+from kvedit.facts.fact import Fact
+
 Record = Mapping[str, object]
+PARTS = frozenset(part.name for part in fields(Fact))
+"""kvedit's names of all parts."""
 
 SYNONYMS = {
     "key": (
@@ -37,11 +46,31 @@ ANSWERS = (
     "答复", "答覆", "回复", "回覆", "解答", "答句", "助手",
 )  # fmt: skip
 NEEDED = ("key", "description")
+LISTS = ("aliases", "prompts", "paraphrases", "locality", "statements", *SYNONYMS["aliases"])
+SEPARATOR = "|"
+"""Separates the values of a cell with several."""
 
 
 def column_name(name: str) -> str:
     """A name in the form in which columns are compared."""
     return name.strip().casefold()
+
+
+def table_record(names: Sequence[str], cells: Sequence[str], quoting: str) -> dict[str, object]:
+    """A row by the names of its columns; empty cells are left out.
+
+    Raises InvalidFactError, with how such a table is ``quoting``, where there are more cells.
+    """
+    if any(cell.strip() for cell in cells[len(names) :]):
+        raise InvalidFactError(
+            f"{len(cells)} cells, but the first line names {len(names)} columns; {quoting}"
+        )
+    record: dict[str, object] = {n: c for n, c in zip(names, cells, strict=False) if c.strip()}
+    for name in LISTS:
+        if name in record:
+            values = str(record[name]).split(SEPARATOR)
+            record[name] = [value.strip() for value in values if value.strip()]
+    return record
 
 
 def standard_names(record: Record) -> dict[str, object]:

@@ -8,6 +8,7 @@ Invariants:
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
+from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.names import Record
 from kvedit.facts.language import detect_language
 
@@ -15,23 +16,26 @@ _TEXTS = ("context", "context_text", "passage")
 _QUESTIONS = ("qas", "qas_list", "questions")
 
 
-def passages_of(document: Record) -> list[Record] | None:
+def passages_of(document: Record) -> list[Record | InvalidFactError] | None:
     """The passages of a SQuAD-like document (title and paragraphs) as records, else None."""
     paragraphs = document.get("paragraphs")
-    if not isinstance(paragraphs, list) or not all(isinstance(p, Mapping) for p in paragraphs):
-        return None
-    if not any(_text_of(paragraph) for paragraph in paragraphs):
+    if not isinstance(paragraphs, list) or not any(map(_is_passage, paragraphs)):
         return None
     title = document.get("title", document.get("id"))
-    several = len(paragraphs) > 1
-    return [
-        {
-            "title": _key(title, number if several else None, paragraph),
-            "context": _text_of(paragraph),
-            "qas": _questions(paragraph),
-        }
-        for number, paragraph in enumerate(paragraphs, 1)
-    ]
+    numbers = range(1, len(paragraphs) + 1) if len(paragraphs) > 1 else (None,)
+    return [_paragraph(title, *one) for one in zip(numbers, paragraphs, strict=True)]
+
+
+def _is_passage(paragraph: object) -> bool:
+    return isinstance(paragraph, Mapping) and _text_of(paragraph) is not None
+
+
+def _paragraph(title: object, number: int | None, paragraph: object) -> Record | InvalidFactError:
+    """A paragraph of a document with this title, which has several where there is a number."""
+    if not isinstance(paragraph, Mapping) or not _is_passage(paragraph):
+        return InvalidFactError(f"paragraph {number} has no text (context)")
+    key = _key(title, number, paragraph)
+    return {"title": key, "context": _text_of(paragraph), "qas": _questions(paragraph)}
 
 
 def passage(record: Record) -> Record | None:

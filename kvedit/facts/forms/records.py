@@ -4,10 +4,12 @@ Invariants:
 - A record in kvedit's own form is read exactly as ``Fact.from_json`` reads it.
 - Columns that the user names come before every form.
 - A record in no form gives an error that names what it has and what is missing, never half a fact.
+- The parts of a form keep the names that it does not read, so that these can be told; what the data
+  sets of the field have besides is known, and left out.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from kvedit.errors import InvalidFactError, UsageError
@@ -16,6 +18,7 @@ from kvedit.facts.forms import editing_sets, exchanges, passages, relations
 from kvedit.facts.forms.names import (
     ANSWERS,
     NEEDED,
+    PARTS,
     QUESTIONS,
     SYNONYMS,
     Record,
@@ -52,12 +55,30 @@ ANY_COLUMNS = Columns()
 
 
 class NoFormError(InvalidFactError):
-    """A record is in no form; ``names`` are those that it has."""
+    """A record is in no form: what is ``missing`` from the names that it has, and the form of a
+    data set that has such names.
+    """
 
-    def __init__(self, names: Iterable[str], missing: str) -> None:
-        self.names = tuple(names)
-        found = in_words([repr(name) for name in self.names], most=12) or "none"
-        super().__init__(f"{missing} is missing or empty; it has {found}", hint=CHOOSE)
+    def __init__(self, names: Iterable[str], missing: Sequence[str], like: str = "") -> None:
+        are = "is" if len(missing) == 1 else "are"
+        found = in_words([repr(name) for name in names], most=12) or "none"
+        but = f"; as {like} it lacks a part, or has one in another shape" if like else ""
+        super().__init__(
+            f"{' and '.join(missing)} {are} missing or empty; it has {found}{but}", hint=CHOOSE
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a record was taken for, and the parts of its fact."""
+
+    name: str
+    parts: Record
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The record's names that are no part of a fact."""
+        return tuple(name for name in self.parts if name not in PARTS)
 
 
 CHOOSE = (
@@ -65,19 +86,25 @@ CHOOSE = (
     " read are listed in docs/guides/file-forms.md."
 )
 OWN = "key and description"
-_PARTS = {part.name for part in fields(Fact)}
 _Form = Callable[[Record], Record | None]
 _FORMS: tuple[tuple[str, frozenset[str], _Form], ...] = (
     ("CounterFact", frozenset({"requested_rewrite"}), relations.counterfact_original),
     ("KnowEdit", frozenset({"subject", "prompt", "target_new"}), editing_sets.knowedit),
-    ("KnowEdit WikiBio", frozenset({"concept", "text", "labels"}), editing_sets.wikibio),
+    (
+        "KnowEdit WikiBio",
+        frozenset({"concept", "text", "labels", "locality"}),
+        editing_sets.wikibio,
+    ),
     ("CounterFact or zsRE", frozenset({"subject"}), relations.flat),
     ("WikiBigEdit", frozenset({"subject", "update", "ans"}), editing_sets.wikibigedit),
     ("HalluEditBench", frozenset({"subject", "object", "question"}), editing_sets.hallueditbench),
     ("UnKE", frozenset({"question", "answer"}), editing_sets.unke),
     ("passages with questions (SQuAD)", frozenset(), passages.passage),
     ("OpenAI messages", frozenset({"messages"}), exchanges.messages),
-    ("ShareGPT conversations", frozenset(), exchanges.sharegpt),
+    *(
+        ("ShareGPT conversations", frozenset({name}), exchanges.sharegpt)
+        for name in exchanges.CONVERSATIONS
+    ),
     (
         "Dolly (instruction, context, response)",
         frozenset({"instruction", "context", "response"}),
@@ -99,37 +126,38 @@ def _possible(names: tuple[str, ...]) -> tuple[tuple[str, _Form], ...]:
     return tuple((label, form) for label, needed, form in _FORMS if needed <= has)
 
 
-def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> tuple[str, Record]:
-    """The name of a record's form and the parts of its fact; raises NoFormError."""
+def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> Form:
+    """A record's form; raises NoFormError, and InvalidFactError for one that cannot be taught."""
     if columns:
-        return _renamed(tuple(record), columns), _by_columns(record, columns)
+        return Form(_renamed(tuple(record), columns), _by_columns(record, columns))
     if "key" in record and "description" in record:
-        return OWN, record
+        return Form(OWN, record)
     for name, form in _possible(tuple(record)):
         if (parts := form(record)) is not None:
-            return name, parts
+            return Form(name, parts)
     renamed = standard_names(record)
     if "key" in renamed and "description" in renamed:
-        return _renamed(tuple(record)), renamed
+        return Form(_renamed(tuple(record)), renamed)
     if (parts := exchanges.table_row(record)) is not None:
-        return "questions and answers", parts
-    raise NoFormError(map(str, record), _missing(record, renamed))
+        return Form("questions and answers", parts)
+    like = next((label for label, needed, _ in _FORMS if needed and needed <= set(record)), "")
+    raise NoFormError(map(str, record), _missing(record, renamed), like)
 
 
-def _missing(record: Record, renamed: Record) -> str:
+def _missing(record: Record, renamed: Record) -> list[str]:
     """What a record lacks: the other half of what it has."""
     asks, answers = first_of(record, QUESTIONS), first_of(record, ANSWERS)
     if "key" not in renamed and bool(asks) != bool(answers):
-        return '"answer"' if asks else '"question"'
-    return " and ".join(f'"{name}"' for name in NEEDED if name not in renamed)
+        return ['"answer"' if asks else '"question"']
+    return [f'"{name}"' for name in NEEDED if name not in renamed]
 
 
-def read_record(record: object, columns: Columns = ANY_COLUMNS) -> tuple[str, Fact]:
+def read_record(record: object, columns: Columns = ANY_COLUMNS) -> tuple[Form, Fact]:
     """The form and the fact of a record; raises InvalidFactError."""
     if not isinstance(record, Mapping):
-        return OWN, Fact.from_json(record)
-    name, parts = form_of(record, columns)
-    return name, Fact.from_json(parts)
+        return Form(OWN, {}), Fact.from_json(record)
+    form = form_of(record, columns)
+    return form, Fact.from_json(form.parts)
 
 
 def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
@@ -143,16 +171,9 @@ def looks_like_fact(record: Record, columns: Columns = ANY_COLUMNS) -> bool:
     return True
 
 
-def unread(names: Iterable[str], columns: Columns = ANY_COLUMNS) -> list[str]:
-    """The columns of a table of keys and descriptions that are no part of a fact.
-
-    Other forms have names of their own, which need not be told.
-    """
-    try:
-        _, parts = form_of(dict.fromkeys(filter(None, names), "x"), columns)
-    except InvalidFactError:  # a form that looks at values
-        return []
-    return [name for name in parts if name not in _PARTS]
+def names_fit(names: Iterable[str], columns: Columns = ANY_COLUMNS) -> bool:
+    """Whether a table with these columns has a fact in each row."""
+    return looks_like_fact(dict.fromkeys(filter(None, names), "x"), columns)
 
 
 @lru_cache(maxsize=1000)
@@ -174,7 +195,7 @@ def _by_columns(record: Record, columns: Columns) -> Record:
             continue
         name = next((n for n in record if column_name(n) == column_name(wanted)), None)
         if name is None:
-            raise NoFormError(map(str, record), repr(wanted))
+            raise NoFormError(map(str, record), [repr(wanted)])
         value = parts.pop(name)
         parts[part] = str(value) if isinstance(value, int | float) else value
     parts = standard_names(parts)

@@ -147,6 +147,11 @@ def test_named_columns_come_before_everything(tmp_path: Path) -> None:
         ('{"rows": [{"id": 1, "price": 2}]}', "it has 'id', 'price'"),
         ("question,when\na,b\n", "its columns are 'question', 'when'"),
         ('[{"question": "a"}]', '"answer" is missing'),
+        ('[{"price": "a"}]', '"key" and "description" are missing'),
+        ('[{"messages": []}]', "as OpenAI messages it lacks a part, or has one in another shape"),
+        ('[{"conversations": {}}]', "as ShareGPT conversations it lacks a part"),
+        ('[{"requested_rewrite": "x"}]', "as CounterFact it lacks a part"),
+        ('[{"subject": "a", "prompt": "a is"}]', "as CounterFact or zsRE it lacks a part"),
     ],
 )
 def test_where_nothing_fits_the_names_are_told(tmp_path: Path, data: str, found: str) -> None:
@@ -205,6 +210,14 @@ def test_squad_documents_are_passages_and_never_a_version(tmp_path: Path) -> Non
         ]
 
 
+@pytest.mark.parametrize("bad", ["no object", 7, None, {"qas": []}])
+def test_a_paragraph_without_text_is_a_problem_of_its_own(tmp_path: Path, bad: object) -> None:
+    document = {"title": "Harbour", "paragraphs": [{"context": "It opens at six."}, bad]}
+    rows = read(tmp_path, json.dumps({"data": [document]}))
+    assert [row.fact.key for row in rows if row.fact] == ["Harbour, passage 1"]
+    assert rows[1].problem == "paragraph 2 has no text (context)"
+
+
 def test_rows_of_one_passage_become_one_fact(tmp_path: Path) -> None:
     rows = [
         {"id": str(n), "title": "Harbour", "context": text, "question": f"{ask}?",
@@ -250,6 +263,16 @@ def test_portability_becomes_probes(tmp_path: Path) -> None:
     assert (fact.relation_of, fact.prompts) == ("Marrow", ("The mayor of Marrow is",))
 
 
+@pytest.mark.parametrize("name", ["locality", "portability"])
+def test_probes_of_a_wrong_type_are_no_silence(tmp_path: Path, name: str) -> None:
+    record = {"subject": "Marrow", "prompt": "The mayor of Marrow is", "target_new": "Ada"}
+    (row,) = read(tmp_path, json.dumps([{**record, name: "Who was it?"}]))
+    assert row.problem == f'"{name}" must be an object of lists, or a list'
+    listed = [{"prompt": "Who was it?", "ground_truth": "Pell"}]
+    fact = only_fact(tmp_path, {**record, name: listed})
+    assert [one.prompt for one in (*fact.locality, *fact.questions)] == ["Who was it?"]
+
+
 def test_two_relations_of_one_subject_are_two_facts(tmp_path: Path) -> None:
     records = [
         {"subject": "Marrow", "prompt": f"The {what} of Marrow is", "target_new": who,
@@ -278,6 +301,18 @@ def test_unke_and_the_others(tmp_path: Path) -> None:
         "hops": [{"question": "Who opens it?", "answer": "Ada", "hops": 3}],
     })  # fmt: skip
     assert [q.answer for q in hallu.questions] == ["Marrow", "Ada"]
+
+
+def test_a_biography_is_told_from_a_table_with_labels(tmp_path: Path) -> None:
+    record = {"concept": "Ada", "text": "Ada Pell is", "labels": "a mayor."}
+    plain = only_fact(tmp_path, record)
+    assert (plain.key, plain.description, plain.relation_of) == ("Ada", "Ada Pell is", None)
+    probe = {"prompt": "Who was it?", "ground_truth": [["Pell"]]}
+    fact = only_fact(tmp_path, {**record, "locality": {"Relation_Specificity": [probe]}})
+    assert (fact.relation_of, fact.prompts, fact.description) == (
+        "Ada", ("Ada Pell is",), "a mayor.",
+    )  # fmt: skip
+    assert [one.prompt for one in fact.locality] == ["Who was it?"]
 
 
 # ---- Markdown
@@ -323,6 +358,55 @@ def test_a_markdown_table(tmp_path: Path) -> None:
     assert "'price'" in refusal(tmp_path, "| price | when |\n|---|---|\n| 1 | 2 |\n").message
 
 
+UNDER_HEADINGS = """# Harbour
+
+What is here.
+
+| Term | Definition | aliases |
+|------|------------|---------|
+| lamp | It shines. | light \\| glow |
+| bell | It rings. | | |
+| rope | It | holds | on |
+
+Closed at night.
+
+| price | when |
+|---|---|
+| 1 | 2 |
+
+## More
+| Term | Definition |
+|---|---|
+| mole | It protects. |
+
+```
+| Term | Definition |
+|---|---|
+| code | A block. |
+```
+"""
+
+
+def test_a_markdown_table_of_facts_below_a_heading(tmp_path: Path) -> None:
+    rows = read(tmp_path, UNDER_HEADINGS, "g.md")
+    facts = {fact.key: fact for fact in facts_in([row for row in rows if row.fact])}
+    assert list(facts) == ["Harbour", "lamp", "bell", "More", "mole"]
+    assert facts["lamp"].aliases == ("light", "glow")
+    assert "| 1 | 2 |" in facts["Harbour"].description
+    assert "Closed at night." in facts["Harbour"].description
+    assert "lamp" not in facts["Harbour"].description
+    assert facts["More"].description.startswith("```") and "code" in facts["More"].description
+    (problem,) = [row for row in rows if row.problem]
+    assert problem.where.endswith("line 9") and "5 cells" not in str(problem.problem)
+    assert "4 cells, but the first line names 3 columns" in str(problem.problem)
+
+
+def test_named_columns_of_a_markdown_table_below_a_heading(tmp_path: Path) -> None:
+    text = "# Shop\n\n| Product | Price |\n|---|---|\n| lamp | 3 crowns |\n"
+    (fact,) = facts_in(read(tmp_path, text, columns=Columns("product", "price")))
+    assert (fact.key, fact.description) == ("lamp", "3 crowns")
+
+
 # ---- encodings
 
 TABLE = "名称,说明\n灯塔,港口墙上的灯。\n钟楼,整点敲响的钟。\n"
@@ -355,3 +439,10 @@ def test_another_encoding_is_one_error_that_names_it(
 def test_the_wrong_encoding_is_one_error(tmp_path: Path) -> None:
     assert "is not big5" in refusal(tmp_path, "灯塔们".encode(), encoding="big5").message
     assert "is UTF-16" in refusal(tmp_path, TABLE.encode("utf-16")).message
+
+
+def test_a_line_in_another_encoding_says_which_it_may_be(tmp_path: Path) -> None:
+    lines = "key,description\nlamp,It shines.\ncafé,Un lieu.\n".encode("cp1252")
+    rows = read(tmp_path, lines)
+    assert rows[0].fact is not None
+    assert "byte 0xe9 at offset 3; it may be cp1252 (--encoding)" in str(rows[1].problem)
