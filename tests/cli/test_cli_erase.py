@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kvedit.events import Score
 from kvedit.store.store import Store
 from tests.cli.cli_fakes import FakeBase, run
 from tests.store_steps import add, checkpoint, committed_texts, new_store
@@ -53,7 +55,13 @@ def test_a_person_is_asked(
     assert done.exit_code == 0, done.stderr
     assert fake.last is not None and fake.last.calls == [("erase", ("Porto",), False)]
     assert "committed erase 1 fact: revision 3" in done.stdout
-    assert "verify --repair" in done.stderr
+    assert done.stderr.endswith("next: kvedit verify\n")
+
+
+def test_what_an_erasure_lost_is_to_be_repaired(filled: Path, fake: type[FakeBase]) -> None:
+    fake.report = replace(fake.report, retention=Score(1, 2))
+    done = run("erase", "Porto", "--yes", "--force")
+    assert done.stderr.endswith("next: kvedit verify --repair\n")
 
 
 def test_with_yes_and_json_the_plan_is_the_first_line(filled: Path) -> None:

@@ -149,12 +149,14 @@ def test_show_says_what_a_fact_recites_and_answers(filled: Path) -> None:
     text = run("show", "Faro").stdout
     for part in ("Which river? - The Douro.\n", "Portugal (never trained)", "Ships call."):
         assert part in text
-    assert "answers   1/1  100%  (95% interval 21-100%, generated)" in text
+    assert "questions about it at revision 3: 1/1  100%  (95% interval 21-100%, generated)" in text
     document = json.loads(run("show", "Faro", "--json").stdout)
     assert document["questions"][1] == {
         "prompt": "Which country?", "answer": "Portugal", "probe": True,
     }  # fmt: skip
     assert (document["answers"]["passed"], document["answers"]["n"]) == (1, 1)
+    assert document["answers"]["revision"] == 3
+    assert (document["generalizes"]["n"], document["generalizes"]["revision"]) == (0, None)
     assert (document["recites"]["passed"], document["recites"]["n"]) == (1, 1)
     listed = json.loads(run("list", "--json").stdout)
     assert listed[-1]["statements"] == ["Ships call."]

@@ -50,14 +50,11 @@ def run_edit(settings: Settings, as_json: bool, edit: Callable[[KnowledgeBase], 
 def _suggest(settings: Settings, report: EditReport) -> None:
     """Say what usually comes next."""
     key = report.key or ""
-    if report.kind == "erase" and report.outcome == "committed":
-        next_step(settings, "verify", "--repair")
-        return
+    lost = report.retention.passed < report.retention.n
     if report.outcome == "rejected":
         learned = (report.reliability, report.generalization)
         if report.kind == "add" and any(score.passed < score.n for score in learned):
             note(settings, "a --prompt or --alias of your own may help the model to learn it")
-        lost = report.retention.passed < report.retention.n
         after = "; `kvedit verify --repair` then trains what was lost" if lost else ""
         note(settings, f"add --force to commit it all the same and to see what it broke{after}")
     elif report.outcome == "unchanged":
@@ -67,7 +64,7 @@ def _suggest(settings: Settings, report: EditReport) -> None:
         question = f"{key}是什麼？" if chinese else f"What is {key}?"
         next_step(settings, "ask", question, "--compare-base")
     else:
-        next_step(settings, "verify")
+        next_step(settings, "verify", *(["--repair"] if lost else []))
 
 
 def _description(file: str | None, text: str | None) -> str:

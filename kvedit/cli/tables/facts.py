@@ -27,7 +27,12 @@ CHANGE = (
     "{median:.1%} of the norm of a matrix (median of {matrices}), at most {most:.1%} ({matrix})"
 )
 """How far the weights are from the base model's, relative to their Frobenius norms."""
-"""How the rows of an input are counted, for programs and for people."""
+SCORES = {
+    "recites": (("recall", "retention"), "trained phrasings"),
+    "generalizes": (("paraphrase",), "unseen phrasings"),
+    "answers": (("portability",), "questions about it"),
+}
+"""What is known of a fact, the kinds of its probes, and what these ask."""
 
 
 def when(time: str | None) -> str:
@@ -38,6 +43,10 @@ def when(time: str | None) -> str:
 def margin_text(margin: float | None) -> str:
     """A margin in logits, or a dash."""
     return "-" if margin is None else f"{margin:+.2f}"
+
+
+def _margin_field(margin: float | None) -> str:
+    return margin_text(margin) + ("" if margin is None else ", the lowest of its trained phrasings")
 
 
 def first_of(items: Sequence[str], shown: int = SHOWN) -> list[str]:
@@ -59,26 +68,39 @@ def fact_document(row: FactRow, edits: Sequence[EditRow],
         {**{name: getattr(one, name) for name in names}, "time": one.created_at}
         for one in results[:SHOWN]
     ]
-    scores = {name: score.to_json() for name, score in latest_scores(results).items()}
+    scores = {
+        name: {**score.to_json(), "revision": revision}
+        for name, (score, revision) in latest_scores(results).items()
+    }
     edited = [edit.to_json() for edit in edits]
     return {**row.to_json(), **scores, "edits": edited, "results": probes}
 
 
-def latest_scores(results: Sequence[ProbeRow]) -> dict[str, Score]:
-    """What a fact ``recites`` and ``answers``: each of its phrasings and questions once, at the
-    newest revision that has any; results come newest first.
+def latest_scores(results: Sequence[ProbeRow]) -> dict[str, tuple[Score, int | None]]:
+    """What a fact ``recites``, ``generalizes`` to and ``answers``: each of its phrasings and
+    questions once, at the newest revision that has any, and this revision; results come newest
+    first.
     """
     from kvedit.events import Score
 
-    kinds = {"recites": ("recall", "retention"), "answers": ("portability",)}
     scores = {}
-    for name, of_name in kinds.items():
-        rows = [one for one in results if one.kind in of_name and one.revision is not None]
-        at_newest = [one for one in rows if one.revision == rows[0].revision]
+    for name, (kinds, _) in SCORES.items():
+        rows = [one for one in results if one.kind in kinds and one.revision is not None]
+        revision = rows[0].revision if rows else None
+        at_newest = [one for one in rows if one.revision == revision]
         latest = {one.prompt: one.passed for one in reversed(at_newest)}
         protocol = "generated" if name == "answers" else "teacher-forced"
-        scores[name] = Score(sum(latest.values()), len(latest), protocol)
+        scores[name] = Score(sum(latest.values()), len(latest), protocol), revision
     return scores
+
+
+def _score_fields(results: Sequence[ProbeRow]) -> list[tuple[str, str]]:
+    """The scores that a fact has, each with what was asked, and when."""
+    return [
+        (name, f"{SCORES[name][1]} at revision {revision}: {output.score_text(score)}")
+        for name, (score, revision) in latest_scores(results).items()
+        if score.n
+    ]
 
 
 def facts_table(rows: Sequence[FactRow]) -> Table:
@@ -101,8 +123,8 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
         ("state", row.state + ("" if row.revision is None else f", revision {row.revision}")),
         ("health", styled(row.health)),
         ("checked", "never" if checked is None else f"at revision {checked}"),
-        ("margin", margin_text(row.margin)),
-        *((name, output.score_text(one)) for name, one in latest_scores(results).items() if one.n),
+        ("margin", _margin_field(row.margin)),
+        *_score_fields(results),
         ("source", fact.source or ""),
     ]
     parts: Parts = [pairs([field for field in fields if field[1]]), "", styled(fact.description)]
@@ -121,11 +143,12 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
         parts += ["", edits_table(edits)]
     if results:
         cells = [
-            (one.kind, styled("passed" if one.passed else "failed"), margin_text(one.margin),
-             one.protocol, one.prompt)
+            (styled(one.revision), one.kind, styled("passed" if one.passed else "failed"),
+             margin_text(one.margin), one.protocol, one.prompt)
             for one in results[:SHOWN]
         ]  # fmt: skip
-        parts += ["", table(("probe", "result", "margin", "protocol", "prompt"), cells)]
+        names = ("revision", "probe", "result", "margin", "protocol", "prompt")
+        parts += ["", table(names, cells)]
     return parts
 
 

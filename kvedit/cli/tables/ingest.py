@@ -195,7 +195,8 @@ def plan_parts(preflight: Preflight, near: NearKeys, fields: dict[str, Any]) -> 
     else:
         time = f"about {seconds_text(total)}, at {seconds_text(each)} a fact as measured here"
     retrained = fields["would_retrain"]
-    earlier = f" and retrain {retrained} earlier one{'s'[: retrained > 1]}" if retrained else ""
+    ones = "one" if retrained == 1 else "ones"
+    earlier = f", and {retrained} earlier {ones} again with them" if retrained else ""
     similar = [similar_keys_text(near)] if near.count else []
     new = fields["would_train"]
     facts = "1 new fact" if new == 1 else f"{new} new facts"
