@@ -104,6 +104,11 @@ class Adapter:
             )
             adapters.clear_gradients()
 
+    def end(self) -> None:
+        """After an edit: keep the modules, and no memory that the next ``reset`` takes again."""
+        for adapters, _ in self._batches:
+            adapters.end()
+
     def _smallest_value(self, directions: Mapping[str, Directions]) -> float:
         """The smallest singular value within the budget of ranks."""
         values = torch.cat([one.values.cpu() for one in directions.values()])

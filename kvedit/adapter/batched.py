@@ -75,6 +75,12 @@ class BatchedAdapters:
         self.trained.zero_().requires_grad_()
         self.values_changed()
 
+    def end(self) -> None:
+        """Let go of all that ``start`` sets anew and that is as large as the moments."""
+        self._to_a = self._to_b = ()
+        self._linear_terms, self._penalty_terms = (), None
+        self.clear_gradients()
+
     def values_changed(self) -> None:
         """Drop what was computed from a frozen factor: A', B' and E were set from outside."""
         self._factors_stale, self._penalty_terms = True, None

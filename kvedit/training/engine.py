@@ -229,6 +229,7 @@ class Engine(KeptMoments):
                 delta = self.worker.on_main(adapter.factors)
             finally:
                 adapter.turn(on=False)
+                adapter.end()
                 memory.give_back()
         return TrainingResult(delta, trained, time.monotonic() - began, resumed_seconds)
 

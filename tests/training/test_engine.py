@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from small_model import FREE, KNOWN
@@ -111,6 +114,15 @@ def test_remembering_adds_to_what_is_protected(engine: Engine) -> None:
         kept = after[1].moments[name].inputs
         assert float(kept[0].trace()) > float(moments.inputs[0].trace())
     assert engine.whitening is not whitening
+
+
+def test_after_a_training_nobody_holds_the_whitening_factors(engine: Engine) -> None:
+    """They are as large as the moments, and the memory is needed for what is measured then."""
+    engine.train(Task([engine.examples(FACT)]))
+    factors = [weakref.ref(one.right) for one in engine.whitening.values()]
+    engine.remember(engine.examples(FACT)[:2])
+    gc.collect()
+    assert factors and not any(factor() is not None for factor in factors)
 
 
 def test_a_training_that_was_interrupted_leaves_nothing_in_the_next(
