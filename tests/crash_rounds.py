@@ -40,7 +40,7 @@ from kvedit.errors import NoStoreError  # noqa: E402
 from kvedit.events import Warning_  # noqa: E402
 from kvedit.facts.fact import Fact  # noqa: E402
 from kvedit.model import loading  # noqa: E402
-from kvedit.store import store as store_module  # noqa: E402
+from kvedit.revisions import session  # noqa: E402
 from kvedit.store.database import StoreBase  # noqa: E402
 from kvedit.store.store import Store  # noqa: E402
 from kvedit.training.engine import Engine  # noqa: E402
@@ -49,7 +49,7 @@ Texts = dict[str, str]
 NAMES = ("init", "add", "update", "remove", "rollback", "compaction", "erase", "prune")
 JOURNAL = (
     "put_pending", "plan_edit", "mark_trained", "commit_edit", "finish_edit", "add_checkpoint",
-    "remove_checkpoint", "set_protected", "add_protected", "set_meta", "mark_pruned", "unlink",
+    "remove_checkpoint", "set_protected", "add_protected", "set_metas", "mark_pruned", "unlink",
     "VACUUM",
 )  # fmt: skip
 """The transactions at which ``--quick`` kills."""
@@ -185,7 +185,9 @@ def watched(points: Points) -> Iterator[None]:
             points.reach("before unlink")
         unlink(path, **options)
 
-    def vacuumed(store: Store, connection: Any) -> bool:
+    def vacuumed(store: Store) -> bool:
+        connection = store.connection
+
         class Watched:
             def execute(self, sql: str) -> Any:
                 points.reach(f"before {sql.split()[0]}")
@@ -193,15 +195,19 @@ def watched(points: Points) -> Iterator[None]:
                 points.reach(f"after {sql.split()[0]}")
                 return result
 
-        return bool(scrub(store, Watched()))  # type: ignore[arg-type]
+        store.connection = Watched()  # type: ignore[assignment]
+        try:
+            return bool(scrub(store))
+        finally:
+            store.connection = connection
 
-    unlink, scrub = os.unlink, store_module.scrub
+    unlink, scrub = os.unlink, session.scrub
     os.fsync, os.replace, StoreBase._transaction = sync, move, counted  # type: ignore[assignment]
-    os.unlink, store_module.scrub = unlinked, vacuumed
+    os.unlink, session.scrub = unlinked, vacuumed
     try:
         yield
     finally:
-        os.fsync, os.replace, os.unlink, store_module.scrub = fsync, rename, unlink, scrub
+        os.fsync, os.replace, os.unlink, session.scrub = fsync, rename, unlink, scrub
         StoreBase._transaction = transaction  # type: ignore[method-assign]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from kvedit.facts.fact import Fact
 from kvedit.files import put
+from kvedit.store import integrity
+from kvedit.store.forget.scrub import scrub
 from kvedit.store.rows import FactChange, ProbeRow, Row, fact_columns, fact_text
 from kvedit.store.store import Store
 
@@ -141,7 +143,7 @@ def erase(store: Store, *keys: str) -> int:
         restores=plan.restores or 0,
         erases=plan.fact_ids,
     )
-    store.scrub()
+    scrub(store)
     return revision
 
 
@@ -222,7 +224,7 @@ def committed_texts(store: Store) -> dict[str, str]:
 
 def problems(store: Store) -> list[str]:
     """What the integrity check complains about."""
-    return [finding.what for finding in store.integrity() if finding.level != "ok"]
+    return [finding.what for finding in integrity.check(store) if finding.level != "ok"]
 
 
 def checkpoint(store: Store) -> None:

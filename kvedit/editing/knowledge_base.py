@@ -28,6 +28,7 @@ from kvedit.revisions.base_model import ModelSpec
 from kvedit.revisions.export import conditions, hf, peft
 from kvedit.revisions.export.hf import ExportReport
 from kvedit.revisions.session import Session
+from kvedit.store import integrity
 from kvedit.store.forget.plans import PrunePlan
 from kvedit.store.rows import Finding
 from kvedit.store.store import Store
@@ -256,7 +257,7 @@ class KnowledgeBase(Questions):
 
     def doctor(self, deep: bool = True) -> list[Finding]:
         """Check the store; ``deep`` also rebuilds every revision and compares the digests."""
-        findings = self.store.integrity()
+        findings = integrity.check(self.store)
         if deep:
             start, say = self._session.revision, self._session.say
             findings.append(base_model.check(self.store))

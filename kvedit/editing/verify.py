@@ -25,6 +25,7 @@ from kvedit.model.scoring import Outcome
 from kvedit.replay import protected_texts
 from kvedit.revisions import base_model
 from kvedit.revisions.session import Session
+from kvedit.store import integrity
 from kvedit.store.rows import FactRow, ProbeRow
 
 REPAIR_ROUNDS = 3
@@ -102,7 +103,7 @@ def verify(
 def _require_sound(session: Session) -> None:
     """Raise CorruptStoreError if ``doctor`` would fault the store: a repair would train that in."""
     session.say("checking the files of the store, in case something has to be repaired")
-    findings = [*session.store.integrity(), base_model.check(session.store)]
+    findings = [*integrity.check(session.store), base_model.check(session.store)]
     for finding in findings:
         if finding.level == "error":
             raise CorruptStoreError(

@@ -16,6 +16,7 @@ from kvedit.facts.keys import in_words
 from kvedit.files import remove, verify_manifest
 from kvedit.model import loading
 from kvedit.revisions import base_model, rebuild
+from kvedit.store import integrity
 from kvedit.store.checks import caches
 from kvedit.store.checks.inspection import looked_at
 from kvedit.store.rows import Finding
@@ -33,7 +34,7 @@ def examine(path: Path, say: Say) -> list[Finding]:
     with looked_at(path) as (store, findings):
         if store is None:
             return findings
-        findings += store.integrity()
+        findings += integrity.check(store)
         _use_settings(store)
         findings.append(base_model.check(store))
         if findings[-1].level == "ok":

@@ -21,6 +21,7 @@ from kvedit.facts.keys import in_words
 from kvedit.revisions.checkout import Checkout, Emit
 from kvedit.revisions.protection import Protection
 from kvedit.revisions.reading import Reading
+from kvedit.store.forget.scrub import scrub
 from kvedit.store.store import Store
 from kvedit.training import memory
 from kvedit.training.engine import Engine
@@ -101,7 +102,7 @@ class Session(Checkout):
         if not self.store.needs_scrub:
             return
         with self.best_effort(), self.store.lock():
-            if self.store.scrub():
+            if scrub(self.store):
                 self.say("the files are clean of what was erased")
                 return
         text = "files may still hold what was erased: the next command that writes cleans them"

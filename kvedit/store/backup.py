@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvedit.errors import CorruptStoreError, KveditError, UsageError
 from kvedit.files import (
@@ -35,16 +34,14 @@ from kvedit.files import (
 from kvedit.store import integrity
 from kvedit.store.checks.contents import contents
 from kvedit.store.database import DB_NAME, query_of, sqlite_errors
+from kvedit.store.store import Store
 from kvedit.trust import names
-
-if TYPE_CHECKING:
-    from kvedit.store.store import Store
 
 _LEFT_OUT = frozenset({"lock", "lock.json", "exports", "cache"})  # of this moment, or made again
 _HINT = "Run `kvedit doctor`. The last backup was not replaced."
 
 
-def backup(store: Store, connection: sqlite3.Connection, target: Path) -> None:
+def write_backup(store: Store, target: Path) -> None:
     """Write the store into one tar file; complete or absent.
 
     Raises CorruptStoreError if the database or a delta is damaged, UsageError if the target's
@@ -55,7 +52,7 @@ def backup(store: Store, connection: sqlite3.Connection, target: Path) -> None:
     temporary, snapshot = temporary_path(target), temporary_path(target.with_suffix(".db"))
     try:
         with disk_errors(target), sqlite_errors(target):
-            needed = _snapshot(store, connection, snapshot)
+            needed = _snapshot(store, snapshot)
             with open(temporary, "xb") as stream:
                 # A delta may be a link: its content is known by its digest, and is packed.
                 with tarfile.open(fileobj=stream, mode="w", dereference=True) as archive:
@@ -81,10 +78,10 @@ class _Needed:
     pinned: frozenset[str]
 
 
-def _snapshot(store: Store, connection: sqlite3.Connection, path: Path) -> _Needed:
+def _snapshot(store: Store, path: Path) -> _Needed:
     """Copy the database, and check the copy; what it needs."""
     with closing(sqlite3.connect(path)) as copy:
-        connection.backup(copy)
+        store.connection.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")  # one file, with no -wal beside it
         query = query_of(copy, str(path))
         for finding in (*integrity.database(query), *contents(query)):
@@ -95,7 +92,7 @@ def _snapshot(store: Store, connection: sqlite3.Connection, path: Path) -> _Need
         saved = query("SELECT revision, path, digest FROM checkpoints")
         if store.needs_scrub:
             copy.execute("VACUUM")  # pages that an erasure left behind are not packed
-    with type(store)(store.path, readonly=True, database=path) as there:
+    with Store(store.path, readonly=True, database=path) as there:
         pinned = there.pinned()
     checkpoints = {names.checkpoint(r["revision"], r["path"]): r["digest"] for r in saved}
     kept = frozenset(

@@ -260,6 +260,7 @@ class StoreBase:
         names.refuse_links(path)
         self.settings: Config | None = None  # in place of those of the file, where they are set
         self._db = connect(database or self.db_path, readonly=readonly)
+        self.connection: sqlite3.Connection = self._db.conn  # for work on the database as a whole
         self._store_lock = StoreLock(path)
         try:
             self.head()
@@ -301,10 +302,7 @@ class StoreBase:
 
     def set_meta(self, name: str, value: str) -> None:
         """Set a named value; ``head`` moves by commits only."""
-        if name == "head":
-            raise ValueError("the head moves by commits only")
-        with self._transaction():
-            self._set(name, value)
+        self.set_metas({name: value})
 
     def set_metas(self, values: Mapping[str, str]) -> None:
         """Set several named values in one transaction."""
@@ -342,9 +340,10 @@ class StoreBase:
         columns = ", ".join(f"{name} = ?" for name in row)
         self._execute(f"UPDATE {table} SET {columns} WHERE id = ?", [*row.values(), id_])
 
-    def _rows(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
+    def query(self, sql: str, values: Iterable[object] = ()) -> list[Row]:
+        """The rows of a query, as ``rows_of`` does."""
         with sqlite_errors(self.db_path):
             return rows_of(self._db.execute(sql, list(values)), sql, str(self.db_path))
 
     def _one(self, sql: str, values: Iterable[object] = ()) -> Row | None:
-        return next(iter(self._rows(sql, values)), None)
+        return next(iter(self.query(sql, values)), None)

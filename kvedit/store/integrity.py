@@ -13,7 +13,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from kvedit.config import FILE_NAME, Config
 from kvedit.errors import CorruptStoreError, KveditError
@@ -26,9 +25,7 @@ from kvedit.store.checks import caches
 from kvedit.store.checks.contents import contents
 from kvedit.store.checks.values import from_json
 from kvedit.store.rows import Finding, Row, require_report
-
-if TYPE_CHECKING:
-    from kvedit.store.store import Store
+from kvedit.store.store import Store
 
 Query = Callable[[str], list[Row]]
 _DESCRIPTION = ("model_name", "model_fingerprint", "dtype", "created_at")
@@ -38,8 +35,9 @@ PROTECTED, COMPLETE = "protected_text", "complete"
 MIN_PROBES = 32  # if all of so many pass, the 95% interval of the share begins at 89%
 
 
-def status(store: Store, query: Query) -> dict[str, object]:
+def status(store: Store) -> dict[str, object]:
     """Counts, model, head, sizes in bytes and health, as plain values."""
+    query = store.query
     facts = store.facts()
     edits = query("SELECT state, count(*) AS n, max(finished_at) AS last FROM edits GROUP BY state")
     meta = {row["name"]: row["value"] for row in query("SELECT name, value FROM meta")}
@@ -118,22 +116,23 @@ def _stats(paths: Iterable[Path]) -> Iterator[os.stat_result]:
                 yield status
 
 
-def integrity(store: Store, query: Query, *, deep: bool = True) -> list[Finding]:
+def check(store: Store, *, deep: bool = True) -> list[Finding]:
     """Everything that can be checked without the model; one ``ok`` for each part that is sound.
 
-    A part that cannot be read is a finding, and the others are looked at all the same.
+    Without ``deep`` no digest is computed.  A part that cannot be read is a finding, and the others
+    are looked at all the same.
     """
     parts: dict[str, Callable[[], Iterator[Finding]]] = {
-        "database": lambda: database(query),
-        "facts, history and edits": lambda: contents(query),
+        "database": lambda: database(store.query),
+        "facts, history and edits": lambda: contents(store.query),
         "revisions and head": lambda: _revisions(store),
         "deltas": lambda: _deltas(store, deep),
         "checkpoints": lambda: _checkpoints(store, deep),
         "cache": lambda: caches.findings(store.cache, deep=deep),
         "settings": lambda: settings(store.path),
-        "leftovers": lambda: _leftovers(store, query),
+        "leftovers": lambda: _leftovers(store),
     }
-    return [finding for name, check in parts.items() for finding in part(name, check)]
+    return [finding for name, look in parts.items() for finding in part(name, look)]
 
 
 def part(name: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -208,9 +207,9 @@ def _checkpoints(store: Store, deep: bool) -> Iterator[Finding]:
                 yield Finding(level, what, hint)
 
 
-def _leftovers(store: Store, query: Query) -> Iterator[Finding]:
+def _leftovers(store: Store) -> Iterator[Finding]:
     hint = "The next command that writes cleans up, unless one is running now."
-    for row in query("SELECT id, kind FROM edits WHERE state IN ('planned', 'trained')"):
+    for row in store.query("SELECT id, kind FROM edits WHERE state IN ('planned', 'trained')"):
         yield Finding("warning", f"edit {row['id']} ({row['kind']}) was not ended", hint)
     for path in store.stray_files():
         yield Finding("warning", f"a file that nothing needs: {path}", hint)

@@ -127,7 +127,7 @@ class Journal(Erasure):
         """
         with self.lock():
             with self._transaction():
-                rows = self._rows(f"SELECT id FROM edits WHERE state IN {OPEN_STATES} ORDER BY id")
+                rows = self.query(f"SELECT id FROM edits WHERE state IN {OPEN_STATES} ORDER BY id")
                 interrupted = [self.edit(row["id"]) for row in rows]
                 for edit in interrupted:
                     self._end(edit.id, "failed", ["interrupted"], "{}")
@@ -142,7 +142,7 @@ class Journal(Erasure):
 
     def changes(self, edit_id: int) -> list[FactChange]:
         """What an edit changes in the facts; of a committed one, what it changed."""
-        rows = self._rows("SELECT * FROM edit_facts WHERE edit_id = ? ORDER BY fact_id", [edit_id])
+        rows = self.query("SELECT * FROM edit_facts WHERE edit_id = ? ORDER BY fact_id", [edit_id])
         texts = [(row["fact_id"], row["before"], row["after"]) for row in rows]
         return [FactChange(id_, fact_from_text(b), fact_from_text(a)) for id_, b, a in texts]
 
@@ -152,8 +152,8 @@ class Journal(Erasure):
         """
         sql = f"""SELECT delta FROM revisions WHERE dropped IS NULL
             UNION SELECT delta FROM edits WHERE state IN {OPEN_STATES}"""
-        deltas = {row["delta"] for row in self._rows(sql)}
-        checkpoints = {row["revision"] for row in self._rows("SELECT revision FROM checkpoints")}
+        deltas = {row["delta"] for row in self.query(sql)}
+        checkpoints = {row["revision"] for row in self.query("SELECT revision FROM checkpoints")}
         stray = [path for path in _entries(self.deltas, _DELTA_NAME) if path.stem not in deltas]
         folders = _entries(self.checkpoints_path, _CHECKPOINT_NAME)
         stray += [path for path in folders if int(path.name) not in checkpoints]
@@ -163,7 +163,7 @@ class Journal(Erasure):
 
     def _edits(self, where: str, values: Sequence[object] = ()) -> list[EditRow]:
         """Edits with the keys of their facts, newest first."""
-        rows = self._rows(f"SELECT * FROM edits {where} ORDER BY id DESC", values)
+        rows = self.query(f"SELECT * FROM edits {where} ORDER BY id DESC", values)
         gaps = self.gaps() if rows else {}
         return [
             edit_from(row, self._edit_keys(row["id"]), gaps.get(row["revision"], ""))
@@ -173,7 +173,7 @@ class Journal(Erasure):
     def _edit_keys(self, edit_id: int) -> tuple[str, ...]:
         sql = """SELECT f.key FROM edit_facts e JOIN facts f ON f.id = e.fact_id
             WHERE e.edit_id = ? ORDER BY f.id"""
-        return tuple(str(row["key"]) for row in self._rows(sql, [edit_id]))
+        return tuple(str(row["key"]) for row in self.query(sql, [edit_id]))
 
     def _require_open(self, edit_id: int) -> Row:
         row = self._one("SELECT * FROM edits WHERE id = ?", [edit_id])

@@ -27,7 +27,7 @@ class Lineage(StoreBase):
         """All revisions, oldest first; the first is the base.  Raises CorruptStoreError if one says
         that its delta was dropped for no reason that there is.
         """
-        rows = [RevisionRow(**row) for row in self._rows("SELECT * FROM revisions ORDER BY id")]
+        rows = [RevisionRow(**row) for row in self.query("SELECT * FROM revisions ORDER BY id")]
         for row in rows:
             if row.dropped is not None and row.dropped not in WHY_GONE:
                 what = f"the delta of revision {row.id} was dropped: {row.dropped!r:.80}"
@@ -78,7 +78,7 @@ class Lineage(StoreBase):
 
     def _saved(self) -> set[int]:
         """The revisions that have a checkpoint."""
-        return {row["revision"] for row in self._rows("SELECT revision FROM checkpoints")}
+        return {row["revision"] for row in self.query("SELECT revision FROM checkpoints")}
 
     def _gaps(self, saved: Container[int], pruned: Container[int] = ()) -> dict[int, str]:
         """The same with these checkpoints, and without the deltas of ``pruned`` revisions too."""
@@ -117,7 +117,7 @@ class Lineage(StoreBase):
     def facts_at(self, number: int) -> dict[int, tuple[str, Fact]]:
         """State and text, by its id, of every fact that a commit changed up to a revision."""
         line = {row.id for row in self.lineage(number)}
-        rows = self._rows("SELECT * FROM fact_versions ORDER BY revision, id")
+        rows = self.query("SELECT * FROM fact_versions ORDER BY revision, id")
         return {
             row["fact_id"]: (row["state"], fact)
             for row in rows
@@ -130,7 +130,7 @@ class Lineage(StoreBase):
 
     def held_counts(self) -> dict[int, int]:
         """How many facts the model holds at each revision; erased ones are counted nowhere."""
-        rows = self._rows("SELECT revision, fact_id, state FROM fact_versions ORDER BY revision")
+        rows = self.query("SELECT revision, fact_id, state FROM fact_versions ORDER BY revision")
         changes: dict[int, list[tuple[int, bool]]] = {}
         for row in rows:
             change = (row["fact_id"], row["state"] == "committed")
@@ -150,9 +150,9 @@ class Lineage(StoreBase):
         A group that did not learn the fact counts: its weights may recite it in part.
         """
         line = [row.id for row in self.lineage(self.head())]
-        rows = self._rows("SELECT revision, state FROM fact_versions WHERE fact_id = ?", [fact_id])
+        rows = self.query("SELECT revision, state FROM fact_versions WHERE fact_id = ?", [fact_id])
         states = {row["revision"]: row["state"] for row in rows}
-        own = {normalise(row["key"]) for row in self._rows(_KEY_OF, [fact_id])}
+        own = {normalise(row["key"]) for row in self.query(_KEY_OF, [fact_id])}
         met = {r for r, keys in self.not_learned().items() if own & set(map(normalise, keys))}
         before, is_met = 0, False
         for previous, revision in pairwise([0, *line]):
@@ -165,7 +165,7 @@ class Lineage(StoreBase):
 
     def not_learned(self) -> dict[int, tuple[str, ...]]:
         """The keys of the facts that a revision's group was trained on and did not learn."""
-        rows = self._rows("SELECT revision, report FROM edits WHERE revision IS NOT NULL")
+        rows = self.query("SELECT revision, report FROM edits WHERE revision IS NOT NULL")
         reports = ((row["revision"], from_json(row["report"], dict, _REPORT)) for row in rows)
         return {r: tuple(keys) for r, one in reports if (keys := one.get("not_learned"))}
 
@@ -175,7 +175,7 @@ class Lineage(StoreBase):
         That first revision alone was trained from the base model.
         """
         later = {row.id for row in self.lineage(self.head())[1:]}
-        rows = self._rows("SELECT DISTINCT revision, fact_id FROM fact_versions")
+        rows = self.query("SELECT DISTINCT revision, fact_id FROM fact_versions")
         return len({row["fact_id"] for row in rows if row["revision"] in later})
 
     def rollback_changes(self, number: int) -> list[FactChange]:

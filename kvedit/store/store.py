@@ -24,15 +24,12 @@ from kvedit.facts.keys import did_you_mean, in_words, normalise
 from kvedit.files import disk_errors, now, sync_directory
 from kvedit.lock import StoreLock
 from kvedit.paths import home_path
-from kvedit.store import backup, integrity
 from kvedit.store.database import DB_NAME, create_database
-from kvedit.store.forget.scrub import scrub
 from kvedit.store.results import Results
 from kvedit.store.rows import (
     CheckpointRow,
     EditRow,
     FactRow,
-    Finding,
     ProbeRow,
     ProtectedRow,
     Row,
@@ -175,11 +172,11 @@ class Store(Results):
         """The relations of a subject that are pending or committed."""
         sql = f"""{_FACTS} WHERE f.norm_subject = ? AND f.state IN ('pending', 'committed')
             ORDER BY f.id"""
-        return self._fact_rows(self._rows(sql, [normalise(subject)]))
+        return self._fact_rows(self.query(sql, [normalise(subject)]))
 
     def get(self, fact_id: int) -> FactRow:
         """The fact with this id; raises UnknownKeyError."""
-        rows = self._rows(f"{_FACTS} WHERE f.id = ?", [fact_id])
+        rows = self.query(f"{_FACTS} WHERE f.id = ?", [fact_id])
         if not rows:
             raise UnknownKeyError(
                 f"there is no fact number {fact_id} in {self.path}", hint="Run `kvedit list`."
@@ -189,18 +186,18 @@ class Store(Results):
     def facts(self, state: str | None = None) -> list[FactRow]:
         """All facts, or those in one state, in the order they came."""
         where, values = ("", []) if state is None else ("WHERE f.state = ?", [state])
-        rows = self._rows(f"{_FACTS} {where} ORDER BY f.id", values)
+        rows = self.query(f"{_FACTS} {where} ORDER BY f.id", values)
         return self._fact_rows(rows)
 
     def keys(self, state: str = "committed") -> list[str]:
         """The keys of the facts in a state, in the order they came."""
-        rows = self._rows("SELECT key FROM facts WHERE state = ? ORDER BY id", [state])
+        rows = self.query("SELECT key FROM facts WHERE state = ? ORDER BY id", [state])
         return [str(row["key"]) for row in rows]
 
     def names(self, state: str = "committed") -> list[str]:
         """What questions call the facts in a state: keys, and the subjects of relations."""
         sql = "SELECT coalesce(relation_of, key) AS name FROM facts WHERE state = ? ORDER BY id"
-        return [str(row["name"]) for row in self._rows(sql, [state])]
+        return [str(row["name"]) for row in self.query(sql, [state])]
 
     def _fact_rows(self, rows: Iterable[Row]) -> list[FactRow]:
         head, stale_after = self.head(), self.config.retention.stale_after_revisions
@@ -226,7 +223,7 @@ class Store(Results):
 
     def protected(self, role: str) -> list[ProtectedRow]:
         """The protected texts of a role, ``control`` or ``locality``, in order."""
-        rows = self._rows("SELECT * FROM protected WHERE role = ? ORDER BY id", [role])
+        rows = self.query("SELECT * FROM protected WHERE role = ? ORDER BY id", [role])
         return [ProtectedRow(**row) for row in rows]
 
     def set_protected(self, rows: Iterable[ProtectedRow]) -> None:
@@ -249,7 +246,7 @@ class Store(Results):
 
         Raises CorruptStoreError if one has another name than kvedit gives.
         """
-        rows = self._rows("SELECT * FROM checkpoints ORDER BY revision")
+        rows = self.query("SELECT * FROM checkpoints ORDER BY revision")
         paths = [self.path / names.checkpoint(row["revision"], row["path"]) for row in rows]
         return [
             CheckpointRow(row["revision"], path, row["digest"])
@@ -269,22 +266,6 @@ class Store(Results):
         with self._transaction():
             self._execute("DELETE FROM checkpoints WHERE revision = ?", [revision])
         self._drop(paths)
-
-    def status(self) -> dict[str, object]:
-        """Counts, model, head, sizes in bytes and health, as plain values."""
-        return integrity.status(self, self._rows)
-
-    def backup(self, path: Path) -> None:
-        """Write a consistent copy into one tar file, also while edits run: ``backup.backup``."""
-        backup.backup(self, self._db.conn, path)
-
-    def scrub(self) -> bool:
-        """Clean the files of what was erased, if they are not clean yet; see ``forget.scrub``."""
-        return scrub(self, self._db.conn)
-
-    def integrity(self, *, deep: bool = True) -> list[Finding]:
-        """Check the database and every file; without ``deep`` no digest is computed."""
-        return integrity.integrity(self, self._rows, deep=deep)
 
 
 _PROTECTED_COLUMNS = ("role", "prompt", "answer", "source")

@@ -17,6 +17,7 @@ from kvedit.errors import UnknownKeyError, UsageError
 from kvedit.events import EditReport
 from kvedit.facts.fact import Fact
 from kvedit.model.prompts import Renderer
+from kvedit.store.backup import write_backup
 from kvedit.store.store import Store
 
 
@@ -104,7 +105,7 @@ def test_nothing_of_another_run_is_left_either(
         assert knowledge.erase(key, FREE[2][0]).outcome == "committed"
         assert digest(knowledge) == knowledge.store.revision(1).weights_digest
         target = tmp_path / "backup.tar"
-        knowledge.store.backup(target)
+        write_backup(knowledge.store, target)
     assert files_with(trained_store, wanted) == []
     assert not any(form in target.read_bytes() for form in wanted)
 

@@ -17,6 +17,7 @@ from kvedit.events import Status
 from kvedit.replay.questions import Limits
 from kvedit.replay.sampling import Sampler
 from kvedit.revisions.coverage import Coverage, Progress
+from kvedit.store import integrity
 from kvedit.training.engine import Engine
 
 
@@ -203,7 +204,7 @@ def test_too_few_probes_are_said(small: dict[str, Path], tmp_path: Path) -> None
     (path / "kvedit.toml").write_text("[protect]\nsamples = 4\nfree_texts = 0\n", encoding="utf-8")
     with KnowledgeBase.create(path, small["bf16"], on_event=events.append) as knowledge:
         probes = len(knowledge.store.protected("locality"))
-        status = knowledge.store.status()
+        status = integrity.status(knowledge.store)
     assert probes < 32 and status["locality_probes"] == probes
     (warning,) = warnings_in(events, "few-probes")
     assert warning.text == status["few_probes"]

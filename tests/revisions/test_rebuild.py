@@ -24,6 +24,7 @@ from kvedit.lock import StoreLock
 from kvedit.model.loading import BaseModel
 from kvedit.model.targets import target_names
 from kvedit.revisions import checkout, fisher_cache, rebuild
+from kvedit.store import integrity
 from kvedit.store.store import Store
 
 
@@ -165,7 +166,7 @@ def test_a_known_checkpoint_is_mapped_without_hashing_it(
     flip(file)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert rebuild.load_revision(store, master, 3) == []
-    assert [f.level for f in store.integrity() if f.level != "ok"] == ["warning"]
+    assert [f.level for f in integrity.check(store) if f.level != "ok"] == ["warning"]
     flip(file)
     flip(file)
     assert len(rebuild.load_revision(store, master, 3)) == 1

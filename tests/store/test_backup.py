@@ -12,6 +12,7 @@ from store_steps import add, committed_texts, new_store, problems
 
 from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.files import write_manifest
+from kvedit.store.backup import write_backup
 from kvedit.store.store import Store
 
 
@@ -34,8 +35,8 @@ def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> Non
     (store.path / "cache" / "base-fisher.safetensors").write_bytes(b"large, and made again")
     target = store.path / "backup.tar"  # inside the store: it must not hold itself
     with store.lock():
-        store.backup(target)
-        store.backup(target)
+        write_backup(store, target)
+        write_backup(store, target)
     unpacked = tmp_path / "unpacked"
     with tarfile.open(target) as archive:
         names = archive.getnames()
@@ -53,11 +54,11 @@ def test_a_backup_unpacks_to_the_same_store(store: Store, tmp_path: Path) -> Non
 def test_a_backup_that_cannot_be_complete_is_not_written(store: Store, tmp_path: Path) -> None:
     target = tmp_path / "out" / "backup.tar"
     with pytest.raises(UsageError, match="there is no folder"):
-        store.backup(target)
+        write_backup(store, target)
     target.parent.mkdir()
     store.delta_path(str(store.revision(1).delta)).unlink()
     with pytest.raises(CorruptStoreError, match="is missing"):
-        store.backup(target)
+        write_backup(store, target)
     assert list(target.parent.iterdir()) == []
 
 
@@ -81,18 +82,18 @@ def test_a_damaged_store_does_not_replace_the_last_good_backup(
     store: Store, tmp_path: Path, damage: str
 ) -> None:
     target = tmp_path / "backup.tar"
-    store.backup(target)
+    write_backup(store, target)
     good = target.read_bytes()
     DAMAGE[damage](store)
     with pytest.raises(CorruptStoreError):
-        store.backup(target)
+        write_backup(store, target)
     assert target.read_bytes() == good
     assert {path.name for path in tmp_path.iterdir()} == {"s", "backup.tar"}
 
 
 def test_a_damaged_checkpoint_is_left_out(store: Store, tmp_path: Path) -> None:
     (store.checkpoint_path(2) / "weights.safetensors").write_bytes(b"x")
-    store.backup(tmp_path / "backup.tar")
+    write_backup(store, tmp_path / "backup.tar")
     with tarfile.open(tmp_path / "backup.tar") as archive:
         assert not any(name.startswith("checkpoints") for name in archive.getnames())
 
@@ -105,7 +106,7 @@ def test_nothing_from_outside_the_store_is_packed(store: Store, tmp_path: Path) 
     (store.path / "linked").symlink_to(outside)
     (store.path / "linked.txt").symlink_to(outside / "secret")
     os.mkfifo(store.path / "pipe")
-    store.backup(tmp_path / "backup.tar")
+    write_backup(store, tmp_path / "backup.tar")
     with tarfile.open(tmp_path / "backup.tar") as archive:
         members = {member.name for member in archive if member.isfile()}
         assert all(member.isfile() or member.isdir() for member in archive)
@@ -117,10 +118,10 @@ def test_a_delta_that_is_a_link_is_packed_by_its_content(store: Store, tmp_path:
     path = store.delta_path(str(store.revision(1).delta))
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
-    store.backup(tmp_path / "backup.tar")
+    write_backup(store, tmp_path / "backup.tar")
     with tarfile.open(tmp_path / "backup.tar") as archive:
         assert archive.getmember(f"deltas/{path.name}").isfile()
     (tmp_path / "moved").write_text("a secret")
     with pytest.raises(CorruptStoreError, match="was altered"):
-        store.backup(tmp_path / "other.tar")
+        write_backup(store, tmp_path / "other.tar")
     assert not (tmp_path / "other.tar").exists()

@@ -49,12 +49,12 @@ def test_killed_at_every_point_of_an_add(small: dict[str, Path], ram_path: Path)
 
 
 TRANSACTIONS = {
-    "init": ("add_protected", "set_meta"),
+    "init": ("add_protected", "set_metas"),
     "update": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
     "remove": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
     "rollback": ("plan_edit", "commit_edit"),
     "compaction": ("plan_edit", "mark_trained", "commit_edit", "add_checkpoint"),
-    "erase": ("plan_edit", "mark_trained", "commit_edit", "set_meta"),
+    "erase": ("plan_edit", "mark_trained", "commit_edit", "set_metas"),
     "prune": ("mark_pruned",),
 }
 

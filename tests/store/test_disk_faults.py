@@ -28,6 +28,7 @@ from store_steps import (
 )
 
 from kvedit.errors import DiskFullError, KveditError
+from kvedit.store.forget.scrub import scrub
 from kvedit.store.store import Store
 
 CODES = [errno.EIO, errno.ENOSPC, errno.EPERM]
@@ -116,7 +117,7 @@ def check_and_go_on(path: Path, kind: str, label: str, *, whole: bool) -> None:
     """The edit is there or not; the next command recovers, and does it if it was not."""
     with Store.open(path) as store:
         store.recover()
-        store.scrub()
+        scrub(store)
         assert problems(store) == [], label
         done = {"checkpoint": bool(store.checkpoints()), "prune": bool(store.gaps())}
         committed = store.head() != 2 or done.get(kind, False)

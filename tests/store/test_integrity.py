@@ -10,6 +10,7 @@ import pytest
 from store_steps import add, check, fact, new_store, problems, remove
 
 from kvedit.files import write_manifest
+from kvedit.store import integrity
 from kvedit.store.rows import FactChange
 from kvedit.store.store import Store
 
@@ -30,7 +31,7 @@ def test_status_counts(store: Store) -> None:
     remove(store, "b")
     store.put_pending(fact("c"))
     store.record_results([check(store.require("a").id, passed=False)], store.head())
-    status = store.status()
+    status = integrity.status(store)
     assert (status["head"], status["revisions"], status["checkpoints"]) == (3, 3, 1)
     assert status["facts"] == {"committed": 1, "removed": 1, "pending": 1}
     assert status["health"] == {"regressed": 1}
@@ -44,10 +45,10 @@ def test_status_counts(store: Store) -> None:
 
 
 def test_status_reports_training_that_can_be_resumed(store: Store) -> None:
-    assert store.status()["unfinished_at"] is None
+    assert integrity.status(store)["unfinished_at"] is None
     store.cache.mkdir()
     (store.cache / "training-5-0123456789abcdef.safetensors").write_bytes(b"kept")
-    kept = store.status()["unfinished_at"]
+    kept = integrity.status(store)["unfinished_at"]
     assert isinstance(kept, str)
     assert datetime.now(UTC) - datetime.fromisoformat(kept) < timedelta(minutes=1)
 
@@ -56,7 +57,7 @@ def test_a_training_checkpoint_of_an_older_version_is_a_leftover(store: Store) -
     store.cache.mkdir()
     old = store.cache / "lesson-4-0123456789abcdef.pt"
     old.write_bytes(b"kept")
-    assert store.status()["unfinished_at"] is None
+    assert integrity.status(store)["unfinished_at"] is None
     assert problems(store) == [f"a file that nothing needs: {old}"]
     store.recover()
     assert not old.exists()
@@ -64,32 +65,32 @@ def test_a_training_checkpoint_of_an_older_version_is_a_leftover(store: Store) -
 
 def test_status_reports_the_norm_of_the_accumulated_deltas(store: Store, tmp_path: Path) -> None:
     norms = {"matrices": 2, "median": 0.03, "most": 0.04, "matrix": "down"}
-    assert store.status()["relative_norm"] == pytest.approx(norms)
-    assert new_store(tmp_path / "empty").status()["relative_norm"] is None
+    assert integrity.status(store)["relative_norm"] == pytest.approx(norms)
+    assert integrity.status(new_store(tmp_path / "empty"))["relative_norm"] is None
 
 
 def test_a_sound_store_has_no_problem_and_lists_what_was_checked(store: Store) -> None:
     assert problems(store) == []
-    assert len(store.integrity()) == 8
+    assert len(integrity.check(store)) == 8
 
 
 def test_a_missing_or_altered_delta_is_an_error(store: Store) -> None:
     first, second = (store.delta_path(str(row.delta)) for row in store.lineage(2))
     first.unlink()
     second.write_bytes(b"other")
-    errors = [finding for finding in store.integrity() if finding.level == "error"]
+    errors = [finding for finding in integrity.check(store) if finding.level == "error"]
     assert [error.what for error in errors] == [
         f"the delta of revision 1 is missing: {first}",
         f"the delta of revision 2 was altered: {second}",
     ]
     assert all(error.hint for error in errors)
-    assert len([f for f in store.integrity(deep=False) if f.level == "error"]) == 1
+    assert len([f for f in integrity.check(store, deep=False) if f.level == "error"]) == 1
 
 
 def test_a_damaged_or_missing_checkpoint_is_a_warning(store: Store) -> None:
     weights = store.checkpoint_path(2) / "weights.safetensors"
     weights.write_bytes(b"x")
-    (finding,) = [f for f in store.integrity() if f.level != "ok"]
+    (finding,) = [f for f in integrity.check(store) if f.level != "ok"]
     assert finding.level == "warning"
     assert "checkpoint of revision 2 is damaged" in finding.what
     weights.unlink()
@@ -129,7 +130,7 @@ def test_a_changed_part_of_a_fact_is_found_by_its_history(store: Store, column: 
     value = {"lang": "zh-Hans", "aliases": '["x"]'}.get(column, "some texts")
     with sqlite3.connect(store.db_path) as connection:
         connection.execute(f"UPDATE facts SET {column} = ? WHERE key = 'a'", [value])
-    (finding,) = [one for one in store.integrity() if one.level != "ok"]
+    (finding,) = [one for one in integrity.check(store) if one.level != "ok"]
     assert finding.what == f"{column} of the fact a is not what the history says"
     assert "doctor --fix" in finding.hint
 
@@ -144,7 +145,7 @@ def test_a_changed_part_of_a_fact_is_found_by_its_history(store: Store, column: 
 def test_a_changed_letter_in_the_history_is_found(store: Store, sql: str) -> None:
     with sqlite3.connect(store.db_path) as connection:
         connection.execute(sql)
-    found = [one for one in store.integrity() if one.level != "ok"]
+    found = [one for one in integrity.check(store) if one.level != "ok"]
     assert "the text of a at revision 1 is another one in the journal" in found[0].what
     assert not any("--fix" in one.hint for one in found)  # nobody can tell which one is right
 

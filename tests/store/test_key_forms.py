@@ -9,6 +9,7 @@ from store_steps import add, fact, new_store
 
 from kvedit.errors import DuplicateKeyError, UsageError
 from kvedit.facts.keys import exact_form, normalise
+from kvedit.store import integrity
 from kvedit.store.key_forms import key_form_at
 from kvedit.store.store import Store
 
@@ -34,7 +35,7 @@ def test_signs_and_scripts_are_kept_apart(store: Store) -> None:
         for key in pair:
             row = store.find(f" {key.lower()} ")
             assert row is not None and row.fact.key == key
-    assert {finding.level for finding in store.integrity()} == {"ok"}
+    assert {finding.level for finding in integrity.check(store)} == {"ok"}
     with pytest.raises(DuplicateKeyError, match="A-1 is in the store already"):
         store.put_pending(fact("a - 1"))
 

@@ -16,7 +16,7 @@ from kvedit.errors import CorruptStoreError, KveditError, LockedError, StoreTooN
 from kvedit.facts.fact import Question
 from kvedit.lock import StoreLock
 from kvedit.revisions.base_model import prompts_of
-from kvedit.store import migrations
+from kvedit.store import integrity, migrations
 from kvedit.store.database import connect, upgrade
 from kvedit.store.migrations import (
     FORMAT_VERSION,
@@ -173,7 +173,7 @@ def test_an_old_store_is_upgraded_when_it_is_opened(old: Path, readonly: bool) -
         assert (failed.reasons, failed.report, failed.config) == (("interrupted",), {}, {"seed": 7})
         assert store.history("anvil") == [failed, committed]
         norms = {"matrices": 2, "median": 0.015, "most": 0.02, "matrix": "down"}
-        assert store.status()["relative_norm"] == pytest.approx(norms)
+        assert integrity.status(store)["relative_norm"] == pytest.approx(norms)
         sources = [row.source for row in store.protected("control")]
         assert sources == ["extracted", "drawn", "my recited file"]
         assert (store.meta("protected_samples"), store.meta("protected_drafts")) == ("3000", None)

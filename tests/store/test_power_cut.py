@@ -25,6 +25,7 @@ from store_steps import (
 
 from kvedit import files
 from kvedit.errors import KveditError
+from kvedit.store.forget.scrub import scrub
 from kvedit.store.store import Store
 
 WORK: dict[str, Callable[[Store], object]] = {
@@ -65,7 +66,7 @@ def broken(moment: Moment, path: Path, revisions: dict[int, dict[str, str]]) -> 
             # Before the recovery: what the database names has to be there already.
             named = [what for what in problems(store) if "missing" in what or "damaged" in what]
             store.recover()
-            store.scrub()
+            scrub(store)
             wrong = [*named, *problems(store)]
             head = store.head()
             if committed_texts(store) != revisions.get(head):
@@ -114,7 +115,7 @@ def test_after_a_power_cut_an_erased_text_is_gone_or_all_there(ram_path: Path) -
         moment.write(path)
         with Store.open(path) as store:
             store.recover()
-            store.scrub()
+            scrub(store)
             there = store.find("secret") is not None
             assert there == ("secret" in committed_texts(store)), moment.label
         left = [one for one in path.rglob("*") if one.is_file() and text in str(one.read_bytes())]

@@ -106,13 +106,15 @@ def backup(settings: Settings, file: Path, force: bool, as_json: bool) -> None:
     Examples:
       kvedit backup monday.tar
     """
+    from kvedit.store.backup import write_backup
+
     if file.exists() and not force:
         raise click.UsageError(f"{file} exists; choose another name, or --force to replace it")
     if file.exists() and not file.is_file():
         raise click.UsageError(f"{file} is no regular file; a backup cannot be written to it")
     require_writable(file)
     with common.read_only(settings) as store:
-        store.backup(file)
+        write_backup(store, file)
         head = store.head()
     size = file.stat().st_size
     fields = {"path": str(file), "revision": head, "bytes": size}

@@ -58,6 +58,7 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     """
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.model.devices import choose_threads
+    from kvedit.store import integrity
     from kvedit.store.store import resolve_store
 
     choose_threads()
@@ -66,7 +67,7 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     options |= {"load_in": load_in or "", "check_memory": not ignore_memory}
     with (make_reporter(quiet=settings.quiet) as reporter,
           KnowledgeBase.create(path, model, on_event=reporter, **options) as base):  # fmt: skip
-        status, lines = base.store.status(), base.example_lines()
+        status, lines = integrity.status(base.store), base.example_lines()
     print_parts(
         f"created the store {path} for the model {status['model_name']}",
         f"protected: {status['protected']} texts, {status['locality_probes']} of them locality"

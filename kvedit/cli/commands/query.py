@@ -158,8 +158,10 @@ def status(settings: Settings, as_json: bool) -> None:
       kvedit status
       kvedit --store poems status --json
     """
+    from kvedit.store import integrity
+
     with read_only(settings) as store:
-        fields = store.status()
+        fields = integrity.status(store)
     print_result(as_json, fields, status_table(fields))
 
 

@@ -12,6 +12,7 @@ from kvedit.errors import (
     StoreTooNewError,
 )
 from kvedit.files import sha256_file, verify_manifest
+from kvedit.store import integrity
 from kvedit.store.checks import caches
 from kvedit.store.integrity import part, settings
 from kvedit.store.rows import Finding
@@ -40,7 +41,7 @@ def looked_at(path: Path) -> Iterator[tuple[Store | None, list[Finding]]]:
 def examine_files(path: Path) -> list[Finding]:
     """Everything that can be found wrong with a store's database and files, without the model."""
     with looked_at(path) as (store, findings):
-        return findings if store is None else store.integrity()
+        return findings if store is None else integrity.check(store)
 
 
 def files_alone(path: Path) -> list[Finding]:

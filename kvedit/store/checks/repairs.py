@@ -57,7 +57,7 @@ class Repairs(Journal):
 
     def altered(self) -> list[Altered]:
         """The facts whose text is not what the history says, by whatever it was changed."""
-        return altered(self._rows)
+        return altered(self.query)
 
     def forget_checkpoints(self) -> int:
         """Forget the checkpoints that have another name than kvedit gives; returns how many.

@@ -40,13 +40,13 @@ class Erasure(Lineage, KeyForms):
     def wording(self, fact_ids: Sequence[int]) -> Wording:
         """All versions of some facts."""
         ids = _listed(fact_ids)
-        rows = self._rows(f"SELECT * FROM facts WHERE id IN ({ids})")
+        rows = self.query(f"SELECT * FROM facts WHERE id IN ({ids})")
         facts: list[Fact | None] = [fact_from_columns(row) for row in rows]
         for table, column in (
             ("fact_versions", "fact"), ("edit_facts", "before"), ("edit_facts", "after"),
         ):  # fmt: skip
             sql = f"SELECT {column} AS text FROM {table} WHERE fact_id IN ({ids})"
-            facts += [fact_from_text(row["text"]) for row in self._rows(sql)]
+            facts += [fact_from_text(row["text"]) for row in self.query(sql)]
         every = [fact for fact in facts if fact is not None]
         subjects = {fact.relation_of for fact in every if fact.relation_of}
         named = "SELECT 1 FROM facts WHERE (norm_key = ? OR norm_subject = ?)"
@@ -64,7 +64,7 @@ class Erasure(Lineage, KeyForms):
         Also those of groups that a fact was part of and that did not learn it.
         """
         sql = f"SELECT DISTINCT revision FROM fact_versions WHERE fact_id IN ({_listed(fact_ids)})"
-        direct = {row["revision"] for row in self._rows(sql)}
+        direct = {row["revision"] for row in self.query(sql)}
         direct |= {r for r, keys in self.not_learned().items() if any(map(wording.has_key, keys))}
         knew: set[int] = set()
         for revision, before in self._steps():
@@ -94,7 +94,7 @@ class Erasure(Lineage, KeyForms):
         )  # fmt: skip
 
     def _keyed(self, fact_ids: Sequence[int]) -> list[Row]:
-        return self._rows(f"SELECT key FROM facts WHERE id IN ({_listed(fact_ids)}) ORDER BY id")
+        return self.query(f"SELECT key FROM facts WHERE id IN ({_listed(fact_ids)}) ORDER BY id")
 
     def _newest_with(self, facts: dict[int, Fact], revisions: Sequence[int]) -> int | None:
         """The newest of some revisions at which the model held exactly these facts."""
@@ -107,11 +107,11 @@ class Erasure(Lineage, KeyForms):
     def _shared_with(self, fact_ids: Sequence[int], wording: Wording) -> tuple[str, ...]:
         """The keys of other facts that contain the text."""
         sql = f"SELECT * FROM facts WHERE id NOT IN ({_listed(fact_ids)}) ORDER BY id"
-        facts = [fact_from_columns(row) for row in self._rows(sql)]
+        facts = [fact_from_columns(row) for row in self.query(sql)]
         return tuple(fact.key for fact in facts if wording.tells(to_text(fact.to_json())))
 
     def _protected_with(self, wording: Wording) -> list[int]:
-        rows = self._rows("SELECT id, prompt, answer FROM protected")
+        rows = self.query("SELECT id, prompt, answer FROM protected")
         return [row["id"] for row in rows if wording.tells(f"{row['prompt']}\n{row['answer']}")]
 
     def release_protected(self, wording: Wording) -> int:
@@ -175,8 +175,8 @@ class Erasure(Lineage, KeyForms):
     def _redact_edits(self, fact_ids: Sequence[int], knew: set[int], wording: Wording) -> None:
         """Reports and reasons keep their figures; what the model said while it knew goes too."""
         sql = f"SELECT DISTINCT edit_id FROM edit_facts WHERE fact_id IN ({_listed(fact_ids)})"
-        own = {row["edit_id"] for row in self._rows(sql)}
-        for row in self._rows("SELECT id, state, parent, reasons, report FROM edits"):
+        own = {row["edit_id"] for row in self.query(sql)}
+        for row in self.query("SELECT id, state, parent, reasons, report FROM edits"):
             what = f"of edit {row['id']}"
             said: object = from_json(row["report"], dict, f"the report {what}")
             before = list(reasons_from(row["reasons"], what)), said
@@ -192,7 +192,7 @@ class Erasure(Lineage, KeyForms):
     def _redact_probes(self, wording: Wording) -> None:
         """Probes of no fact that are about these go; in those of others an answer may tell them."""
         sql = "SELECT id, fact_id, prompt, expected, answer FROM probe_results"
-        for row in self._rows(sql):
+        for row in self.query(sql):
             asked = f"{row['prompt']}\n{row['expected'] or ''}"
             about = wording.is_about(row["prompt"]) or wording.is_about(asked)
             if row["fact_id"] is None and about:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kvedit.files import (
     OLD_TRAINING_CHECKPOINTS,
@@ -22,14 +21,12 @@ from kvedit.files import (
 )
 from kvedit.store.database import sqlite_errors
 from kvedit.store.forget.erasure import SCRUB
-
-if TYPE_CHECKING:
-    from kvedit.store.store import Store
+from kvedit.store.store import Store
 
 _CACHED = (TRAINING_CHECKPOINTS, OLD_TRAINING_CHECKPOINTS, "head-*", "known-*", f"{TEMPORARY}*")
 
 
-def scrub(store: Store, connection: sqlite3.Connection) -> bool:
+def scrub(store: Store) -> bool:
     """After an erasure: remove from the files what the database no longer has.
 
     Under the store's lock.  Returns whether all is done; other processes that read the database
@@ -46,11 +43,11 @@ def scrub(store: Store, connection: sqlite3.Connection) -> bool:
             with disk_errors(folder):
                 sync_directory(folder)
     with sqlite_errors(store.db_path):
-        connection.execute("VACUUM")  # pages keep deleted rows of times without secure_delete
-    if not _truncate_log(store.db_path, connection):
+        store.connection.execute("VACUUM")  # pages keep deleted rows of times without secure_delete
+    if not _truncate_log(store.db_path, store.connection):
         return False
     store.set_meta(SCRUB, "")
-    _truncate_log(store.db_path, connection)
+    _truncate_log(store.db_path, store.connection)
     return True
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from kvedit.events import Score
 from kvedit.files import write_atomic
+from kvedit.store import integrity
 from kvedit.store.report import charts
 from kvedit.store.report.scores import FORCED, GENERATED, Check, checks, pooled
 from kvedit.store.report.texts import clipped, fitting, folder_name, model_name, without_paths
@@ -82,7 +83,7 @@ def page(store: Store) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     facts, edits, counts = store.facts(), store.history(), store.probe_counts()
     committed = [row for row in facts if row.state == "committed"]
-    status = store.status()
+    status = integrity.status(store)
     return template.render(
         status=status,
         name=folder_name(str(store.path)),

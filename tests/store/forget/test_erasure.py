@@ -26,6 +26,9 @@ from store_steps import (
 
 from kvedit.errors import CorruptStoreError, UsageError
 from kvedit.facts.fact import LocalityProbe, Question, Written
+from kvedit.store import integrity
+from kvedit.store.backup import write_backup
+from kvedit.store.forget.scrub import scrub
 from kvedit.store.lineage import in_ranges
 from kvedit.store.rows import FactChange, ProbeRow, ProtectedRow
 from kvedit.store.store import Store
@@ -114,7 +117,7 @@ def test_nothing_of_an_erased_fact_is_left_in_any_file(store: Store) -> None:
     )  # fmt: skip
     # In a backup neither.
     target = store.path.parent / "backup.tar"
-    store.backup(target)
+    write_backup(store, target)
     assert not any(form in target.read_bytes() for form in FORMS)
     with tarfile.open(target) as archive:
         deltas = [name for name in archive.getnames() if name.startswith("deltas/")]
@@ -155,7 +158,7 @@ def test_erased_revisions_are_refused_in_plain_words(store: Store) -> None:
     assert store.require_kept(1).id == 1 and store.require_kept(head).restores == 0
     assert [edit.gone for edit in store.history() if edit.revision] == ["", "erased", "erased",
                                                                        "erased", ""]  # fmt: skip
-    assert store.status()["gone"] == {"erased": 3}
+    assert integrity.status(store)["gone"] == {"erased": 3}
     assert [row.revision for row in store.checkpoints()] == [1]
 
 
@@ -239,12 +242,12 @@ def test_a_kill_between_the_commit_and_the_cleaning_is_made_good(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "scrub", lambda store: True)
+        patch.setattr("store_steps.scrub", lambda store: True)
         erase(store, KEY)
     assert [what for what in problems(store) if "erased" in what]
     assert store.needs_scrub
     store.recover()
-    assert store.scrub() and not store.needs_scrub
+    assert scrub(store) and not store.needs_scrub
     assert found(store.path) == [] and problems(store) == []
 
 
@@ -256,7 +259,7 @@ def test_a_reader_puts_the_cleaning_off(store: Store) -> None:
         erase(store, KEY)
         assert store.needs_scrub
         other.execute("COMMIT")
-    assert store.scrub() and found(store.path) == []
+    assert scrub(store) and found(store.path) == []
 
 
 def test_other_facts_with_the_text_are_named(store: Store) -> None:
@@ -306,7 +309,7 @@ def test_a_branch_that_does_not_pass_there_keeps_its_deltas(line: Store) -> None
 def test_a_checkpoint_that_stands_for_deltas_is_needed(line: Store) -> None:
     prune(line, 3)
     target = line.path.parent / "backup.tar"
-    line.backup(target)
+    write_backup(line, target)
     with tarfile.open(target) as archive:
         archive.extractall(line.path.parent / "copy", filter="data")
     with Store.open(line.path.parent / "copy") as copy:
@@ -315,12 +318,12 @@ def test_a_checkpoint_that_stands_for_deltas_is_needed(line: Store) -> None:
     (row,) = line.checkpoints()
     (row.path / "manifest.json").unlink()
     assert any("checkpoint of revision 3 is damaged" in what for what in problems(line))
-    assert [f.level for f in line.integrity() if "checkpoint of" in f.what] == ["error"]
+    assert [f.level for f in integrity.check(line) if "checkpoint of" in f.what] == ["error"]
     for path in sorted(row.path.iterdir()):
         path.unlink()
     row.path.rmdir()
     with pytest.raises(CorruptStoreError, match="missing"):
-        line.backup(target)
+        write_backup(line, target)
     assert target.read_bytes() == good
 
 
@@ -331,7 +334,7 @@ def test_a_renamed_checkpoint_that_stands_for_deltas_gets_its_name_back(line: St
         connection.execute("UPDATE checkpoints SET path = '../' || path")
     assert (line.name_pinned_checkpoints(), line.forget_checkpoints()) == (1, 1)
     assert [row.revision for row in line.checkpoints()] == [3] == sorted(line.pinned())
-    assert not [one for one in line.integrity() if one.level == "error"]
+    assert not [one for one in integrity.check(line) if one.level == "error"]
 
 
 def test_a_reason_for_dropping_that_there_is_not_is_refused(line: Store) -> None:
