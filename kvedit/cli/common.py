@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import traceback
 import warnings
@@ -43,6 +44,10 @@ force_option = click.option(
 )
 
 
+_SUGGESTED = re.compile(r"(?<=`)kvedit(?= [a-z]+)|(?<=: )kvedit(?= [a-z]+)|(?<=Run )kvedit(?= )")
+"""Where the hint of an error names a command line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The global options. `verbosity`: -1 quiet, 0 normal, 1 verbose, 2 debugging; `rank`: of
@@ -62,6 +67,12 @@ class Settings:
         """A kvedit command line to suggest, for the same store, quoted for a shell."""
         store = ("--store", self.store) if self.store else ()
         return shlex.join(("kvedit", *store, *words))
+
+    def for_store(self, hint: str) -> str:
+        """A hint, with --store in the command lines that it suggests for this one."""
+        if not self.store or "new store" in hint:
+            return hint
+        return _SUGGESTED.sub(self.command().replace("\\", r"\\"), hint)
 
 
 class KveditGroup(click.Group):
@@ -114,7 +125,7 @@ def explain_error(error: BaseException, settings: Settings) -> tuple[str, str, i
         hint = f"run `{settings.command('status')}` to see the state of the store"
         return "interrupted", hint, EXIT_INTERRUPTED
     if isinstance(error, KveditError):
-        return error.message, error.hint, error.exit_code
+        return error.message, settings.for_store(error.hint), error.exit_code
     if isinstance(error, OSError):
         if not error.filename and (why := streams.broken_output()):
             return f"cannot write to standard output: {why}", "", 1

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -43,7 +44,12 @@ SCORES = (
     ("retention", "earlier facts still recalled"),
     ("answers", "held-out questions answered"),
 )
-FORGOTTEN = ("forgotten", "phrasings answered as before the fact was added")
+FORGOTTEN = {
+    "reliability": ("forgotten", "phrasings answered as before the fact was added"),
+    "generalization": ("generalization", "unseen phrasings no longer give the text"),
+}
+"""The same of a removal, where it is something else."""
+CONTEXT = 24  # characters before the first difference of two answers
 PIPE_WIDTH = 100
 SHORTEST_LINE = 20  # cells of a text that is cut to one line
 LONGEST_WORD = 24  # cells up to which a column is widened for a word
@@ -293,8 +299,8 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
     for field, meaning in SCORES:
         score: Score = getattr(report, field)
         if score.n:
-            forgotten = field == "reliability" and report.kind == "remove"
-            label, text = FORGOTTEN if forgotten else (field, meaning)
+            removed = FORGOTTEN if report.kind == "remove" else {}
+            label, text = removed.get(field, (field, meaning))
             share = f"{percent(score.passed / score.n)} ({interval_text(score)}), {score.protocol}"
             rows.append((label, f"{score.passed} of {score.n} {text}", share))
         elif field == "locality" and report.reliability.n:
@@ -305,8 +311,19 @@ def _score_rows(report: EditReport) -> list[tuple[str, str, str]]:
     return rows
 
 
+def from_difference(one: str, other: str) -> tuple[str, str]:
+    """Two texts, without most of what they have in common at their beginning."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    common = sum(1 for _ in same)
+    if common <= 2 * CONTEXT or common == max(len(one), len(other)):
+        return one, other
+    begin = one.find(" ", common - CONTEXT, common) + 1 or common - CONTEXT
+    return f"…{one[begin:]}", f"…{other[begin:]}"
+
+
 def _detail_rows(report: EditReport) -> list[tuple[str, object]]:
-    answers = (("before", report.text_before), ("after", report.text_after))
+    texts = from_difference(report.text_before or "", report.text_after or "")
+    answers = zip(("before", "after"), texts, strict=True)
     rows: list[tuple[str, object]] = [(name, FirstLine(text)) for name, text in answers if text]
     if report.perturbation_gap is not None:
         rows.append(("gap", gap_text(report.perturbation_gap)))

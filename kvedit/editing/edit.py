@@ -84,7 +84,8 @@ class Edit:
             committed = self._abandon(edit_id, "canceled", "interrupted by the user", snapshot)
             state = "was committed before" if committed else "did not happen"
             what = f"the {self._plan.kind} of {self._plan.key}"
-            raise Interrupted(f"interrupted: {what} {state}") from error
+            hint = "" if committed else "The same command again starts it anew."
+            raise Interrupted(f"interrupted: {what} {state}", hint=hint) from error
         except OutOfTimeError as error:
             self._abandon(edit_id, "canceled", error.message, snapshot)
             raise

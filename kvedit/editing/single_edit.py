@@ -1,5 +1,6 @@
 """Edits of one fact, and rollbacks: what is checked before each, then the edit itself."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from kvedit.editing.study.writing import StudyWriter
 from kvedit.errors import DuplicateKeyError, UnknownKeyError
 from kvedit.events import EditReport, Similar, Warning_
 from kvedit.facts.fact import Fact, Written
+from kvedit.facts.forms.placeholders import placeholder
 from kvedit.facts.keys import in_words, similar
 from kvedit.revisions.session import Session
 from kvedit.store.forget.plans import ErasePlan
@@ -32,6 +34,7 @@ class SingleEditor:
             known = self._store.find(fact.key)
             if known is not None and known.state == "committed":
                 return self._add_again(known, fact, force=force)
+            self._warn_of_placeholder(fact)
             near = tuple(similar(fact.key, self._store.keys()))
             self._warn_of_similar(fact.key, near)
             self._session.protection.prepare()
@@ -120,7 +123,7 @@ class SingleEditor:
         if row.state != "committed":
             raise UnknownKeyError(
                 f"the model does not hold {row.fact.key!r}: it is {row.state}",
-                hint=f"Add it with: kvedit add {row.fact.key} FILE",
+                hint=f"Add it with: kvedit add {shlex.quote(row.fact.key)} FILE",
             )
         return row
 
@@ -158,7 +161,7 @@ class SingleEditor:
             return Edit(self._session, self._planner.update(row, more), force=force).run()
         raise DuplicateKeyError(
             f"{row.fact.key} is in the store with another text",
-            hint=f"To change it: kvedit update {row.fact.key} FILE",
+            hint=f"To change it: kvedit update {shlex.quote(row.fact.key)} FILE",
         )
 
     def _unchanged(self, kind: str, row: FactRow) -> EditReport:
@@ -177,6 +180,11 @@ class SingleEditor:
         if dropped:
             text = f"{old.key}: the new text does not say, so it was dropped: {in_words(dropped)}"
             self._session.emit(Warning_(text=text, code="dropped", key=old.key))
+
+    def _warn_of_placeholder(self, fact: Fact) -> None:
+        if reason := placeholder(fact):
+            text = f"{fact.key}: {reason}; it is trained all the same"
+            self._session.emit(Warning_(text=text, code="placeholder", key=fact.key))
 
     def _warn_of_similar(self, key: str, near: Sequence[Similar]) -> None:
         for hit in near:

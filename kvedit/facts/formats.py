@@ -10,6 +10,7 @@ Invariants:
 
 import json
 import os
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from kvedit.errors import InvalidFactError, KveditError, UsageError
 from kvedit.facts.csv_reader import Table, detect_table, read_table, unknown_table
 from kvedit.facts.fact import Fact
 from kvedit.facts.forms import markdown
-from kvedit.facts.forms.encodings import line_text, utf8_lines
+from kvedit.facts.forms.encodings import is_utf8, line_text, not_utf8, utf8_lines
 from kvedit.facts.forms.names import column_name
 from kvedit.facts.forms.passages import join_rows, passages_of
 from kvedit.facts.forms.records import (
@@ -41,6 +42,7 @@ from kvedit.files import decode, read_text
 from kvedit.paths import open_input
 
 TEXTS = (".txt", ".md")
+STANDARD_INPUT = "standard input"
 HEAD = 20
 """Lines that are read to detect the format."""
 
@@ -93,7 +95,7 @@ def read_facts(source: Path | str, reading: Reading = BY_CONTENT) -> Iterator[Lo
 def source_name(source: Path | str) -> str:
     """What messages call a source; bytes of its name that are not UTF-8 are shown escaped."""
     if str(source) == "-":
-        return "standard input"
+        return STANDARD_INPUT
     return os.fsencode(source).decode("utf-8", "backslashreplace")
 
 
@@ -133,8 +135,11 @@ def _file(source: Path | str, name: str, reading: Reading) -> Iterator[Located]:
         return _located(records, name, "record", "JSON", columns)
     if markdown.is_markdown(start):
         text = decode(b"".join(everything), name)
-        records = markdown.read_markdown(text, partial(names_fit, columns=columns))
+        fit = partial(names_fit, columns=columns)
+        records = markdown.read_markdown(text, fit, tables_alone=bool(columns))
         return _located(records, name, "line", "Markdown", columns)
+    if not is_utf8(b"".join(head)):
+        raise not_utf8(b"".join(head), name)
     raise _unknown(start, name, columns)
 
 
@@ -146,7 +151,8 @@ def _table_name(table: Table) -> str:
 
 def _unknown(start: str, name: str, columns: Columns) -> InvalidFactError:
     """The error for a file in no format: the columns of a table, else how the text begins."""
-    table = unknown_table(start)
+    file = "-" if name == STANDARD_INPUT else shlex.quote(name)
+    one_fact, table = f"One text is one fact: kvedit add KEY {file}", unknown_table(start)
     if table is not None:
         chosen = [one for one in (columns.key, columns.description) if one]
         absent = [repr(one) for one in chosen if column_name(one) not in table.names]
@@ -156,11 +162,12 @@ def _unknown(start: str, name: str, columns: Columns) -> InvalidFactError:
             else "is in no format that kvedit reads"
         )
         found = in_words([repr(one) for one in table.names if one], most=_NAMED)
-        return InvalidFactError(f"{name} {what}; its columns are {found}", hint=CHOOSE)
+        hint = CHOOSE if chosen else f"The first line has to name the columns. {CHOOSE}\n{one_fact}"
+        return InvalidFactError(f"{name} {what}; its columns are {found}", hint=hint)
     beginning = " ".join(start.split())[:60]
     return InvalidFactError(
         f"{name} is in no format that kvedit reads; it begins with {beginning!r}",
-        hint=f"{_FORMATS}\nOne text is one fact: kvedit add KEY {name}",
+        hint=f"{_FORMATS}\n{one_fact}",
     )
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import cast
 
 from kvedit.errors import InvalidFactError
+from kvedit.facts.forms.names import are_of_a_record
 from kvedit.facts.forms.passages import passages_of
 from kvedit.facts.forms.records import ANY_COLUMNS, Columns, looks_like_fact
 
@@ -96,6 +97,8 @@ def _records(document: object, columns: Columns) -> Iterator[object]:
     elif arrays := [cast(list[object], value) for _, value in pairs if _holds_records(value)]:
         if not named:
             yield from chain.from_iterable(arrays)
+    elif not named and are_of_a_record([key for key, _ in pairs]):
+        yield document
     elif not named:
         yield from (_pair(key, value) for key, value in pairs)
 

@@ -264,13 +264,14 @@ class _Names:
         names = [(entry.fact.key, norm_key)]
         names += [(alias, self._form(alias)) for alias in entry.fact.aliases]
         for name, norm in names:
+            called = name if norm == norm_key else f"the alias {name} of {entry.fact.key}"
             holder = self._in_store.get(norm)
             if holder is not None and self._form(holder) != norm_key:
-                return f"{name} leads to the fact {holder} in the store"
+                return f"{called} leads to the fact {holder} in the store"
             owner, other = self._holder(norm, norm_key, entry)
             if owner != norm_key:
                 place = _short(other.where, entry.where)
-                return f"{name} also leads to the fact {other.fact.key} at {place}"
+                return f"{called} also leads to the fact {other.fact.key} at {place}"
         return None
 
     def _holder(self, norm: str, norm_key: str, entry: Entry) -> tuple[str, Entry]:

@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class Store(Results):
     def _put_pending(self, fact: Fact) -> int:
         row = self._one("SELECT * FROM facts WHERE norm_key = ?", [self.key_form(fact.key)])
         if row is not None and row["state"] == "committed":
-            hint = f"To change its text: kvedit update {row['key']}"
+            hint = f"To change its text: kvedit update {shlex.quote(row['key'])} FILE"
             raise DuplicateKeyError(f"{row['key']} is in the store already", hint=hint)
         self._refuse_taken(fact, None if row is None else row["id"])
         fact_id: int = self._insert_fact(fact) if row is None else row["id"]

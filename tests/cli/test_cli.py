@@ -195,6 +195,24 @@ def test_errors_become_exit_codes_without_a_traceback(
     assert "Traceback" in debug.stderr
 
 
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        ("Run `kvedit doctor`.", "Run `kvedit --store 'my store' doctor`."),
+        ("To change it: kvedit update x FILE", ": kvedit --store 'my store' update x FILE"),
+        ("or make a new store with kvedit init.", "or make a new store with kvedit init."),
+        ("kvedit reads JSON.", "kvedit reads JSON."),
+    ],
+)
+def test_hints_name_the_store_that_was_named(
+    filled: Path, fake: type[FakeBase], hint: str, expected: str
+) -> None:
+    filled.rename(filled.with_name("my store"))
+    fake.error = CorruptStoreError("broken", hint=hint)
+    result = run("--store", "my store", "add", "x", "--text", "y")
+    assert expected in result.stderr
+
+
 def test_a_store_of_another_program_version_is_refused(filled: Path) -> None:
     import sqlite3
 

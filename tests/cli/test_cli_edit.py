@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+from kvedit.cli.output import from_difference
 from kvedit.cli.progress import make_reporter
 from kvedit.events import EditReport, RetentionCheck, Score, Status, Warning_
 from kvedit.facts.fact import Question
@@ -313,3 +314,29 @@ def test_init(fake: type[FakeBase], tmp_path: Path) -> None:
     assert "created the store" in result.stdout
     assert "protected: 0 texts, 0 of them locality probes" in result.stdout
     assert "kvedit --store s add KEY FILE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        ("one text", "another", ("one text", "another")),
+        ("the same " * 20, "the same " * 20, ("the same " * 20,) * 2),
+        (
+            f"{'It is a long text. ' * 5}It costs 1,240 crowns.",
+            f"{'It is a long text. ' * 5}It costs 1,390 crowns.",
+            ("…long text. It costs 1,240 crowns.", "…long text. It costs 1,390 crowns."),
+        ),
+        ("x" * 100 + "a", "x" * 100 + "b", ("…" + "x" * 24 + "a", "…" + "x" * 24 + "b")),
+    ],
+)
+def test_two_answers_are_shown_from_where_they_differ(
+    before: str, after: str, shown: tuple[str, str]
+) -> None:
+    assert from_difference(before, after) == shown
+
+
+def test_a_removal_is_no_recall(filled: Path, fake: type[FakeBase]) -> None:
+    fake.report = replace(COMMITTED, kind="remove", generalization=Score(3, 4))
+    text = run("remove", "Porto").stdout
+    assert "3 of 4 unseen phrasings no longer give the text" in text
+    assert "phrasings answered as before" in text and "recalled exactly" not in text

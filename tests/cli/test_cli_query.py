@@ -249,3 +249,12 @@ def test_a_terminal_of_no_width_still_shows_something(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     assert "Porto" in run("list").stdout and "fingerprint" in run("status").stdout
+
+
+def test_a_removed_fact_recites_nothing(filled: Path) -> None:
+    with Store.open(filled) as store:
+        row = store.require("Porto")
+        commit(store, "remove", row.fact, None)
+    text = run("show", "Porto").stdout
+    assert "removed" in text and "recites" not in text
+    assert json.loads(run("show", "Porto", "--json").stdout)["recites"]["n"] == 0

@@ -136,11 +136,12 @@ TEXT = st.text(st.characters(blacklist_categories=("Cc", "Cs", "Zl", "Zp")), min
 )
 NAMES = TEXT.map(str.strip).filter(lambda text: 0 < len(text) <= 50)
 PLAIN = NAMES.filter(lambda text: "|" not in text)
+ALIASES = NAMES.filter(lambda text: not set("|;；、") & set(text))
 FACTS = st.builds(
     Fact.create,
     NAMES,
     TEXT.filter(str.strip) | st.just('two\nlines, "quoted"'),
-    aliases=st.lists(PLAIN, max_size=3),
+    aliases=st.lists(ALIASES, max_size=3),
     prompts=st.lists(PLAIN, max_size=2),
     paraphrases=st.lists(PLAIN, max_size=2),
     locality=st.lists(st.builds(lambda text: LocalityProbe(prompt=text), PLAIN), max_size=2),

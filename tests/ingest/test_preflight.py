@@ -108,7 +108,7 @@ def test_what_the_store_holds(store: Store) -> None:
     assert keys(preflight.new) == ["mended", "waiting"]
     assert reasons(preflight) == [
         "f, line 5: alias leads to the fact held in the store",
-        "f, line 6: held leads to the fact held in the store",
+        "f, line 6: the alias held of x leads to the fact held in the store",
     ]
 
 
@@ -125,8 +125,8 @@ def test_an_alias_must_not_lead_elsewhere() -> None:
     )
     assert keys(preflight.new) == ["a"]
     assert reasons(preflight) == [
-        "f, line 2: A also leads to the fact a at line 1",
-        "f, line 3: shared also leads to the fact a at line 1",
+        "f, line 2: the alias A of b also leads to the fact a at line 1",
+        "f, line 3: the alias shared of c also leads to the fact a at line 1",
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,9 @@ from kvedit.cli import parameters
 from kvedit.cli.common import Settings, next_step
 from kvedit.cli.output import print_parts
 from kvedit.cli.progress import make_reporter
+
+if TYPE_CHECKING:
+    from kvedit.editing.knowledge_base import KnowledgeBase
 
 
 @click.command()
@@ -58,7 +61,6 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     """
     from kvedit.editing.knowledge_base import KnowledgeBase
     from kvedit.model.devices import choose_threads
-    from kvedit.store import integrity
     from kvedit.store.store import resolve_store
 
     choose_threads()
@@ -67,14 +69,7 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     options |= {"load_in": load_in or "", "check_memory": not ignore_memory}
     with (make_reporter(quiet=settings.quiet) as reporter,
           KnowledgeBase.create(path, model, on_event=reporter, **options) as base):  # fmt: skip
-        status, lines = integrity.status(base.store), base.example_lines()
-    print_parts(
-        f"created the store {path} for the model {status['model_name']}",
-        f"protected: {status['protected']} texts, {status['locality_probes']} of them locality"
-        " probes",
-        "facts are trained and asked like this (see [prompts] in kvedit.toml):",
-    )
-    print_parts(*lines, indent=2)
+        _tell(base)
     next_step(settings, "add", "KEY", "FILE")
 
 
@@ -107,3 +102,17 @@ def trust(settings: Settings, yes: bool) -> None:
         if not yes:
             click.confirm("Run it on this machine, with your rights?", abort=True, err=True)
         print_parts(f"allowed; to take it back, delete {base_model.allow_code(store)}")
+
+
+def _tell(base: KnowledgeBase) -> None:
+    """What the new store has, and how facts are trained and asked in it."""
+    from kvedit.store import integrity
+
+    status = integrity.status(base.store)
+    print_parts(
+        f"created the store {base.store.path} for the model {status['model_name']}",
+        f"protected: {status['protected']} texts, {status['locality_probes']} of them locality"
+        " probes",
+        "facts are trained and asked like this (see [prompts] in kvedit.toml):",
+    )
+    print_parts(*base.example_lines(), indent=2)

@@ -70,10 +70,15 @@ def fact_document(row: FactRow, edits: Sequence[EditRow],
     ]
     scores = {
         name: {**score.to_json(), "revision": revision}
-        for name, (score, revision) in latest_scores(results).items()
+        for name, (score, revision) in latest_scores(_of_state(row, results)).items()
     }
     edited = [edit.to_json() for edit in edits]
     return {**row.to_json(), **scores, "edits": edited, "results": probes}
+
+
+def _of_state(row: FactRow, results: Sequence[ProbeRow]) -> Sequence[ProbeRow]:
+    """The results that say what the model holds: those of a removal say what it no longer does."""
+    return () if row.state == "removed" else results
 
 
 def latest_scores(results: Sequence[ProbeRow]) -> dict[str, tuple[Score, int | None]]:
@@ -124,7 +129,7 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
         ("health", styled(row.health)),
         ("checked", "never" if checked is None else f"at revision {checked}"),
         ("margin", _margin_field(row.margin)),
-        *_score_fields(results),
+        *_score_fields(_of_state(row, results)),
         ("source", fact.source or ""),
     ]
     parts: Parts = [pairs([field for field in fields if field[1]]), "", styled(fact.description)]
@@ -149,6 +154,8 @@ def fact_parts(row: FactRow, edits: Sequence[EditRow], results: Sequence[ProbeRo
         ]  # fmt: skip
         names = ("revision", "probe", "result", "margin", "protocol", "prompt")
         parts += ["", table(names, cells)]
+        if len(results) > SHOWN:
+            parts.append(f"... and {len(results) - SHOWN} earlier ones")
     return parts
 
 

@@ -19,6 +19,8 @@ which the whole file is taken for one in another encoding."""
 _CHINESE = {"gb18030": (range(0xB0, 0xD8), 0xA1), "big5": (range(0xA4, 0xC7), 0x40)}
 """Encodings with the lead bytes of their frequent characters and the lowest byte after them."""
 _LATIN = "cp1252"
+MOST_ACCENTS = 0.4
+"""Of the letters of a line in a Western language; one in Cyrillic or Japanese has more."""
 _CHINESE_TEXT = re.compile(r"[\u2010-\u2027\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -76,29 +78,33 @@ def line_text(data: bytes) -> str:
     except InvalidFactError as error:
         if is_utf8(data):
             raise
-        what = f"{error.message}; it may be {likely_encoding(data)} (--encoding)"
-        raise InvalidFactError(what, hint=error.hint) from error
+        guess = likely_encoding(data)
+        may_be = f"; it may be {guess} (--encoding)" if guess else ""
+        raise InvalidFactError(f"{error.message}{may_be}", hint=error.hint) from error
 
 
 def not_utf8(data: bytes, name: str) -> InvalidFactError:
     """The error for a file in another encoding, which its bytes make likely."""
-    return InvalidFactError(
-        f"{name} is not UTF-8; it may be {likely_encoding(data)}", hint=_hint(data)
-    )
-
-
-def _hint(data: bytes) -> str:
     guess = likely_encoding(data)
+    may_be = f"; it may be {guess}" if guess else ""
+    return InvalidFactError(f"{name} is not UTF-8{may_be}", hint=_hint(guess))
+
+
+def _hint(guess: str | None) -> str:
     others = {"gb18030": "big5 for Traditional Chinese", "big5": "gb18030 for Simplified Chinese"}
-    other = others.get(guess, "gb18030 or big5 for Chinese")
-    return f"Name its encoding: --encoding {guess} ({other}); or save it as UTF-8."
+    other = others.get(guess or "", "gb18030 or big5 for Chinese")
+    return f"Name its encoding: --encoding {guess or 'NAME'} ({other}); or save it as UTF-8."
 
 
-def likely_encoding(data: bytes) -> str:
-    """The encoding that bytes which are not UTF-8 are most likely in."""
+def likely_encoding(data: bytes) -> str | None:
+    """The encoding that bytes which are not UTF-8 are most likely in, if one is likely."""
     shares = {name: _frequent(data, name) for name in _CHINESE}
     best = max(shares, key=lambda name: shares[name])
-    return best if shares[best] > 0.5 else _LATIN
+    if shares[best] > 0.5:
+        return best
+    letters = [byte for byte in data if byte >= 0x80 or bytes([byte]).isalpha()]
+    foreign = sum(byte >= 0x80 for byte in letters)
+    return _LATIN if foreign < MOST_ACCENTS * len(letters) else None
 
 
 def _frequent(data: bytes, encoding: str) -> float:

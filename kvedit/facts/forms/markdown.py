@@ -9,7 +9,7 @@ Invariants:
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.names import Record, column_name, table_record
@@ -18,13 +18,11 @@ _ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*")
 _UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})[ \t]*")
 _PARAGRAPH = re.compile(r" {0,3}[^\s|>#*+-]")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_ROW = re.compile(r"\s*\|.*\|\s*")
-_RULE = re.compile(r"\s*\|(?:\s*:?-+:?\s*\|)+\s*")
+_ROW = re.compile(r" {0,3}(?!#{1,6}[ \t]|`{3}|~{3}|>)\S.*")  # of a table that has begun
+_RULE = re.compile(r" {0,3}\|?(?:[ \t]*:?-+:?[ \t]*\|)*[ \t]*:?-+:?[ \t]*\|?[ \t]*")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _MARKS = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+?)(?<=\S)\1")
-_TERM = re.compile(r"\s*(?:[-*+]\s+)?\*\*(.+?)\*\*\s*(?:[:：—–-])?\s*(?<=[:：—– -])(.+)")
-
-
+_ANCHOR = re.compile(r"\s*\{#[\w-]+\}$")
 _QUOTING = "write \\| for a bar inside a cell"
 _Line = tuple[int, str]
 _Row = tuple[int, Record | InvalidFactError]
@@ -44,37 +42,52 @@ class _Section:
     def text(self) -> str:
         return "\n".join(line for _, line in self.body).strip()
 
+    @property
+    def problem(self) -> InvalidFactError:
+        """Why the text is no fact, where it cannot be one."""
+        if not self.title:
+            return InvalidFactError("text before the first heading has no key; give it a heading")
+        return InvalidFactError(
+            f"the heading {self.title!r} has text; with named columns tables alone are read"
+        )
+
 
 def is_markdown(text: str) -> bool:
-    """Whether the beginning of a text is that of a Markdown file with headings or a table."""
-    lines = _without_front_matter(text.splitlines())
-    first, *others = [line for _, line in lines if line.strip()] or [""]
-    if _ATX.fullmatch(first):
+    """Whether the beginning of a text is that of a Markdown file: a heading, a table, or a heading
+    after a paragraph.
+    """
+    lines = [line for _, line in _without_front_matter(text.splitlines())]
+    first, *others = [line for line in lines if line.strip()] or [""]
+    if _ATX.fullmatch(first) or _begins_table([first, *others[:1]]):
         return True
-    if others and _begins_table([first, others[0]]):
-        return True
-    return bool(others and re.fullmatch(r"=+\s*", others[0]))
+    after_paragraph = any(not one.strip() and _ATX.fullmatch(two) for one, two in pairwise(lines))
+    return after_paragraph or bool(others and re.fullmatch(r"=+\s*", others[0]))
 
 
-def read_markdown(text: str, names_fit: Callable[[Iterable[str]], bool]) -> Iterator[_Row]:
+def read_markdown(
+    text: str, names_fit: Callable[[Iterable[str]], bool], *, tables_alone: bool = False
+) -> Iterator[_Row]:
     """Line and record of each row of a table, and of each heading with other text below it.
 
-    ``names_fit`` says whether columns are those of facts; where a file begins with a table, they
-    are taken to be.  Headings that stand twice are told apart by the one above them.
+    ``names_fit`` says whether columns are those of facts; before the first heading they are taken
+    to be.  With ``tables_alone``, other text is a problem.  Headings that stand twice are told
+    apart by the one above them.
     """
-    lines = [(n, line) for n, line in _without_front_matter(text.splitlines()) if line.strip()]
-    if _begins_table([line for _, line in lines[:2]]):
-        yield from _rows(lines)
-        return
     sections = list(_sections(text))
-    tables = [_take_tables(section, names_fit) for section in sections]
+    tables = [_take_tables(one, names_fit if one.title else _any_names) for one in sections]
     titles = [section.title for section in sections if section.text]
     for section, rows in zip(sections, tables, strict=True):
-        twice = titles.count(section.title) > 1 and section.parent
-        key = f"{section.parent}: {section.title}" if twice else section.title
-        if section.text:
+        if section.text and (tables_alone or not section.title):
+            yield section.line, section.problem
+        elif section.text:
+            twice = titles.count(section.title) > 1 and section.parent
+            key = f"{section.parent}: {section.title}" if twice else section.title
             yield section.line, {"key": key, "description": section.text}
         yield from rows
+
+
+def _any_names(_: Iterable[str]) -> bool:
+    return True
 
 
 def _take_tables(section: _Section, names_fit: Callable[[Iterable[str]], bool]) -> list[_Row]:
@@ -94,19 +107,22 @@ def _take_tables(section: _Section, names_fit: Callable[[Iterable[str]], bool]) 
 
 
 def _begins_table(lines: Sequence[str]) -> bool:
-    """Whether two lines are the names of columns and the rule below them."""
-    return len(lines) == 2 and bool(_ROW.fullmatch(lines[0]) and _RULE.fullmatch(lines[1]))
+    """Whether two lines are the names of columns and the rule below them, with or without bars
+    around them.
+    """
+    if len(lines) < 2 or not _ROW.fullmatch(lines[0]) or not _RULE.fullmatch(lines[1]):
+        return False
+    return "|" in lines[0] and len(_cells(lines[0])) == len(_cells(lines[1]))
 
 
 def _rows(table: Sequence[_Line]) -> Iterator[_Row]:
     """Line and record of each row below a table's first two lines."""
     names = _names(table[0][1])
     for number, line in table[2:]:
-        if _ROW.fullmatch(line):
-            try:
-                yield number, table_record(names, _cells(line), _QUOTING)
-            except InvalidFactError as error:
-                yield number, error
+        try:
+            yield number, table_record(names, _cells(line), _QUOTING)
+        except InvalidFactError as error:
+            yield number, error
 
 
 def _names(line: str) -> list[str]:
@@ -114,8 +130,10 @@ def _names(line: str) -> list[str]:
 
 
 def _cells(line: str) -> list[str]:
-    cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
-    return [cell.strip().replace("\\|", "|") for cell in cells]
+    """The cells of a row; marks around all of a cell go."""
+    inner = re.sub(r"(?<!\\)\|$", "", line.strip().removeprefix("|"))
+    cells = (cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", inner))
+    return [match[2] if (match := _MARKS.fullmatch(cell)) else cell for cell in cells]
 
 
 def _without_front_matter(lines: list[str]) -> Iterator[tuple[int, str]]:
@@ -127,23 +145,20 @@ def _without_front_matter(lines: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def _sections(text: str) -> Iterator[_Section]:
-    """The headings of a file in order, each with its own text."""
+    """The headings of a file in order, each with its own text; what is before them comes first."""
     above: list[_Section] = []
-    current: _Section | None = None
+    current = _Section(1, 0, "", "")
     for number, line, level in _levels(list(_without_front_matter(text.splitlines()))):
         match = _ATX.fullmatch(line)
         title = _plain(match[2] if match else line) if level else ""
         if not title:
-            if current is not None:
-                current.body.append((number, line))
+            current.body.append((number, line))
             continue
-        if current is not None:
-            yield current
+        yield current
         above = [one for one in above if one.level < level]
         current = _Section(number, level, title, above[-1].title if above else "")
         above.append(current)
-    if current is not None:
-        yield current
+    yield current
 
 
 def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
@@ -173,8 +188,8 @@ def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
 
 
 def _plain(title: str) -> str:
-    """A heading without links, emphasis and code marks."""
-    text = _LINK.sub(r"\1", title)
+    """A heading without links, emphasis, code marks and the name of its place."""
+    text = _LINK.sub(r"\1", _ANCHOR.sub("", title))
     for _ in range(3):
         text = _MARKS.sub(r"\2", text)
     return " ".join(text.split())

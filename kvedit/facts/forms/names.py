@@ -6,6 +6,7 @@ Invariants:
   belongs to a text, and half a description would be added.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -46,9 +47,25 @@ ANSWERS = (
     "答复", "答覆", "回复", "回覆", "解答", "答句", "助手",
 )  # fmt: skip
 NEEDED = ("key", "description")
-LISTS = ("aliases", "prompts", "paraphrases", "locality", "statements", *SYNONYMS["aliases"])
-SEPARATOR = "|"
+_TEXTS = ("prompts", "paraphrases", "locality", "statements")
+LISTS = ("aliases", *SYNONYMS["aliases"], *_TEXTS)
+_SEPARATOR = re.compile(r"\|")
 """Separates the values of a cell with several."""
+_OF_NAMES = re.compile("[|;；、]")
+"""The same for names, in which none of these stands."""
+
+
+_KNOWN = {
+    name
+    for names in (NEEDED, QUESTIONS, ANSWERS, PARTS, *SYNONYMS.values())
+    for name in names
+    if len(name) > 1
+}
+
+
+def are_of_a_record(names: Sequence[str]) -> bool:
+    """Whether names are those of a record's parts, rather than the keys of a mapping."""
+    return 2 * sum(name in _KNOWN for name in names) >= len(names) > 1
 
 
 def column_name(name: str) -> str:
@@ -68,7 +85,8 @@ def table_record(names: Sequence[str], cells: Sequence[str], quoting: str) -> di
     record: dict[str, object] = {n: c for n, c in zip(names, cells, strict=False) if c.strip()}
     for name in LISTS:
         if name in record:
-            values = str(record[name]).split(SEPARATOR)
+            separator = _SEPARATOR if name in _TEXTS else _OF_NAMES
+            values = separator.split(str(record[name]))
             record[name] = [value.strip() for value in values if value.strip()]
     return record
 

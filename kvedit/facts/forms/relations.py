@@ -49,6 +49,7 @@ def counterfact_original(record: Record) -> Record | None:
 _DIGEST = 8  # characters of it that tell two long keys apart
 _FLAT = (
     ("target_new", "prompt", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+    ("target", "prompt", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
     ("alt", "src", "rephrase", "loc", "loc_ans"),
 )
 """Names of the new answer, the question, a paraphrase, and a question whose answer must not change

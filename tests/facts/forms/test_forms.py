@@ -147,6 +147,9 @@ def test_named_columns_come_before_everything(tmp_path: Path) -> None:
         ('{"rows": [{"id": 1, "price": 2}]}', "it has 'id', 'price'"),
         ("question,when\na,b\n", "its columns are 'question', 'when'"),
         ('[{"question": "a"}]', '"answer" is missing'),
+        ('{"question": "a", "anwser": "b"}', '"answer" is missing'),
+        ('{"name": "a", "desc": "b"}', '"description" is missing'),
+        ('{"subject": "a", "prompt": "b", "ground_truth": "c"}', "as CounterFact or zsRE"),
         ('[{"price": "a"}]', '"key" and "description" are missing'),
         ('[{"messages": []}]', "as OpenAI messages it lacks a part, or has one in another shape"),
         ('[{"conversations": {}}]', "as ShareGPT conversations it lacks a part"),
@@ -158,6 +161,26 @@ def test_where_nothing_fits_the_names_are_told(tmp_path: Path, data: str, found:
     error = refusal(tmp_path, data)
     assert "is in no format" in error.message and found in error.message
     assert "--key-column NAME --description-column NAME" in error.hint
+
+
+def test_a_mapping_may_have_a_key_that_is_the_name_of_a_part(tmp_path: Path) -> None:
+    mapping = {"text": "A row of characters.", "token": "A piece of it.", "epoch": "A pass."}
+    assert [fact.key for fact in facts_in(read(tmp_path, json.dumps(mapping)))] == list(mapping)
+
+
+def test_a_table_without_names_of_columns_is_told_so(tmp_path: Path) -> None:
+    error = refusal(tmp_path, "tide lantern,A glass float.\nhush bell,A bell.\n")
+    assert error.hint.startswith("The first line has to name the columns.")
+    assert "kvedit add KEY" in error.hint
+
+
+def test_names_in_one_cell_are_told_apart(tmp_path: Path) -> None:
+    table = (
+        "key,description,aliases,statements\nlamp,It shines.,one; two｜、three|four,It glows; so.\n"
+    )
+    (fact,) = facts_in(read(tmp_path, table.replace("｜", "；")))
+    assert fact.aliases == ("one", "two", "three", "four")
+    assert fact.statements == ("It glows; so.",)
 
 
 def test_a_column_cannot_be_both_parts() -> None:
@@ -271,6 +294,11 @@ def test_probes_of_a_wrong_type_are_no_silence(tmp_path: Path, name: str) -> Non
     listed = [{"prompt": "Who was it?", "ground_truth": "Pell"}]
     fact = only_fact(tmp_path, {**record, name: listed})
     assert [one.prompt for one in (*fact.locality, *fact.questions)] == ["Who was it?"]
+
+
+def test_a_relation_may_call_its_answer_target(tmp_path: Path) -> None:
+    fact = only_fact(tmp_path, {"subject": "Marrow", "prompt": "Marrow's mayor is", "target": "A"})
+    assert (fact.relation_of, fact.prompts) == ("Marrow", ("Marrow's mayor is",))
 
 
 def test_two_relations_of_one_subject_are_two_facts(tmp_path: Path) -> None:
@@ -401,10 +429,35 @@ def test_a_markdown_table_of_facts_below_a_heading(tmp_path: Path) -> None:
     assert "4 cells, but the first line names 3 columns" in str(problem.problem)
 
 
+@pytest.mark.parametrize(
+    ("text", "keys", "problems"),
+    [
+        ("| Term | Definition |\n|---|---|\n| one | First. |\n\n# Two\nSecond.\n", "one Two", 0),
+        ("|Term|Text|\n|---|---|\n|a|A.|\n\n|Name|Text|\n|--|--|\n|b|B.|\n", "a b", 0),
+        ("# G\n| Term | Text |\n|---|---|\n| one | First.\n| two | Second. |\n", "one two", 0),
+        ("# G\nTerm | Text\n--- | ---\none | First.\ntwo | Second.\n", "one two", 0),
+        ("# G\n| **Term** | `Text` |\n|---|---|\n| **one** | First. |\nalone\n", "one", 1),
+        ("# G\n|Term|Text|\n|---|---|\n|one|First.|\n## Two {#two}\nSecond.\n", "one Two", 0),
+        ("# G\nText.\n\n    | Term | Text |\n    |---|---|\n    | one | First. |\n", "G", 0),
+        ("# G\nA | b\n---\nText.\n", "G", 0),
+        ("Before.\n\n# One\nText.\n", "One", 1),
+        ("---\ntitle: x\n---\nTerm | Text\n:-- | --:\none | First.\n", "one", 0),
+    ],
+)  # fmt: skip
+def test_tables_and_headings_stand_beside_each_other(
+    tmp_path: Path, text: str, keys: str, problems: int
+) -> None:
+    rows = read(tmp_path, text, "g.md")
+    assert " ".join(row.fact.key for row in rows if row.fact) == keys
+    assert sum(row.problem is not None for row in rows) == problems
+
+
 def test_named_columns_of_a_markdown_table_below_a_heading(tmp_path: Path) -> None:
     text = "# Shop\n\n| Product | Price |\n|---|---|\n| lamp | 3 crowns |\n"
     (fact,) = facts_in(read(tmp_path, text, columns=Columns("product", "price")))
     assert (fact.key, fact.description) == ("lamp", "3 crowns")
+    rows = read(tmp_path, text + "## Note\nClosed.\n", columns=Columns("product", "price"))
+    assert rows[1].problem is not None and "the heading 'Note' has text" in rows[1].problem
 
 
 # ---- encodings
@@ -434,6 +487,15 @@ def test_another_encoding_is_one_error_that_names_it(
     error = refusal(tmp_path, text.encode(encoding))
     assert f"is not UTF-8; it may be {encoding}" in error.message
     assert f"--encoding {encoding}" in error.hint
+
+
+@pytest.mark.parametrize(("text", "encoding"), [
+    ("ключ,описание\nлампа,Она светит.\n", "cp1251"),
+    ("灯台,港の灯り。\n時計,鐘が鳴る。\n", "shift-jis"),
+])  # fmt: skip
+def test_no_encoding_is_named_that_is_not_likely(tmp_path: Path, text: str, encoding: str) -> None:
+    error = refusal(tmp_path, text.encode(encoding))
+    assert error.message.endswith("is not UTF-8") and "--encoding NAME" in error.hint
 
 
 def test_the_wrong_encoding_is_one_error(tmp_path: Path) -> None:
