@@ -303,15 +303,17 @@ def _folder(folder: Path, encoding: str | None) -> Iterator[Located]:
             hint="Each text file is a fact; its name without the ending is the key.\n"
             "Facts in JSON Lines, JSON, CSV or TSV: name the file itself.",
         )
-    return (_text_file(path, encoding) for path in texts)
+    facts = set(texts)
+    others = tuple(path.name for path in paths if path not in facts)
+    return (_text_file(path, encoding, others) for path in texts)
 
 
-def _text_file(path: Path, encoding: str | None) -> Located:
+def _text_file(path: Path, encoding: str | None, others: tuple[str, ...]) -> Located:
     where = source_name(path)
     # Some file systems return decomposed accents (NFD).
     key = unicodedata.normalize("NFC", path.stem)
     try:
         fact = Fact.create(key, read_text(path, encoding), source=path.name)
-        return Located(where, fact, form="a folder of texts, named by their keys")
+        return Located(where, fact, form="a folder of texts, named by their keys", unread=others)
     except KveditError as error:
         return _bad(where, error)

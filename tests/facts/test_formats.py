@@ -126,6 +126,14 @@ def test_standard_input_and_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not sys.stdin.buffer.closed
 
 
+def test_other_files_of_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "Porto.txt").write_text("A port.", encoding="utf-8")
+    (tmp_path / "facts.jsonl").write_text("{}", encoding="utf-8")
+    (tmp_path / "more").mkdir()
+    (row,) = read_facts(tmp_path)
+    assert row.fact is not None and row.unread == ("facts.jsonl", "more")
+
+
 def test_one_object_is_one_fact(tmp_path: Path) -> None:
     assert facts_of(read(tmp_path, TOWN_JSON)) == [TOWN]
     assert facts_of(read(tmp_path, json.dumps(TOWN.to_json(), indent=1))) == [TOWN]

@@ -132,7 +132,8 @@ def erase_lines(plan: ErasePlan, pace: tuple[int, float]) -> list[tuple[str, str
     if plan.lost:
         lines.append(("no longer", f"restored or asked: {revisions_text(plan.lost)}"))
         size = output.size_text(plan.delta_bytes)
-        lines.append(("deltas", f"{plan.delta_files} files are removed, {size}"))
+        files = "1 file is" if plan.delta_files == 1 else f"{plan.delta_files} files are"
+        lines.append(("deltas", f"{files} removed, {size}"))
     lines.append(("as before", f"restored or asked: {revisions_text(plan.kept)}"))
     if plan.protected:
         lines.append(("protected", f"{plan.protected} texts that contain it are removed too"))
@@ -145,7 +146,8 @@ def erase_lines(plan: ErasePlan, pace: tuple[int, float]) -> list[tuple[str, str
 def _model_text(plan: ErasePlan, pace: tuple[int, float]) -> str:
     """Where the weights come from, and how long that may take."""
     if plan.restores is not None:
-        return f"gets the weights of revision {plan.restores}, which has all other facts"
+        which = f"which has {'all other' if plan.restores else 'no'} facts"
+        return f"gets the weights of revision {plan.restores}, {which}"
     count, seconds = pace
     each = f", about {output.seconds_text(seconds / count * plan.retrained)}" if count else ""
     others = "other fact" if plan.retrained == 1 else "other facts"
