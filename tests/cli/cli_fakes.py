@@ -216,7 +216,8 @@ class FakeBase:
 
     def diff(self, before: int, after: int, *, ask: int) -> RevisionDiff:
         self._called("diff", before, after, ask)
-        facts = changed_facts(self.store, before, after)
+        changed = changed_facts(self.store, before, after)
+        facts = [replace(one, prompt=f"What is {one.key}?") for one in changed] if ask else changed
         return RevisionDiff(before=before, after=after, facts=tuple(facts), asked=ask)
 
     def stream(self, messages: list[dict[str, str]], *, limit: int = 256) -> Iterator[str]:

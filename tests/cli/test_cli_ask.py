@@ -131,5 +131,7 @@ def test_diff_of_a_revision_that_does_not_exist(filled: Path) -> None:
 
 
 def test_diff_asks(filled: Path) -> None:
-    assert "1 fact differs; 32 asked at both revisions" in run("diff", "1", "2").stdout
+    shown = run("diff", "1", "2").stdout
+    assert "1 fact differs; 32 asked at both revisions" in shown
+    assert "asked       What is Porto?" in shown
     assert calls() == ["diff"]

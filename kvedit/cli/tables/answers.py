@@ -81,9 +81,10 @@ def diff_parts(difference: RevisionDiff) -> Parts:
         parts.append(head.append(clean(fact.key), style="bold"))
         sides = (difference.before, fact.answer_before, fact.before), (
             difference.after, fact.answer_after, fact.after)  # fmt: skip
+        asked = [("asked", fact.prompt)] if fact.prompt else []
         rows = [(f"revision {number}", said if said is not None else text or "-")
                 for number, said, text in sides]  # fmt: skip
-        parts.append(pairs(rows, 2))
+        parts.append(pairs([*asked, *rows], 2))
     return [*parts, _summary(difference)]
 
 
