@@ -19,8 +19,9 @@ which the whole file is taken for one in another encoding."""
 _CHINESE = {"gb18030": (range(0xB0, 0xD8), 0xA1), "big5": (range(0xA4, 0xC7), 0x40)}
 """Encodings with the lead bytes of their frequent characters and the lowest byte after them."""
 _LATIN = "cp1252"
-MOST_ACCENTS = 0.4
-"""Of the letters of a line in a Western language; one in Cyrillic or Japanese has more."""
+LOOKED_AT, MOST_ACCENTS = 4096, 0.4
+"""Bytes, and of their letters the share with accents in a Western language: a text in Cyrillic or
+Japanese has more."""
 _CHINESE_TEXT = re.compile(r"[\u2010-\u2027\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -102,7 +103,7 @@ def likely_encoding(data: bytes) -> str | None:
     best = max(shares, key=lambda name: shares[name])
     if shares[best] > 0.5:
         return best
-    letters = [byte for byte in data if byte >= 0x80 or bytes([byte]).isalpha()]
+    letters = [byte for byte in data[:LOOKED_AT] if byte >= 0x80 or bytes([byte]).isalpha()]
     foreign = sum(byte >= 0x80 for byte in letters)
     return _LATIN if foreign < MOST_ACCENTS * len(letters) else None
 

@@ -7,9 +7,10 @@ Invariants:
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.names import Record, column_name, table_record
@@ -19,7 +20,8 @@ _UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})[ \t]*")
 _PARAGRAPH = re.compile(r" {0,3}[^\s|>#*+-]")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _ROW = re.compile(r" {0,3}(?!#{1,6}[ \t]|`{3}|~{3}|>)\S.*")  # of a table that has begun
-_RULE = re.compile(r" {0,3}\|?(?:[ \t]*:?-+:?[ \t]*\|)*[ \t]*:?-+:?[ \t]*\|?[ \t]*")
+_RULE = re.compile(r" {0,3}[-|:][-|: \t]*")  # below the names of its columns, as far as it is one
+_RULE_CELL = re.compile(":?-+:?")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _MARKS = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+?)(?<=\S)\1")
 _ANCHOR = re.compile(r"\s*\{#[\w-]+\}$")
@@ -75,12 +77,12 @@ def read_markdown(
     """
     sections = list(_sections(text))
     tables = [_take_tables(one, names_fit if one.title else _any_names) for one in sections]
-    titles = [section.title for section in sections if section.text]
+    titles = Counter(section.title for section in sections if section.text)
     for section, rows in zip(sections, tables, strict=True):
         if section.text and (tables_alone or not section.title):
             yield section.line, section.problem
         elif section.text:
-            twice = titles.count(section.title) > 1 and section.parent
+            twice = titles[section.title] > 1 and section.parent
             key = f"{section.parent}: {section.title}" if twice else section.title
             yield section.line, {"key": key, "description": section.text}
         yield from rows
@@ -93,16 +95,18 @@ def _any_names(_: Iterable[str]) -> bool:
 def _take_tables(section: _Section, names_fit: Callable[[Iterable[str]], bool]) -> list[_Row]:
     """Take the tables of facts out of a section's lines; returns their rows."""
     rows: list[_Row] = []
-    body, section.body, fenced = section.body, [], False
-    while body:
-        lines = [line for _, line in body[:2]]
+    body, section.body, fenced, at = section.body, [], False, 0
+    while at < len(body):
+        lines = [line for _, line in body[at : at + 2]]
         fenced ^= bool(_FENCE.match(lines[0]))
         if not fenced and _begins_table(lines) and names_fit(_names(lines[0])):
-            table = list(takewhile(lambda line: _ROW.fullmatch(line[1]), body))
-            rows += _rows(table)
-            body = body[len(table) :]
+            begin = at
+            while at < len(body) and _ROW.fullmatch(body[at][1]):
+                at += 1
+            rows += _rows(body[begin:at])
         else:
-            section.body.append(body.pop(0))
+            section.body.append(body[at])
+            at += 1
     return rows
 
 
@@ -110,9 +114,11 @@ def _begins_table(lines: Sequence[str]) -> bool:
     """Whether two lines are the names of columns and the rule below them, with or without bars
     around them.
     """
-    if len(lines) < 2 or not _ROW.fullmatch(lines[0]) or not _RULE.fullmatch(lines[1]):
+    if len(lines) < 2 or "|" not in lines[0] or not _RULE.fullmatch(lines[1]):
         return False
-    return "|" in lines[0] and len(_cells(lines[0])) == len(_cells(lines[1]))
+    rule = _cells(lines[1])
+    same = len(_cells(lines[0])) == len(rule) and bool(_ROW.fullmatch(lines[0]))
+    return same and all(map(_RULE_CELL.fullmatch, rule))
 
 
 def _rows(table: Sequence[_Line]) -> Iterator[_Row]:
