@@ -14,6 +14,7 @@ from kvedit.asking import diff, explain
 from kvedit.asking.diff import RevisionDiff
 from kvedit.asking.explain import Explanation
 from kvedit.asking.recall import Recalled, Recaller, Source
+from kvedit.events import Warning_
 from kvedit.model import generation
 from kvedit.revisions.session import Session
 
@@ -22,12 +23,13 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the model said at a revision, and the texts it stood on; the other parts are those of
-    ``Recalled``.
+    """What the model said at a revision, and the texts it stood on; ``cut``: it would have gone on.
+    The other parts are those of ``Recalled``.
     """
 
     text: str
     revision: int
+    cut: bool = False
     sources: tuple[Source, ...] = ()
     recited: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -75,11 +77,20 @@ class Questions:
     def _answer(self, messages: Messages, limit: int, recall: bool | str) -> Answer:
         found = self._recalled(messages, recall)
         prefix = self.engine.renderer.question(found.messages)
-        text = self.engine.complete([prefix], limit=limit)[0]
+        renderer = self.engine.renderer
+        tokens = self.engine.proceed([prefix], end=renderer.stops, limit=limit)[0]
         return Answer(
-            text=text, revision=self._session.revision, sources=found.sources,
+            text=renderer.answer_text(tokens), revision=self._session.revision,
+            cut=self._is_cut(len(tokens), limit), sources=found.sources,
             recited=found.recited, left_out=found.left_out,
         )  # fmt: skip
+
+    def _is_cut(self, tokens: int, limit: int) -> bool:
+        """Whether an answer of so many tokens may not have ended; it is then said."""
+        if tokens >= limit:
+            text = f"the answer at revision {self._session.revision} was cut at {limit} tokens"
+            self._session.emit(Warning_(text=text, code="cut"))
+        return tokens >= limit
 
     def stream(
         self, messages: Messages, *, limit: int = 256, recall: bool | str = False
@@ -88,7 +99,15 @@ class Questions:
         renderer, model = self.engine.renderer, self.engine.base.model
         prefix = renderer.question(self._recalled(messages, recall).messages)
         tokens = generation.stream(model, prefix, end=renderer.stops, limit=limit)
-        return generation.pieces(tokens, renderer.answer_text)
+        return generation.pieces(self._counted(tokens, limit), renderer.answer_text)
+
+    def _counted(self, tokens: Iterator[int], limit: int) -> Iterator[int]:
+        """The tokens; says at their end whether that is the answer's."""
+        seen = 0
+        for token in tokens:
+            seen += 1
+            yield token
+        self._is_cut(seen, limit)
 
     def recall(self, messages: Messages, *, source: bool | str = True) -> Recalled:
         """A conversation with the texts of the facts that it names, to be answered by ``chat``."""

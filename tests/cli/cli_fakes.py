@@ -95,6 +95,7 @@ class FakeAnswer(NamedTuple):
     sources: tuple[FakeSource, ...]
     recited: tuple[str, ...]
     left_out: tuple[str, ...]
+    cut: bool = False
 
 
 class FakeRecalled(NamedTuple):

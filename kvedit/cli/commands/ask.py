@@ -96,7 +96,9 @@ def ask(settings: Settings, prompt: str, at: int | None, compare_base: bool, rec
 def _answer_document(
     question: str, answer: Answer, base_answer: str | None, recall: bool | str
 ) -> dict[str, object]:
-    document = {"prompt": question, "revision": answer.revision, "answer": answer.text}
+    document = {
+        "prompt": question, "revision": answer.revision, "answer": answer.text, "cut": answer.cut,
+    }  # fmt: skip
     sources = {"sources": [one.to_json() for one in answer.sources]} if recall else {}
     return {**document, "base_answer": base_answer, **sources}
 
