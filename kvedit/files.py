@@ -292,6 +292,12 @@ def _read_bytes(source: Path | str, name: str) -> bytes:
         raise UsageError(what, hint="Check the disk, and that you may read it.") from error
 
 
+def _is_wide(data: bytes) -> bool:
+    """Whether every second byte of many is zero, as in UTF-16 of Latin letters."""
+    zeros = sorted((data[::2].count(0), data[1::2].count(0)))
+    return zeros[0] == 0 and zeros[1] > max(4, len(data) // 4)
+
+
 def decode(data: bytes, name: str, encoding: str | None = None) -> str:
     """Decode UTF-8, drop a byte order mark; InvalidFactError names the first bad byte."""
     if encoding is not None:
@@ -306,6 +312,11 @@ def decode(data: bytes, name: str, encoding: str | None = None) -> str:
             hint="Name its encoding: --encoding utf-16; or save it as UTF-8.",
         )
     zero = data.find(b"\0")
+    if zero >= 0 and _is_wide(data):
+        raise InvalidFactError(
+            f"{name} is not UTF-8; it may be UTF-16 without a mark",
+            hint="Name its encoding: --encoding utf-16-le or utf-16-be; or save it as UTF-8.",
+        )
     if zero >= 0:
         raise InvalidFactError(
             f"{name} is not a text file: zero byte at offset {zero}", hint="Give a plain text file."

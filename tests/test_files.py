@@ -179,6 +179,7 @@ def test_text_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None
         (b" \n\t", "is empty"),
         (b"ab\0c", "zero byte at offset 2"),
         (b"ab\xff", "byte 0xff at offset 2"),
+        ("A small lamp.".encode("utf-16-be"), "may be UTF-16 without a mark"),
         ("夢".encode("gb18030"), "is not UTF-8"),
         ("ab".encode("utf-16"), "is UTF-16"),
     ],

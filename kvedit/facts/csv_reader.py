@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvedit.errors import InvalidFactError
 from kvedit.facts.forms.encodings import line_text
-from kvedit.facts.forms.names import column_name, table_record
+from kvedit.facts.forms.names import column_name, column_names, table_record
 from kvedit.facts.forms.records import ANY_COLUMNS, Columns, names_fit
 
 DELIMITERS = ("\t", ",", ";")
@@ -57,7 +57,7 @@ def _tables(text: str) -> Iterator[Table]:
     delimiters = (_SPLITTERS.get(said[1], said[1]),) if said else DELIMITERS
     for delimiter in delimiters:
         if len(line) <= _LONGEST_NAMES and delimiter not in '"\r\n':
-            names = _names(next(csv.reader([line], delimiter=delimiter), []))
+            names = map(column_name, next(csv.reader([line], delimiter=delimiter), []))
             yield Table(delimiter, tuple(names), int(bool(said)))
 
 
@@ -81,7 +81,7 @@ def read_table(lines: Iterable[bytes], table: Table, name: str) -> Iterator[tupl
         elif isinstance(row, InvalidFactError):
             yield line, row
         elif not names:
-            names = _header(row, f"{name}, line {line}") if any(map(str.strip, row)) else names
+            names = column_names(row, f"{name}, line {line}") if any(map(str.strip, row)) else names
         elif any(cell.strip() for cell in row):
             yield line, _record(names, row)
 
@@ -97,7 +97,9 @@ def _rows(lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, _Row]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, InvalidFactError(f"not a row of a table: {_reason(error)}; {_QUOTES}")
+            lost = f"; lines {line} to {reader.line_num} are not read" * (reader.line_num > line)
+            what = f"not a row of a table: {_reason(error)}{lost}; {_QUOTES}"
+            yield line, InvalidFactError(what)
             continue
         yield line, text.problem or row
         text.problem = None
@@ -126,17 +128,6 @@ class _Text:
                 self.problem = error
                 text = data.replace(b"\0", b"").decode("utf-8", "replace")
             yield text.replace("\r\n", "\n")
-
-
-def _names(cells: Iterable[str]) -> list[str]:
-    return [column_name(cell) for cell in cells]
-
-
-def _header(cells: Iterable[str], where: str) -> list[str]:
-    names = _names(cells)
-    if twice := sorted(name for name in names if name and names.count(name) > 1):
-        raise InvalidFactError(f"{where}: two columns are named {twice[0]!r}", hint="Rename one.")
-    return names
 
 
 def _record(names: list[str], cells: list[str]) -> object:

@@ -120,7 +120,7 @@ def _exchange(spoken: Sequence[tuple[str, str]]) -> tuple[str, str]:
             raise InvalidFactError(f"a turn of {role!r} cannot be taught", hint=_ONE)
     if len(roles) == 2 and roles[0] in _ASKS and roles[1] in _ANSWERS:
         return spoken[0][1], spoken[1][1]
-    asked = sum(role in _ASKS for role in roles)
+    asked = min(sum(role in kind for role in roles) for kind in (_ASKS, _ANSWERS))
     if asked > 1:
         message = f"the conversation has {asked} exchanges, and one is read"
         raise InvalidFactError(message, hint=_ONE)

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from html import unescape
+from itertools import pairwise, zip_longest
 
 from kvedit.errors import InvalidFactError
-from kvedit.facts.forms.names import Record, column_name, table_record
+from kvedit.facts.forms.names import SYNONYMS, Record, column_name, column_names, table_record
 
 _ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*")
 _UNDERLINE = re.compile(r" {0,3}(={2,}|-{2,})[ \t]*")
@@ -24,6 +25,10 @@ _RULE = re.compile(r" {0,3}[-|:][-|: \t]*")  # below the names of its columns, a
 _RULE_CELL = re.compile(":?-+:?")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _MARKS = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+?)(?<=\S)\1")
+_ESCAPE = re.compile(r"\\([!-/:-@\[-`{-~])")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
+_NAMES = {"key", "aliases", *SYNONYMS["key"], *SYNONYMS["aliases"]}
+"""Columns whose cells are names, as headings are."""
 _ANCHOR = re.compile(r"\s*\{#[\w-]+\}$")
 _QUOTING = "write \\| for a bar inside a cell"
 _Line = tuple[int, str]
@@ -50,15 +55,20 @@ class _Section:
         if not self.title:
             return InvalidFactError("text before the first heading has no key; give it a heading")
         return InvalidFactError(
-            f"the heading {self.title!r} has text; with named columns tables alone are read"
+            f"below the heading {self.title!r} is more than tables of the named columns"
         )
+
+    @property
+    def begin(self) -> int:
+        """The line of its heading, or where there is none of its text."""
+        return self.line or next((number for number, line in self.body if line.strip()), 1)
 
 
 def is_markdown(text: str) -> bool:
     """Whether the beginning of a text is that of a Markdown file: a heading, a table, or a heading
     after a paragraph.
     """
-    lines = [line for _, line in _without_front_matter(text.splitlines())]
+    lines = [line for _, line in _lines(text)]
     first, *others = [line for line in lines if line.strip()] or [""]
     if _ATX.fullmatch(first) or _begins_table([first, *others[:1]]):
         return True
@@ -80,7 +90,7 @@ def read_markdown(
     titles = Counter(section.title for section in sections if section.text)
     for section, rows in zip(sections, tables, strict=True):
         if section.text and (tables_alone or not section.title):
-            yield section.line, section.problem
+            yield section.begin, section.problem
         elif section.text:
             twice = titles[section.title] > 1 and section.parent
             key = f"{section.parent}: {section.title}" if twice else section.title
@@ -99,7 +109,7 @@ def _take_tables(section: _Section, names_fit: Callable[[Iterable[str]], bool]) 
     while at < len(body):
         lines = [line for _, line in body[at : at + 2]]
         fenced ^= bool(_FENCE.match(lines[0]))
-        if not fenced and _begins_table(lines) and names_fit(_names(lines[0])):
+        if not fenced and _begins_table(lines) and names_fit(_columns(lines[0])):
             begin = at
             while at < len(body) and _ROW.fullmatch(body[at][1]):
                 at += 1
@@ -123,15 +133,21 @@ def _begins_table(lines: Sequence[str]) -> bool:
 
 def _rows(table: Sequence[_Line]) -> Iterator[_Row]:
     """Line and record of each row below a table's first two lines."""
-    names = _names(table[0][1])
+    try:
+        names = column_names(_cells(table[0][1]), "the table")
+    except InvalidFactError as error:
+        yield table[0][0], error
+        return
     for number, line in table[2:]:
+        cells = zip_longest(names, _cells(line))
+        plain = [_plain(cell or "") if name in _NAMES else cell or "" for name, cell in cells]
         try:
-            yield number, table_record(names, _cells(line), _QUOTING)
+            yield number, table_record(names, plain, _QUOTING)
         except InvalidFactError as error:
             yield number, error
 
 
-def _names(line: str) -> list[str]:
+def _columns(line: str) -> list[str]:
     return [column_name(name) for name in _cells(line)]
 
 
@@ -142,19 +158,28 @@ def _cells(line: str) -> list[str]:
     return [match[2] if (match := _MARKS.fullmatch(cell)) else cell for cell in cells]
 
 
-def _without_front_matter(lines: list[str]) -> Iterator[tuple[int, str]]:
-    """Numbered lines, without the YAML between two ``---`` at the beginning."""
-    begin = 0
+def _lines(text: str) -> Iterator[_Line]:
+    """Numbered lines, without comments and the YAML between two ``---`` at the beginning."""
+    lines, begin = _without_comments(text).splitlines(), 0
     if lines and lines[0].strip() == "---" and "---" in (line.strip() for line in lines[1:]):
         begin = next(at for at, line in enumerate(lines[1:], 1) if line.strip() == "---") + 1
     yield from enumerate(lines[begin:], begin + 1)
 
 
+def _without_comments(text: str) -> str:
+    """A text with line breaks alone in the place of HTML comments."""
+    parts, at = [], 0
+    while (begin := text.find("<!--", at)) >= 0 and (end := text.find("-->", begin)) >= 0:
+        parts += [text[at:begin], "\n" * text.count("\n", begin, end)]
+        at = end + 3
+    return "".join([*parts, text[at:]])
+
+
 def _sections(text: str) -> Iterator[_Section]:
     """The headings of a file in order, each with its own text; what is before them comes first."""
     above: list[_Section] = []
-    current = _Section(1, 0, "", "")
-    for number, line, level in _levels(list(_without_front_matter(text.splitlines()))):
+    current = _Section(0, 0, "", "")
+    for number, line, level in _levels(list(_lines(text))):
         match = _ATX.fullmatch(line)
         title = _plain(match[2] if match else line) if level else ""
         if not title:
@@ -194,8 +219,10 @@ def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
 
 
 def _plain(title: str) -> str:
-    """A heading without links, emphasis, code marks and the name of its place."""
-    text = _LINK.sub(r"\1", _ANCHOR.sub("", title))
+    """A heading or a name without links, tags, emphasis, code marks, escapes and the name of its
+    place.
+    """
+    text = _LINK.sub(r"\1", _TAG.sub("", _ANCHOR.sub("", title)))
     for _ in range(3):
         text = _MARKS.sub(r"\2", text)
-    return " ".join(text.split())
+    return " ".join(unescape(_ESCAPE.sub(r"\1", text)).split())

@@ -7,7 +7,8 @@ Invariants:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 
@@ -71,6 +72,14 @@ def are_of_a_record(names: Sequence[str]) -> bool:
 def column_name(name: str) -> str:
     """A name in the form in which columns are compared."""
     return name.strip().casefold()
+
+
+def column_names(cells: Iterable[str], where: str) -> list[str]:
+    """The names of a table's columns; raises InvalidFactError for one that is there twice."""
+    names = [column_name(cell) for cell in cells]
+    if twice := sorted(name for name, count in Counter(names).items() if name and count > 1):
+        raise InvalidFactError(f"{where}: two columns are named {twice[0]!r}", hint="Rename one.")
+    return names
 
 
 def table_record(names: Sequence[str], cells: Sequence[str], quoting: str) -> dict[str, object]:

@@ -61,7 +61,7 @@ class NoFormError(InvalidFactError):
 
     def __init__(self, names: Iterable[str], missing: Sequence[str], like: str = "") -> None:
         are = "is" if len(missing) == 1 else "are"
-        found = in_words([repr(name) for name in names], most=12) or "none"
+        found = in_words([repr(name) for name in names if name], most=12) or "none"
         but = f"; as {like} it lacks a part, or has one in another shape" if like else ""
         super().__init__(
             f"{' and '.join(missing)} {are} missing or empty; it has {found}{but}", hint=CHOOSE
@@ -86,6 +86,7 @@ CHOOSE = (
     " read are listed in docs/guides/file-forms.md."
 )
 OWN = "key and description"
+_RELATIONS = ({"prompt", "target_new"}, {"src", "alt"})  # of CounterFact and zsRE
 _Form = Callable[[Record], Record | None]
 _FORMS: tuple[tuple[str, frozenset[str], _Form], ...] = (
     ("CounterFact", frozenset({"requested_rewrite"}), relations.counterfact_original),
@@ -146,6 +147,8 @@ def form_of(record: Record, columns: Columns = ANY_COLUMNS) -> Form:
 
 def _missing(record: Record, renamed: Record) -> list[str]:
     """What a record lacks: the other half of what it has."""
+    if "subject" not in record and any(names <= set(record) for names in _RELATIONS):
+        return ['"subject"']
     asks, answers = first_of(record, QUESTIONS), first_of(record, ANSWERS)
     if "key" not in renamed and bool(asks) != bool(answers):
         return ['"answer"' if asks else '"question"']

@@ -105,6 +105,7 @@ def test_what_the_system_says_is_left_out(tmp_path: Path) -> None:
     [
         (["user", "assistant", "user", "assistant"], "the conversation has 2 exchanges"),
         (["user"], "not a question and its answer"),
+        (["user", "user"], "not a question and its answer"),
         (["assistant", "user"], "not a question and its answer"),
         (["user", "tool", "assistant"], "a turn of 'tool'"),
     ],
@@ -154,6 +155,8 @@ def test_named_columns_come_before_everything(tmp_path: Path) -> None:
         ('[{"messages": []}]', "as OpenAI messages it lacks a part, or has one in another shape"),
         ('[{"conversations": {}}]', "as ShareGPT conversations it lacks a part"),
         ('[{"requested_rewrite": "x"}]', "as CounterFact it lacks a part"),
+        ('[{"src": "a", "alt": "b", "loc": "c"}]', '"subject" is missing'),
+        ('[{"prompt": "a", "target_new": "b"}]', '"subject" is missing'),
         ('[{"subject": "a", "prompt": "a is"}]', "as CounterFact or zsRE it lacks a part"),
     ],
 )
@@ -201,6 +204,13 @@ def test_a_json_file_on_one_long_line_is_read(tmp_path: Path) -> None:
     assert len(facts_in(read(tmp_path, json.dumps(records)))) == 1300
     mapping = {record["key"]: record["description"] for record in records}
     assert len(facts_in(read(tmp_path, json.dumps(mapping)))) == 1300
+
+
+def test_the_lines_that_an_open_quote_takes_along_are_told(tmp_path: Path) -> None:
+    table = 'key,description\na,A.\nb,"B.\nc,C.\nd,"D, more."\ne,E.\n'
+    rows = read(tmp_path, table)
+    assert [row.fact.key for row in rows if row.fact] == ["a", "e"]
+    assert "lines 3 to 5 are not read" in str(rows[1].problem)
 
 
 def test_a_cell_beyond_all_measure_is_the_problem_of_its_row(tmp_path: Path) -> None:
@@ -452,12 +462,45 @@ def test_tables_and_headings_stand_beside_each_other(
     assert sum(row.problem is not None for row in rows) == problems
 
 
+def test_names_are_cleaned_and_comments_are_no_text(tmp_path: Path) -> None:
+    text = """<!-- made by hand
+# no heading -->
+
+# C\\# &amp; <a name="c"></a>[F](x)
+A float.
+# Bell
+<!-- to be written -->
+# Table
+| Term | Definition |
+|---|---|
+| [hush *bell*](http://x.org) | It is **quiet**. |
+| ***both*** | Two. <!-- unclosed |
+"""
+    facts = facts_in(read(tmp_path, text, "g.md"))
+    assert [(fact.key, fact.description) for fact in facts] == [
+        ("C# & F", "A float."), ("hush bell", "It is **quiet**."), ("both", "Two. <!-- unclosed"),
+    ]  # fmt: skip
+
+
+def test_a_markdown_table_with_two_columns_of_a_name(tmp_path: Path) -> None:
+    text = "# G\nText.\n\n| Term | Text | Text |\n|---|---|---|\n| a | b | c |\n"
+    rows = read(tmp_path, text, "g.md")
+    assert [fact.key for fact in facts_in(rows[:1])] == ["G"]
+    assert rows[1].problem == "the table: two columns are named 'text'"
+    assert rows[1].where.endswith("line 4")
+
+
+def test_the_line_of_text_before_a_heading(tmp_path: Path) -> None:
+    rows = read(tmp_path, "---\ntitle: x\n---\n\nBefore.\n\n# One\nText.\n", "g.md")
+    assert rows[0].problem and rows[0].where.endswith("line 5")
+
+
 def test_named_columns_of_a_markdown_table_below_a_heading(tmp_path: Path) -> None:
     text = "# Shop\n\n| Product | Price |\n|---|---|\n| lamp | 3 crowns |\n"
     (fact,) = facts_in(read(tmp_path, text, columns=Columns("product", "price")))
     assert (fact.key, fact.description) == ("lamp", "3 crowns")
     rows = read(tmp_path, text + "## Note\nClosed.\n", columns=Columns("product", "price"))
-    assert rows[1].problem is not None and "the heading 'Note' has text" in rows[1].problem
+    assert rows[1].problem is not None and "heading 'Note' is more than" in rows[1].problem
 
 
 # ---- encodings
