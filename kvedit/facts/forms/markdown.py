@@ -25,6 +25,8 @@ _RULE = re.compile(r" {0,3}[-|:][-|: \t]*")  # below the names of its columns, a
 _RULE_CELL = re.compile(":?-+:?")
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _MARKS = re.compile(r"(\*\*|__|\*|`)(?=\S)(.+?)(?<=\S)\1")
+LONGEST = 1000
+"""Characters of a name that is cleaned; marks are looked for in quadratic time."""
 _ESCAPE = re.compile(r"\\([!-/:-@\[-`{-~])")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 _NAMES = {"key", "aliases", *SYNONYMS["key"], *SYNONYMS["aliases"]}
@@ -220,8 +222,10 @@ def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
 
 def _plain(title: str) -> str:
     """A heading or a name without links, tags, emphasis, code marks, escapes and the name of its
-    place.
+    place; one that is too long for a key stays as it is.
     """
+    if len(title) > LONGEST:
+        return title
     text = _LINK.sub(r"\1", _TAG.sub("", _ANCHOR.sub("", title)))
     for _ in range(3):
         text = _MARKS.sub(r"\2", text)
