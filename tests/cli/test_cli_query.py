@@ -32,7 +32,7 @@ def test_ask_compare_base_shows_both(filled: Path) -> None:
 def test_ask_json(filled: Path) -> None:
     document = json.loads(run("ask", "-", "--compare-base", "--json", stdin="問\n").stdout)
     answers = {"answer": "now: 問", "base_answer": "base: 問"}
-    assert document == {"prompt": "問", "revision": 2, **answers}
+    assert document == {"prompt": "問", "revision": 2, "cut": False, **answers}
 
 
 def test_an_empty_prompt_is_a_usage_error(filled: Path) -> None:
