@@ -81,12 +81,12 @@ class Questions:
         tokens = self.engine.proceed([prefix], end=renderer.stops, limit=limit)[0]
         return Answer(
             text=renderer.answer_text(tokens), revision=self._session.revision,
-            cut=self._is_cut(len(tokens), limit), sources=found.sources,
+            cut=self._note_cut(len(tokens), limit), sources=found.sources,
             recited=found.recited, left_out=found.left_out,
         )  # fmt: skip
 
-    def _is_cut(self, tokens: int, limit: int) -> bool:
-        """Whether an answer of so many tokens may not have ended; it is then said."""
+    def _note_cut(self, tokens: int, limit: int) -> bool:
+        """Say so where an answer of so many tokens may not have ended; returns whether it may."""
         if tokens >= limit:
             text = f"the answer at revision {self._session.revision} was cut at {limit} tokens"
             self._session.emit(Warning_(text=text, code="cut"))
@@ -107,7 +107,7 @@ class Questions:
         for token in tokens:
             seen += 1
             yield token
-        self._is_cut(seen, limit)
+        self._note_cut(seen, limit)
 
     def recall(self, messages: Messages, *, source: bool | str = True) -> Recalled:
         """A conversation with the texts of the facts that it names, to be answered by ``chat``."""

@@ -70,9 +70,7 @@ class Settings:
 
     def for_store(self, hint: str) -> str:
         """A hint, with --store in the command lines that it suggests for this one."""
-        if not self.store or "new store" in hint:
-            return hint
-        return _SUGGESTED.sub(self.command().replace("\\", r"\\"), hint)
+        return _SUGGESTED.sub(lambda _: self.command(), hint)
 
 
 class KveditGroup(click.Group):

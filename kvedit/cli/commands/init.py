@@ -69,7 +69,9 @@ def init(settings: Settings, /, model: str | None, targets: str, load_in: str | 
     options |= {"load_in": load_in or "", "check_memory": not ignore_memory}
     with (make_reporter(quiet=settings.quiet) as reporter,
           KnowledgeBase.create(path, model, on_event=reporter, **options) as base):  # fmt: skip
-        _tell(base)
+        said, lines = _created(base), base.example_lines()
+    print_parts(*said)
+    print_parts(*lines, indent=2)
     next_step(settings, "add", "KEY", "FILE")
 
 
@@ -104,15 +106,14 @@ def trust(settings: Settings, yes: bool) -> None:
         print_parts(f"allowed; to take it back, delete {base_model.allow_code(store)}")
 
 
-def _tell(base: KnowledgeBase) -> None:
-    """What the new store has, and how facts are trained and asked in it."""
+def _created(base: KnowledgeBase) -> list[str]:
+    """What the new store has, before the example of how facts are trained and asked in it."""
     from kvedit.store import integrity
 
     status = integrity.status(base.store)
-    print_parts(
+    return [
         f"created the store {base.store.path} for the model {status['model_name']}",
         f"protected: {status['protected']} texts, {status['locality_probes']} of them locality"
         " probes",
         "facts are trained and asked like this (see [prompts] in kvedit.toml):",
-    )
-    print_parts(*base.example_lines(), indent=2)
+    ]

@@ -58,7 +58,7 @@ def utf8_lines(lines: Iterable[bytes], name: str, encoding: str | None = None) -
                 seen_utf8 = True
             else:
                 bad += 1
-                if bad >= CERTAIN or likely_encoding(line) != _LATIN:
+                if bad >= CERTAIN or likely_encoding(line) in _CHINESE:
                     raise not_utf8(line, name)
         yield line
 

@@ -32,6 +32,7 @@ _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
 _NAMES = {"key", "aliases", *SYNONYMS["key"], *SYNONYMS["aliases"]}
 """Columns whose cells are names, as headings are."""
 _ANCHOR = re.compile(r"\s*\{#[\w-]+\}$")
+_CODE = -1
 _QUOTING = "write \\| for a bar inside a cell"
 _Line = tuple[int, str]
 _Row = tuple[int, Record | InvalidFactError]
@@ -39,13 +40,16 @@ _Row = tuple[int, Record | InvalidFactError]
 
 @dataclass(slots=True)
 class _Section:
-    """A heading, its place, and the numbered lines below it up to the next one."""
+    """A heading, its place, and the numbered lines below it up to the next one; ``code`` are the
+    numbers of those in code blocks.
+    """
 
     line: int
     level: int
     title: str
     parent: str
     body: list[_Line] = field(default_factory=list)
+    code: set[int] = field(default_factory=set)
 
     @property
     def text(self) -> str:
@@ -107,11 +111,11 @@ def _any_names(_: Iterable[str]) -> bool:
 def _take_tables(section: _Section, names_fit: Callable[[Iterable[str]], bool]) -> list[_Row]:
     """Take the tables of facts out of a section's lines; returns their rows."""
     rows: list[_Row] = []
-    body, section.body, fenced, at = section.body, [], False, 0
+    body, section.body, at = section.body, [], 0
     while at < len(body):
         lines = [line for _, line in body[at : at + 2]]
-        fenced ^= bool(_FENCE.match(lines[0]))
-        if not fenced and _begins_table(lines) and names_fit(_columns(lines[0])):
+        is_code = body[at][0] in section.code
+        if not is_code and _begins_table(lines) and names_fit(_columns(lines[0])):
             begin = at
             while at < len(body) and _ROW.fullmatch(body[at][1]):
                 at += 1
@@ -183,9 +187,11 @@ def _sections(text: str) -> Iterator[_Section]:
     current = _Section(0, 0, "", "")
     for number, line, level in _levels(list(_lines(text))):
         match = _ATX.fullmatch(line)
-        title = _plain(match[2] if match else line) if level else ""
+        title = _plain(match[2] if match else line) if level > 0 else ""
         if not title:
             current.body.append((number, line))
+            if level == _CODE:
+                current.code.add(number)
             continue
         yield current
         above = [one for one in above if one.level < level]
@@ -195,7 +201,9 @@ def _sections(text: str) -> Iterator[_Section]:
 
 
 def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
-    """Number and line with the level of a heading, 0 for other lines; rules below a heading go."""
+    """Number and line with the level of a heading, ``_CODE`` in a code block, 0 for other lines;
+    rules below a heading go.
+    """
     fence, skip = "", False
     for at, (number, line) in enumerate(lines):
         following = lines[at + 1][1] if at + 1 < len(lines) else ""
@@ -206,7 +214,7 @@ def _levels(lines: list[tuple[int, str]]) -> Iterator[tuple[int, str, int]]:
         if opening and (not fence or line.strip().startswith(fence)):
             fence = "" if fence else opening[1]
         if fence or opening:
-            yield number, line, 0
+            yield number, line, _CODE
         elif match := _ATX.fullmatch(line):
             yield number, line, len(match[1])
         elif (

@@ -450,6 +450,7 @@ def test_a_markdown_table_of_facts_below_a_heading(tmp_path: Path) -> None:
         ("# G\n|Term|Text|\n|---|---|\n|one|First.|\n## Two {#two}\nSecond.\n", "one Two", 0),
         ("# G\nText.\n\n    | Term | Text |\n    |---|---|\n    | one | First. |\n", "G", 0),
         ("# G\nA | b\n---\nText.\n", "G", 0),
+        ("# G\n~~~\n```\n|Term|Text|\n|---|---|\n|one|First.|\n~~~\n", "G", 0),
         ("Before.\n\n# One\nText.\n", "One", 1),
         ("---\ntitle: x\n---\nTerm | Text\n:-- | --:\none | First.\n", "one", 0),
     ],
@@ -539,6 +540,11 @@ def test_another_encoding_is_one_error_that_names_it(
 def test_no_encoding_is_named_that_is_not_likely(tmp_path: Path, text: str, encoding: str) -> None:
     error = refusal(tmp_path, text.encode(encoding))
     assert error.message.endswith("is not UTF-8") and "--encoding NAME" in error.hint
+
+
+def test_a_line_of_a_single_bad_byte_is_the_problem_of_its_row(tmp_path: Path) -> None:
+    rows = read(tmp_path, b"key,description\nlamp,It shines.\n\xff\nbell,It rings.\n")
+    assert [row.fact.key for row in rows if row.fact] == ["lamp", "bell"]
 
 
 def test_the_wrong_encoding_is_one_error(tmp_path: Path) -> None:
