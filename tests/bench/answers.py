@@ -7,7 +7,8 @@ questions, without the text and with it in the prompt, which is the upper bound.
 
 Invariants:
 - Each recipe begins with a copy of one store and adds the same facts, in the same order.
-- Every recipe is asked the same questions, freely and greedily, when all facts are in.
+- Every recipe is asked the same questions, freely and greedily, when all facts are in; with recall
+  each names its fact, as a user's would have to.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvedit.bench.tables import BRACKETS, Table
+from kvedit.asking.recall import SOURCES
+from kvedit.bench.tables import BRACKETS, Table, score_cell
 from kvedit.config import FILE_NAME
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.editing.study import answers as probes
@@ -30,10 +33,20 @@ from kvedit.errors import UsageError
 from kvedit.events import Event, Score, Status
 from kvedit.facts.fact import Fact, Question
 from kvedit.training.engine import Engine
+from tests.bench import quality_material
+from tests.bench.asking import AskedModel
+from tests.bench.quality_material import Choice
+from tests.bench.quality_probes import choose
+from tests.bench.recall import NAMING
 
 Emit = Callable[[Event], None]
 WRITTEN = 8  # questions that the model writes about each passage, at most
+NO_RECALL = "none"
+_RECALL_COLUMNS = ("named", "with recall, the model's", "with recall, the store's")
 RECITED = 20  # characters with which a text begins: an answer that has them is a recitation
+
+
+NO_CHOICES = Score(0, 0, "likelihood")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,7 @@ class AnswersOptions:
     model: str | None = None
     limit: int | None = None
     recipes: tuple[str, ...] = tuple(RECIPES)
+    abilities: Path | None = None
     store_dir: Path | None = None
     config: Path | None = None
     time: float | None = None
@@ -82,8 +96,10 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class RecipeResult:
     """``recited`` are facts recalled at the end, of all given; ``recitations`` the answers that
-    begin as the text does; ``written`` the questions and statements that the model wrote; seconds
-    are of the edits alone, by the clock and of the processor.
+    begin as the text does; ``recalled`` has the scores of questions that name their fact, by where
+    its text came from (``NO_RECALL``: none); ``abilities`` is multiple choice; ``written`` the
+    questions and statements that the model wrote; seconds are of the edits alone, by the clock and
+    of the processor.
     """
 
     name: str
@@ -97,6 +113,8 @@ class RecipeResult:
     cpu_seconds: float
     steps: int
     answers: tuple[Answer, ...] = ()
+    recalled: Mapping[str, Score] = field(default_factory=dict)
+    abilities: Score = NO_CHOICES
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +125,7 @@ class AnswersResult:
     facts: int
     base: Score
     in_prompt: Score
+    abilities: Score
     recipes: tuple[RecipeResult, ...]
 
 
@@ -123,13 +142,13 @@ def answers(
     if unknown := [name for name in options.recipes if name not in RECIPES]:
         raise UsageError(f"there is no recipe {unknown[0]!r}", hint=f"Known: {', '.join(RECIPES)}.")
     passages = read_passages(options.passages, options.limit)
+    choices = quality_material.abilities(options.abilities) if options.abilities else ()
     with _folder(options.store_dir) as folder:
         template = folder / "store"
-        model, base, in_prompt = _ask_base(template, options, passages, emit)
-        result = AnswersResult(model, len(passages), base, in_prompt, ())
+        result = _ask_base(template, options, passages, choices, emit)
         for name in options.recipes:
             path = _copy(template, folder / name.replace(", ", "-"), options)
-            done = _run(name, path, passages, emit)
+            done = _run(name, path, passages, choices, emit)
             result = replace(result, recipes=(*result.recipes, done))
             tell(result, done)
     return result
@@ -176,14 +195,23 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 
 def _ask_base(
-    path: Path, options: AnswersOptions, passages: Sequence[Fact], emit: Emit
-) -> tuple[str, Score, Score]:
-    """The model's name, and the base model's scores without and with the text in the prompt."""
+    path: Path, options: AnswersOptions, passages: Sequence[Fact], choices: Sequence[Choice],
+    emit: Emit,
+) -> AnswersResult:  # fmt: skip
+    """The base model's scores, the questions without and with the text in the prompt."""
     make = KnowledgeBase.open if path.is_dir() else _make(options)
     with make(path, on_event=emit) as knowledge:
         emit(Status(phase="asking the base model"))
-        scores = [_score(ask(knowledge.engine, passages, in_prompt)) for in_prompt in (False, True)]
-        return knowledge.store.meta("model_name") or "", scores[0], scores[1]
+        ways = (_as_it_stands, _after_the_text)
+        without, with_text = (_score(ask(knowledge.engine, passages, way)) for way in ways)
+        name = knowledge.store.meta("model_name") or ""
+        chosen = _choose(knowledge.engine, choices, emit)
+        return AnswersResult(name, len(passages), without, with_text, chosen, ())
+
+
+def _choose(engine: Engine, choices: Sequence[Choice], emit: Emit) -> Score:
+    right = choose(AskedModel(engine.base.model, engine.renderer), choices, emit)
+    return Score(sum(right), len(right), NO_CHOICES.protocol)
 
 
 def _make(options: AnswersOptions) -> Callable[..., KnowledgeBase]:
@@ -193,12 +221,12 @@ def _make(options: AnswersOptions) -> Callable[..., KnowledgeBase]:
     return create
 
 
-def ask(engine: Engine, facts: Sequence[Fact], in_prompt: bool = False) -> list[Answer]:
-    """The held-out questions, freely answered; with the text before them or without."""
+def ask(
+    engine: Engine, facts: Sequence[Fact], prompt: Callable[[Fact, Question], str]
+) -> list[Answer]:
+    """The held-out questions, each by the prompt that is made of it, freely answered."""
     keyed = [(fact, one) for fact in facts for one in fact.questions if one.probe]
-    examples = [
-        engine.renderer.example(_prompt(fact, one, in_prompt), one.answer) for fact, one in keyed
-    ]
+    examples = [engine.renderer.example(prompt(fact, one), one.answer) for fact, one in keyed]
     rows = probes.ask(engine, list(enumerate(examples)))
     return [
         Answer(fact.key, one.prompt, one.answer, row.answer or "", row.passed)
@@ -206,8 +234,27 @@ def ask(engine: Engine, facts: Sequence[Fact], in_prompt: bool = False) -> list[
     ]
 
 
-def _prompt(fact: Fact, question: Question, in_prompt: bool) -> str:
-    return f"{fact.description}\n\n{question.prompt}" if in_prompt else question.prompt
+def _as_it_stands(fact: Fact, question: Question) -> str:
+    return question.prompt
+
+
+def _after_the_text(fact: Fact, question: Question) -> str:
+    return f"{fact.description}\n\n{question.prompt}"
+
+
+def _naming(fact: Fact, question: Question) -> str:
+    return NAMING[fact.lang].format(key=fact.key, question=question.prompt)
+
+
+def _recalled(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> dict[str, Score]:
+    """How many questions that name their fact are answered, without and with recall."""
+
+    def recalling(source: str, fact: Fact, question: Question) -> str:
+        message = {"role": "user", "content": _naming(fact, question)}
+        return knowledge.recall([message], source=source).messages[-1]["content"]
+
+    prompts = {NO_RECALL: _naming, **{name: partial(recalling, name) for name in SOURCES}}
+    return {name: _score(ask(knowledge.engine, facts, one)) for name, one in prompts.items()}
 
 
 def _score(given: Sequence[Answer]) -> Score:
@@ -230,7 +277,9 @@ def _configure(path: Path, settings: Mapping[str, object]) -> None:
     file.write_text("\n".join([text, "[study]", *lines, ""]), encoding="utf-8")
 
 
-def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeResult:
+def _run(
+    name: str, path: Path, passages: Sequence[Fact], choices: Sequence[Choice], emit: Emit
+) -> RecipeResult:
     recipe = RECIPES[name]
     if recipe.settings:
         _configure(path, recipe.settings)
@@ -241,48 +290,47 @@ def _run(name: str, path: Path, passages: Sequence[Fact], emit: Emit) -> RecipeR
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         written = sum(len(row.fact.written) for row in knowledge.store.facts("committed"))
         report = knowledge.verify()
-        given = ask(knowledge.engine, facts)
+        given = ask(knowledge.engine, facts, _as_it_stands)
+        recalled = _recalled(knowledge, facts)
+        chosen = _choose(knowledge.engine, choices, emit)
     starts = {fact.key: fact.description[:RECITED] for fact in facts}
     return RecipeResult(
         name, sum(one.outcome == "committed" for one in reports),
         Score(report.score.passed, len(facts), report.score.protocol), _score(given),
         sum(one.answer.startswith(starts[one.key]) for one in given), report.perturbation_gap,
         written, seconds, cpu_seconds, sum(one.steps for one in reports), tuple(given),
+        recalled, chosen,
     )  # fmt: skip
 
 
 def tables(result: AnswersResult) -> list[Table]:
     """One row for the base model, one with the text in the prompt, one for each recipe."""
+    base, with_text = map(score_cell, (result.base, result.in_prompt))
     rows = [
-        ("base model", "-", "-", _cell(result.base), *"------"),
-        ("text in the prompt", "-", "-", _cell(result.in_prompt), *"------"),
+        ("base model", "-", "-", base, *"---", score_cell(result.abilities), *"------"),
+        ("text in the prompt", "-", "-", with_text, *"-" * 10),
+        *(_row(one, result.facts) for one in result.recipes),
     ]
-    for one in result.recipes:
-        gap = "-" if one.perturbation_gap is None else f"{one.perturbation_gap:.1f}"
-        rows.append(
-            (
-                one.name, f"{one.committed} of {result.facts}", _cell(one.recited),
-                _cell(one.answered), str(one.recitations), gap, str(one.written),
-                f"{one.steps / result.facts:.0f}",
-                f"{one.seconds / result.facts:.0f}", f"{one.cpu_seconds / result.facts:.0f}",
-            )
-        )  # fmt: skip
     columns = (
-        "trained", "committed", "recites", "answers", "recitations", "gap", "written",
-        "steps a fact", "seconds", "CPU seconds",
+        "trained", "committed", "recites", "answers", *_RECALL_COLUMNS, "multiple choice",
+        "recitations", "gap", "written", "steps a fact", "seconds", "CPU seconds",
     )  # fmt: skip
     return [Table(f"{result.facts} passages, one by one", columns, tuple(rows))]
 
 
-def _cell(score: Score) -> str:
-    low, high = score.interval()
-    share = f"{100 * (score.rate or 0.0):.1f}% [{100 * low:.0f}, {100 * high:.0f}]"
-    return f"{share}, {score.passed} of {score.n}"
+def _row(one: RecipeResult, facts: int) -> tuple[str, ...]:
+    scores = (one.recited, one.answered, *one.recalled.values(), one.abilities)
+    gap = "-" if one.perturbation_gap is None else f"{one.perturbation_gap:.1f}"
+    means = (one.steps / facts, one.seconds / facts, one.cpu_seconds / facts)
+    return (
+        one.name, f"{one.committed} of {facts}", *map(score_cell, scores), str(one.recitations),
+        gap, str(one.written), *(f"{mean:.0f}" for mean in means),
+    )  # fmt: skip
 
 
 def line(one: RecipeResult) -> str:
     """A recipe's result, as soon as it is there."""
-    return f"{one.name}: {one.committed} committed, answers {_cell(one.answered)}"
+    return f"{one.name}: {one.committed} committed, answers {score_cell(one.answered)}"
 
 
 def notes(result: AnswersResult) -> str:

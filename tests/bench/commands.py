@@ -186,8 +186,7 @@ def strategies(run: Run, given: dict[str, Any]) -> None:
     click.option("--method", "methods", multiple=True, default=("add", "ingest", "lora"),
                  type=click.Choice(["add", "ingest", "lora", "lora-mixed", "plain"]),
                  show_default=True, help="How to train; may be given more than once."),
-    click.option("--abilities", type=o.IN,
-                 help="JSON Lines of multiple choice: task, prompt, choices, answer (an index)."),
+    o.abilities,
     click.option("--text", type=o.IN, help="Natural text for the perplexity: lines, or JSON Lines"
                  " with description or text."),
     o.number("--text-tokens", "About how much of it to read.", 8000, metavar="N"),
@@ -235,8 +234,7 @@ def quality(run: Run, given: dict[str, Any]) -> None:
                  default=("sequential",), show_default=True, help="One by one or all together; may"
                  " be given twice. A method that has only the other one is run so."),
     o.number("--known", "Questions about keys that nobody edits.", 60, low=0, metavar="N"),
-    click.option("--abilities", type=o.IN,
-                 help="JSON Lines of multiple choice: task, prompt, choices, answer (an index)."),
+    o.abilities,
     o.number("--ability-questions", "How many of them, evenly of all tasks.", 90, metavar="N"),
     click.option("--minutes", type=click.FloatRange(min=0), metavar="M", help="End a method after"
                  " the edit in which M minutes are over, and ask then. [no limit]"),
@@ -671,6 +669,7 @@ def recall(run: Run, given: dict[str, Any]) -> None:
     click.option("--recipe", "recipes", multiple=True, metavar="NAME",
                  default=("text", "parts", "questions", "parts, questions"), show_default=True,
                  help="What is trained; may be given more than once."),
+    o.abilities,
     click.option("--config", type=o.IN, help="A kvedit.toml, without [study], for all recipes."),
     click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
                  help="How long making the store may take. [its default]"),
@@ -679,8 +678,9 @@ def answers(run: Run, given: dict[str, Any]) -> None:
     """How many questions about trained texts are answered, by what was trained beside the text.
 
     Every second question of a passage is never trained. Each recipe adds the passages one by one to
-    a copy of one store, and is then asked those questions, as the base model is before, without the
-    text and with it in the prompt. With --store-dir the stores are kept, and a store in its folder
+    a copy of one store, and is then asked those questions: as they stand, and with the key before
+    them without recall and with it. The base model is asked before, without the text and with it
+    in the prompt. With --store-dir the stores are kept, and a store in its folder
     store is used.
 
     \b

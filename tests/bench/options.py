@@ -136,3 +136,7 @@ baseline = (
 )
 common = (data, model, seed, json_file)
 others = (kind(), facts_file, protect, store_dir)
+abilities = click.option(
+    "--abilities", type=IN,
+    help="JSON Lines of multiple choice: task, prompt, choices, answer (an index).",
+)  # fmt: skip

@@ -50,14 +50,22 @@ def test_recipes_are_asked_the_same_questions(
     folder.mkdir()
     empty_store.rename(folder / "store")
     told: list[RecipeResult] = []
+    choice = {"task": "bells", "prompt": "A bell is", "choices": ["rung", "eaten"], "answer": 0}
+    abilities = tmp_path / "abilities.jsonl"
+    abilities.write_text(json.dumps(choice), encoding="utf-8")
     options = AnswersOptions(
-        passages=passages, limit=1, recipes=("text", "parts, questions"), store_dir=folder
-    )
+        passages=passages, limit=1, recipes=("text", "parts, questions"), store_dir=folder,
+        abilities=abilities,
+    )  # fmt: skip
     result = answers(options, emit=lambda event: None, tell=lambda _, one: told.append(one))
     assert told == list(result.recipes) and line(told[0]).startswith("text: ")
     text, both = result.recipes
     assert [one.prompt for one in text.answers] == [one.prompt for one in both.answers]
     assert text.answered.n == result.base.n == result.in_prompt.n == 2
+    assert {name: score.n for name, score in both.recalled.items()} == {
+        "none": 2, "model": 2, "store": 2
+    }  # fmt: skip
+    assert text.abilities.n == result.abilities.n == 1
     assert text.cpu_seconds > 0 and text.recited.n == 1
     settings = (folder / "parts-questions" / "kvedit.toml").read_text(encoding="utf-8")
     assert "[study]\nparts = true" in settings
