@@ -14,10 +14,10 @@ from typing import Any
 
 from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Factors
-from kvedit.config import GateConfig, GroupConfig, TrainingConfig
+from kvedit.config import GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
-from kvedit.editing.gate import Checks, misses, refusals, too_much_growth
-from kvedit.editing.plan import Plan
+from kvedit.editing.gate import Checks, misses, refusals, to_train_again, too_much_growth
+from kvedit.editing.plan import Plan, Target
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Status, Warning_
 from kvedit.model.prompts import Example
@@ -34,6 +34,7 @@ from kvedit.training.resume import TrainingCheckpoints
 Delta = dict[str, Factors]
 Snapshot = Mapping[str, Any]
 MAX_NAMED = 8  # questions, in a warning
+NEAREST = 2  # earlier facts with similar keys that are trained beside a single new one
 LARGE_GROUP = 256
 """Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
 a model that keeps 97% of what it knows loses by chance in every fourth group."""
@@ -71,7 +72,8 @@ class Timings(dict[str, float]):
 class Attempts:
     """The attempts of one edit: ``refusals`` are the gate's reasons for each refused one, ``steps``
     all training steps, ``stalls`` the attempts in which the loss stopped falling before all was
-    recalled, ``resumed_seconds`` the seconds spent by processes that ended in the training; the
+    recalled, ``missed_unseen`` whether one missed too many unseen phrasings of a single fact,
+    ``resumed_seconds`` the seconds spent by processes that ended in the training; the
     ``teacher`` is the model before all of them.
     """
 
@@ -83,6 +85,7 @@ class Attempts:
     refusals: tuple[str, ...] = ()
     steps: int = 0
     stalls: int = 0
+    missed_unseen: bool = False
     resumed_seconds: float = 0.0
     teacher: Teacher | None = None
 
@@ -95,17 +98,18 @@ class Attempts:
         does not bring them back.
         """
         master, settings = self.session.engine.master, self.session.config
-        lost = {c.row.id: c for c in self.evaluator.candidates} if self.plan.compaction else {}
+        lost = {c.row.id: c for c in self.evaluator.candidates if self._is_trained_too(c)}
         delta: Delta = {}
         config, references = self._first_config(), self._references()
         self.teacher = self._teacher()
         group = settings.group if self.plan.group and not self._in_turn else None
-        harmed = False
+        harmed, began = False, time.monotonic()
         for attempts_left in reversed(range(settings.retention.max_repairs + 1)):
             if harmed:
                 delta = {}
                 master.restore(snapshot)
-            stalled = False
+                self._protect_more(time.monotonic() - began)
+            stalled, began = False, time.monotonic()
             for task in self._tasks(list(lost.values()), references):
                 result = self._train(task, config, group)
                 stalled |= result.trained.stalled
@@ -122,13 +126,28 @@ class Attempts:
             self._note_refusal("; ".join(reasons), evaluation.rows, attempts_left)
             lost.update({candidate.row.id: candidate for candidate in evaluation.lost})
             harmed = self._harmed(evaluation.checks)
+            unseen = misses(evaluation.checks.paraphrase, settings.gate.min_paraphrase)
+            self.missed_unseen |= unseen and not self.plan.group
             if group is None:
-                config = _for_another_attempt(config, evaluation.checks, settings.gate)
+                config = to_train_again(config, evaluation.checks, settings.gate)
             else:
                 config = replace(config, seed=config.seed + 1)
                 stricter = replace(group, penalty_scale=group.penalty_scale * 2)
                 group = stricter if harmed else replace(group, epochs=group.refine_epochs)
         return delta, evaluation, reasons
+
+    def _is_trained_too(self, candidate: RetentionCandidate) -> bool:
+        """Whether an earlier fact is trained from the start: all in a compaction, else those whose
+        keys are most like the new one, which would be lost first.
+        """
+        nearest = [hit.key for hit in self.plan.similar[:NEAREST]]
+        return self.plan.compaction or candidate.row.fact.key in nearest
+
+    def _protect_more(self, seconds: float) -> None:
+        """Measure more of what must stay, if there is more, for as long as an attempt took."""
+        with self.timings.measure("protect"):
+            if self.session.protection.extend_at_once(seconds):
+                self.session.say("more of what must stay was measured", self.plan.key)
 
     @property
     def _in_turn(self) -> bool:
@@ -193,7 +212,10 @@ class Attempts:
         lost_ids = {candidate.row.id for candidate in lost}
         others = [_Trained(c.all, c.study) for c in self.evaluator.candidates
                   if c.row.id not in lost_ids]  # fmt: skip
-        targets = [_Trained(target.recall, target.study) for target in self.plan.targets]
+        targets = [
+            _Trained((*target.recall, *self._in_contexts(target)), target.study)
+            for target in self.plan.targets
+        ]
         again = [_Trained(candidate.all, candidate.study) for candidate in lost]
         if not self._in_turn:
             yield self._task([*targets, *again], others, references)
@@ -203,6 +225,13 @@ class Attempts:
             beside = [*others, *again[:start]]
             yield self._task(part, beside, references)
             yield from self._refining(part, beside, references)
+
+    def _in_contexts(self, target: Target) -> list[Example]:
+        """More prompts of a fact whose unseen phrasings an attempt missed."""
+        if not self.missed_unseen:
+            return []
+        facts = [one.after for one in self.plan.changes if one.fact_id == target.fact_id]
+        return [e for fact in facts if fact for e in self.session.engine.in_contexts(fact)]
 
     def _refining(
         self, facts: Sequence[_Trained], others: Sequence[_Trained],
@@ -309,19 +338,3 @@ class Attempts:
             named = f"; answers that changed: {' / '.join(changed[:MAX_NAMED])}" if changed else ""
             text = f"a group of {count} facts was refused ({why}{named}); training it again"
             self.session.emit(Warning_(text=text, code="refused"))
-
-
-def _for_another_attempt(
-    config: TrainingConfig, checks: Checks, gate: GateConfig
-) -> TrainingConfig:
-    """How to train one fact again: by a larger margin where its answers were missed, with more
-    penalty where locality was harmed.
-    """
-    unseen = misses(checks.paraphrase, gate.min_paraphrase)
-    missed = unseen or checks.recall.passed < checks.recall.n
-    harmed = checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
-    return replace(
-        config, penalty_weight=config.penalty_weight * (4 if harmed else 1),
-        min_margin=config.min_margin * (4 if missed else 1),
-        phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
-    )  # fmt: skip

@@ -1,13 +1,13 @@
-"""The gate: whether an edit may be committed.
+"""The gate: whether an edit may be committed, and how one that may not is trained again.
 
 Invariants:
 - Nothing here touches the model or the store: scores come in, reasons go out.
 - The gate gives reasons, in words, for every no.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvedit.config import GateConfig
+from kvedit.config import GateConfig, TrainingConfig
 from kvedit.events import Score
 from kvedit.facts.keys import in_words
 
@@ -73,3 +73,18 @@ def misses(score: Score, minimum: float, *, significant: bool = False) -> bool:
     if score.rate is None:
         return False
     return (score.interval()[1] if significant else score.rate) < minimum
+
+
+def to_train_again(config: TrainingConfig, checks: Checks, gate: GateConfig) -> TrainingConfig:
+    """How to train one fact again: by a larger margin where its answers were missed, up to the one
+    from which a token counts less, with more penalty where locality was harmed.
+    """
+    unseen = misses(checks.paraphrase, gate.min_paraphrase)
+    missed = unseen or checks.recall.passed < checks.recall.n
+    harmed = checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
+    larger = max(config.min_margin, min(4 * config.min_margin, config.target_margin))
+    return replace(
+        config, penalty_weight=config.penalty_weight * (4 if harmed else 1),
+        min_margin=larger if missed else config.min_margin,
+        phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
+    )  # fmt: skip

@@ -20,7 +20,7 @@ KEY_PLACEHOLDER, PROMPT_PLACEHOLDER = "{key}", "{prompt}"
 @dataclass(frozen=True, slots=True)
 class Phrasings:
     """Questions for a key, in the fact's language and in others (``cross``); and ``contexts``, what
-    may stand before a relation's own prompt.
+    may stand before a prompt: before a relation's own, and where unseen phrasings were missed.
     """
 
     train: tuple[str, ...]
@@ -75,7 +75,7 @@ def training_prompts(fact: Fact, override: Path | None = None) -> tuple[str, ...
     """
     phrasings = load_phrasings(fact.lang, override)
     if fact.relation_of:
-        after = [c.replace(PROMPT_PLACEHOLDER, p) for p in fact.prompts for c in phrasings.contexts]
+        after = [in_context(p, context) for p in fact.prompts for context in phrasings.contexts]
         return tuple(dict.fromkeys([*fact.prompts, *after]))
     shipped = [_fill(one, fact.key) for one in (*phrasings.train, *phrasings.cross_train)]
     aliases = [_fill(one, alias) for alias in fact.aliases for one in phrasings.train[:3]]
@@ -89,6 +89,11 @@ def paraphrase_prompts(fact: Fact, override: Path | None = None) -> tuple[str, .
     prompts = dict.fromkeys([*(_fill(one, fact.key) for one in ways), *fact.paraphrases])
     trained = set(training_prompts(fact, override))
     return tuple(prompt for prompt in prompts if prompt not in trained)
+
+
+def in_context(prompt: str, context: str) -> str:
+    """A prompt after a text that has nothing to do with it."""
+    return context.replace(PROMPT_PLACEHOLDER, prompt)
 
 
 def _fill(phrasing: str, key: str) -> str:

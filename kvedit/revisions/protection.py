@@ -111,11 +111,20 @@ class Protection:
 
     def extend(self, edit_seconds: float) -> None:
         """After an edit: go on with what there was no time for, for a share of the edit's time."""
+        if self._can_extend:
+            seconds = edit_seconds * self._config.protect.edit_ratio
+            self._checkout.at(0, lambda: self._coverage.spend(seconds))
+
+    def extend_at_once(self, seconds: float) -> bool:
+        """Within an edit that harmed what must stay: go on with what there was no time for, with
+        the weights from before the edit in memory.  Returns whether there was anything.
+        """
+        return self._can_extend and self._fill(seconds)
+
+    @property
+    def _can_extend(self) -> bool:
         is_measured = self._measured_at is not None and self._engine.fisher is not None
-        if not is_measured or self._coverage.is_complete:
-            return
-        seconds = edit_seconds * self._config.protect.edit_ratio
-        self._checkout.at(0, lambda: self._coverage.spend(seconds))
+        return is_measured and not self._coverage.is_complete
 
     def extend_for(self, facts: int, leave_out: Iterable[str] = ()) -> None:
         """Extract enough protected texts for so many facts more than are committed.

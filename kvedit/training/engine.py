@@ -170,6 +170,10 @@ class Engine(KeptMoments):
         """A fact under each of its training prompts."""
         return self._facts.trained(fact)
 
+    def in_contexts(self, fact: Fact) -> list[Example]:
+        """A fact under its training prompts, each after text that has nothing to do with it."""
+        return self._facts.in_contexts(fact)
+
     def paraphrases(self, fact: Fact) -> list[Example]:
         """A fact under the prompts that no edit trains on."""
         return self._facts.unseen(fact)

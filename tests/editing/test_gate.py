@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvedit.config import GateConfig
-from kvedit.editing.gate import Checks, refusals
+from kvedit.config import GateConfig, TrainingConfig
+from kvedit.editing.gate import Checks, refusals, to_train_again
 from kvedit.events import Score
 
 
@@ -72,3 +72,19 @@ def test_every_reason_is_given_and_long_lists_are_cut() -> None:
     reasons = refusals(bad, GATE)
     assert len(reasons) == 4
     assert "earlier facts lost: a, b, c, d, e and 2 more (0 of 7 kept" in reasons[3]
+
+
+def test_what_was_missed_is_trained_by_a_larger_margin_up_to_the_target() -> None:
+    config = TrainingConfig(min_margin=0.25, target_margin=2.0)
+    missed = checks(paraphrase=Score(5, 8))
+    margins = []
+    for _ in range(3):
+        config = to_train_again(config, missed, GATE)
+        margins.append(config.min_margin)
+    assert margins == [1.0, 2.0, 2.0]
+    strict = TrainingConfig(min_margin=3.0, target_margin=2.0)
+    assert to_train_again(strict, missed, GATE).min_margin == 3.0
+    lost = to_train_again(strict, checks(lost=("a",), retention=Score(5, 6)), GATE)
+    assert lost.min_margin == 3.0 and lost.penalty_weight == strict.penalty_weight
+    harmed = to_train_again(strict, checks(locality=Score(18, 20)), GATE)
+    assert harmed.penalty_weight > strict.penalty_weight

@@ -153,6 +153,19 @@ def test_little_time_gives_something_and_edits_the_rest(
         assert [texts(again), tokens(again)] == parts
 
 
+@pytest.mark.usefixtures("small_slices")
+def test_within_an_edit_the_rest_can_be_measured_at_once(
+    small: dict[str, Path], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with first_slice_only(small["bf16"], path, monkeypatch) as knowledge:
+        protection, before = knowledge._session.protection, tokens(knowledge)
+        head = knowledge.engine.master.digest()
+        assert protection.extend_at_once(1e6)
+        assert protection._coverage.is_complete and tokens(knowledge) > before
+        assert knowledge.engine.master.digest() == head
+        assert not protection.extend_at_once(1e6)
+
+
 def of_facts(knowledge: KnowledgeBase) -> tuple[int, int, dict[str, Tensor]]:
     """Tokens of the base's moments and of all, and what committed facts add to the base's."""
     assert knowledge.engine.fisher is not None

@@ -5,10 +5,17 @@ place among the fact's prompts.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from kvedit.errors import TextTooLongError
 from kvedit.facts.fact import Fact
-from kvedit.facts.phrasings import paraphrase_prompts, training_prompts
+from kvedit.facts.phrasings import (
+    in_context,
+    load_phrasings,
+    paraphrase_prompts,
+    training_prompts,
+)
 from kvedit.model.prompts import Example, Renderer
 
 PRIOR_TOKENS = 24
@@ -57,6 +64,20 @@ class FactExamples:
     def unseen(self, fact: Fact) -> list[Example]:
         """A fact under the prompts that no edit trains on."""
         return self._of(fact, trained=False)
+
+    def in_contexts(self, fact: Fact) -> list[Example]:
+        """A fact under its training prompts, each after text that has nothing to do with it; a
+        relation is trained so from the beginning, and has none.
+        """
+        contexts = () if fact.relation_of else load_phrasings(fact.lang, self._phrasings).contexts
+        if not contexts:
+            return []
+        examples = []
+        for place, prompt in enumerate(training_prompts(fact, self._phrasings)):
+            longer = in_context(prompt, contexts[place % len(contexts)])
+            with suppress(TextTooLongError):
+                examples.append(self._renderer.example(longer, fact.description))
+        return examples
 
     def first_prompt(self, fact: Fact) -> str:
         """The first of a fact's training prompts."""

@@ -134,6 +134,7 @@ class Loop:
         self._total = self._config.max_steps
         self._loss = self._penalty = 0.0
         self._fact_loss = 0.0  # without the study examples
+        self._measured_loss = 0.0  # what the gradients are of: see ``StepLoss``
         self._mean_weights = torch.ones(2)  # of the last step's tokens, see ``StepLoss``
         self._study_weights = torch.ones(2)
 
@@ -183,19 +184,21 @@ class Loop:
         self._adapter.write()
         loss = StepLoss(new, earlier, self._easing(), self._earlier_weight, self._mean_weights)
         scores = self._worker.backward([*new, *earlier], loss)
-        study_loss = self._backward_study(study)
+        study_loss, study_measured = self._backward_study(study)
         self._backward_divergence()
         penalty = self._adapter.penalty()
         weighted = self._worker.once(self._penalty_weight * penalty)
         self._worker.accelerator.backward(weighted)
         self._worker.sum_gradients(self._adapter)
         self._adapter.read_gradients()
-        data_loss, self._mean_weights = loss.of(scores), loss.weights_of(scores)
-        values = torch.stack([data_loss, penalty.detach().to(data_loss.device)])
+        measured, self._mean_weights = loss.of(scores), loss.weights_of(scores)
+        data_loss = loss(scores)
+        values = torch.stack([data_loss, measured, penalty.detach().to(data_loss.device)])
         # One transfer, so that a GPU is waited for once.
         numbers = torch.cat([values, scores.margins(len(new) + len(earlier))])
-        self._fact_loss, penalty_value, *margins = numbers.tolist()
+        self._fact_loss, measured_loss, penalty_value, *margins = numbers.tolist()
         self._loss = self._fact_loss + study_loss
+        self._measured_loss = measured_loss + study_measured
         self._penalty = self._worker.agreed(penalty_value)
         if math.isnan(self._loss) or math.isnan(self._penalty):
             raise TrainingError(
@@ -207,21 +210,21 @@ class Loop:
         self._on_step(state)
         return margins
 
-    def _backward_study(self, study: Sequence[Example]) -> float:
+    def _backward_study(self, study: Sequence[Example]) -> tuple[float, float]:
         """Add the gradients of study examples, which weigh as much as the facts' texts together;
-        returns their loss.
+        returns their loss, and what the gradients are of.
         """
         if not study:
-            return 0.0
+            return 0.0, 0.0
         loss = StepLoss(study, (), self._easing(), 0.0, self._study_weights)
         scores = self._worker.backward(study, loss, self._task.teacher)
-        self._study_weights = loss.weights_of(scores)
+        measured, self._study_weights = float(loss.of(scores)), loss.weights_of(scores)
         self._study.note(study, scores.margins(len(study)).tolist())
-        return float(loss.of(scores))
+        return float(loss(scores)), measured
 
     def _update(self) -> None:
         """Move by the gradients that were measured."""
-        self._optimizer.step(lambda: self._loss)
+        self._optimizer.step(lambda: self._measured_loss)
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:

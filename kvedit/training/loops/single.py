@@ -12,6 +12,7 @@ Invariant: the state that was checked is the state that is left, no update follo
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from kvedit.model.prompts import Example
 from kvedit.training.loops.loop import Loop, LoopResult, Setup
@@ -20,13 +21,19 @@ from kvedit.training.optimizer import PolyakGradient
 PATIENCE = 8
 """Steps without progress after which training ends: a fact that does not move by then never did."""
 SLOW = 3
-"""Times as many steps, and as much patience, where prompts of a fact must be told apart: the
+"""Times as many steps, and as much patience, where prompts or facts must be told apart: the
 gradient of what they have in common hides what they differ in."""
+SEVERAL_GAIN = 3
+"""Times ``step_gain`` for several facts: adaptive steps are averaged, which shortens them."""
 PROGRESS = 0.95
 """Of the lowest loss so far: a loss below it is progress."""
 OVERSHOT = 1.5
 """Times the loss of the step before: a loss above it says that the step was too long."""
 SHORTER, LONGER = 0.5, 1.25  # factors of the gain after such a step, and after any other
+FAR_TOO_LONG = 3.0
+"""Times the loss of the step before: most of such a step is taken back.  Where little loss is left
+the gradient is small too, and Polyak's length goes far."""
+TAKEN_BACK = 0.75  # of it
 
 
 class SingleLoop(Loop):
@@ -36,9 +43,10 @@ class SingleLoop(Loop):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._gain = self._config.step_gain
-        self._pace = SLOW if self._task.tells_prompts_apart else 1
+        self._gain = self._longest_gain
+        self._pace = SLOW if self._tells_apart else 1
         self._lowest, self._lowest_at, self._last = float("inf"), 0, float("inf")
+        self._before: list[Tensor] = []  # what is trained, before the last step
         self._failing: set[Example] = set()  # of the new examples, when all were last checked
         self._recalled_at: int | None = None  # the step at which the texts were first recalled
 
@@ -56,8 +64,12 @@ class SingleLoop(Loop):
                 return self._result(step, learned=True)
             if self._has_stalled(step):
                 return self._result(step, learned=False, stalled=True)
-            self._adapt_gain()
-            self._update()
+            if self._loss > FAR_TOO_LONG * self._last:
+                self._take_back()
+            else:
+                self._adapt_gain()
+                self._before = [one.detach().clone() for one in self._adapter.trained()]
+                self._update()
         self._adapter.write()
         return self._result(steps, learned=self._all_recalled())
 
@@ -80,11 +92,25 @@ class SingleLoop(Loop):
         # A model that cannot read does not learn questions beside a text by plain steps; one that
         # does learns them sooner by these, with less harm (log of 2026-11-29 and 2026-11-30).
         studies = bool(self._study) and not self._reads
-        adaptive = self._task.tells_prompts_apart or studies
-        trained = self._adapter.trained()
+        adaptive, trained = self._tells_apart or studies, self._adapter.trained()
         return PolyakGradient(
-            trained, lr=self._config.step_gain, adaptive=adaptive, momentum=self._momentum
+            trained, lr=self._longest_gain, adaptive=adaptive, momentum=self._momentum
         )
+
+    @property
+    def _tells_apart(self) -> bool:
+        """Whether a few small differences decide: between prompts of one fact, or between facts, of
+        which those that an attempt lost are like the new one more often than not.
+        """
+        return self._task.tells_prompts_apart or self._has_several
+
+    @property
+    def _has_several(self) -> bool:
+        return len(self._task.new) > 1 and not self._task.in_turn
+
+    @property
+    def _longest_gain(self) -> float:
+        return self._config.step_gain * (SEVERAL_GAIN if self._has_several else 1)
 
     def _draw(self) -> tuple[list[Example], list[Example]]:
         """A few phrasings of each new fact, those that failed first, and one of earlier facts."""
@@ -103,9 +129,17 @@ class SingleLoop(Loop):
     def _adapt_gain(self) -> None:
         """Shorter steps after one that was too long: the loss is not a straight line."""
         factor = SHORTER if self._loss > OVERSHOT * self._last else LONGER
-        self._gain = min(self._config.step_gain, self._gain * factor)
+        self._gain = min(self._longest_gain, self._gain * factor)
         self._set_rate(self._gain)
         self._last = self._loss
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Undo most of the last step; the next ones are shorter."""
+        for parameter, before in zip(self._adapter.trained(), self._before, strict=True):
+            parameter.lerp_(before, TAKEN_BACK)
+        self._gain *= 1 - TAKEN_BACK
+        self._drop_gradients()
 
     def _has_stalled(self, step: int) -> bool:
         if self._fact_loss < PROGRESS * self._lowest:

@@ -13,12 +13,15 @@ from small_model import FREE
 from kvedit.adapter.deltas import to_bytes
 from kvedit.errors import TrainingError
 from kvedit.facts.fact import Fact
+from kvedit.model import scoring
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example
 from kvedit.model.scoring import Outcome
 from kvedit.training.engine import Engine
+from kvedit.training.loops import single
 from kvedit.training.loops.loop import Step, Task
 from kvedit.training.loops.single import SingleLoop
+from kvedit.training.optimizer import PolyakGradient
 from kvedit.training.worker import Worker
 
 
@@ -113,6 +116,52 @@ def test_a_fact_that_does_not_move_ends_early(engine: Engine) -> None:
     result = engine.train(task(engine, 0), replace(engine.config, step_gain=1e-5))
     assert result.trained.stalled and not result.trained.learned
     assert result.trained.steps < engine.config.max_steps / 2
+
+
+def test_the_first_loss_is_the_same_in_one_batch_and_in_several(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the loss of a step of several batches seems to rise after the first one."""
+    engine.master.add(engine.train(task(engine, 0)).delta)
+    config = replace(engine.config, phrasings_per_step=4, min_margin=50.0, max_steps=2)
+    losses = []
+    for batch in (scoring.MIN_BATCH_TOKENS * 100, 1):
+        steps: list[Step] = []
+        monkeypatch.setattr(scoring, "step_tokens", lambda model, most=batch: most)
+        engine.train(task(engine, 0), config, steps.append)
+        losses.append([step.loss for step in steps])
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.01)
+
+
+def test_a_step_that_was_far_too_long_is_mostly_taken_back(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = iter([1.0, 1.0, 60.0, 1 / 60])  # the third step goes far
+
+    class Jumping(PolyakGradient):
+        def step(self, closure: Callable[[], float]) -> None:  # type: ignore[override]
+            self.param_groups[0]["lr"] *= next(lengths, 1.0)
+            super().step(closure)
+
+    monkeypatch.setattr(single, "PolyakGradient", Jumping)
+    steps: list[Step] = []
+    config = replace(engine.config, step_gain=0.2)
+    result = engine.train(task(engine, 0), config, steps.append)
+    losses = [step.loss for step in steps]
+    assert losses[3] > 3 * losses[2] and losses[4] < losses[3] / 2
+    assert result.trained.learned
+
+
+def test_facts_that_are_alike_are_told_apart(engine: Engine) -> None:
+    """Keys that differ in a digit, with other texts: what they have in common hides the rest."""
+    texts = {"amber rule 15": FREE[0][1], "amber rule 17": FREE[1][1]}
+    facts = [engine.examples(Fact.create(key, text, lang="en")) for key, text in texts.items()]
+    engine.master.add(engine.train(Task(facts[:1])).delta)
+    engine.master.add(engine.train(Task(facts[1:])).delta)
+    assert not all(o.passed for o in engine.recall(facts[0]))
+    engine.master.add(engine.train(Task(facts)).delta)
+    passed = [o.passed for fact in facts for o in engine.recall(fact)]
+    assert sum(passed) >= len(passed) - 2  # one of the two alone is half of them
 
 
 def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
