@@ -29,7 +29,7 @@ Three kinds of base model occur. **kvedit-tiny** (8.4 million parameters) ships 
 Models that are called **pretrained here** saw the same two sets of facts (poets of the Tang and \
 Song in Chinese, subject-relation-object facts in English) in other sizes. Models with **random \
 weights** have the shape of a published model and measure time and memory only. Of published \
-models one was measured; see [the last section](#does-it-work-on-published-models). Facts one by \
+models two were measured; see [their section](#does-it-work-on-published-models). Facts one by \
 one, and whatever else trains single facts, were measured before 2026-11-28 unless the row says \
 otherwise: the loop for single facts is another one since.
 

@@ -161,7 +161,7 @@ def test_facts_that_are_alike_are_told_apart(engine: Engine) -> None:
     assert not all(o.passed for o in engine.recall(facts[0]))
     engine.master.add(engine.train(Task(facts)).delta)
     passed = [o.passed for fact in facts for o in engine.recall(fact)]
-    assert sum(passed) >= len(passed) - 2  # one of the two alone is half of them
+    assert sum(passed) > 10  # plain steps: none; one of the two alone: ten
 
 
 def test_an_error_of_the_listener_turns_the_adapter_off(engine: Engine) -> None:
