@@ -34,7 +34,6 @@ from kvedit.training.resume import TrainingCheckpoints
 Delta = dict[str, Factors]
 Snapshot = Mapping[str, Any]
 MAX_NAMED = 8  # questions, in a warning
-NEAREST = 2  # earlier facts with similar keys that are trained beside a single new one
 LARGE_GROUP = 256
 """Facts: a group of so many takes too long to be trained again for two of 32 locality probes, which
 a model that keeps 97% of what it knows loses by chance in every fourth group."""
@@ -140,8 +139,7 @@ class Attempts:
         """Whether an earlier fact is trained from the start: all in a compaction, else those whose
         keys are most like the new one, which would be lost first.
         """
-        nearest = [hit.key for hit in self.plan.similar[:NEAREST]]
-        return self.plan.compaction or candidate.row.fact.key in nearest
+        return self.plan.compaction or candidate.row.fact.key in self.plan.trained_beside
 
     def _protect_more(self, seconds: float) -> None:
         """Measure more of what must stay, if there is more, for as long as an attempt took."""

@@ -43,6 +43,10 @@ class Target:
     probes: tuple[Example, ...] = ()
 
 
+NEAREST = 2
+"""Earlier facts with similar keys that are trained beside a single new one: they would be lost."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """An edit to carry out.
@@ -50,7 +54,8 @@ class Plan:
     The facts of a ``group`` pass or fail one by one; those of another plan all together.  A
     ``compaction`` trains all committed facts once more beside the new ones, from the base model.
     ``restores`` is the revision that a rollback goes back to.  ``erases`` are facts of which
-    neither the model nor the store keeps anything; the plan does not name them.
+    neither the model nor the store keeps anything; the plan does not name them.  ``similar`` are
+    the keys most like the new one, the nearest first.
     """
 
     kind: str
@@ -65,6 +70,11 @@ class Plan:
     compaction: bool = False
     restores: int | None = None
     erases: tuple[int, ...] = ()
+
+    @property
+    def trained_beside(self) -> tuple[str, ...]:
+        """The keys of earlier facts that are trained beside the new one from the start."""
+        return tuple(hit.key for hit in self.similar[:NEAREST])
 
     def only(self, fact_ids: Container[int]) -> Plan:
         """The part of the plan that is about some of its facts."""

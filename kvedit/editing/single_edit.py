@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvedit.editing.edit import Edit
-from kvedit.editing.plan import Planner
+from kvedit.editing.plan import NEAREST, Planner
 from kvedit.editing.study.examples import trained_questions
 from kvedit.editing.study.filters import Filters, StudyReport, refused_all, unknown_texts
 from kvedit.editing.study.writing import StudyWriter
@@ -187,6 +187,7 @@ class SingleEditor:
             self._session.emit(Warning_(text=text, code="placeholder", key=fact.key))
 
     def _warn_of_similar(self, key: str, near: Sequence[Similar]) -> None:
-        for hit in near:
-            text = f"{key} is much like {hit.key} ({hit.score:.0f}): its retention is checked first"
+        for place, hit in enumerate(near):
+            what = "it is trained beside it, and checked" if place < NEAREST else "it is checked"
+            text = f"{key} is much like {hit.key} ({hit.score:.0f}): {what} first"
             self._session.emit(Warning_(text=text, code="similar-key", key=hit.key))
