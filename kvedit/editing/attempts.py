@@ -16,7 +16,14 @@ from kvedit.adapter import deltas
 from kvedit.adapter.deltas import Factors
 from kvedit.config import GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
-from kvedit.editing.gate import Checks, misses, refusals, to_train_again, too_much_growth
+from kvedit.editing.gate import (
+    Checks,
+    misses,
+    only_unseen_missed,
+    refusals,
+    to_train_again,
+    too_much_growth,
+)
 from kvedit.editing.plan import Plan, Target
 from kvedit.editing.study.examples import StudyExamples
 from kvedit.events import Status, Warning_
@@ -71,9 +78,9 @@ class Timings(dict[str, float]):
 class Attempts:
     """The attempts of one edit: ``refusals`` are the gate's reasons for each refused one, ``steps``
     all training steps, ``stalls`` the attempts in which the loss stopped falling before all was
-    recalled, ``missed_unseen`` whether one missed too many unseen phrasings of a single fact,
-    ``resumed_seconds`` the seconds spent by processes that ended in the training; the
-    ``teacher`` is the model before all of them.
+    recalled, ``missed_unseen`` whether one recalled a single fact under its training prompts alone,
+    ``resumed_seconds`` the seconds spent by processes that ended in the training; the ``teacher``
+    is the model before all of them.
     """
 
     session: Session
@@ -125,8 +132,9 @@ class Attempts:
             self._note_refusal("; ".join(reasons), evaluation.rows, attempts_left)
             lost.update({candidate.row.id: candidate for candidate in evaluation.lost})
             harmed = self._harmed(evaluation.checks)
-            unseen = misses(evaluation.checks.paraphrase, settings.gate.min_paraphrase)
-            self.missed_unseen |= unseen and not self.plan.group
+            self.missed_unseen |= not self.plan.group and only_unseen_missed(
+                evaluation.checks, settings.gate
+            )
             if group is None:
                 config = to_train_again(config, evaluation.checks, settings.gate)
             else:

@@ -75,6 +75,12 @@ def misses(score: Score, minimum: float, *, significant: bool = False) -> bool:
     return (score.interval()[1] if significant else score.rate) < minimum
 
 
+def only_unseen_missed(checks: Checks, gate: GateConfig) -> bool:
+    """Whether all training prompts are recalled, and too few others."""
+    recalled = checks.recall.passed == checks.recall.n
+    return recalled and misses(checks.paraphrase, gate.min_paraphrase)
+
+
 def to_train_again(config: TrainingConfig, checks: Checks, gate: GateConfig) -> TrainingConfig:
     """How to train one fact again: by a larger margin where its answers were missed, up to the one
     from which a token counts less, with more penalty where locality was harmed.
