@@ -96,15 +96,15 @@ class Attempts:
     teacher: Teacher | None = None
 
     def run(self, snapshot: Snapshot) -> tuple[Delta, Evaluation, tuple[str, ...]]:
-        """Train, merge, evaluate; when refused, go on from there with the facts that were lost in
-        the training data too, up to ``max_repairs`` times.
+        """Train, merge, evaluate; when refused, go on from there with the earlier facts that were
+        lost in the training data too, up to ``max_repairs`` times.
 
         Returns the delta that is merged when it ends, its evaluation, and why the gate refuses it
         (nothing if it does not).  An attempt that lost locality probes is thrown away: training on
         does not bring them back.
         """
         master, settings = self.session.engine.master, self.session.config
-        lost = {c.row.id: c for c in self.evaluator.candidates if self._is_trained_too(c)}
+        earlier = {c.row.id: c for c in self.evaluator.candidates if self._is_trained_too(c)}
         delta: Delta = {}
         config, references = self._first_config(), self._references()
         self.teacher = self._teacher()
@@ -116,7 +116,7 @@ class Attempts:
                 master.restore(snapshot)
                 self._protect_more(time.monotonic() - began)
             stalled, began = False, time.monotonic()
-            for task in self._tasks(list(lost.values()), references):
+            for task in self._tasks(list(earlier.values()), references):
                 result = self._train(task, config, group)
                 stalled |= result.trained.stalled
                 delta = deltas.joined(delta, result.delta)
@@ -130,7 +130,7 @@ class Attempts:
             if not reasons or self.stalls >= MAX_STALLS:
                 break
             self._note_refusal("; ".join(reasons), evaluation.rows, attempts_left)
-            lost.update({candidate.row.id: candidate for candidate in evaluation.lost})
+            earlier.update({candidate.row.id: candidate for candidate in evaluation.lost})
             harmed = self._harmed(evaluation.checks)
             self.missed_unseen |= not self.plan.group and only_unseen_missed(
                 evaluation.checks, settings.gate
@@ -209,20 +209,20 @@ class Attempts:
             return self.session.engine.teacher([p for fact in facts for p in study.told(fact)])
 
     def _tasks(
-        self, lost: Sequence[RetentionCandidate], references: ReferenceTexts | None
+        self, earlier: Sequence[RetentionCandidate], references: ReferenceTexts | None
     ) -> Iterator[Task]:
-        """The plan's facts and those that were ``lost``, beside the other candidates.  Facts that
-        are trained in turn are a few at a time, each time beside those before them.  What a task
-        leaves is merged before the next one is made.
+        """The plan's facts and some ``earlier`` ones, beside the other candidates.  Facts that are
+        trained in turn are a few at a time, each time beside those before them.  What a task leaves
+        is merged before the next one is made.
         """
-        lost_ids = {candidate.row.id for candidate in lost}
+        chosen = {candidate.row.id for candidate in earlier}
         others = [_Trained(c.all, c.study) for c in self.evaluator.candidates
-                  if c.row.id not in lost_ids]  # fmt: skip
+                  if c.row.id not in chosen]  # fmt: skip
         targets = [
             _Trained((*target.recall, *self._in_contexts(target)), target.study)
             for target in self.plan.targets
         ]
-        again = [_Trained(candidate.all, candidate.study) for candidate in lost]
+        again = [_Trained(candidate.all, candidate.study) for candidate in earlier]
         if not self._in_turn:
             yield self._task([*targets, *again], others, references)
             return
