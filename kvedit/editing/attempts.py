@@ -18,11 +18,11 @@ from kvedit.config import GroupConfig, TrainingConfig
 from kvedit.editing.evaluation import Evaluation, Evaluator, RetentionCandidate
 from kvedit.editing.gate import (
     Checks,
+    is_harmed,
     misses,
     only_unseen_missed,
     refusals,
     to_train_again,
-    too_much_growth,
 )
 from kvedit.editing.plan import Plan, Target
 from kvedit.editing.study.examples import StudyExamples
@@ -316,8 +316,7 @@ class Attempts:
         if self.plan.group:
             minimum = self.session.config.gate.min_locality
             return misses(checks.locality, minimum, significant=self._is_large)
-        gate = self.session.config.gate
-        return checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
+        return is_harmed(checks, self.session.config.gate)
 
     def _emit_step(self, step: Step) -> None:
         key = None if self.plan.erases else self.plan.key  # it is others that are trained then

@@ -81,16 +81,20 @@ def only_unseen_missed(checks: Checks, gate: GateConfig) -> bool:
     return recalled and misses(checks.paraphrase, gate.min_paraphrase)
 
 
+def is_harmed(checks: Checks, gate: GateConfig) -> bool:
+    """Whether a single edit changed any locality probe, or too much of the model's reading."""
+    return checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
+
+
 def to_train_again(config: TrainingConfig, checks: Checks, gate: GateConfig) -> TrainingConfig:
     """How to train one fact again: by a larger margin where its answers were missed, up to the one
     from which a token counts less, with more penalty where locality was harmed.
     """
     unseen = misses(checks.paraphrase, gate.min_paraphrase)
     missed = unseen or checks.recall.passed < checks.recall.n
-    harmed = checks.locality.passed < checks.locality.n or too_much_growth(checks, gate)
     larger = max(config.min_margin, min(4 * config.min_margin, config.target_margin))
     return replace(
-        config, penalty_weight=config.penalty_weight * (4 if harmed else 1),
+        config, penalty_weight=config.penalty_weight * (4 if is_harmed(checks, gate) else 1),
         min_margin=larger if missed else config.min_margin,
         phrasings_per_step=config.phrasings_per_step + 2, seed=config.seed + 1,
     )  # fmt: skip

@@ -188,6 +188,6 @@ class SingleEditor:
 
     def _warn_of_similar(self, key: str, near: Sequence[Similar]) -> None:
         for place, hit in enumerate(near):
-            what = "it is trained beside it, and checked" if place < NEAREST else "it is checked"
-            text = f"{key} is much like {hit.key} ({hit.score:.0f}): {what} first"
+            done = "is trained beside it, and checked" if place < NEAREST else "is checked"
+            text = f"{key} is much like {hit.key} ({hit.score:.0f}), which {done} first"
             self._session.emit(Warning_(text=text, code="similar-key", key=hit.key))

@@ -42,7 +42,7 @@ from tests.bench.recall import NAMING
 Emit = Callable[[Event], None]
 WRITTEN = 8  # questions that the model writes about each passage, at most
 NO_RECALL = "none"
-_RECALL_COLUMNS = ("named", "with recall, the model's", "with recall, the store's")
+_RECALL_COLUMNS = ("named", *(f"with recall, the {source}'s" for source in SOURCES))
 RECITED = 20  # characters with which a text begins: an answer that has them is a recitation
 
 

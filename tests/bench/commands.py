@@ -680,8 +680,7 @@ def answers(run: Run, given: dict[str, Any]) -> None:
     Every second question of a passage is never trained. Each recipe adds the passages one by one to
     a copy of one store, and is then asked those questions: as they stand, and with the key before
     them without recall and with it. The base model is asked before, without the text and with it
-    in the prompt. With --store-dir the stores are kept, and a store in its folder
-    store is used.
+    in the prompt. With --store-dir the stores are kept, and a store in its folder store is used.
 
     \b
     Examples:

@@ -81,8 +81,7 @@ def test_more_of_what_must_stay_is_measured_when_it_was_harmed(
     monkeypatch.setattr(Protection, "extend_at_once", measured)
     configure(trained_store, repairs=1)
     with KnowledgeBase.open(trained_store, on_event=events.append) as knowledge:
-        evaluate = "kvedit.editing.attempts.Attempts._harmed"
-        monkeypatch.setattr(evaluate, lambda *_: True)
+        monkeypatch.setattr("kvedit.editing.attempts.Attempts._harmed", lambda *_: True)
         refusals = iter([("locality probes",), ()])
         monkeypatch.setattr("kvedit.editing.attempts.Attempts._refusals", lambda *_: next(refusals))
         assert knowledge.add(*FREE[3]).outcome == "committed"

@@ -99,8 +99,8 @@ class SingleLoop(Loop):
 
     @property
     def _tells_apart(self) -> bool:
-        """Whether a few small differences decide: between prompts of one fact, or between facts, of
-        which those that an attempt lost are like the new one more often than not.
+        """Whether a few small differences decide: between prompts of one fact, or between facts
+        that are trained together because their keys are alike or one was lost to the other.
         """
         return self._task.tells_prompts_apart or self._has_several
 
