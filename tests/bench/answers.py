@@ -6,7 +6,8 @@ questions are distilled from the model that reads the text.  The base model is a
 questions, without the text and with it in the prompt, which is the upper bound.
 
 Invariants:
-- Each recipe begins with a copy of one store and adds the same facts, in the same order.
+- Each recipe begins with a copy of one store and gets the same facts in the same order, all by
+  ``add`` or all by ``ingest``.
 - Every recipe is asked the same questions, freely and greedily, when all facts are in; with recall
   each names its fact, as a user's would have to.
 """
@@ -30,12 +31,15 @@ from kvedit.config import FILE_NAME
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.editing.study import answers as probes
 from kvedit.errors import UsageError
-from kvedit.events import Event, Score, Status
+from kvedit.events import EditReport, Event, Score, Status
 from kvedit.facts.fact import Fact, Question
+from kvedit.ingest.report import IngestOptions
+from kvedit.ingest.run import ingest
 from kvedit.training.engine import Engine
 from tests.bench import quality_material
 from tests.bench.asking import AskedModel
 from tests.bench.quality_material import Choice
+from tests.bench.quality_methods import ADD, INGEST
 from tests.bench.quality_probes import choose
 from tests.bench.recall import NAMING
 
@@ -70,12 +74,15 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswersOptions:
-    """``limit``: the shortest passages alone; ``config``: a kvedit.toml that holds for all."""
+    """``limit``: the shortest passages alone; ``method``: ``add`` or ``ingest``; ``config``: a
+    kvedit.toml that holds for all.
+    """
 
     passages: Path
     model: str | None = None
     limit: int | None = None
     recipes: tuple[str, ...] = tuple(RECIPES)
+    method: str = ADD
     abilities: Path | None = None
     store_dir: Path | None = None
     config: Path | None = None
@@ -98,8 +105,8 @@ class RecipeResult:
     """``recited`` are facts recalled at the end, of all given; ``recitations`` the answers that
     begin as the text does; ``recalled`` has the scores of questions that name their fact, by where
     its text came from (``NO_RECALL``: none); ``abilities`` is multiple choice; ``written`` the
-    questions and statements that the model wrote; seconds are of the edits alone, by the clock and
-    of the processor.
+    questions and statements that the model wrote; seconds are of the training alone, by the clock
+    and of the processor.
     """
 
     name: str
@@ -123,6 +130,7 @@ class AnswersResult:
 
     model: str
     facts: int
+    method: str
     base: Score
     in_prompt: Score
     abilities: Score
@@ -148,7 +156,7 @@ def answers(
         result = _ask_base(template, options, passages, choices, emit)
         for name in options.recipes:
             path = _copy(template, folder / name.replace(", ", "-"), options)
-            done = _run(name, path, passages, choices, emit)
+            done = _run(name, path, passages, choices, options.method, emit)
             result = replace(result, recipes=(*result.recipes, done))
             tell(result, done)
     return result
@@ -206,7 +214,8 @@ def _ask_base(
         without, with_text = (_score(ask(knowledge.engine, passages, way)) for way in ways)
         name = knowledge.store.meta("model_name") or ""
         chosen = _choose(knowledge.engine, choices, emit)
-        return AnswersResult(name, len(passages), without, with_text, chosen, ())
+        facts, method = len(passages), options.method
+        return AnswersResult(name, facts, method, without, with_text, chosen, ())
 
 
 def _choose(engine: Engine, choices: Sequence[Choice], emit: Emit) -> Score:
@@ -278,29 +287,45 @@ def _configure(path: Path, settings: Mapping[str, object]) -> None:
 
 
 def _run(
-    name: str, path: Path, passages: Sequence[Fact], choices: Sequence[Choice], emit: Emit
-) -> RecipeResult:
+    name: str, path: Path, passages: Sequence[Fact], choices: Sequence[Choice], method: str,
+    emit: Emit,
+) -> RecipeResult:  # fmt: skip
     recipe = RECIPES[name]
     if recipe.settings:
         _configure(path, recipe.settings)
     facts = [_for_recipe(fact, recipe) for fact in passages]
-    with KnowledgeBase.open(path, on_event=emit) as knowledge:
+    reports: list[EditReport] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, EditReport):
+            reports.append(event)
+        emit(event)
+
+    with KnowledgeBase.open(path, on_event=note) as knowledge:
         began, cpu_began = time.monotonic(), time.process_time()
-        reports = [knowledge.add_fact(fact) for fact in facts]
+        _teach(knowledge, facts, method, emit)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
-        written = sum(len(row.fact.written) for row in knowledge.store.facts("committed"))
+        committed = knowledge.store.facts("committed")
+        written = sum(len(row.fact.written) for row in committed)
         report = knowledge.verify()
         given = ask(knowledge.engine, facts, _as_it_stands)
         recalled = _recalled(knowledge, facts)
         chosen = _choose(knowledge.engine, choices, emit)
     starts = {fact.key: fact.description[:RECITED] for fact in facts}
     return RecipeResult(
-        name, sum(one.outcome == "committed" for one in reports),
-        Score(report.score.passed, len(facts), report.score.protocol), _score(given),
-        sum(one.answer.startswith(starts[one.key]) for one in given), report.perturbation_gap,
-        written, seconds, cpu_seconds, sum(one.steps for one in reports), tuple(given),
-        recalled, chosen,
+        name, len(committed), Score(report.score.passed, len(facts), report.score.protocol),
+        _score(given), sum(one.answer.startswith(starts[one.key]) for one in given),
+        report.perturbation_gap, written, seconds, cpu_seconds, sum(one.steps for one in reports),
+        tuple(given), recalled, chosen,
     )  # fmt: skip
+
+
+def _teach(knowledge: KnowledgeBase, facts: Sequence[Fact], method: str, emit: Emit) -> None:
+    if method == INGEST:
+        ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit).require_end()
+        return
+    for fact in facts:
+        knowledge.add_fact(fact)
 
 
 def tables(result: AnswersResult) -> list[Table]:
@@ -315,7 +340,8 @@ def tables(result: AnswersResult) -> list[Table]:
         "trained", "committed", "recites", "answers", *_RECALL_COLUMNS, "multiple choice",
         "recitations", "gap", "written", "steps a fact", "seconds", "CPU seconds",
     )  # fmt: skip
-    return [Table(f"{result.facts} passages, one by one", columns, tuple(rows))]
+    title = f"{result.facts} passages by {result.method}"
+    return [Table(title, columns, tuple(rows))]
 
 
 def _row(one: RecipeResult, facts: int) -> tuple[str, ...]:

@@ -669,6 +669,8 @@ def recall(run: Run, given: dict[str, Any]) -> None:
     click.option("--recipe", "recipes", multiple=True, metavar="NAME",
                  default=("text", "parts", "questions", "parts, questions"), show_default=True,
                  help="What is trained; may be given more than once."),
+    click.option("--method", type=click.Choice(["add", "ingest"]), default="add",
+                 show_default=True, help="One by one, or all together."),
     o.abilities,
     click.option("--config", type=o.IN, help="A kvedit.toml, without [study], for all recipes."),
     click.option("--time", type=click.FloatRange(min=1), metavar="SECONDS",
@@ -677,10 +679,11 @@ def recall(run: Run, given: dict[str, Any]) -> None:
 def answers(run: Run, given: dict[str, Any]) -> None:
     """How many questions about trained texts are answered, by what was trained beside the text.
 
-    Every second question of a passage is never trained. Each recipe adds the passages one by one to
-    a copy of one store, and is then asked those questions: as they stand, and with the key before
-    them without recall and with it. The base model is asked before, without the text and with it
-    in the prompt. With --store-dir the stores are kept, and a store in its folder store is used.
+    Every second question of a passage is never trained. Each recipe adds the passages to a copy of
+    one store, one by one or with --method ingest, and is then asked those questions: as they stand,
+    and with the key before them without recall and with it. The base model is asked before, without
+    the text and with it in the prompt. With --store-dir the stores are kept, and a store in its
+    folder store is used.
 
     \b
     Examples:

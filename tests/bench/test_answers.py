@@ -74,3 +74,16 @@ def test_recipes_are_asked_the_same_questions(
     ]  # fmt: skip
     with pytest.raises(UsageError, match="no recipe 'more'"):
         answers(AnswersOptions(passages=passages, recipes=("more",)), emit=lambda event: None)
+
+
+def test_passages_can_be_ingested(passages: Path, empty_store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    empty_store.rename(folder / "store")
+    options = AnswersOptions(
+        passages=passages, recipes=("questions",), method="ingest", store_dir=folder
+    )
+    result = answers(options, emit=lambda event: None)
+    assert tables(result)[0].title == "2 passages by ingest"
+    (questions,) = result.recipes
+    assert questions.recited.n == 2 and questions.steps > 0 and questions.seconds > 0
