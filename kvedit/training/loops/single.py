@@ -30,6 +30,9 @@ PROGRESS = 0.95
 OVERSHOT = 1.5
 """Times the loss of the step before: a loss above it says that the step was too long."""
 SHORTER, LONGER = 0.5, 1.25  # factors of the gain after such a step, and after any other
+LITTLE_LOSS, LITTLE_LOSS_GAIN = 1.0, 1.7
+"""Nats a token, and how many times as large the gain may grow below: there the loss falls off like
+an exponential, and steps along its slope fall short (log of 2026-11-30)."""
 FAR_TOO_LONG = 3.0
 """Times the loss of the step before: most of such a step is taken back.  Where little loss is left
 the gradient is small too, and Polyak's length goes far."""
@@ -129,7 +132,9 @@ class SingleLoop(Loop):
     def _adapt_gain(self) -> None:
         """Shorter steps after one that was too long: the loss is not a straight line."""
         factor = SHORTER if self._loss > OVERSHOT * self._last else LONGER
-        self._gain = min(self._longest_gain, self._gain * factor)
+        is_short = self._loss < LITTLE_LOSS and not self._tells_apart
+        longest = self._longest_gain * (LITTLE_LOSS_GAIN if is_short else 1)
+        self._gain = min(longest, self._gain * factor)
         self._set_rate(self._gain)
         self._last = self._loss
 
