@@ -10,7 +10,7 @@ Invariants:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,10 +30,6 @@ class Example:
     start: int
     prompt: str = ""
     answer: str = ""
-
-    def beginning(self, tokens: int) -> "Example":
-        """The same with at most so many tokens of its answer; ``answer`` stays whole."""
-        return replace(self, ids=self.ids[: self.start + tokens])
 
 
 class Renderer:

@@ -36,9 +36,6 @@ many more."""
 MEASURED_TEXTS = 2000
 """So many protected texts suffice for moments that are measured often; all are used the first time.
 """
-INVENTED_TOKENS = 48
-"""Of an answer about an invented name that an edit is held to: its form shows in its beginning, and
-the whole of one took half of a training's time (log of 2026-11-30)."""
 
 
 class Protection:
@@ -169,11 +166,10 @@ class Protection:
         return self._examples(self._texts("locality"))
 
     def invented_examples(self, most: int) -> list[Example]:
-        """The beginnings of so many answers about invented names, others for each revision."""
+        """So many answers about invented names, others for each revision."""
         texts = [text for text in self._texts("control") if text.origin == INVENTED]
         rng = random.Random(self._checkout.revision)
-        answers = self._examples(rng.sample(texts, min(most, len(texts))))
-        return [one.beginning(INVENTED_TOKENS) for one in answers]
+        return self._examples(rng.sample(texts, min(most, len(texts))))
 
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""

@@ -27,13 +27,6 @@ def test_an_answer_begins_where_the_model_would_speak(renderer: Renderer) -> Non
     assert example.prompt == "What is x?" and example.answer == "Made of oak."
 
 
-def test_the_beginning_of_an_answer(renderer: Renderer) -> None:
-    whole = renderer.example("amber bell", "made of copper")
-    cut = whole.beginning(2)
-    assert cut.ids == whole.ids[: whole.start + 2] and cut.start == whole.start
-    assert whole.beginning(1000) == whole
-
-
 def test_without_a_chat_template_a_plain_form(base: BaseModel) -> None:
     base.tokenizer.chat_template = None
     plain = Renderer(base.tokenizer, context=64)

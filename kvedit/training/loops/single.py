@@ -30,9 +30,6 @@ PROGRESS = 0.95
 OVERSHOT = 1.5
 """Times the loss of the step before: a loss above it says that the step was too long."""
 SHORTER, LONGER = 0.5, 1.25  # factors of the gain after such a step, and after any other
-LITTLE_LOSS, LITTLE_LOSS_GAIN = 1.0, 1.7
-"""Nats a token, and how many times as large the gain may grow below, on a model that reads: there
-the loss falls off like an exponential, and steps along its slope fall short (log of 2026-11-30)."""
 FAR_TOO_LONG = 3.0
 """Times the loss of the step before: most of such a step is taken back.  Where little loss is left
 the gradient is small too, and Polyak's length goes far."""
@@ -132,9 +129,7 @@ class SingleLoop(Loop):
     def _adapt_gain(self) -> None:
         """Shorter steps after one that was too long: the loss is not a straight line."""
         factor = SHORTER if self._loss > OVERSHOT * self._last else LONGER
-        is_late = self._reads and not self._tells_apart and self._loss < LITTLE_LOSS
-        longest = self._longest_gain * (LITTLE_LOSS_GAIN if is_late else 1)
-        self._gain = min(longest, self._gain * factor)
+        self._gain = min(self._longest_gain, self._gain * factor)
         self._set_rate(self._gain)
         self._last = self._loss
 
