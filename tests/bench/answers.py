@@ -31,15 +31,13 @@ from kvedit.config import FILE_NAME
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.editing.study import answers as probes
 from kvedit.errors import UsageError
-from kvedit.events import EditReport, Event, Score, Status
+from kvedit.events import Event, Score, Status
 from kvedit.facts.fact import Fact, Question
-from kvedit.ingest.report import IngestOptions
-from kvedit.ingest.run import ingest
 from kvedit.training.engine import Engine
 from tests.bench import quality_material
 from tests.bench.asking import AskedModel
 from tests.bench.quality_material import Choice
-from tests.bench.quality_methods import ADD, INGEST
+from tests.bench.quality_methods import ADD, INGEST, OpenStore, opened
 from tests.bench.quality_probes import choose
 from tests.bench.recall import NAMING
 
@@ -294,16 +292,10 @@ def _run(
     if recipe.settings:
         _configure(path, recipe.settings)
     facts = [_for_recipe(fact, recipe) for fact in passages]
-    reports: list[EditReport] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, EditReport):
-            reports.append(event)
-        emit(event)
-
-    with KnowledgeBase.open(path, on_event=note) as knowledge:
+    with opened(path, emit) as store:
+        knowledge = store.knowledge
         began, cpu_began = time.monotonic(), time.process_time()
-        _teach(knowledge, facts, method, emit)
+        _teach(store, facts, method)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         committed = knowledge.store.facts("committed")
         written = sum(len(row.fact.written) for row in committed)
@@ -315,17 +307,17 @@ def _run(
     return RecipeResult(
         name, len(committed), Score(report.score.passed, len(facts), report.score.protocol),
         _score(given), sum(one.answer.startswith(starts[one.key]) for one in given),
-        report.perturbation_gap, written, seconds, cpu_seconds, sum(one.steps for one in reports),
-        tuple(given), recalled, chosen,
+        report.perturbation_gap, written, seconds, cpu_seconds, store.steps, tuple(given), recalled,
+        chosen,
     )  # fmt: skip
 
 
-def _teach(knowledge: KnowledgeBase, facts: Sequence[Fact], method: str, emit: Emit) -> None:
+def _teach(store: OpenStore, facts: Sequence[Fact], method: str) -> None:
     if method == INGEST:
-        ingest(knowledge, facts, IngestOptions(skip_invalid=True), emit).require_end()
+        store.ingest(facts)
         return
     for fact in facts:
-        knowledge.add_fact(fact)
+        store.knowledge.add_fact(fact)
 
 
 def tables(result: AnswersResult) -> list[Table]:

@@ -115,7 +115,7 @@ def train(
 ) -> Iterator[Trained]:
     """Train the facts by one method; ``folder`` is that of all methods' stores."""
     if method in (ADD, INGEST):
-        with _copied_store(folder, method, emit) as store:
+        with opened(_copied_store(folder, method), emit) as store:
             way = _add if method == ADD else _ingest
             yield way(store, facts)
     elif method == PLAIN:
@@ -125,12 +125,22 @@ def train(
 
 
 @dataclass(slots=True)
-class _OpenStore:
+class OpenStore:
     """A store with what its edits report."""
 
     knowledge: KnowledgeBase
     emit: Emit
     reports: list[EditReport] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Training steps of all edits so far, repairs included."""
+        return sum(one.steps for one in self.reports)
+
+    def ingest(self, facts: Sequence[Fact]) -> None:
+        """All of them by the command's own run, the extraction of what must stay included."""
+        options = IngestOptions(skip_invalid=True)
+        run_ingest(self.knowledge, facts, options, self.emit).require_end()
 
     def outcome(self, facts: Sequence[Fact], **more: Any) -> Trained:
         """What the store says of the facts, once they are trained."""
@@ -151,12 +161,17 @@ def _state(knowledge: KnowledgeBase, fact: Fact) -> str:
     return "failed" if row is None else row.state
 
 
-@contextmanager
-def _copied_store(folder: Path, method: str, emit: Emit) -> Iterator[_OpenStore]:
+def _copied_store(folder: Path, method: str) -> Path:
     """The store of a method: a copy of the common one, or what an earlier run left of it."""
     path = folder / method
     if not (path / DB_NAME).is_file():
         shutil.copytree(folder / STORE, path, dirs_exist_ok=True)
+    return path
+
+
+@contextmanager
+def opened(path: Path, emit: Emit) -> Iterator[OpenStore]:
+    """A store whose edits' reports are kept beside it."""
     reports: list[EditReport] = []
 
     def tell(event: Event) -> None:
@@ -165,10 +180,10 @@ def _copied_store(folder: Path, method: str, emit: Emit) -> Iterator[_OpenStore]
         emit(event)
 
     with KnowledgeBase.open(path, on_event=tell) as knowledge:
-        yield _OpenStore(knowledge, emit, reports)
+        yield OpenStore(knowledge, emit, reports)
 
 
-def _add(store: _OpenStore, facts: Sequence[Fact]) -> Trained:
+def _add(store: OpenStore, facts: Sequence[Fact]) -> Trained:
     """One by one; facts that an earlier run committed keep the seconds that it noted."""
     log = store.knowledge.store.path / EDITS
     noted = _noted(log)
@@ -208,12 +223,10 @@ def _sums(edits: Sequence[EditTime]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ingest(store: _OpenStore, facts: Sequence[Fact]) -> Trained:
-    """All of them by the command's own run, the extraction of what must stay included."""
+def _ingest(store: OpenStore, facts: Sequence[Fact]) -> Trained:
     began = time.monotonic()
-    run_ingest(store.knowledge, facts, IngestOptions(skip_invalid=True), store.emit).require_end()
-    seconds = time.monotonic() - began
-    return store.outcome(facts, seconds=seconds, steps=sum(one.steps for one in store.reports))
+    store.ingest(facts)
+    return store.outcome(facts, seconds=time.monotonic() - began, steps=store.steps)
 
 
 def examples_of(renderer: Renderer, fact: Fact) -> list[Example]:
