@@ -99,6 +99,18 @@ def rouge_l_recall(answer: str, expected: str) -> float:
     return LCSseq.similarity(answer, expected) / len(expected) if expected else 1.0
 
 
+def word_f1(answer: str, expected: str) -> float:
+    """Return the harmonic mean of the shares of words that two texts have in common, once they are
+    ``normalised``; 1 for two texts without words, 0 where one alone has none.
+
+    Formula: SQuAD's ``f1_score`` (``evaluate-v1.1.py``); a Chinese character is a word.
+    """
+    given, wanted = (Counter(words(normalised(text))) for text in (answer, expected))
+    if not given or not wanted:
+        return float(given == wanted)
+    return 2 * (given & wanted).total() / (given.total() + wanted.total())
+
+
 def words(text: str) -> list[str]:
     """The words of a text without case and punctuation; a Chinese character is one."""
     return _TOKEN.findall(text.casefold())

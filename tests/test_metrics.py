@@ -17,6 +17,7 @@ from kvedit.metrics import (
     normalised_exact,
     rouge_l_recall,
     wilson,
+    word_f1,
     words,
 )
 
@@ -114,6 +115,20 @@ def test_rouge_l_recall_is_the_librarys(answer: str, expected: str) -> None:
 
     score = scorer.RougeScorer(["rougeL"], tokenizer=Characters()).score(expected, answer)
     assert rouge_l_recall(answer, expected) == pytest.approx(score["rougeL"].recall)
+
+
+def test_word_f1_of_known_texts() -> None:
+    assert word_f1("It is the copper bell.", "a Copper bell") == pytest.approx(2 * 2 / (4 + 2))
+    assert word_f1("bell bell", "bell") == pytest.approx(2 / 3)
+    assert word_f1("銅鐘", "銅") == pytest.approx(2 / 3)
+    assert word_f1("glass", "copper") == word_f1("the", "copper") == word_f1("glass", "") == 0
+    assert word_f1("The.", "") == 1
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_word_f1_is_symmetric_and_a_share(answer: str, expected: str) -> None:
+    assert 0 <= word_f1(answer, expected) == word_f1(expected, answer) <= 1
+    assert word_f1(answer, answer) == 1
 
 
 def test_words_of_both_scripts() -> None:

@@ -10,6 +10,7 @@ Invariants:
   ``add`` or all by ``ingest``.
 - Every recipe is asked the same questions, freely and greedily, when all facts are in; with recall
   each names its fact, as a user's would have to.
+- An answer that contains the expected one may be long; F1 of words, beside it, favours short ones.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvedit.asking.recall import SOURCES
-from kvedit.bench.tables import BRACKETS, Table, score_cell
+from kvedit.asking.recall import SOURCES, with_texts
+from kvedit.bench.tables import BRACKETS, Table, number_cell, score_cell
 from kvedit.config import FILE_NAME
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.editing.study import answers as probes
 from kvedit.errors import UsageError
 from kvedit.events import Event, Score, Status
 from kvedit.facts.fact import Fact, Question
+from kvedit.metrics import word_f1
 from kvedit.training.engine import Engine
 from tests.bench import quality_material
 from tests.bench.asking import AskedModel
+from tests.bench.field.scores import Mean, mean
+from tests.bench.field.table import cell
 from tests.bench.quality_material import Choice
 from tests.bench.quality_methods import ADD, INGEST, OpenStore, opened
 from tests.bench.quality_probes import choose
@@ -43,8 +48,9 @@ from tests.bench.recall import NAMING
 
 Emit = Callable[[Event], None]
 WRITTEN = 8  # questions that the model writes about each passage, at most
-NO_RECALL = "none"
-_RECALL_COLUMNS = ("named", *(f"with recall, the {source}'s" for source in SOURCES))
+AS_IT_STANDS, NAMED, IN_PROMPT = "as it stands", "named", "named, the text in the prompt"
+RECALL = {f"named, recall from the {source}": source for source in SOURCES}
+WAYS = (AS_IT_STANDS, NAMED, IN_PROMPT, *RECALL)
 RECITED = 20  # characters with which a text begins: an answer that has them is a recitation
 
 
@@ -53,16 +59,20 @@ NO_CHOICES = Score(0, 0, "likelihood")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is trained beside the text: ``settings`` of [study], and ``questions`` not held out."""
+    """What is trained beside the text: ``settings`` of [study], and ``questions`` not held out,
+    which may be ``named``: the key stands before each.
+    """
 
     settings: Mapping[str, object] = field(default_factory=dict)
     questions: bool = False
+    named: bool = False
 
 
 RECIPES = {
     "text": Recipe(),
     "parts": Recipe({"parts": True}),
     "questions": Recipe(questions=True),
+    "questions, named": Recipe(questions=True, named=True),
     "parts, questions": Recipe({"parts": True}, questions=True),
     "questions, distilled": Recipe({"distill": True}, questions=True),
     "written": Recipe({"questions": WRITTEN}),
@@ -89,36 +99,45 @@ class AnswersOptions:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One held-out question."""
+    """One held-out question; it is ``passed`` if the answer contains the expected one, and ``f1``
+    says how many words the two have in common.
+    """
 
     key: str
     prompt: str
     expected: str
     answer: str
     passed: bool
+    f1: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The held-out questions asked one way; the interval of ``f1`` is over passages."""
+
+    score: Score
+    f1: Mean
+    answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeResult:
     """``recited`` are facts recalled at the end, of all given; ``recitations`` the answers that
-    begin as the text does; ``recalled`` has the scores of questions that name their fact, by where
-    its text came from (``NO_RECALL``: none); ``abilities`` is multiple choice; ``written`` the
-    questions and statements that the model wrote; seconds are of the training alone, by the clock
-    and of the processor.
+    begin as the text does; ``asked`` has what was answered by each of the ``WAYS``; ``abilities``
+    is multiple choice; ``written`` the questions and statements that the model wrote; seconds are
+    of the training alone, by the clock and of the processor.
     """
 
     name: str
     committed: int
     recited: Score
-    answered: Score
+    asked: Mapping[str, Asked]
     recitations: int
     perturbation_gap: float | None
     written: int
     seconds: float
     cpu_seconds: float
     steps: int
-    answers: tuple[Answer, ...] = ()
-    recalled: Mapping[str, Score] = field(default_factory=dict)
     abilities: Score = NO_CHOICES
 
 
@@ -129,8 +148,7 @@ class AnswersResult:
     model: str
     facts: int
     method: str
-    base: Score
-    in_prompt: Score
+    base: Mapping[str, Asked]
     abilities: Score
     recipes: tuple[RecipeResult, ...]
 
@@ -186,8 +204,12 @@ def _held_out(fact: Fact) -> Fact:
 
 
 def _for_recipe(fact: Fact, recipe: Recipe) -> Fact:
-    kept = tuple(one for one in fact.questions if recipe.questions or one.probe)
-    return replace(fact, questions=kept)
+    kept = (one for one in fact.questions if recipe.questions or one.probe)
+    named = [
+        replace(one, prompt=_named(fact, one)) if recipe.named and not one.probe else one
+        for one in kept
+    ]
+    return replace(fact, questions=tuple(named))
 
 
 @contextmanager
@@ -208,12 +230,11 @@ def _ask_base(
     make = KnowledgeBase.open if path.is_dir() else _make(options)
     with make(path, on_event=emit) as knowledge:
         emit(Status(phase="asking the base model"))
-        ways = (_as_it_stands, _after_the_text)
-        without, with_text = (_score(ask(knowledge.engine, passages, way)) for way in ways)
+        ways = {AS_IT_STANDS: _as_it_stands, NAMED: _named, IN_PROMPT: _after_the_text}
+        asked = {name: ask(knowledge.engine, passages, way) for name, way in ways.items()}
         name = knowledge.store.meta("model_name") or ""
         chosen = _choose(knowledge.engine, choices, emit)
-        facts, method = len(passages), options.method
-        return AnswersResult(name, facts, method, without, with_text, chosen, ())
+        return AnswersResult(name, len(passages), options.method, asked, chosen, ())
 
 
 def _choose(engine: Engine, choices: Sequence[Choice], emit: Emit) -> Score:
@@ -228,44 +249,45 @@ def _make(options: AnswersOptions) -> Callable[..., KnowledgeBase]:
     return create
 
 
-def ask(
-    engine: Engine, facts: Sequence[Fact], prompt: Callable[[Fact, Question], str]
-) -> list[Answer]:
+def ask(engine: Engine, facts: Sequence[Fact], prompt: Callable[[Fact, Question], str]) -> Asked:
     """The held-out questions, each by the prompt that is made of it, freely answered."""
     keyed = [(fact, one) for fact in facts for one in fact.questions if one.probe]
     examples = [engine.renderer.example(prompt(fact, one), one.answer) for fact, one in keyed]
     rows = probes.ask(engine, list(enumerate(examples)))
-    return [
-        Answer(fact.key, one.prompt, one.answer, row.answer or "", row.passed)
+    given = [
+        Answer(fact.key, one.prompt, one.answer, answer, row.passed, word_f1(answer, one.answer))
         for (fact, one), row in zip(keyed, rows, strict=True)
+        for answer in [row.answer or ""]
     ]
+    order = list(dict.fromkeys(one.key for one in given))
+    f1 = mean([(order.index(one.key), one.f1) for one in given], probes.PROTOCOL)
+    score = Score(sum(one.passed for one in given), len(given), probes.PROTOCOL)
+    return Asked(score, f1, tuple(given))
 
 
 def _as_it_stands(fact: Fact, question: Question) -> str:
     return question.prompt
 
 
-def _after_the_text(fact: Fact, question: Question) -> str:
-    return f"{fact.description}\n\n{question.prompt}"
-
-
-def _naming(fact: Fact, question: Question) -> str:
+def _named(fact: Fact, question: Question) -> str:
     return NAMING[fact.lang].format(key=fact.key, question=question.prompt)
 
 
-def _recalled(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> dict[str, Score]:
-    """How many questions that name their fact are answered, without and with recall."""
-
-    def recalling(source: str, fact: Fact, question: Question) -> str:
-        message = {"role": "user", "content": _naming(fact, question)}
-        return knowledge.recall([message], source=source).messages[-1]["content"]
-
-    prompts = {NO_RECALL: _naming, **{name: partial(recalling, name) for name in SOURCES}}
-    return {name: _score(ask(knowledge.engine, facts, one)) for name, one in prompts.items()}
+def _after_the_text(fact: Fact, question: Question) -> str:
+    message = {"role": "user", "content": _named(fact, question)}
+    return with_texts(message, [fact.description])[-1]["content"]
 
 
-def _score(given: Sequence[Answer]) -> Score:
-    return Score(sum(one.passed for one in given), len(given), "generated")
+def _recalling(knowledge: KnowledgeBase, source: str, fact: Fact, question: Question) -> str:
+    message = {"role": "user", "content": _named(fact, question)}
+    return knowledge.recall([message], source=source).messages[-1]["content"]
+
+
+def _ask_trained(knowledge: KnowledgeBase, facts: Sequence[Fact]) -> dict[str, Asked]:
+    """What is answered as it stands, with its fact named, and with recall besides."""
+    recalling = {name: partial(_recalling, knowledge, source) for name, source in RECALL.items()}
+    ways = {AS_IT_STANDS: _as_it_stands, NAMED: _named, **recalling}
+    return {name: ask(knowledge.engine, facts, way) for name, way in ways.items()}
 
 
 def _copy(template: Path, path: Path, options: AnswersOptions) -> Path:
@@ -300,14 +322,13 @@ def _run(
         committed = knowledge.store.facts("committed")
         written = sum(len(row.fact.written) for row in committed)
         report = knowledge.verify()
-        given = ask(knowledge.engine, facts, _as_it_stands)
-        recalled = _recalled(knowledge, facts)
+        asked = _ask_trained(knowledge, facts)
         chosen = _choose(knowledge.engine, choices, emit)
     starts = {fact.key: fact.description[:RECITED] for fact in facts}
+    recitations = sum(one.answer.startswith(starts[one.key]) for one in asked[AS_IT_STANDS].answers)
     return RecipeResult(
         name, len(committed), Score(report.score.passed, len(facts), report.score.protocol),
-        _score(given), sum(one.answer.startswith(starts[one.key]) for one in given),
-        report.perturbation_gap, written, seconds, cpu_seconds, store.steps, tuple(given), recalled,
+        asked, recitations, report.perturbation_gap, written, seconds, cpu_seconds, store.steps,
         chosen,
     )  # fmt: skip
 
@@ -321,41 +342,57 @@ def _teach(store: OpenStore, facts: Sequence[Fact], method: str) -> None:
 
 
 def tables(result: AnswersResult) -> list[Table]:
-    """One row for the base model, one with the text in the prompt, one for each recipe."""
-    base, with_text = map(score_cell, (result.base, result.in_prompt))
-    rows = [
-        ("base model", "-", "-", base, *"---", score_cell(result.abilities), *"------"),
-        ("text in the prompt", "-", "-", with_text, *"-" * 10),
-        *(_row(one, result.facts) for one in result.recipes),
-    ]
-    columns = (
-        "trained", "committed", "recites", "answers", *_RECALL_COLUMNS, "multiple choice",
-        "recitations", "gap", "written", "steps a fact", "seconds", "CPU seconds",
-    )  # fmt: skip
+    """What is answered by each way, twice: by what it contains and by F1; then what it costs."""
+    asked = {"base model": result.base, **{one.name: one.asked for one in result.recipes}}
     title = f"{result.facts} passages by {result.method}"
-    return [Table(title, columns, tuple(rows))]
+    return [
+        _answered(f"{title}: answers that contain the expected one", asked, attrgetter("score")),
+        _answered(f"{title}: F1 of words, mean of the answers", asked, attrgetter("f1")),
+        _costs(title, result),
+    ]
 
 
-def _row(one: RecipeResult, facts: int) -> tuple[str, ...]:
-    scores = (one.recited, one.answered, *one.recalled.values(), one.abilities)
-    gap = "-" if one.perturbation_gap is None else f"{one.perturbation_gap:.1f}"
+def _answered(
+    title: str, asked: Mapping[str, Mapping[str, Asked]], value: Callable[[Asked], Score | Mean]
+) -> Table:
+    rows = (
+        (name, *(cell(value(ways[way])) if way in ways else "-" for way in WAYS))
+        for name, ways in asked.items()
+    )
+    return Table(title, ("trained", *WAYS), tuple(rows))
+
+
+def _costs(title: str, result: AnswersResult) -> Table:
+    columns = (
+        "trained", "committed", "recites", "multiple choice", "recitations", "gap", "written",
+        "steps a fact", "seconds", "CPU seconds",
+    )  # fmt: skip
+    base = ("base model", "-", "-", score_cell(result.abilities), *"------")
+    rows = (_cost(one, result.facts) for one in result.recipes)
+    return Table(f"{title}: what it costs", columns, (base, *rows))
+
+
+def _cost(one: RecipeResult, facts: int) -> tuple[str, ...]:
     means = (one.steps / facts, one.seconds / facts, one.cpu_seconds / facts)
     return (
-        one.name, f"{one.committed} of {facts}", *map(score_cell, scores), str(one.recitations),
-        gap, str(one.written), *(f"{mean:.0f}" for mean in means),
+        one.name, f"{one.committed} of {facts}", score_cell(one.recited),
+        score_cell(one.abilities), str(one.recitations), number_cell(one.perturbation_gap, ".1f"),
+        str(one.written), *(f"{value:.0f}" for value in means),
     )  # fmt: skip
 
 
 def line(one: RecipeResult) -> str:
     """A recipe's result, as soon as it is there."""
-    return f"{one.name}: {one.committed} committed, answers {score_cell(one.answered)}"
+    answered = one.asked[AS_IT_STANDS].score
+    return f"{one.name}: {one.committed} committed, answers {score_cell(answered)}"
 
 
 def notes(result: AnswersResult) -> str:
-    """What the table does not say."""
+    """What the tables do not say."""
     return (
-        "Answers: held-out questions whose free answer contains the expected one. Recites: facts"
-        " recalled under all training prompts at the end, teacher-forced, of all given."
-        " Recitations: answers that begin as the text does. Gap: perplexity of the text with its"
-        f" sentences in another order over that of the text. {BRACKETS}"
+        "Held-out questions by free, greedy generation; named: the key stands before the question."
+        " Recites: facts recalled under all training prompts at the end, teacher-forced, of all"
+        " given. Recitations: answers, as it stands, that begin as the text does. Gap: perplexity"
+        " of the text with its sentences in another order over that of the text."
+        f" {BRACKETS} Of F1: bootstrap over passages (n)."
     )

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.errors import UsageError
-from tests.bench.answers import AnswersOptions, RecipeResult, answers, line, read_passages, tables
+from tests.bench.answers import (
+    WAYS,
+    AnswersOptions,
+    RecipeResult,
+    answers,
+    line,
+    read_passages,
+    tables,
+)
 
 PASSAGES = [
     {"key": f"{name} bell", "description": text, "questions": [
@@ -60,18 +69,25 @@ def test_recipes_are_asked_the_same_questions(
     result = answers(options, emit=lambda event: None, tell=lambda _, one: told.append(one))
     assert told == list(result.recipes) and line(told[0]).startswith("text: ")
     text, both = result.recipes
-    assert [one.prompt for one in text.answers] == [one.prompt for one in both.answers]
-    assert text.answered.n == result.base.n == result.in_prompt.n == 2
-    assert {name: score.n for name, score in both.recalled.items()} == {
-        "none": 2, "model": 2, "store": 2
-    }  # fmt: skip
+    (plain, *others) = [
+        [one.prompt for one in asked.answers]
+        for ways in (text.asked, both.asked, result.base)
+        for asked in ways.values()
+    ]
+    assert (
+        len(plain) == 2
+        and len(others) == 4 + 4 + 3 - 1
+        and set(map(tuple, others)) == {tuple(plain)}
+    )
+    assert set(text.asked) | set(result.base) == set(WAYS)
+    assert all(one.score.n == 2 and one.f1.n == 1 for one in both.asked.values())
     assert text.abilities.n == result.abilities.n == 1
     assert text.cpu_seconds > 0 and text.recited.n == 1
     settings = (folder / "parts-questions" / "kvedit.toml").read_text(encoding="utf-8")
     assert "[study]\nparts = true" in settings
-    assert [row[0] for row in tables(result)[0].rows] == [
-        "base model", "text in the prompt", "text", "parts, questions"
-    ]  # fmt: skip
+    for table in tables(result):
+        assert [row[0] for row in table.rows] == ["base model", "text", "parts, questions"]
+        assert {len(row) for row in table.rows} == {len(table.columns)}
     with pytest.raises(UsageError, match="no recipe 'more'"):
         answers(AnswersOptions(passages=passages, recipes=("more",)), emit=lambda event: None)
 
@@ -81,9 +97,13 @@ def test_passages_can_be_ingested(passages: Path, empty_store: Path, tmp_path: P
     folder.mkdir()
     empty_store.rename(folder / "store")
     options = AnswersOptions(
-        passages=passages, recipes=("questions",), method="ingest", store_dir=folder
+        passages=passages, recipes=("questions, named",), method="ingest", store_dir=folder
     )
     result = answers(options, emit=lambda event: None)
-    assert tables(result)[0].title == "2 passages by ingest"
+    assert tables(result)[0].title.startswith("2 passages by ingest")
     (questions,) = result.recipes
     assert questions.recited.n == 2 and questions.steps > 0 and questions.seconds > 0
+    with KnowledgeBase.open(folder / "questions-named") as knowledge:
+        asked = [one for row in knowledge.store.facts() for one in row.fact.questions]
+    assert {one.prompt.startswith("About ") for one in asked if not one.probe} == {True}
+    assert {one.prompt.startswith("About ") for one in asked if one.probe} == {False}

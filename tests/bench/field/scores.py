@@ -303,11 +303,11 @@ def judge(
         es=_score(preferred[PROMPT], LIKELIHOOD), ps=_score(preferred[PARAPHRASE], LIKELIHOOD),
         ns=_score(preferred[LOCALITY], LIKELIHOOD),
         s=_harmonic([preferred[kind] for kind in three], LIKELIHOOD),
-        token_reliability=_mean(judged.tokens(PROMPT), FORCED),
-        token_generalization=_mean(judged.tokens(PARAPHRASE), FORCED),
-        token_locality=_mean(judged.tokens(LOCALITY), FORCED),
-        rouge_l=_mean(judged.overlap(), OVERLAP),
-        fluency=_mean([(at, ngram_entropy(text)) for at, text in enumerate(state.known)], ENTROPY),
+        token_reliability=mean(judged.tokens(PROMPT), FORCED),
+        token_generalization=mean(judged.tokens(PARAPHRASE), FORCED),
+        token_locality=mean(judged.tokens(LOCALITY), FORCED),
+        rouge_l=mean(judged.overlap(), OVERLAP),
+        fluency=mean([(at, ngram_entropy(text)) for at, text in enumerate(state.known)], ENTROPY),
         failures={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         misses=tuple(failures[:EXAMPLES]), abilities=abilities,
     )  # fmt: skip
@@ -369,7 +369,8 @@ def _score(values: Sequence[tuple[int, float]], protocol: str) -> Score:
     return Score(int(sum(value for _, value in values)), len(values), protocol)
 
 
-def _mean(values: Sequence[tuple[int, float]], protocol: str) -> Mean:
+def mean(values: Sequence[tuple[int, float]], protocol: str) -> Mean:
+    """The mean of values, each with its record, and its interval over records."""
     return _statistic([values], lambda lists: fmean(lists[0]), protocol)
 
 

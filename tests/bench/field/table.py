@@ -71,7 +71,7 @@ def _points(result: FieldResult, *, every: bool = False) -> Iterator[tuple[tuple
             yield _head(row, point), point
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """A score or a mean, with its n and interval."""
     if not isinstance(value, Mean):
         return score_cell(value)  # type: ignore[arg-type]
@@ -87,12 +87,12 @@ def _whole(result: FieldResult) -> Table:
         *HEAD, *(DEFINITIONS[name].title for name in names), "multiple choice, points",
         "s an edit", "processor s an edit", "peak, GiB", "remarks",
     )  # fmt: skip
-    base = ("(base model)", "-", "-", "0", *(_cell(getattr(result.base, n)) for n in names))
+    base = ("(base model)", "-", "-", "0", *(cell(getattr(result.base, n)) for n in names))
     rows = [(*base, "-", "-", "-", "-", "-")]
     for row in result.rows:
         last = row.points[-1]
         rows.append((
-            *_head(row, last), *(_cell(getattr(last, name)) for name in names),
+            *_head(row, last), *(cell(getattr(last, name)) for name in names),
             _difference(last.abilities), number_cell(_seconds(row)),
             number_cell(row.processor_seconds / max(1, last.after)), f"{row.peak / GIB:.2f}",
             "; ".join(_remarks(row)) or "-",
@@ -124,7 +124,7 @@ def _difference(changes: Sequence[Change]) -> str:
 def _scores(result: FieldResult, title: str, names: Sequence[str], *, every: bool = False) -> Table:
     columns = (*HEAD, *(DEFINITIONS[name].title for name in names))
     rows = tuple(
-        (*head, *(_cell(getattr(point, name)) for name in names))
+        (*head, *(cell(getattr(point, name)) for name in names))
         for head, point in _points(result, every=every)
     )
     return Table(title, columns, rows)
