@@ -41,7 +41,7 @@ class TrainingConfig:
     rehearsal_facts: int = setting(2, help="Earlier facts in a step, each under one phrasing.")
     reference_texts: int = setting(
         2, help="Texts in a step that are compared with what the model said before the edit:"
-        " answers about invented names, sentences with numbers, relations of other subjects.",
+        " the same prompts about other names, and sentences with numbers.",
     )  # fmt: skip
     kl_weight: float = setting(
         5.0, help="Weight of the KL divergence from that (nats a token) in the loss."

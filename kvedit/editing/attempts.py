@@ -169,8 +169,8 @@ class Attempts:
 
     def _references(self) -> ReferenceTexts | None:
         """What the training is held to besides: for a group what the base model says, for a single
-        fact or several in turn what the model says now about invented names, in sentences with
-        numbers, and to the prompts of relations about others than their subjects.
+        fact or several in turn what the model says now to the prompts that are trained when they
+        are about other names, and half as many sentences with numbers.
         """
         engine, config = self.session.engine, self.session.config.training
         if self.plan.group and not self._in_turn:
@@ -178,21 +178,21 @@ class Attempts:
         else:
             facts = max(1, min(self._facts, FACTS_TOGETHER))
             most = for_facts(config.reference_texts * REFERENCES_DRAWN, facts)
-            chosen: list[Example] = []
-            if engine.reads:
-                chosen += self._neighbours(most // 2)
-                sentences = (most - len(chosen)) // 2
-                chosen += sentences_with_numbers(engine.renderer, sentences, self._rng())
-            chosen += self.session.protection.invented_examples(most - len(chosen))
-            texts = engine.reference(chosen)
+            sentences = sentences_with_numbers(engine.renderer, most // 2, self._rng())
+            reads = engine.reads
+            texts = engine.reference([*self._neighbours(most), *sentences]) if reads else None
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
 
     def _neighbours(self, most: int) -> list[Example]:
-        """What the model says now when relations are asked for about other subjects."""
-        facts = [one.after for one in self.plan.changes if one.after is not None]
-        prompts = neighbour_prompts(facts, most, self._rng())
-        return self.session.engine.answered(prompts, limit=ANSWER_TOKENS)
+        """What the model says now when it is asked about other names what the edit trains."""
+        engine = self.session.engine
+        edited = [one.after or one.before for one in self.plan.changes]
+        facts = [fact for fact in edited if fact] or [
+            candidate.row.fact for candidate in self.evaluator.candidates
+        ]
+        asked = [(fact, [example.prompt for example in engine.examples(fact)]) for fact in facts]
+        return engine.answered(neighbour_prompts(asked, most, self._rng()), limit=ANSWER_TOKENS)
 
     def _rng(self) -> random.Random:
         """What is drawn for the references of an edit is the same again, and other for the next."""

@@ -19,7 +19,7 @@ from kvedit.facts.keys import facts_text, normalise
 from kvedit.model.loading import BaseModel
 from kvedit.model.prompts import Example, Renderer
 from kvedit.replay import extraction, protected_texts
-from kvedit.replay.protected_texts import INVENTED, Protected
+from kvedit.replay.protected_texts import Protected
 from kvedit.revisions import fisher_cache
 from kvedit.revisions.checkout import Checkout
 from kvedit.revisions.coverage import Coverage
@@ -164,12 +164,6 @@ class Protection:
     def locality_examples(self) -> list[Example]:
         """The store's locality probes."""
         return self._examples(self._texts("locality"))
-
-    def invented_examples(self, most: int) -> list[Example]:
-        """So many answers about invented names, others for each revision."""
-        texts = [text for text in self._texts("control") if text.origin == INVENTED]
-        rng = random.Random(self._checkout.revision)
-        return self._examples(rng.sample(texts, min(most, len(texts))))
 
     def known_texts(self) -> tuple[Protected, ...]:
         """The protected texts that the base model knows, locality probes among them."""
