@@ -247,17 +247,17 @@ class Attempts:
         an adapter that starts at their own gradient takes them the rest of the way in a few steps.
         """
         for asked in REFINE_PROMPTS:
-            missing = [
-                n for n, fact in enumerate(facts) if not self._recalls(fact.examples[:asked])
-            ]
+            missing = self._not_recalled([fact.examples[:asked] for fact in facts])
             for start in range(0, len(missing), REFINED_TOGETHER):
                 part = missing[start : start + REFINED_TOGETHER]
                 beside = [fact for number, fact in enumerate(facts) if number not in part]
                 yield self._task([facts[number] for number in part], [*beside, *others], references)
 
-    def _recalls(self, examples: Sequence[Example]) -> bool:
-        """Whether the weights as they are recall all of them."""
-        return all(outcome.passed for outcome in self.session.engine.recall(examples))
+    def _not_recalled(self, facts: Sequence[Sequence[Example]]) -> list[int]:
+        """Which facts the weights as they are do not recall under all of their prompts."""
+        outcomes = iter(self.session.engine.recall([e for fact in facts for e in fact]))
+        passed = [[next(outcomes).passed for _ in fact] for fact in facts]
+        return [number for number, each in enumerate(passed) if not all(each)]
 
     def _task(
         self, new: Sequence[_Trained], rehearsed: Sequence[_Trained],

@@ -339,22 +339,23 @@ def test_what_a_group_in_turn_leaves_is_trained_again_in_the_same_edit(
     monkeypatch.setattr(Engine, "reads", True)
     monkeypatch.setattr(attempts, "REFINED_TOGETHER", 2)
     trained: list[tuple[int, int]] = []
-    asked: list[int] = []
-    train, recalls = Engine.train, attempts.Attempts._recalls
+    asked: list[list[int]] = []
+    train, not_recalled = Engine.train, attempts.Attempts._not_recalled
 
     def noted(engine: Engine, task: Task, *given: Any) -> TrainingResult:
         trained.append((len(task.new), len(task.rehearsal)))
         return train(engine, task, *given)
 
-    def forgetful(one: attempts.Attempts, examples: Sequence[Example]) -> bool:
-        asked.append(len(examples))
-        return len(asked) > 3 and recalls(one, examples)  # in the first round none seems recalled
+    def forgetful(one: attempts.Attempts, facts: Sequence[Sequence[Example]]) -> list[int]:
+        asked.append([len(examples) for examples in facts])
+        everything = list(range(len(facts)))  # in the first round none seems recalled
+        return everything if len(asked) == 1 else not_recalled(one, facts)
 
     monkeypatch.setattr(Engine, "train", noted)
-    monkeypatch.setattr(attempts.Attempts, "_recalls", forgetful)
+    monkeypatch.setattr(attempts.Attempts, "_not_recalled", forgetful)
     with KnowledgeBase.open(empty_store) as knowledge:
         (report,) = knowledge.add_group([Fact.create(*pair) for pair in FREE[:3]])
         assert (report.outcome, len(report.keys)) == ("committed", 3)
         assert trained == [(3, 0), (2, 1), (1, 2)]
-        assert asked[:3] == [2] * 3 and len(asked) == 6 and min(asked[3:]) > 2
+        assert asked[0] == [2] * 3 and len(asked) == 2 and min(asked[1]) > 2
         assert all(holds(knowledge, key, text) for key, text in FREE[:3])

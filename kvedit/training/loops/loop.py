@@ -83,8 +83,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class LoopResult:
-    """How the loop ended; ``learned``: every training prompt recalled, ``stalled``: the loss had
-    stopped falling before that.
+    """How the loop ended; ``learned``: every training prompt was recalled, and that was looked at,
+    ``stalled``: the loss had stopped falling before that.
     """
 
     steps: int

@@ -78,7 +78,7 @@ class TurnsLoop(SingleLoop):
                 return self._result(step, learned=False, stalled=True)
             self._update()
         self._adapter.write()
-        return self._result(steps, learned=self._all_recalled())
+        return self._result(steps, learned=False)  # what is left is looked at before it is refined
 
     def _next_facts(self) -> list[int]:
         """Facts that do not rest, each once before any has its next turn."""
