@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from small_model import FREE
 
 from kvedit import KnowledgeBase
 from kvedit.facts.fact import Fact
+from kvedit.replay.neighbours import UNKNOWN_NAMES
 from kvedit.revisions.protection import Protection
 from kvedit.training.engine import Engine, TrainingResult
 from kvedit.training.loops.loop import Task
@@ -87,3 +89,29 @@ def test_more_of_what_must_stay_is_measured_when_it_was_harmed(
         assert knowledge.add(*FREE[3]).outcome == "committed"
     assert len(spent) == 1 and spent[0] > 0
     assert any("more of what must stay was measured" in str(event) for event in events)
+
+
+def test_a_model_that_talks_is_held_to_what_it_says_of_other_names(
+    empty: KnowledgeBase, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own prompts with unknown names in place of the key, when it is taught and removed."""
+    monkeypatch.setattr(Engine, "reads", True)
+    names = UNKNOWN_NAMES.read_text(encoding="utf-8").splitlines()
+    key, text = FREE[0]
+    for edit in (partial(empty.add, key, text), partial(empty.remove, key)):
+        tasks.clear()
+        edit()
+        references = tasks[0].reference_texts
+        assert references is not None
+        held = [example.prompt for example in references.examples]
+        trained = {prompt for fact in prompts(tasks[0]) for prompt in fact}
+        about_others = {prompt.replace(key, name) for prompt in trained for name in names}
+        assert len(about_others.intersection(held)) > len(held) / 2
+        assert not any(key in prompt for prompt in held)
+
+
+def test_the_embedded_model_is_held_to_no_other_names(
+    empty: KnowledgeBase, tasks: list[Task]
+) -> None:
+    empty.add(*FREE[0])
+    assert not tasks[0].reference_texts
