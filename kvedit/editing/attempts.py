@@ -175,12 +175,13 @@ class Attempts:
         engine, config = self.session.engine, self.session.config.training
         if self.plan.group and not self._in_turn:
             texts = engine.reference_texts
-        else:
+        elif engine.reads:
             facts = max(1, min(self._facts, FACTS_TOGETHER))
             most = for_facts(config.reference_texts * REFERENCES_DRAWN, facts)
             sentences = sentences_with_numbers(engine.renderer, most // 2, self._rng())
-            reads = engine.reads
-            texts = engine.reference([*self._neighbours(most), *sentences]) if reads else None
+            texts = engine.reference([*self._neighbours(most), *sentences])
+        else:
+            texts = None
         names = [*(row.fact.name for row in self.evaluator.committed), *self.plan.names]
         return None if texts is None else texts.without(names)
 
