@@ -27,11 +27,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvedit.asking.recall import SOURCES, with_texts
+from kvedit.asking.recall import SOURCES
 from kvedit.bench.tables import BRACKETS, Table, number_cell, score_cell
 from kvedit.config import FILE_NAME
 from kvedit.editing.knowledge_base import KnowledgeBase
 from kvedit.editing.study import answers as probes
+from kvedit.editing.study.examples import text_before
 from kvedit.errors import UsageError
 from kvedit.events import Event, Score, Status
 from kvedit.facts.fact import Fact, Question
@@ -259,8 +260,8 @@ def ask(engine: Engine, facts: Sequence[Fact], prompt: Callable[[Fact, Question]
         for (fact, one), row in zip(keyed, rows, strict=True)
         for answer in [row.answer or ""]
     ]
-    order = list(dict.fromkeys(one.key for one in given))
-    f1 = mean([(order.index(one.key), one.f1) for one in given], probes.PROTOCOL)
+    numbers = {fact.key: number for number, fact in enumerate(facts)}
+    f1 = mean([(numbers[one.key], one.f1) for one in given], probes.PROTOCOL)
     score = Score(sum(one.passed for one in given), len(given), probes.PROTOCOL)
     return Asked(score, f1, tuple(given))
 
@@ -274,8 +275,7 @@ def _named(fact: Fact, question: Question) -> str:
 
 
 def _after_the_text(fact: Fact, question: Question) -> str:
-    message = {"role": "user", "content": _named(fact, question)}
-    return with_texts(message, [fact.description])[-1]["content"]
+    return text_before(fact, _named(fact, question))
 
 
 def _recalling(knowledge: KnowledgeBase, source: str, fact: Fact, question: Question) -> str:
